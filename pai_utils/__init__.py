@@ -1,1 +1,79 @@
-"""x"""
+"""Second-order pruning of pre-trained vision encoders, and what survives it on unseen tasks.
+
+The public names are loaded when first used, so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pai_utils import evaluation, landscape, plots, runs
+    from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
+    from pai_utils.evaluation import Evaluation, evaluate
+    from pai_utils.finetuning import finetune
+    from pai_utils.heads import fit_head
+    from pai_utils.masks import Mask, make_mask
+    from pai_utils.pruning import Pruned, prune
+    from pai_utils.scorers import SCORERS, Scores, score
+    from pai_utils.tasks import TASKS, Task, load_task
+
+_HOMES = {
+    "Backbone": "backbones",
+    "Classifier": "backbones",
+    "load_backbone": "backbones",
+    "prunable_parameters": "backbones",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "load_task": "tasks",
+    "fit_head": "heads",
+    "SCORERS": "scorers",
+    "Scores": "scorers",
+    "score": "scorers",
+    "Mask": "masks",
+    "make_mask": "masks",
+    "Pruned": "pruning",
+    "prune": "pruning",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "finetune": "finetuning",
+}
+_MODULES = ("evaluation", "finetuning", "landscape", "plots", "runs")
+
+__all__ = [
+    "SCORERS",
+    "TASKS",
+    "Backbone",
+    "Classifier",
+    "Evaluation",
+    "Mask",
+    "Pruned",
+    "Scores",
+    "Task",
+    "evaluate",
+    "evaluation",
+    "finetune",
+    "fit_head",
+    "landscape",
+    "load_backbone",
+    "load_task",
+    "make_mask",
+    "plots",
+    "prunable_parameters",
+    "prune",
+    "runs",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

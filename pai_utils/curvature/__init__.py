@@ -1,0 +1,1 @@
+"""Curvature of the mean cross-entropy: squared gradients, diagonals, products, quadratic forms."""

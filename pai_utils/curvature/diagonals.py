@@ -1,0 +1,161 @@
+"""Diagonals of Fisher and generalised Gauss-Newton matrices of the mean cross-entropy.
+
+With logits z_n = f(x_n), Jacobian J_n = ∂z_n/∂w and p_n = softmax(z_n):
+
+    empirical Fisher   diag = 1/N Σ_n (J_nᵀ (p_n − e_{y_n}))²            y_n: the true label
+    GGN                diag = 1/N Σ_n diag(J_nᵀ (diag p_n − p_n p_nᵀ) J_n)
+
+For cross-entropy the GGN is the Fisher information: its diagonal is the expectation of the first
+line with labels drawn from p_n (Monte Carlo), or, with the factor
+diag p − p pᵀ = Σ_c s_c s_cᵀ, s_c = √p_c (e_c − p), the sum over classes of (J_nᵀ s_c)² (exact).
+
+Sources: Martens (2020), "New insights and perspectives on the natural gradient method";
+Kunstner et al. (2019), "Limitations of the empirical Fisher approximation"; Dangel et al. (2020),
+"BackPACK".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pai_utils.curvature.persample import Cotangents, sum_squared_gradients
+from pai_utils.execution import (
+    Samples,
+    batches,
+    device_of,
+    draw_samples,
+    fitting_batches,
+    undisturbed,
+)
+
+GGN_ESTIMATORS = ("mc", "exact")
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Diagonal of the empirical Fisher matrix: the mean squared per-sample gradient.
+
+    Args:
+        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
+        names: the parameters to take, of shapes ``[out, in, ...]``.
+        data: labelled samples.
+        samples: size of the seeded draw without replacement; ``None`` for all.
+        batch_size: samples a forward; the result does not depend on it beyond rounding.
+        seed: seed of the draw.
+
+    Returns:
+        One tensor a name, of the parameter's shape. No estimation error beyond the draw's.
+    """
+    indices = draw_samples(data, samples, seed)
+    excess = torch.tensor(-1, device=device_of(model))
+
+    def cotangents(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        torch.maximum(excess, labels.max() - logits.shape[1], out=excess)
+        yield _residual(logits, labels)
+
+    diagonal = _mean_squares(model, names, data, indices, batch_size, cotangents)
+    # Looked at once, after the loop, so that a GPU never waits for it.
+    if excess >= 0:
+        raise ValueError(
+            "the data's labels go beyond the model's number of classes by "
+            f"{int(excess) + 1}; the head was made for another task"
+        )
+    return diagonal
+
+
+def ggn_diagonal(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    estimator: str = "mc",
+    draws: int = 1,
+) -> dict[str, Tensor]:
+    """Diagonal of the generalised Gauss-Newton matrix of the mean cross-entropy.
+
+    Args:
+        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
+        names: the parameters to take.
+        data: samples; their labels are not used.
+        samples: size of the seeded draw without replacement; ``None`` for all.
+        batch_size: samples a forward; neither the draw of labels nor the result depends on it.
+        seed: seed of the draw of samples and of labels.
+        estimator: ``"mc"`` draws ``draws`` labels a sample from the model: unbiased, one backward
+            a draw, relative variance of order 1/(samples * draws). ``"exact"`` costs one backward
+            a class and has no error.
+        draws: labels a sample for ``"mc"``.
+
+    Returns:
+        One tensor a name, of the parameter's shape, non-negative.
+
+    Raises:
+        ValueError: if ``estimator`` is unknown or ``draws`` is below one.
+    """
+    if estimator not in GGN_ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r} is unknown; choose from {list(GGN_ESTIMATORS)}")
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one label a sample is needed")
+    indices = draw_samples(data, samples, seed)
+    if estimator == "exact":
+        return _mean_squares(model, names, data, indices, batch_size, _factor_columns)
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn for all samples beforehand, so that a sample's labels do not depend on the batches.
+    uniform = torch.rand(len(indices), draws, generator=generator, dtype=torch.float64)
+
+    def cotangents(logits: Tensor, _: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        cumulative = logits.double().softmax(1).cumsum(1)
+        thresholds = uniform[rows.cpu()].to(logits.device)
+        drawn = torch.searchsorted(cumulative, thresholds).clamp_max(logits.shape[1] - 1)
+        for labels in drawn.unbind(1):
+            yield _residual(logits, labels) / draws**0.5
+
+    return _mean_squares(model, names, data, indices, batch_size, cotangents)
+
+
+def _residual(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the cross-entropy at the logits: p − e_y, ``[B, C]``."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
+
+
+def _factor_columns(logits: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[Tensor]:
+    """The columns s_c = √p_c (e_c − p) of a factor of the cross-entropy's Hessian."""
+    probabilities = logits.softmax(1)
+    for c in range(logits.shape[1]):
+        column = -probabilities
+        column[:, c] += 1
+        yield column * probabilities[:, c : c + 1].sqrt()
+
+
+def _mean_squares(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    indices: Tensor,
+    batch_size: int,
+    cotangents: Cotangents,
+) -> dict[str, Tensor]:
+    device = device_of(model)
+
+    def compute(size: int) -> dict[str, Tensor]:
+        rows = torch.arange(len(indices), device=device).split(size)
+        loaded = batches(data, size, device, indices)
+        triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
+        return sum_squared_gradients(model, names, triples, cotangents)
+
+    with undisturbed(model):
+        totals = fitting_batches(compute, batch_size)
+    return {name: total / len(indices) for name, total in totals.items()}

@@ -1,0 +1,351 @@
+"""Sums of squared per-sample gradients, layer by layer, during one forward and backward.
+
+For a sample n with cotangent v (one value a logit), the gradient of a weight is J_nᵀ v. Curvature
+diagonals are sums over samples (and cotangents) of its *square*, so the gradients of different
+samples must be told apart, and positions or tokens of one sample must be summed before squaring:
+
+    linear   G_n = Σ_t g_nt a_ntᵀ             (t: tokens; a: layer input, g: gradient at its output)
+    conv     G_n = Σ_l g_nl unfold(a_n)_lᵀ    (l: output positions)
+
+Calls of ``F.linear`` and ``F.conv2d`` are observed by a ``TorchFunctionMode``, not by module
+hooks, so that a weight is recognised wherever it is used: inside padded convolutions, through a
+functional call, or twice. The weight gradient that autograd would sum over the batch is replaced
+by the per-sample one, which costs the same products; no more than a few samples' gradients of
+one layer exist at any time.
+
+A weight used in any other way (shared by several calls, reshaped, inside
+``nn.MultiheadAttention``, or in a layout whose rows are not grouped by sample) takes a generic
+path, one backward a sample, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pai_utils.execution import logger
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""``(images [B, 3, H, W], labels [B], rows [B])``; ``rows`` are positions within the draw."""
+
+Cotangents = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
+"""``(logits [B, C], labels [B], rows [B]) -> cotangents``, each ``[B, C]``."""
+
+# Per-sample gradients formed at once, in bytes: what a core's cache holds, what fills a GPU.
+_CPU_CHUNK_BYTES = 4 * 2**20
+_GPU_CHUNK_BYTES = 256 * 2**20
+
+
+class _Call:
+    """One observed use of a weight: what is needed to form its per-sample gradients."""
+
+    def __init__(self, name: str, layer_input: Tensor, convolution: dict[str, Any] | None) -> None:
+        self.name = name
+        self.input = layer_input.detach()
+        self.version = layer_input._version
+        self.convolution = convolution
+
+    def check_unchanged(self) -> None:
+        if self.input._version != self.version:
+            raise RuntimeError(
+                f"the input of the layer with weight {self.name!r} was modified in place after "
+                "the layer used it, so that its gradient cannot be formed; use the out-of-place "
+                "operation there"
+            )
+
+
+class _Observer(TorchFunctionMode):
+    """Detach known weights from autograd and hand ``(call, output gradient)`` to ``receive``."""
+
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        receive: Callable[[_Call, Tensor], None],
+    ) -> None:
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.receive = receive
+        self.uses: Counter[str] = Counter()
+        self.opaque: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear or func is F.conv2d:
+            call = self._recognise(func, args, kwargs)
+            if call is not None:
+                return self._observed(func, args, kwargs, call)
+        result = func(*args, **kwargs)
+        touched = self._touched((args, kwargs))
+        if touched and _holds_tensor(result):
+            self.opaque |= touched
+        return result
+
+    def _recognise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Call | None:
+        values = dict(zip(_SIGNATURES[func], args, strict=False)) | kwargs
+        name = self.names.get(id(values["weight"]))
+        if name is None or self._touched((values["input"], values.get("bias"))):
+            return None
+        if func is F.linear:
+            return _Call(name, values["input"], None) if values["input"].dim() > 1 else None
+        kernel = values["weight"].shape[2:]
+        dilation = _pair(values.get("dilation", 1))
+        padding = _symmetric_padding(values.get("padding", 0), kernel, dilation)
+        if padding is None or values["input"].dim() != 4:
+            return None
+        geometry = {
+            "stride": _pair(values.get("stride", 1)),
+            "padding": padding,
+            "dilation": dilation,
+            "groups": values.get("groups", 1),
+            "kernel": tuple(kernel),
+        }
+        return _Call(name, values["input"], geometry)
+
+    def _observed(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], call: _Call
+    ) -> Tensor:
+        self.uses[call.name] += 1
+        output: Tensor = func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:
+            # The first weight of the network: the graph starts here, not at the image. The copy
+            # lets an in-place activation follow, which a leaf would refuse.
+            output = output.requires_grad_().clone()
+        output.register_hook(lambda gradient: self.receive(call, gradient))
+        return output
+
+    def _touched(self, values: Any) -> set[str]:
+        if isinstance(values, Tensor):
+            name = self.names.get(id(values))
+            return set() if name is None else {name}
+        if isinstance(values, dict):
+            values = values.values()
+        elif not isinstance(values, (list, tuple)):
+            return set()
+        return {name for value in values for name in self._touched(value)}
+
+
+_SIGNATURES: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(v) for v in value)
+    return isinstance(value, Tensor)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    values = tuple(int(v) for v in value)
+    return (values[0], values[-1])
+
+
+def _symmetric_padding(
+    padding: Any, kernel: Sequence[int], dilation: tuple[int, int]
+) -> tuple[int, int] | None:
+    if padding == "valid":
+        return (0, 0)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return _pair(padding)
+
+
+def _chunks(samples: int, weight: Tensor) -> int:
+    """How many samples' gradients of ``weight`` to form at once."""
+    budget = _GPU_CHUNK_BYTES if weight.is_cuda else _CPU_CHUNK_BYTES
+    return max(1, min(samples, budget // (weight.numel() * weight.element_size())))
+
+
+def add_squared_gradients_(total: Tensor, call: _Call, gradient: Tensor, samples: int) -> None:
+    """Add Σ_n G_n² of one observed call to ``total``, which has the weight's shape."""
+    if call.convolution is None:
+        left = gradient.reshape(samples, -1, gradient.shape[-1]).transpose(1, 2)
+        right = call.input.reshape(samples, -1, call.input.shape[-1])
+        if right.shape[1] == 1:  # no tokens: the square of an outer product factorises
+            total.addmm_(left.squeeze(2).square().T, right.squeeze(1).square())
+            return
+        for rows in torch.arange(samples).split(_chunks(samples, total)):
+            lo, hi = int(rows[0]), int(rows[-1]) + 1
+            _add_squares_(total, torch.bmm(left[lo:hi], right[lo:hi]))
+        return
+    step = _chunks(samples, total)
+    per_sample = call.input.shape[0] // samples
+    for lo in range(0, samples, step):
+        hi = min(lo + step, samples)
+        rows_ = slice(lo * per_sample, hi * per_sample)
+        columns = _columns(call.input[rows_], **call.convolution)  # [B, groups, K, L]
+        groups = columns.shape[1]
+        output = gradient[rows_].reshape(columns.shape[0], groups, -1, columns.shape[-1])
+        each = torch.matmul(output, columns.transpose(2, 3))  # [B, groups, Cout/groups, K]
+        each = each.reshape(hi - lo, per_sample, -1).sum(1)
+        _add_squares_(total, each.reshape(hi - lo, *total.shape))
+
+
+def _add_squares_(total: Tensor, each: Tensor) -> None:
+    if each.shape[0] == 1:
+        total.addcmul_(each[0], each[0])
+    else:
+        total.add_(each.square_().sum(0))
+
+
+def _columns(
+    images: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    kernel: tuple[int, int],
+) -> Tensor:
+    """Patches under the kernel, ``[B, groups, Cin/groups * kh * kw, L]``."""
+    batch = images.shape[0]
+    if kernel == (1, 1) and padding == (0, 0):
+        columns = images[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        columns = F.unfold(images, kernel, dilation, padding, stride)
+    return columns.reshape(batch, groups, -1, columns.shape[-1])
+
+
+def _generic_names(model: nn.Module, weights: dict[str, nn.Parameter], images: Tensor) -> set[str]:
+    """Names of the weights that need the generic path.
+
+    Two samples go forward and only the first one's logits backward: wherever a gradient arrives
+    in the second half of a layer's rows, that layer's rows are not grouped by sample.
+    """
+    ungrouped: set[str] = set()
+
+    def receive(call: _Call, gradient: Tensor) -> None:
+        rows = gradient.shape[0]
+        if rows % 2 or call.input.shape[0] != rows or bool(gradient[rows // 2 :].any()):
+            ungrouped.add(call.name)
+
+    observer = _Observer(weights, receive)
+    with observer:
+        output = model(images)
+    if output.requires_grad:
+        cotangent = torch.zeros_like(output)
+        cotangent[0] = torch.linspace(1, 2, output.shape[1]).to(output)
+        output.backward(cotangent)
+    shared = {name for name, count in observer.uses.items() if count > 1}
+    return ungrouped | shared | observer.opaque
+
+
+def sum_squared_gradients(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    cotangents: Cotangents,
+) -> dict[str, Tensor]:
+    """Σ over samples n and cotangents v of (J_nᵀ v)², for every entry of the named weights.
+
+    Args:
+        model: images to logits; run as it is, so put it in evaluation mode first
+            (:func:`pai_utils.execution.undisturbed`).
+        names: parameter names, as in ``model.named_parameters()``.
+        batches: triples ``(images [B, 3, H, W], labels [B], rows [B])``.
+        cotangents: for the logits of a batch, the cotangents ``[B, C]`` to pull back.
+
+    Returns:
+        One tensor a name, of the weight's shape. Exact up to rounding: nothing is sampled here.
+    """
+    parameters = dict(model.named_parameters())
+    weights = {name: parameters[name] for name in names}
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    generic: set[str] | None = None
+    for images, labels, rows in batches:
+        if generic is None and len(images) > 1:
+            with _frozen(parameters.values()):
+                generic = _generic_names(model, weights, images[:2])
+            if generic:
+                logger.info(
+                    "per-sample gradients of %s take one backward a sample: the weight is shared, "
+                    "reshaped, or its rows are not grouped by sample",
+                    ", ".join(sorted(generic)),
+                )
+        # A batch of one sample is its own per-sample gradient: any use of a weight is fine.
+        slow = set(names) if generic is None else generic
+        fast = {name: weight for name, weight in weights.items() if name not in slow}
+        if fast:
+            with _frozen(parameters.values()):
+                _add_observed_(totals, model, fast, (images, labels, rows), cotangents)
+        if slow:
+            with _frozen(parameters.values()):
+                _add_generic_(
+                    totals,
+                    model,
+                    {n: w for n, w in weights.items() if n in slow},
+                    (images, labels, rows),
+                    cotangents,
+                )
+    return totals
+
+
+def _add_observed_(
+    totals: dict[str, Tensor],
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    batch: Batch,
+    cotangents: Cotangents,
+) -> None:
+    images, labels, rows = batch
+
+    def receive(call: _Call, gradient: Tensor) -> None:
+        call.check_unchanged()
+        add_squared_gradients_(totals[call.name], call, gradient.detach(), len(images))
+
+    with torch.enable_grad():
+        with _Observer(weights, receive):
+            logits = model(images)
+        if logits.requires_grad:
+            for cotangent in cotangents(logits.detach(), labels, rows):
+                logits.backward(cotangent, retain_graph=True)
+
+
+def _add_generic_(
+    totals: dict[str, Tensor],
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    batch: Batch,
+    cotangents: Cotangents,
+) -> None:
+    for weight in weights.values():
+        weight.requires_grad_()
+    for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
+        with torch.enable_grad():
+            logits = model(image)
+        if not logits.requires_grad:
+            return
+        for cotangent in cotangents(logits.detach(), label, row):
+            gradients = torch.autograd.grad(
+                logits, list(weights.values()), cotangent, retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    totals[name].addcmul_(gradient, gradient)
+
+
+@contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No parameter asks autograd for a gradient inside; afterwards each asks as before."""
+    flags = [(p, p.requires_grad) for p in parameters]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,302 @@
+"""What a model still knows: accuracy with intervals, and retention across tasks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.backbones import Backbone, Classifier
+from pai_utils.execution import (
+    Samples,
+    batches,
+    device_of,
+    fitting_batches,
+    progress,
+    undisturbed,
+)
+from pai_utils.heads import features
+from pai_utils.masks import Mask, make_mask
+from pai_utils.scorers import SCORERS, score
+from pai_utils.tasks import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy and loss of a model on a data set."""
+
+    accuracy: float
+    loss: float  # mean cross-entropy, in nats
+    count: int
+    interval: tuple[float, float]  # 95 % Wilson interval of the accuracy
+    correct: Tensor  # [count] bool, in the order of the data
+
+
+def evaluate(model: nn.Module, data: Samples, *, batch_size: int = 128) -> Evaluation:
+    """Accuracy and mean cross-entropy of ``model`` on all of ``data``, in evaluation mode.
+
+    Raises:
+        ValueError: if the labels go beyond the model's classes or the loss is not finite.
+    """
+
+    def compute(size: int) -> list[tuple[Tensor, Tensor]]:
+        return [(model(x), y) for x, y in batches(data, size, device_of(model))]
+
+    with undisturbed(model), torch.inference_mode():
+        pairs = fitting_batches(compute, batch_size)
+        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return _evaluation(logits, labels)
+
+
+def evaluate_heads(
+    backbone: nn.Module,
+    heads: Mapping[str, nn.Linear],
+    data: Mapping[str, Samples],
+    *,
+    batch_size: int = 128,
+) -> dict[str, Evaluation]:
+    """Evaluate one encoder on several tasks, each with its own frozen head."""
+    results = {}
+    for name, samples in data.items():
+        values, labels = features(backbone, samples, batch_size=batch_size)
+        with torch.inference_mode():
+            logits = heads[name](values.to(device_of(heads[name]))).cpu()
+        results[name] = _evaluation(logits, labels)
+    return results
+
+
+def retention(accuracy: float, dense: float, chance: float) -> float:
+    """Fraction of the dense accuracy above chance that is kept: 1 all of it, 0 none.
+
+    Not a number when the dense model is not above chance: there is nothing to retain.
+    """
+    return (accuracy - chance) / (dense - chance) if dense > chance else float("nan")
+
+
+def retention_replicates(
+    pruned: Sequence[NDArray[np.bool_]],
+    dense: Sequence[NDArray[np.bool_]],
+    chance: Sequence[float],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Bootstrap replicates, over test items and seeds, of the retention averaged over tasks.
+
+    An item is drawn for all seeds and for the dense model together, since they saw the same one;
+    a seed for all tasks together, since it stands for one mask.
+
+    Args:
+        pruned: for each task ``[seeds, items]``, whether the pruned model was right.
+        dense: for each task ``[items]``, whether the dense model was right.
+        chance: for each task the accuracy of a constant guess.
+        resamples: number of replicates.
+        seed: seed of the bootstrap.
+
+    Returns:
+        ``[resamples]``; not a number where a dense model is not above chance.
+    """
+    random = np.random.default_rng(seed)
+    seeds = len(pruned[0])
+    chosen = random.integers(seeds, size=(resamples, seeds))
+    total = np.zeros(resamples)
+    for right, reference, floor in zip(pruned, dense, chance, strict=True):
+        items = len(reference)
+        counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
+        accuracy = np.take_along_axis(counts @ right.T / items, chosen, axis=1).mean(1)
+        above = counts @ reference / items - floor
+        total += (accuracy - floor) / np.where(above > 0, above, np.nan)
+    return np.asarray(total / len(pruned))
+
+
+def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap replicates."""
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def retention_sweep(
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    heads: Mapping[str, nn.Linear],
+    sources: Sequence[str],
+    *,
+    scorers: Sequence[str] = ("ggn_diag", "magnitude", "random"),
+    sparsities: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    seeds: Sequence[int] = (0, 1, 2),
+    samples: int | None = 256,
+    scope: str = "global",
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Prune on every source, evaluate on every task with its frozen head.
+
+    No data but the source's training split touches a mask. Scores are computed once a source,
+    scorer and seed and shared by all sparsities. A scorer that looks at no data is run once and
+    recorded under the source ``"none"``; ``magnitude``, which draws nothing, with one seed.
+
+    Returns:
+        One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
+        ``"dense"``, sparsity 0): columns ``source, target, scorer, sparsity, seed, accuracy,
+        loss, count, chance, correct`` (the last one ``[count]`` bool).
+    """
+    tests = {name: task.test for name, task in tasks.items()}
+    pruned = copy.deepcopy(backbone)
+    weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
+
+    def rows(source: str, scorer: str, sparsity: float, seed: int) -> Iterator[dict[str, object]]:
+        results = evaluate_heads(pruned, heads, tests, batch_size=batch_size)
+        for target, result in results.items():
+            yield {
+                "source": source,
+                "target": target,
+                "scorer": scorer,
+                "sparsity": sparsity,
+                "seed": seed,
+                "accuracy": result.accuracy,
+                "loss": result.loss,
+                "count": result.count,
+                "chance": tasks[target].chance,
+                "correct": result.correct.numpy(),
+            }
+
+    cells = [
+        (scorer, source, seed)
+        for scorer in scorers
+        for source in (sources if SCORERS[scorer].needs_data else ["none"])
+        for seed in (seeds[:1] if scorer == "magnitude" else seeds)
+    ]
+    table = list(rows("none", "dense", 0.0, 0))
+    for scorer, source, seed in progress(cells, "retention", total=len(cells)):
+        head, data = (heads[source], tasks[source].train) if source != "none" else (None, None)
+        model = Classifier(backbone, head or next(iter(heads.values())))
+        scores = score(scorer, model, data, samples=samples, batch_size=batch_size, seed=seed)
+        for sparsity in sparsities:
+            mask = make_mask(scores, sparsity, scope)
+            _encoder_part(mask).apply_(pruned)
+            table += rows(source, scorer, sparsity, seed)
+            with torch.no_grad():
+                for name, parameter in pruned.named_parameters():
+                    parameter.copy_(weights[name])
+    return pd.DataFrame(table)
+
+
+def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Means and bootstrap intervals over items and seeds of a :func:`retention_sweep`.
+
+    Returns:
+        One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
+        dense_accuracy, chance, count, seeds``; ``low`` and ``high`` bound the retention.
+    """
+    dense = _dense_rows(table)
+    summary = []
+    keys = ["source", "target", "scorer", "sparsity"]
+    for key, group in table.groupby(keys, sort=False):
+        key = cast(tuple[str, str, str, float], key)
+        reference = dense[key[1]]
+        correct = np.stack(list(group.correct))
+        replicates = retention_replicates([correct], [reference["correct"]], [reference["chance"]])
+        low, high = interval(replicates, level)
+        accuracy = float(correct.mean())
+        summary.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "accuracy": accuracy,
+                "retention": retention(accuracy, reference["accuracy"], reference["chance"]),
+                "low": low,
+                "high": high,
+                "dense_accuracy": reference["accuracy"],
+                "chance": reference["chance"],
+                "count": correct.shape[1],
+                "seeds": correct.shape[0],
+            }
+        )
+    return pd.DataFrame(summary)
+
+
+def held_out_retention(
+    table: pd.DataFrame, sources: Sequence[str], *, level: float = 0.95
+) -> pd.DataFrame:
+    """Retention averaged over the tasks that a mask was *not* computed on.
+
+    A mask that looked at no data (source ``"none"``) counts beside every source, on that source's
+    held-out tasks.
+
+    Returns:
+        One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
+        count, seeds``; ``count`` is the number of test items over all held-out tasks.
+    """
+    dense = _dense_rows(table)
+    summary = []
+    for source in sources:
+        seen = table[table.source.isin([source, "none"]) & (table.target != source)]
+        for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
+            targets = list(dict.fromkeys(group.target))
+            correct = [np.stack(list(group[group.target == t].correct)) for t in targets]
+            replicates = retention_replicates(
+                correct,
+                [dense[t]["correct"] for t in targets],
+                [dense[t]["chance"] for t in targets],
+            )
+            low, high = interval(replicates, level)
+            each = [
+                retention(float(right.mean()), dense[t]["accuracy"], dense[t]["chance"])
+                for t, right in zip(targets, correct, strict=True)
+            ]
+            summary.append(
+                {
+                    "source": source,
+                    "scorer": scorer,
+                    "sparsity": sparsity,
+                    "retention": float(np.mean(each)),
+                    "low": low,
+                    "high": high,
+                    "accuracy": float(np.mean([right.mean() for right in correct])),
+                    "tasks": len(targets),
+                    "count": sum(right.shape[1] for right in correct),
+                    "seeds": correct[0].shape[0],
+                }
+            )
+    return pd.DataFrame(summary)
+
+
+def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The dense encoder's row of each target."""
+    rows = table[table.scorer == "dense"].to_dict("records")
+    return {str(row["target"]): {str(k): v for k, v in row.items()} for row in rows}
+
+
+def _encoder_part(mask: Mask) -> Mask:
+    """The mask of a classifier as a mask of its encoder."""
+    return Mask({name.removeprefix("backbone."): entry for name, entry in mask.items()})
+
+
+def _evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
+    from scipy.stats import binomtest
+
+    highest = int(labels.max())
+    if highest >= logits.shape[1]:
+        raise ValueError(
+            f"the data has a label {highest} but the model only {logits.shape[1]} classes; "
+            "the head was made for another task"
+        )
+    loss = float(F.cross_entropy(logits.float(), labels))
+    if not np.isfinite(loss):
+        raise ValueError(f"the loss on {len(labels)} samples is {loss}: the logits are not finite")
+    correct = (logits.argmax(1) == labels).cpu()
+    right = int(correct.sum())
+    bounds = binomtest(right, len(labels)).proportion_ci(0.95, method="wilson")
+    return Evaluation(
+        accuracy=right / len(labels),
+        loss=loss,
+        count=len(labels),
+        interval=(float(bounds.low), float(bounds.high)),
+        correct=correct.clone(),
+    )

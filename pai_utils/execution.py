@@ -1,0 +1,172 @@
+"""How data runs through a model: seeded draws, batches, devices, memory, and leaving no trace.
+
+Everything that loops over samples (heads, scores, evaluation, fine-tuning) uses these few
+functions, so that a seed, a batch split or an out-of-memory retry means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+Samples = Dataset[tuple[Tensor, int]]
+"""A map-style dataset of ``(image [3, H, W], class index)``."""
+
+T = TypeVar("T")
+logger = logging.getLogger("pai_utils")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def draw_samples(data: Samples, samples: int | None, seed: int) -> Tensor:
+    """Indices of the samples to use.
+
+    Args:
+        data: the dataset drawn from.
+        samples: how many; ``None`` for all of them, in order.
+        seed: seed of the draw without replacement. The global random state is not touched.
+
+    Returns:
+        Long tensor ``[samples]`` on the CPU.
+
+    Raises:
+        ValueError: if ``samples`` is below one or above the size of the dataset.
+    """
+    available = len(cast(Sized, data))
+    if available < 1:
+        raise ValueError("the dataset is empty; at least one sample is needed")
+    if samples is None:
+        return torch.arange(available)
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
+    if samples > available:
+        raise ValueError(
+            f"samples={samples} but the dataset holds {available}; ask for at most that many, "
+            "or pass samples=None for all"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(available, generator=generator)[:samples]
+
+
+def batches(
+    data: Samples, batch_size: int, device: torch.device, indices: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``(images [B, 3, H, W], labels [B])`` on ``device``, in the order of ``indices``.
+
+    A dataset with a ``batch(indices)`` method is asked for whole batches; any other map-style
+    dataset is read item by item.
+
+    Raises:
+        ValueError: if ``batch_size`` is below one.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
+    if indices is None:
+        indices = torch.arange(len(cast(Sized, data)))
+    whole = getattr(data, "batch", None)
+    for rows in indices.split(batch_size):
+        if whole is not None:
+            images, labels = whole(rows)
+        else:
+            images, labels = default_collate([data[int(row)] for row in rows])
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate ``model`` inside; on leaving, modes, buffers, ``grad`` and ``requires_grad`` return.
+
+    Parameter *values* are not copied: whoever changes them inside restores them.
+    """
+    modes = {module: module.training for module in model.modules()}
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
+    """Return ``compute(batch_size)``; when memory runs out, start again with half the batch.
+
+    ``compute`` must give the same result for every batch size and have no effect when it fails.
+
+    Raises:
+        torch.OutOfMemoryError: if even single samples do not fit.
+    """
+    while True:
+        try:
+            return compute(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size <= 1:
+                raise
+            batch_size //= 2
+        # Outside the handler: the traceback would keep the failed batch's tensors alive.
+        logger.warning("out of memory; starting again with batches of %d", batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Wrap ``items`` in a progress bar on stderr, where a person may watch: terminal or notebook.
+
+    The bar is text that is wiped at the end, and the book drops what notebooks write to stderr, so
+    a rendered page holds no trace of it. ``PAI_PROGRESS=0`` turns it off.
+    """
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    hidden = not watched or os.environ.get("PAI_PROGRESS") == "0"
+    bar: Any = tqdm(items, desc=description, total=total, leave=False, disable=hidden)
+    return cast(Iterable[T], bar)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` through a temporary file beside it: all of it or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's file is private; a result should be readable like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+    """The error for a name that is in no registry: says the name and the valid choices."""
+    choices = list(valid)
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} Choose from: {', '.join(choices)}")

@@ -1,0 +1,70 @@
+"""Frozen linear heads, fitted on features of the dense encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pai_utils.backbones import Backbone
+from pai_utils.execution import Samples, batches, device_of, fitting_batches, undisturbed
+from pai_utils.tasks import Task
+
+
+def features(backbone: nn.Module, data: Samples, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Features ``[N, feature_dim]`` and labels ``[N]`` of all of ``data``, in order, on the CPU."""
+    device = device_of(backbone)
+
+    def compute(size: int) -> tuple[Tensor, Tensor]:
+        pairs = [(backbone(x).cpu(), y.cpu()) for x, y in batches(data, size, device)]
+        return torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
+
+    with undisturbed(backbone), torch.inference_mode():
+        values, labels = fitting_batches(compute, batch_size)
+    return values.clone(), labels.clone()
+
+
+def fit_head(
+    backbone: Backbone, task: Task, *, inverse_penalty: float = 0.01, batch_size: int = 64
+) -> nn.Linear:
+    """Multinomial logistic regression on standardised features of ``task.train``.
+
+    The standardisation is folded into the returned layer, so that it applies to raw features.
+
+    Args:
+        backbone: the encoder, usually dense; left as it was.
+        task: its training split is used, and nothing else.
+        inverse_penalty: scikit-learn's ``C``, the inverse of the L2 penalty's strength.
+        batch_size: images a forward.
+
+    Returns:
+        Frozen ``nn.Linear(feature_dim, classes)`` on the encoder's device.
+
+    Raises:
+        ValueError: if the features are not finite or a class has no training sample.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    values, labels = features(backbone, task.train, batch_size=batch_size)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
+    classes = len(task.class_names)
+    absent = sorted(set(range(classes)) - set(labels.tolist()))
+    if absent:
+        raise ValueError(
+            f"task {task.name!r} has no training sample of class {task.class_names[absent[0]]!r}; "
+            "raise train_size"
+        )
+    mean, std = values.double().mean(0), values.double().std(0)
+    std[std == 0] = 1
+    regression = LogisticRegression(C=inverse_penalty, max_iter=2000)
+    regression.fit(((values.double() - mean) / std).numpy(), labels.numpy())
+    weight = torch.from_numpy(regression.coef_)
+    bias = torch.from_numpy(regression.intercept_)
+    if classes == 2:  # scikit-learn gives one row, the difference of the two
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    weight = weight / std
+    head = nn.Linear(values.shape[1], classes)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias - weight @ mean)
+    return head.requires_grad_(False).to(device_of(backbone)).eval()

@@ -1,0 +1,255 @@
+"""Masks: which weights stay, chosen from scores, applied to models, kept in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pai_utils.execution import write_atomically
+
+SCOPES = ("global", "layer", "N:M")
+
+
+class Mask(Mapping[str, Tensor]):
+    """Which weights stay: one boolean tensor a parameter name, true where the weight is kept.
+
+    Args:
+        entries: boolean tensors (or 0/1 tensors of any type), copied to the CPU.
+        metadata: text that travels with the mask's file, such as scorer, source task and seed.
+
+    Raises:
+        ValueError: if the mask is empty or a tensor holds anything but zeros and ones.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        if not entries:
+            raise ValueError("a mask needs at least one parameter")
+        self._entries = {name: _as_boolean(name, value) for name, value in entries.items()}
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self)} parameters, {self.total} weights, sparsity {self.sparsity:.4f})"
+
+    @property
+    def total(self) -> int:
+        """Number of weights under the mask, kept and pruned."""
+        return sum(entry.numel() for entry in self._entries.values())
+
+    @property
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return sum(int(entry.sum()) for entry in self._entries.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned fraction of the weights under the mask."""
+        return 1 - self.kept / self.total
+
+    @property
+    def layer_sparsity(self) -> dict[str, float]:
+        """Pruned fraction of each parameter."""
+        return {name: 1 - float(entry.double().mean()) for name, entry in self._entries.items()}
+
+    @property
+    def empty_layers(self) -> list[str]:
+        """Parameters that are pruned to nothing."""
+        return [name for name, entry in self._entries.items() if not entry.any()]
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set the pruned weights of ``model`` to zero, in place.
+
+        Raises:
+            ValueError: if the model lacks a parameter of the mask or its shape differs; the model
+                is then untouched.
+        """
+        parameters = dict(model.named_parameters())
+        self._check(parameters)
+        for name, entry in self._entries.items():
+            # Not a product: a non-finite weight that is pruned becomes zero as well.
+            parameters[name].masked_fill_(~entry.to(parameters[name].device), 0)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask as safetensors, with its metadata and a checksum; all or nothing."""
+        from safetensors.torch import save
+
+        entries = {name: entry.to(torch.uint8) for name, entry in self._entries.items()}
+        header = {
+            "format": "pai_utils.Mask/1",
+            "sha256": _checksum(entries),
+            "metadata": json.dumps(self.metadata, sort_keys=True),
+        }
+        write_atomically(path, save(entries, metadata=header))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Read a mask written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, altered, or not a mask.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no mask file at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or no mask file: {error}") from error
+        if header.get("format") != "pai_utils.Mask/1":
+            raise ValueError(f"{path} was not written by Mask.save")
+        if header.get("sha256") != _checksum(entries):
+            raise ValueError(f"{path} was altered: its contents do not match its checksum")
+        return cls(entries, json.loads(header["metadata"]))
+
+    def _check(self, parameters: Mapping[str, Tensor]) -> None:
+        missing = [name for name in self._entries if name not in parameters]
+        if missing:
+            raise ValueError(
+                f"the mask is for another architecture: the model has no {_some(missing)}"
+            )
+        wrong = [
+            f"{name} (mask {tuple(entry.shape)}, model {tuple(parameters[name].shape)})"
+            for name, entry in self._entries.items()
+            if entry.shape != parameters[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"the mask is for another architecture: shapes of {_some(wrong)}")
+
+
+def make_mask(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str = "global",
+    *,
+    within: Mask | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Mask:
+    """Keep the weights with the highest scores.
+
+    The number of pruned weights is exactly ``round(sparsity * n)``, also when scores tie; among
+    equal scores the first in order is pruned first.
+
+    Args:
+        scores: one tensor a parameter name, higher means keep.
+        sparsity: fraction to prune, in [0, 1). For ``"N:M"`` it must be 1 − N/M.
+        scope: ``"global"`` compares all weights with each other, ``"layer"`` those of one
+            parameter; ``"N:M"`` (such as ``"2:4"``) keeps N of every M consecutive weights along
+            the input dimension. A last group of fewer than M keeps its N highest.
+        within: an earlier mask; what it prunes stays pruned.
+        metadata: kept with the mask.
+
+    Raises:
+        ValueError: for an impossible sparsity, an unknown scope, no scores or non-finite ones, or
+            if ``within`` prunes more than ``sparsity`` asks for.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
+    if not scores:
+        raise ValueError("no scores to make a mask from")
+    for name, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"scores of {name!r} are not finite")
+    ranked = dict(scores)
+    if within is not None:
+        within._check(ranked)
+        ranked = {
+            name: values.masked_fill(~within[name].to(values.device), -torch.inf)
+            for name, values in ranked.items()
+        }
+    if scope == "global":
+        flat = torch.cat([values.flatten() for values in ranked.values()])
+        parts = _keep_highest(flat, sparsity).split([v.numel() for v in ranked.values()])
+        kept = {n: p.view(v.shape) for (n, v), p in zip(ranked.items(), parts, strict=True)}
+    elif scope == "layer":
+        kept = {n: _keep_highest(v.flatten(), sparsity).view(v.shape) for n, v in ranked.items()}
+    elif pattern := re.fullmatch(r"(\d+):(\d+)", scope):
+        n, m = int(pattern[1]), int(pattern[2])
+        if not 0 < n <= m or abs(sparsity - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f"scope {scope!r} keeps {n} of every {m} weights; that is possible only with "
+                f"0 < N <= M and sparsity {1 - n / m if m else 0:g}, not {sparsity}"
+            )
+        kept = {name: _keep_n_of_m(values, n, m) for name, values in ranked.items()}
+    else:
+        raise ValueError(
+            f"unknown scope {scope!r}; choose 'global', 'layer' or 'N:M' such as '2:4'"
+        )
+    if within is not None:
+        for name, entry in kept.items():
+            if (entry.cpu() & ~within[name]).any():
+                raise ValueError(
+                    f"sparsity={sparsity} is below that of the earlier mask ({within.sparsity:.4f} "
+                    f"overall) in {name!r}; a pruned weight never comes back"
+                )
+    return Mask(kept, metadata)
+
+
+def _keep_highest(flat: Tensor, sparsity: float) -> Tensor:
+    """Boolean tensor that is false at the ``round(sparsity * n)`` lowest entries, ties in order."""
+    pruned = round(sparsity * flat.numel())
+    if pruned == 0:
+        return torch.ones_like(flat, dtype=torch.bool)
+    threshold = flat.kthvalue(pruned).values
+    keep = flat > threshold
+    # At the threshold, as many of the last ones are kept as the exact count leaves room for.
+    room = flat.numel() - pruned - int(keep.sum())
+    if room:
+        ties = (flat == threshold).nonzero().squeeze(1)
+        keep[ties[len(ties) - room :]] = True
+    return keep
+
+
+def _keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
+    """Keep the n highest of every m entries along dimension 1 (the input)."""
+    last = values.movedim(1, -1)
+    width = last.shape[-1]
+    padded = nn.functional.pad(last, (0, -width % m), value=-torch.inf)
+    groups = padded.unflatten(-1, (-1, m))
+    # A stable order makes ties deterministic; padding ranks last and is cut off again.
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+    return keep.flatten(-2)[..., :width].movedim(-1, 1)
+
+
+def _as_boolean(name: str, value: Tensor) -> Tensor:
+    if value.dtype is not torch.bool:
+        if not ((value == 0) | (value == 1)).all():
+            raise ValueError(f"mask of {name!r} holds values other than 0 and 1")
+        value = value.bool()
+    return value.detach().cpu().contiguous()
+
+
+def _checksum(entries: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        entry = entries[name].contiguous()
+        digest.update(f"{name} {tuple(entry.shape)} {entry.dtype}\n".encode())
+        digest.update(entry.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(items: list[Any], most: int = 5) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + rest

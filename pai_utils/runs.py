@@ -1,0 +1,252 @@
+"""Runs of notebooks: validated parameters, seeds, tidy files, and the record of what was run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import pandas as pd
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pai_utils.execution import unknown_name, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+_RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
+# What a kernel puts beside the notebook's own names.
+_KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+
+
+class NotebookConfig(BaseModel):
+    """Parameters common to all notebooks. Subclasses add their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    backbone: str
+    image_size: Positive | None = None  # None: the backbone's own
+    pretrained: bool = True
+    train_size: Positive | None = None  # images a task; None: all
+    test_size: Positive | None = None
+    samples: Positive | None = 256  # images a score; None: all
+    batch_size: Positive = 64
+    device: str = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: str = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, values: Any) -> Any:
+        """Papermill's ``-p`` passes lists and mappings as text; read it as YAML."""
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            name: yaml.safe_load(value)
+            if isinstance(value, str) and value.lstrip().startswith(("[", "{"))
+            else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
+        """Validate the parameters that a notebook's first cells defined.
+
+        Args:
+            namespace: the notebook's ``globals()``, holding parameters and imported modules only.
+
+        Raises:
+            ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
+        """
+        given = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_")
+            and name not in _KERNEL_NAMES
+            and not isinstance(value, ModuleType)
+        }
+        fields = list(cls.model_fields)
+        for name in given:
+            if name not in fields:
+                raise unknown_name("parameter", name, fields)
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}"
+                + ("" if e["type"] == "missing" else f", not {e['input']!r}")
+                for e in error.errors()
+            )
+            raise ValueError(
+                f"parameters refused: {problems}. Valid parameters: {', '.join(fields)}"
+            ) from error
+
+
+class PrunePerTaskConfig(NotebookConfig):
+    """Parameters of the notebook ``prune_per_task``."""
+
+    sources: list[str] = Field(min_length=2)
+    scorers: list[str] = Field(min_length=1)
+    sparsity: Sparsity
+
+
+class ZeroShotRetentionConfig(NotebookConfig):
+    """Parameters of the notebook ``zero_shot_retention``."""
+
+    source: str | list[str]  # one task or several
+    targets: list[str] = Field(min_length=1)
+    scorers: list[str] = Field(min_length=1)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+
+    @property
+    def sources(self) -> list[str]:
+        """The source tasks, always as a list."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def tasks(self) -> list[str]:
+        """Sources and targets, each once, in that order."""
+        return list(dict.fromkeys([*self.sources, *self.targets]))
+
+
+class FinetuneRecoveryConfig(NotebookConfig):
+    """Parameters of the notebook ``finetune_recovery``."""
+
+    source: str
+    targets: list[str] = Field(min_length=1)
+    scorer: str
+    sparsity: Sparsity
+    learning_rates: list[Rate] = Field(min_length=1)
+    steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
+    finetune_batch_size: Positive = 32
+
+    @property
+    def tasks(self) -> list[str]:
+        """Source and targets, each once, the source first."""
+        return list(dict.fromkeys([self.source, *self.targets]))
+
+
+class LandscapeAnalysisConfig(NotebookConfig):
+    """Parameters of the notebook ``landscape_analysis``."""
+
+    source: str
+    targets: list[str] = Field(min_length=1)
+    scorers: list[str] = Field(min_length=1)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    fractions: list[Fraction] = Field(min_length=2)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Source and targets, each once, the source first."""
+        return list(dict.fromkeys([self.source, *self.targets]))
+
+
+class Run:
+    """One execution of a notebook: its output folder and its record.
+
+    Args:
+        name: the notebook's name.
+        config: its validated parameters; ``config.out`` is the folder, made if needed.
+    """
+
+    def __init__(self, name: str, config: NotebookConfig) -> None:
+        self.name = name
+        self.config = config
+        self.folder = Path(config.out)
+        self._outputs: dict[str, str] = {}
+        self._started = datetime.now(UTC)
+        self._clock = time.perf_counter()
+        # A record from an earlier run in this folder would vouch for files that are being replaced.
+        (self.folder / "record.json").unlink(missing_ok=True)
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write ``<name>.csv`` to the run's folder: all of it or nothing."""
+        self._write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
+
+    def write_figure(self, name: str, figure: Figure) -> None:
+        """Write ``<name>.png`` to the run's folder: all of it or nothing."""
+        from io import BytesIO
+
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        self._write(f"{name}.png", buffer.getvalue())
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write ``record.json``, the last file of a run, and return its contents.
+
+        Args:
+            facts: further entries, such as the provenance of weights.
+        """
+        commit, clean = _commit()
+        record: dict[str, Any] = {
+            "notebook": self.name,
+            "parameters": self.config.model_dump(),
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self._clock, 2),
+            "peak_memory_mib": _peak_memory_mib(),
+            "device": _device_name(self.config.device),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {p: importlib.metadata.version(p) for p in _RECORDED_PACKAGES},
+            "commit": commit,
+            "clean": clean,
+            "outputs": self._outputs,
+            **facts,
+        }
+        text = json.dumps(record, indent=2, sort_keys=True, default=str)
+        write_atomically(self.folder / "record.json", text.encode() + b"\n")
+        return record
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_atomically(self.folder / name, content)
+        self._outputs[name] = hashlib.sha256(content).hexdigest()
+
+
+def _peak_memory_mib() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+
+
+def _device_name(device: str) -> str:
+    if device in {"auto", "cuda"} and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the library's checkout and whether it is clean; ``None`` outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, not status

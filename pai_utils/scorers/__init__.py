@@ -1,0 +1,121 @@
+"""Saliency scores of weights: one number a weight, higher means keep.
+
+:func:`score` is the one way in. A scorer is a function ``(model, names, data, *, ...)`` that
+returns one tensor a name, and one line in :data:`SCORERS`; its keyword arguments are its options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pai_utils.backbones import prunable_parameters
+from pai_utils.execution import Samples, logger, unknown_name
+from pai_utils.scorers.baselines import magnitude, random
+from pai_utils.scorers.diagonal import fisher_diag, ggn_diag
+
+__all__ = ["SCORERS", "Scorer", "Scores", "score"]
+
+_COMMON = ("samples", "batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A row of the registry."""
+
+    function: Callable[..., dict[str, Tensor]]
+    summary: str
+    needs_data: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The scorer's own keywords with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in _COMMON
+        }
+
+
+SCORERS: dict[str, Scorer] = {
+    "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False),
+    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False),
+    "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
+    "ggn_diag": Scorer(ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)"),
+}
+
+
+@dataclass
+class Scores(dict[str, Tensor]):
+    """Scores by parameter name, and the parameters that were left out."""
+
+    scores: dict[str, Tensor]
+    scorer: str
+    left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.update(self.scores)
+
+
+def score(
+    name: str,
+    model: nn.Module,
+    data: Samples | None = None,
+    *,
+    samples: int | None = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Score every prunable weight of ``model``; higher means keep.
+
+    Args:
+        name: a key of :data:`SCORERS`.
+        model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
+            Scored in evaluation mode and left exactly as it was. Of a
+            :class:`~pai_utils.backbones.Classifier` the head is left out.
+        data: samples of the source task; ``random`` and ``magnitude`` need none.
+        samples: size of the seeded draw without replacement; ``None`` for all, in order.
+        batch_size: samples a forward; halved when memory runs out. No score depends on it.
+        seed: seed of every draw.
+        options: the scorer's own keywords, as in ``SCORERS[name].options``.
+
+    Returns:
+        A dictionary from parameter name to a tensor of the parameter's shape; ``left_out`` names
+        the parameters that are not scored (biases, norms, embeddings, the head).
+
+    Raises:
+        ValueError: for an unknown scorer or option, missing data, or non-finite scores.
+    """
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, list(SCORERS))
+    scorer = SCORERS[name]
+    unknown = [option for option in options if option not in scorer.options]
+    if unknown:
+        raise ValueError(
+            f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
+            + (", ".join(scorer.options) or "none")
+        )
+    if scorer.needs_data and data is None:
+        raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
+    names = prunable_parameters(model)
+    if not names:
+        raise ValueError("the model has no convolution or linear weight to score")
+    scores = scorer.function(
+        model, names, data, samples=samples, batch_size=batch_size, seed=seed, **options
+    )
+    for parameter, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{name} gave non-finite scores for {parameter!r}; look for non-finite weights, "
+                "images or logits"
+            )
+    left_out = [n for n, _ in model.named_parameters() if n not in scores]
+    logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
+    return Scores(scores, scorer=name, left_out=left_out)

@@ -1,0 +1,63 @@
+"""Optimal brain damage: ½ w² H_ii with a positive semi-definite diagonal curvature H_ii.
+
+Removing weight w_i moves the parameters by −w_i e_i; at a minimum of the loss, and with a
+diagonal Hessian, the loss rises by ½ w_i² H_ii (LeCun, Denker & Solla 1990).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.execution import Samples
+
+
+def fisher_diag(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """½ w² · mean over samples of g², g the gradient with the true label (empirical Fisher)."""
+    diagonal = fisher_diagonal(
+        model, names, data, samples=samples, batch_size=batch_size, seed=seed
+    )
+    return _saliency(model, diagonal)
+
+
+def ggn_diag(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    estimator: str = "mc",
+    draws: int = 1,
+) -> dict[str, Tensor]:
+    """½ w² · diagonal of the Gauss-Newton matrix; see :func:`~.diagonals.ggn_diagonal`."""
+    diagonal = ggn_diagonal(
+        model,
+        names,
+        data,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        estimator=estimator,
+        draws=draws,
+    )
+    return _saliency(model, diagonal)
+
+
+def _saliency(model: nn.Module, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return {
+        name: values.mul_(parameters[name].detach().square()).mul_(0.5)
+        for name, values in diagonal.items()
+    }
