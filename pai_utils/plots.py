@@ -1,0 +1,332 @@
+"""Every figure of the book. Each function takes a tidy table and returns a matplotlib figure.
+
+Series differ by marker and line style as well as by colour, so that every figure reads without
+colour; backgrounds are white, so that it reads in light and dark pages alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
+_PANEL = (3.1, 2.9)  # inches
+
+
+def retention_curves(held_out: pd.DataFrame) -> Figure:
+    """Retention on held-out tasks against sparsity, one panel a source, with intervals.
+
+    Args:
+        held_out: as from :func:`~pai_utils.evaluation.held_out_retention`; further scorers, such
+            as one for an encoder without pre-training, are further lines.
+    """
+    sources = list(dict.fromkeys(held_out.source))
+    scorers = list(dict.fromkeys(held_out.scorer))
+
+    def draw(axes: Axes, source: str) -> None:
+        for index, scorer in enumerate(scorers):
+            line = held_out[(held_out.source == source) & (held_out.scorer == scorer)]
+            line = line.sort_values("sparsity")
+            style = _style(index)
+            axes.plot(line.sparsity, line.retention, label=scorer, **style)
+            axes.fill_between(
+                line.sparsity, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0
+            )
+        axes.axhline(1, color="0.2", linewidth=0.8)
+        axes.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
+        axes.set_title(f"mask from {source}")
+        axes.set_xlabel("sparsity")
+
+    with _look():
+        return _panels(sources, draw, "retention on held-out tasks")
+
+
+def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
+    """Retention of every target under the mask of every source, one panel a scorer.
+
+    Args:
+        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
+        sparsity: the one shown.
+    """
+    shown = summary[np.isclose(summary.sparsity, sparsity)]
+    targets = list(dict.fromkeys(shown.target))
+    sourced = [
+        s for s in dict.fromkeys(shown.scorer) if (shown[shown.scorer == s].source != "none").all()
+    ]
+    blind = shown[~shown.scorer.isin([*sourced, "dense"])]
+
+    def draw(axes: Axes, scorer: str) -> None:
+        own = shown[shown.scorer == scorer]
+        cells = own.pivot(index="source", columns="target", values="retention")
+        cells = cells.reindex(index=list(dict.fromkeys(own.source)), columns=targets)
+        for name in dict.fromkeys(blind.scorer):
+            row = blind[blind.scorer == name].set_index("target").retention
+            cells.loc[f"({name})"] = row.reindex(targets)
+        sns.heatmap(
+            cells.astype(float),
+            ax=axes,
+            annot=True,
+            fmt=".2f",
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            cbar=False,
+            linewidths=0.5,
+        )
+        axes.set_title(f"{scorer}, sparsity {sparsity:g}")
+        axes.set_xlabel("evaluated on")
+        axes.tick_params(axis="y", rotation=0)
+
+    with _look():
+        return _panels(sourced, draw, "mask from", size=(4.2, 3.0), share=False)
+
+
+def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: str) -> Figure:
+    """Accuracy over fine-tuning steps, one panel a learning rate, one line a task.
+
+    Args:
+        recovery: as from :func:`~pai_utils.finetuning.recovery_sweep`.
+        dense: dense accuracy of each task, drawn at the right edge.
+        source: the task fine-tuned on, drawn thicker.
+    """
+    rates = sorted(set(recovery.learning_rate))
+    frozen = recovery[recovery["head"] == "frozen"]
+    targets = list(dict.fromkeys(frozen.target))
+    last = max(frozen.step)
+
+    def draw(axes: Axes, rate: str) -> None:
+        for index, target in enumerate(targets):
+            line = frozen[(frozen.learning_rate == float(rate)) & (frozen.target == target)]
+            style = _style(index)
+            is_source = target == source
+            axes.plot(
+                line.step,
+                line.accuracy,
+                label=f"{target} (source)" if is_source else target,
+                **style | {"linewidth": 2.6 if is_source else 1.5},
+            )
+            axes.plot(last * 1.06, dense[target], marker="_", markersize=12, color=style["color"])
+            refit = recovery[
+                (recovery["head"] == "refitted")
+                & (recovery.learning_rate == float(rate))
+                & (recovery.target == target)
+            ]
+            axes.plot(
+                refit.step,
+                refit.accuracy,
+                linestyle="none",
+                marker=style["marker"],
+                markersize=9,
+                markerfacecolor="none",
+                color=style["color"],
+            )
+        axes.set_title(f"learning rate {float(rate):g}")
+        axes.set_xlabel("fine-tuning steps")
+
+    with _look():
+        return _panels([repr(rate) for rate in rates], draw, "accuracy")
+
+
+def predicted_and_measured(table: pd.DataFrame) -> Figure:
+    """Loss increase along the pruning direction, measured and as each quadratic model predicts it.
+
+    Args:
+        table: rows of :func:`~pai_utils.landscape.predicted_and_measured` with a column
+            ``panel`` naming task, scorer or sparsity.
+    """
+    panels = list(dict.fromkeys(table.panel))
+    series = {
+        "measured": "measured",
+        "hessian": "gᵀδ + ½ δᵀHδ",
+        "ggn": "½ δᵀGδ",
+        "diagonal": "½ δᵀ diag(G) δ",
+    }
+
+    def draw(axes: Axes, panel: str) -> None:
+        rows = table[table.panel == panel]
+        for index, (column, label) in enumerate(series.items()):
+            axes.plot([0, *rows.fraction], [0, *rows[column]], label=label, **_style(index))
+        axes.set_title(panel)
+        axes.set_xlabel("fraction α of the pruning step")
+
+    with _look():
+        return _panels(panels, draw, "loss increase (nats)", share=False)
+
+
+def layer_sparsities(table: pd.DataFrame) -> Figure:
+    """Sparsity of each layer from input to output, one panel a scorer, one line a source.
+
+    Args:
+        table: columns ``scorer, source, layer, sparsity``, layers in order of depth.
+    """
+    layers = list(dict.fromkeys(table.layer))
+
+    def draw(axes: Axes, scorer: str) -> None:
+        own = table[table.scorer == scorer]
+        for index, source in enumerate(dict.fromkeys(own.source)):
+            line = own[own.source == source].set_index("layer").reindex(layers)
+            style = _style(index)
+            axes.plot(
+                range(len(layers)),
+                line.sparsity,
+                label="no data" if source == "none" else f"mask from {source}",
+                **style | {"markersize": 2.5, "linewidth": 1},
+            )
+        axes.set_title(scorer)
+        axes.set_xlabel("layer, input to output")
+        axes.set_ylim(-0.02, 1.02)
+
+    with _look():
+        return _panels(list(dict.fromkeys(table.scorer)), draw, "sparsity", size=(4.6, 3.0))
+
+
+def mask_overlaps(overlap: pd.DataFrame) -> Figure:
+    """Overlap (intersection over union of kept weights) of pairs of masks as a labelled matrix.
+
+    Args:
+        overlap: square, symmetric, names on both axes.
+    """
+    with _look():
+        side = 1.6 + 0.62 * len(overlap)
+        figure, axes = plt.subplots(figsize=(side + 0.6, side))
+        sns.heatmap(
+            overlap,
+            ax=axes,
+            annot=True,
+            fmt=".2f",
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            cbar=False,
+            linewidths=0.5,
+            square=True,
+        )
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=45)
+        figure.tight_layout()
+    return _finished(figure)
+
+
+def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure:
+    """Distribution of the positive scores of each scorer, with the threshold at a sparsity.
+
+    Args:
+        scores: one flat tensor a scorer.
+        sparsity: the fraction of all scores left of the drawn threshold.
+    """
+
+    def draw(axes: Axes, name: str) -> None:
+        values: NDArray[Any] = scores[name].double().cpu().numpy()
+        positive = values[values > 0]
+        zero = 1 - len(positive) / len(values)
+        axes.hist(np.log10(positive), bins=80, color="0.45")
+        threshold = np.quantile(values, sparsity)
+        if threshold > 0:
+            axes.axvline(np.log10(threshold), color="C3", linestyle="--", linewidth=1.5)
+        axes.set_title(f"{name} ({zero:.1%} zero)")
+        axes.set_xlabel("log₁₀ score")
+
+    with _look():
+        return _panels(list(scores), draw, "weights", share=False)
+
+
+def sample_images(tasks: Mapping[str, Any], columns: int = 8) -> Figure:
+    """The first test images of each task, one row a task.
+
+    Args:
+        tasks: name to :class:`~pai_utils.tasks.Task`.
+        columns: images a row.
+    """
+    with _look():
+        figure, grid = plt.subplots(
+            len(tasks), columns, figsize=(columns * 0.95, len(tasks) * 1.05), squeeze=False
+        )
+        for row, (name, task) in zip(grid, tasks.items(), strict=True):
+            for axes, image in zip(row, task.test.images[:columns], strict=False):
+                axes.imshow(image.permute(1, 2, 0).numpy())
+            for axes in row:
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(visible=False)
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        figure.tight_layout(pad=0.3)
+    return _finished(figure)
+
+
+def _look() -> Any:
+    """Context of the book's style; leaves the reader's own settings alone."""
+    return plt.rc_context(
+        {
+            **sns.axes_style("whitegrid"),
+            **sns.plotting_context("paper", font_scale=1.1),
+            "axes.prop_cycle": cycler(color=sns.color_palette("colorblind")),
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "savefig.bbox": "tight",
+        }
+    )
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": sns.color_palette("colorblind")[index % 10],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _STYLES[index % len(_STYLES)],
+        "markersize": 5,
+        "linewidth": 1.6,
+    }
+
+
+def _panels(
+    names: Sequence[str],
+    draw: Callable[[Axes, str], None],
+    ylabel: str,
+    *,
+    size: tuple[float, float] = _PANEL,
+    share: bool = True,
+) -> Figure:
+    """One panel a name in rows of at most three, and one legend for all below them."""
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(size[0] * columns, size[1] * rows + 0.4),
+        squeeze=False,
+        sharey=share,
+    )
+    for axes, name in zip(grid.flat, names, strict=False):
+        draw(axes, name)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(ylabel)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.tight_layout()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=min(4, len(labels)),
+            frameon=False,
+        )
+    return _finished(figure)
+
+
+def _finished(figure: Figure) -> Figure:
+    """Take the figure out of pyplot's hands, so that a notebook shows it once: as the result."""
+    plt.close(figure)
+    return figure
