@@ -1,0 +1,360 @@
+"""Checks of the rendered book, as files and in a browser.
+
+``PAI_SITE`` names the folder of the rendered pages (default ``_build/html``). Without one the
+checks are skipped, or fail where ``PAI_REQUIRE_SITE`` is set; the browser's are skipped without
+Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup, Tag
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+SITE = Path(os.environ.get("PAI_SITE") or ROOT / "_build" / "html").resolve()
+MAX_PAGE_BYTES = 1_500_000
+WIDTHS = (1280, 390)
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+LOADED = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "embed": "src",
+    "source": "src",
+    "audio": "src",
+    "video": "src",
+    "object": "data",
+}
+LOADED_LINKS = {"stylesheet", "icon", "preload", "modulepreload", "prefetch", "manifest"}
+GENERIC_ALT = {"image", "figure", "plot", "graph", "chart", "picture", "img", "png", "svg", "alt"}
+
+
+def toc_pages() -> list[str]:
+    """Return the pages of the table of contents, in order."""
+
+    def walk(entry: Any) -> Iterator[str]:
+        if isinstance(entry, dict):
+            yield from (entry[key] for key in ("root", "file") if key in entry)
+            for value in entry.values():
+                yield from walk(value)
+        elif isinstance(entry, list):
+            for item in entry:
+                yield from walk(item)
+
+    return list(walk(yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))))
+
+
+PAGES = toc_pages()
+NOTEBOOKS = [page for page in PAGES if page.startswith("book/executed/")]
+
+
+@cache
+def parse(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text("utf-8"), "html.parser")
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    """Return what a link can point at within a page."""
+    tags = parse(path).find_all(True)
+    return {str(tag[key]) for tag in tags for key in ("id", "name") if tag.has_attr(key)}
+
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    if not SITE.is_dir():
+        advice = f"no rendered book at {SITE}: run `make book`, or set PAI_SITE to one"
+        if os.environ.get("PAI_REQUIRE_SITE"):
+            pytest.fail(advice)
+        pytest.skip(advice)
+    return SITE
+
+
+@pytest.fixture
+def soup(site: Path, page: str) -> BeautifulSoup:
+    return parse(site / f"{page}.html")
+
+
+def is_external(address: str) -> bool:
+    parts = urlsplit(address)
+    return bool(parts.netloc) or parts.scheme in ("http", "https", "ftp")
+
+
+def own_images(soup: BeautifulSoup, folder: Path) -> set[Path]:
+    """Return the image files that belong to one page and not to the theme."""
+    sources = {str(img["src"]) for img in soup.find_all("img") if img.has_attr("src")}
+    files = {(folder / unquote(source)).resolve() for source in sources if ":" not in source}
+    return {path for path in files if "_static" not in path.parts}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_of_the_table_of_contents_is_rendered(site: Path, page: str) -> None:
+    assert (site / f"{page}.html").is_file()
+
+
+def test_the_start_page_leads_to_the_book(site: Path) -> None:
+    assert f"url={PAGES[0]}.html" in (site / "index.html").read_text("utf-8")
+
+
+def test_the_contents_hold_both_backbones_of_every_notebook() -> None:
+    pairs = {tuple(Path(page).name.split("-", 1)) for page in NOTEBOOKS}
+    notebooks = {name for name, _ in pairs}
+    backbones = {backbone for _, backbone in pairs}
+    assert pairs == {(name, backbone) for name in notebooks for backbone in backbones}
+    assert len(pairs) == len(NOTEBOOKS) == 8
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_an_executed_notebook_ran_to_its_end_without_error(site: Path, page: str) -> None:
+    notebook = json.loads((site / "_sources" / f"{page}.ipynb").read_text("utf-8"))
+    assert notebook["metadata"]["papermill"].get("exception") is None
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert [output["ename"] for output in outputs if output["output_type"] == "error"] == []
+    not_run = [
+        cell["source"] for cell in cells if "".join(cell["source"]) and not cell["execution_count"]
+    ]
+    assert not_run == []
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_an_executed_notebook_names_its_backbone_in_the_title(soup: BeautifulSoup) -> None:
+    heading = soup.select_one("article h1")
+    assert heading is not None
+    assert re.search(r" on \S+", heading.get_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_image_has_an_alternative_text_that_says_something(soup: BeautifulSoup) -> None:
+    poor = []
+    for image in soup.find_all("img"):
+        alt = str(image.get("alt") or "").strip()
+        words = re.findall(r"\w+", alt.lower())
+        is_file_name = re.search(r"\.(png|svg|jpe?g|gif)$", alt.lower())
+        if len(set(words) - GENERIC_ALT) < 3 or is_file_name or alt.startswith("<"):
+            poor.append((image.get("src"), alt))
+    assert poor == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_links_inside_the_book_lead_somewhere(site: Path, page: str) -> None:
+    source = site / f"{page}.html"
+    dead = []
+    for link in parse(source).find_all("a", href=True):
+        address = urlsplit(str(link["href"]))
+        if address.scheme or address.netloc:
+            continue
+        target = (source.parent / unquote(address.path)).resolve() if address.path else source
+        anchor = unquote(address.fragment)
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            dead.append(link["href"])
+    assert dead == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, "search", "genindex"])
+def test_a_page_names_no_resource_outside_the_book(soup: BeautifulSoup) -> None:
+    addresses = [
+        str(tag[attribute])
+        for name, attribute in LOADED.items()
+        for tag in soup.find_all(name)
+        if isinstance(tag, Tag) and tag.has_attr(attribute)
+    ]
+    for link in soup.find_all("link", href=True):
+        if LOADED_LINKS.intersection(link.get_attribute_list("rel")):
+            addresses.append(str(link["href"]))
+    for style in soup.find_all("style"):
+        addresses += re.findall(r"url\(['\"]?([^'\")]+)", style.get_text())
+    assert [address for address in addresses if is_external(address)] == []
+
+
+def test_no_style_sheet_loads_from_outside_the_book(site: Path) -> None:
+    sheets = list((site / "_static").rglob("*.css"))
+    assert sheets
+    loads = re.compile(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]+)")
+    found = {sheet.name: loads.findall(sheet.read_text("utf-8")) for sheet in sheets}
+    assert {name: addresses for name, addresses in found.items() if addresses} == {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_with_its_images_weighs_less_than_the_limit(site: Path, page: str) -> None:
+    source = site / f"{page}.html"
+    files = {source, *own_images(parse(source), source.parent)}
+    assert sum(path.stat().st_size for path in files) < MAX_PAGE_BYTES
+
+
+def test_only_the_used_part_of_mathjax_is_shipped(site: Path) -> None:
+    files = [path for path in (site / "_static" / "mathjax").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".woff" for path in files)
+    assert sum(path.stat().st_size for path in files) < 1_500_000
+
+
+@pytest.fixture(scope="session")
+def browser(site: Path) -> Iterator[Browser]:
+    executable = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if executable is None:
+        advice = f"no Chromium found (looked for {', '.join(CHROMIUM_NAMES)})"
+        if os.environ.get("PAI_REQUIRE_BROWSER"):
+            pytest.fail(advice)
+        pytest.skip(f"{advice}: the pages are not opened in a browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """What a browser showed and did while a page of the book was opened from disk."""
+
+    errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def watch(self, page: Page) -> None:
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", self._on_request)
+        page.on("requestfailed", lambda request: self.missing.append(request.url))
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.outside.append(request.url)
+
+
+LOOK = """async () => {
+    if (window.MathJax?.startup?.promise) await MathJax.startup.promise;
+    const scrolls = (element) => {
+        for (let e = element; e.tagName !== "ARTICLE"; e = e.parentElement)
+            if (getComputedStyle(e).overflowX !== "visible") return true;
+        return false;
+    };
+    const cutOff = [...document.querySelectorAll("article *")].filter((element) => {
+        const box = element.getBoundingClientRect();
+        return box.width && box.right > innerWidth + 1 && !scrolls(element);
+    });
+    const article = document.querySelector("article").cloneNode(true);
+    const count = (selector) => article.querySelectorAll(selector).length;
+    const [formulae, typeset, failed] = [".math", "mjx-container", "mjx-merror"].map(count);
+    article.querySelectorAll("pre, code, mjx-container, script").forEach((e) => e.remove());
+    return {
+        overflow: document.documentElement.scrollWidth - innerWidth,
+        cutOff: cutOff.map((e) => e.outerHTML.slice(0, 120)),
+        broken: [...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src),
+        formulae, typeset, failed, text: article.textContent,
+    };
+}"""
+
+
+@pytest.fixture(scope="session")
+def visit(site: Path, browser: Browser) -> Iterator[Callable[[str, int], Visit]]:
+    """Open each page once per width; the tests look at what was seen."""
+    contexts = {w: browser.new_context(viewport={"width": w, "height": 844}) for w in WIDTHS}
+
+    @cache
+    def visit(page: str, width: int) -> Visit:
+        tab, visit = contexts[width].new_page(), Visit()
+        visit.watch(tab)
+        tab.goto((site / f"{page}.html").as_uri())
+        visit.seen = tab.evaluate(LOOK)
+        tab.close()
+        return visit
+
+    yield visit
+    for context in contexts.values():
+        context.close()
+
+
+in_browser = pytest.mark.parametrize(
+    ("page", "width"), [(page, width) for page in PAGES for width in WIDTHS]
+)
+Open = Callable[[str, int], Visit]
+
+
+@in_browser
+def test_a_page_opens_without_a_console_error(page: str, width: int, visit: Open) -> None:
+    assert visit(page, width).errors == []
+
+
+@in_browser
+def test_no_request_leaves_a_page_opened_from_disk(page: str, width: int, visit: Open) -> None:
+    assert visit(page, width).outside == []
+    assert visit(page, width).missing == []
+    assert visit(page, width).seen["broken"] == []
+
+
+@in_browser
+def test_a_page_does_not_scroll_sideways(page: str, width: int, visit: Open) -> None:
+    assert visit(page, width).seen["overflow"] <= 1
+    assert visit(page, width).seen["cutOff"] == [], "wider than the page, in no box that scrolls"
+
+
+@in_browser
+def test_the_formulae_of_a_page_are_typeset(page: str, width: int, visit: Open) -> None:
+    seen = visit(page, width).seen
+    assert seen["typeset"] >= seen["formulae"]
+    assert seen["failed"] == 0
+    assert not re.search(r"\\[(\[]|\$\$|\\(?:frac|mathbb|theta)", seen["text"])
+
+
+def test_the_theory_page_holds_formulae(visit: Open) -> None:
+    assert visit("book/theory", WIDTHS[0]).seen["typeset"] > 50
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_body_text_has_enough_contrast(site: Path, scheme: str, browser: Browser) -> None:
+    tab = browser.new_page()
+    tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
+    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    theme, *colours = tab.evaluate(
+        """() => [document.documentElement.dataset.theme,
+            getComputedStyle(document.querySelector("article p")).color,
+            getComputedStyle(document.body).backgroundColor]"""
+    )
+    tab.close()
+    assert theme == scheme
+    dark, light = sorted(luminance(colour) for colour in colours)
+    assert (light + 0.05) / (dark + 0.05) >= 7, "the level AAA of WCAG 2"
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of ``rgb(r, g, b)`` as WCAG 2 defines it."""
+    values = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_a_search_finds_the_page_that_explains_a_word(site: Path, browser: Browser) -> None:
+    tab, visit = browser.new_page(), Visit()
+    visit.watch(tab)
+    tab.goto((site / "search.html").as_uri() + "?q=saliency")
+    tab.wait_for_selector("#search-results li a", timeout=10_000)
+    found = tab.eval_on_selector_all("#search-results li a", "links => links.map((a) => a.href)")
+    tab.close()
+    assert any("/book/theory.html" in address for address in found)
+    assert (visit.errors, visit.outside) == ([], [])
