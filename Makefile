@@ -1,0 +1,74 @@
+# Two commands do the work: `make book` and `make test`. `make` alone lists all of them.
+
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+READY := $(VENV)/.ready
+SMOKE_SITE := build/smoke/_build/html
+
+.DEFAULT_GOAL := help
+.PHONY: help env book test lint unit notebooks smoke check-book lock clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(READY) ## make the environment .venv from the lock; PYTHON=python3.12 chooses a Python
+
+# The stamp is written last: whatever interrupts the recipe, the next call starts it again.
+$(READY): requirements.lock pyproject.toml
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  command -v $(PYTHON) >/dev/null 2>&1 || { \
+	    echo "make env: there is no $(PYTHON); name a Python 3.11 to 3.13: make env PYTHON=..." >&2; \
+	    exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "make env: $(PYTHON) is `$(PYTHON) --version`; Python 3.11 to 3.13 is needed" >&2; \
+	    exit 1; }; \
+	  echo "Making $(VENV) with `$(PYTHON) --version`"; \
+	  $(PYTHON) -m venv --clear $(VENV) || exit 1; \
+	fi
+	@echo "Installing the locked packages (several GB and a few minutes the first time)"
+	@awk '/^[^ #]/ { own = /^uv==/ } own' requirements.lock > $(VENV)/uv.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
+	  -r $(VENV)/uv.txt
+	@$(UV) pip sync $(if $(MAKE_TERMERR),,--quiet) --python $(PY) --require-hashes requirements.lock
+	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+	@echo "The environment is ready: $(VENV)"
+
+book: $(READY) ## run the book's notebooks and render it
+	@$(PY) workflow/build.py book
+
+test: $(READY) ## lint, unit tests, notebooks as they are, smoke grid, checks of the rendered book
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory smoke
+	@$(MAKE) --no-print-directory check-book
+	@echo "make test: all passed"
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+unit: $(READY) ## unit tests
+	$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/book
+
+notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
+	$(PY) -m pytest --nbval-lax tests/notebooks notebooks
+
+smoke: $(READY) ## run the smoke grid and render it to build/smoke
+	$(PY) workflow/build.py smoke
+
+check-book: $(READY) ## check the book that `make smoke` rendered, in a browser too if there is one
+	PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest tests/book
+
+lock: $(READY) ## write requirements.lock again; UPGRADE=--upgrade takes the newest versions
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --extra book --extra test --custom-compile-command "make lock" $(UPGRADE) \
+	  --output-file requirements.lock pyproject.toml
+
+clean: ## remove what the commands made, except .venv and results
+	rm -rf build _build book/executed .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""The form that every notebook has, so that papermill, nbval and a reader can rely on it."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def _code(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in _read(path).cells if cell.cell_type == "code"]
+
+
+def test_notebook_is_valid_and_starts_with_a_title(path: Path) -> None:
+    notebook = _read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+
+
+def test_notebook_is_stored_without_outputs(path: Path) -> None:
+    for cell in _code(path):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+
+
+def test_first_code_cell_alone_is_the_parameters_cell(path: Path) -> None:
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in _code(path)]
+    assert tagged == [True] + [False] * (len(tagged) - 1)
+
+
+def test_parameters_are_plain_values_and_one_is_the_out_folder(path: Path) -> None:
+    names = []
+    for statement in ast.parse(_code(path)[0].source).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        assert isinstance(target, ast.Name)
+        assert statement.value is not None
+        ast.literal_eval(statement.value)
+        names.append(target.id)
+    assert len(names) == len(set(names))
+    assert {"backbone", "out"} <= set(names)
+
+
+def test_second_code_cell_checks_the_parameters(path: Path) -> None:
+    statements = ast.parse(_code(path)[1].source).body
+    (config,) = [
+        node
+        for node in statements
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "config"
+    ]
+    call = ast.unparse(config.value)
+    assert call.startswith("pai.runs.")
+    assert call.endswith("Config.from_notebook(globals())")
+    others = [node for node in statements if node is not config]
+    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in others)
+
+
+def test_notebook_defines_no_function_and_no_class(path: Path) -> None:
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    for cell in _code(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, definitions), ast.unparse(node)
+
+
+def test_claims_are_asserted_on_the_numbers_of_the_run(path: Path) -> None:
+    sources = [ast.parse(cell.source) for cell in _code(path)]
+    assert any(isinstance(node, ast.Assert) for tree in sources for node in ast.walk(tree))

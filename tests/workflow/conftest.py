@@ -1,0 +1,152 @@
+"""Small projects with trivial notebooks, built by the real command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+BUILD = Path(__file__).resolve().parents[2] / "workflow" / "build.py"
+
+# Each cell leaves a mark of its own run, so that a test sees whether it ran again.
+SOURCE = """\
+import os, pathlib, time, uuid
+import stub_library
+quotient = 1 / divisor
+time.sleep(seconds)
+(pathlib.Path(out) / "run.txt").write_text(uuid.uuid4().hex)
+print(os.environ["OMP_NUM_THREADS"], "thread")
+"""
+
+
+class Project:
+    """A folder that `build.py` takes for the repository."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self, grid: str, cells: dict[str, dict[str, object]]) -> "Project":
+        """Write the sources of a book with one page for each cell."""
+        for folder in ("notebooks", "pai_utils", "workflow/grids", "book"):
+            (self.root / folder).mkdir(parents=True)
+        (self.root / "notebooks" / "divide.ipynb").write_text(json.dumps(_notebook()))
+        (self.root / "pai_utils" / "stub_library.py").write_text("answer = 42\n")
+        (self.root / "requirements.lock").write_text("")
+        (self.root / "book" / "index.md").write_text("# Divisions\n")
+        config = {
+            "title": "Divisions",
+            "only_build_toc_files": True,
+            "execute": {"execute_notebooks": "off"},
+        }
+        pages = [{"file": f"book/executed/{name}"} for name in cells]
+        contents = {"format": "jb-book", "root": "book/index", "chapters": pages}
+        (self.root / "_config.yml").write_text(yaml.safe_dump(config))
+        (self.root / "_toc.yml").write_text(yaml.safe_dump(contents))
+        self.write_grid(grid, cells)
+        return self
+
+    def write_grid(self, grid: str, cells: dict[str, dict[str, object]]) -> None:
+        entries = {name: {"notebook": "divide", "parameters": p} for name, p in cells.items()}
+        path = self.root / "workflow" / "grids" / f"{grid}.yaml"
+        path.write_text(yaml.safe_dump({"cells": entries}))
+
+    def copy(self, root: Path) -> "Project":
+        shutil.copytree(self.root, root)
+        return Project(root)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.root / "pai_utils")}
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(BUILD), *arguments]
+
+    def build(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    @property
+    def progress(self) -> Path:
+        """What a started run shows."""
+        return self.root / "progress.txt"
+
+    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        with self.progress.open("wb") as stream:
+            return subprocess.Popen(
+                self.command(*arguments), cwd=self.root, env=self.environment, stderr=stream
+            )
+
+    def is_running(self, cell: str) -> bool:
+        log = self.root / "build/logs/book" / f"{cell}.ipynb"
+        return log.exists() and '"running"' in log.read_text()
+
+    def marks(self, executed: str = "book/executed") -> dict[str, str]:
+        """Return what the last run of each published cell wrote."""
+        folder = self.root / executed
+        return {
+            copy.stem: (folder / copy.stem / "run.txt").read_text()
+            for copy in folder.glob("*.ipynb")
+        }
+
+    def files(self) -> set[str]:
+        """Return every file outside Snakemake's folder."""
+        paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        return {path.as_posix() for path in paths if path.parts[0] != ".snakemake"}
+
+
+def _notebook() -> dict[str, object]:
+    def cell(identifier: str, source: str, tags: list[str]) -> dict[str, object]:
+        return {
+            "cell_type": "code",
+            "id": identifier,
+            "metadata": {"tags": tags},
+            "execution_count": None,
+            "outputs": [],
+            "source": source,
+        }
+
+    title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# One division"}
+    defaults = "divisor = 1\nseconds = 0\nout = '.'"
+    return {
+        "cells": [title, cell("parameters", defaults, ["parameters"]), cell("run", SOURCE, [])],
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+@pytest.fixture
+def new_project(tmp_path: Path) -> Callable[..., Project]:
+    def create(cells: dict[str, dict[str, object]], grid: str = "book") -> Project:
+        return Project(tmp_path / "project").create(grid, cells)
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def _rendered(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    cells: dict[str, dict[str, object]] = {"half": {"divisor": 2}, "third": {"divisor": 3}}
+    project = Project(tmp_path_factory.mktemp("rendered") / "project").create("book", cells)
+    result = project.build("book")
+    assert result.returncode == 0, result.stderr
+    return project
+
+
+@pytest.fixture
+def rendered(_rendered: Project, tmp_path: Path) -> Project:
+    """A copy of a project whose book is up to date: the cells `half` and `third`."""
+    return _rendered.copy(tmp_path / "project")

@@ -1,0 +1,188 @@
+"""The command that runs a grid and renders its book."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+from tests.workflow.conftest import Project
+
+NewProject = Callable[..., Project]
+
+
+def test_first_run_says_where_to_open_the_book_and_second_does_nothing(rendered: Project) -> None:
+    index = rendered.root / "_build" / "html" / "index.html"
+    begin = time.monotonic()
+    marks = rendered.marks()
+    result = rendered.build("book")
+    assert result.returncode == 0
+    assert result.stdout == f"Nothing to do: the book is up to date at {index.as_uri()}\n"
+    assert rendered.marks() == marks
+    assert time.monotonic() - begin < 10
+
+
+def test_moved_and_touched_sources_re_run_nothing(rendered: Project) -> None:
+    # `rendered` is already a copy in another folder; now every source looks new.
+    for folder in ("notebooks", "pai_utils", "book", "workflow/grids"):
+        for path in (rendered.root / folder).glob("*.*"):
+            path.touch()
+    assert "Nothing to do" in rendered.build("book").stdout
+
+
+def test_changed_parameter_re_runs_only_its_cell(rendered: Project) -> None:
+    before = rendered.marks()
+    rendered.write_grid("book", {"half": {"divisor": 2}, "third": {"divisor": 3.5}})
+    result = rendered.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    after = rendered.marks()
+    assert after["half"] == before["half"]
+    assert after["third"] != before["third"]
+
+
+def test_changed_line_of_the_library_re_runs_the_cells(rendered: Project) -> None:
+    before = rendered.marks()
+    (rendered.root / "pai_utils" / "stub_library.py").write_text("answer = 43\n")
+    result = rendered.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    after = rendered.marks()
+    assert set(after) == {"half", "third"}
+    assert all(after[name] != before[name] for name in after)
+
+
+def test_changed_page_renders_again_without_running_a_cell(rendered: Project) -> None:
+    before = rendered.marks()
+    (rendered.root / "book" / "index.md").write_text("# Quotients\n")
+    result = rendered.build("book")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Open the book: file://")
+    assert rendered.marks() == before
+    assert "Quotients" in (rendered.root / "_build/html/book/index.html").read_text()
+
+
+def test_warning_of_the_renderer_fails_the_build_and_is_shown(rendered: Project) -> None:
+    (rendered.root / "book" / "index.md").write_text("# Quotients\n\n[gone](nowhere.md)\n")
+    result = rendered.build("book")
+    assert result.returncode == 1
+    assert "nowhere.md" in result.stderr
+    assert "build/logs/book/render.log" in result.stderr
+    assert not (rendered.root / "_build/html/index.html").exists()
+
+
+def test_executed_copy_with_an_error_is_not_rendered(rendered: Project) -> None:
+    copy = rendered.root / "book/executed/half.ipynb"
+    notebook = json.loads(copy.read_text())
+    error = {"output_type": "error", "ename": "KeyError", "evalue": "'x'", "traceback": []}
+    notebook["cells"][-1]["outputs"].append(error)
+    copy.write_text(json.dumps(notebook))
+    result = rendered.build("book", "--allowed-rules", "render", "--forcerun", "render")
+    assert result.returncode == 1
+    assert "book/executed/half.ipynb: KeyError: 'x'" in result.stderr
+
+
+def test_failed_cell_fails_the_command_stays_readable_and_lets_others_go_on(
+    new_project: NewProject,
+) -> None:
+    project = new_project({"zero": {"divisor": 0}, "one": {"divisor": 1}, "two": {"divisor": 2}})
+    result = project.build("book", "--cores", "1")
+    assert result.returncode == 1
+    assert "FAILED    zero" in result.stderr
+    assert "zero: ZeroDivisionError: division by zero" in result.stderr
+    assert "build/logs/book/zero.ipynb" in result.stderr
+    assert set(project.marks()) == {"one", "two"}
+    assert not (project.root / "book/executed/zero").exists()
+    assert not (project.root / "_build").exists()
+    failed = (project.root / "build/logs/book/zero.ipynb").read_text()
+    assert "ZeroDivisionError" in failed
+    assert "quotient = 1 / divisor" in failed
+
+
+def test_cell_gets_one_thread_and_a_relative_out_folder(rendered: Project) -> None:
+    copy = (rendered.root / "book/executed/half.ipynb").read_text()
+    assert "1 thread" in copy
+    assert 'out = \\"book/executed/half\\"' in copy
+    assert str(rendered.root) not in copy
+
+
+def test_grid_other_than_book_leaves_the_readers_book_alone(new_project: NewProject) -> None:
+    project = new_project({"half": {"divisor": 2}}, grid="smoke")
+    before = project.files()
+    result = project.build("smoke", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    assert {path.split("/")[0] for path in project.files() - before} == {"build"}
+    assert set(project.marks("build/smoke/book/executed")) == {"half"}
+
+
+def test_killed_run_leaves_no_half_written_copy_and_the_next_one_resumes(
+    new_project: NewProject,
+) -> None:
+    project = new_project({"quick": {}, "slow": {"seconds": 60}})
+    with project.start("book", "--target", "executed", "--cores", "2") as process:
+        _wait_until(lambda: "finished  quick" in project.progress.read_text())
+        _wait_until(lambda: project.is_running("slow"))
+        for pid in (process.pid, *_descendants(process.pid)):
+            os.kill(pid, signal.SIGKILL)
+    mark = project.marks()["quick"]
+    assert set(project.marks()) == {"quick"}
+
+    project.write_grid("book", {"quick": {}, "slow": {"seconds": 0}})
+    result = project.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    assert set(project.marks()) == {"quick", "slow"}
+    assert project.marks()["quick"] == mark
+
+
+def test_cell_ends_when_snakemake_alone_is_killed(new_project: NewProject) -> None:
+    project = new_project({"slow": {"seconds": 60}})
+    with project.start("book", "--target", "executed") as process:
+        _wait_until(lambda: project.is_running("slow"))
+        snakemake, *cell = _descendants(process.pid)
+        assert cell
+        os.kill(snakemake, signal.SIGKILL)
+    assert process.returncode == 1
+    _wait_until(lambda: not _living() & set(cell))
+    assert project.marks() == {}
+
+
+def test_second_run_of_a_grid_at_the_same_time_is_refused(rendered: Project) -> None:
+    with (rendered.root / ".snakemake" / "book.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = rendered.build("book")
+    assert result.returncode == 1
+    assert "this grid is being run already" in result.stderr
+
+
+def test_unknown_grid_is_refused_with_the_known_ones(rendered: Project) -> None:
+    result = rendered.build("bok")
+    assert result.returncode == 1
+    assert "there is no grid 'bok'; there are: book" in result.stderr
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def _parents() -> dict[int, int]:
+    """Return the parent of each process that is no zombie."""
+    command = ["ps", "-A", "-o", "pid=,ppid=,stat="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split() for line in lines]
+    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+
+
+def _living() -> set[int]:
+    return set(_parents())
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Return the processes below one, parents before children."""
+    parents = _parents()
+    found = [ancestor]
+    for process in found:
+        found.extend(pid for pid, parent in parents.items() if parent == process)
+    return found[1:]

@@ -1,0 +1,101 @@
+"""Grids, and what is wrong with an executed copy."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from cells import Layout, last_error, problems, read_grid
+
+ROOT = Path(__file__).resolve().parents[2]
+ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}
+
+
+def _executed(path: Path, outputs: list[object], status: str, exception: bool | None) -> Path:
+    cell = {
+        "cell_type": "code",
+        "outputs": outputs,
+        "metadata": {"papermill": {"status": status}},
+    }
+    notebook = {"cells": [cell], "metadata": {"papermill": {"exception": exception}}}
+    path.write_text(json.dumps(notebook))
+    return path
+
+
+def test_copy_that_ran_to_its_end_has_no_problem(tmp_path: Path) -> None:
+    copy = _executed(tmp_path / "a.ipynb", [], "completed", None)
+    assert problems(copy) == []
+    assert last_error(copy) is None
+
+
+def test_error_output_is_a_problem_even_where_the_notebook_allows_it(tmp_path: Path) -> None:
+    copy = _executed(tmp_path / "a.ipynb", [ERROR], "completed", None)
+    assert problems(copy) == [f"{copy}: ValueError: no"]
+    assert last_error(copy) == "ValueError: no"
+
+
+@pytest.mark.parametrize(
+    ("status", "exception"), [("pending", None), ("running", None), ("completed", True)]
+)
+def test_copy_that_stopped_early_is_a_problem(
+    tmp_path: Path, status: str, exception: bool | None
+) -> None:
+    copy = _executed(tmp_path / "a.ipynb", [], status, exception)
+    assert problems(copy) == [f"{copy}: did not run to its end"]
+
+
+def test_notebook_without_papermills_record_is_a_problem(tmp_path: Path) -> None:
+    copy = tmp_path / "a.ipynb"
+    copy.write_text(json.dumps({"cells": [], "metadata": {}}))
+    assert problems(copy) == [f"{copy}: was not executed by papermill"]
+
+
+def test_missing_copy_is_a_problem(tmp_path: Path) -> None:
+    assert problems(tmp_path / "a.ipynb") == [f"{tmp_path / 'a.ipynb'}: missing"]
+
+
+def test_parameters_in_another_order_are_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    texts = []
+    for parameters in ("{a: 1, b: [2]}", "{b: [2], a: 1}"):
+        path.write_text(f"cells: {{one: {{notebook: n, parameters: {parameters}}}}}")
+        texts.append(read_grid(path)["one"].parameters_json)
+    assert texts[0] == texts[1] == '{"a": 1, "b": [2]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected the one key 'cells' with at least one cell"),
+        ({"cells": {}}, "expected the one key 'cells' with at least one cell"),
+        ({"cells": {"a/b": {}}}, "cell 'a/b': a name consists of"),
+        ({"cells": {"a": {"notebook": "n"}}}, "cell 'a': expected the keys"),
+        ({"cells": {"a": {"notebook": "n", "parameters": []}}}, "cell 'a': 'parameters' must map"),
+        (
+            {"cells": {"a": {"notebook": "n", "parameters": {"out": "x"}}}},
+            "cell 'a': 'out' is set by the workflow",
+        ),
+    ],
+)
+def test_malformed_grid_is_refused_with_the_place(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_grid(path)
+
+
+def test_smoke_and_book_have_the_same_cells_of_the_same_notebooks() -> None:
+    smoke, book = (read_grid(ROOT / Layout(grid).grid_file) for grid in ("smoke", "book"))
+    assert list(smoke) == list(book)
+    for name, cell in book.items():
+        assert smoke[name].notebook == cell.notebook
+        assert smoke[name].parameters["backbone"] == cell.parameters["backbone"]
+
+
+def test_every_cell_is_named_for_its_notebook_and_backbone() -> None:
+    for grid in (ROOT / "workflow" / "grids").glob("*.yaml"):
+        for name, cell in read_grid(grid).items():
+            assert name.startswith(f"{cell.notebook}-{cell.parameters['backbone']}"), grid

@@ -1,0 +1,76 @@
+"""Run one cell of a grid: `execute.py NOTEBOOK --parameters JSON --out DIR --log FILE --copy FILE`.
+
+papermill writes to the log, cell by cell, so that a failed notebook stays readable there. Only a
+copy that ran to its end without an error is published, in one step.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from cells import problems
+from papermill import PapermillExecutionError, execute_notebook
+from traitlets.config import Config
+
+# The channel to a kernel is open to every user of the computer unless it is encrypted.
+KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+
+
+def _stop_with_parent() -> None:
+    """Interrupt this process when its parent dies, so that nothing writes after the workflow."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path) -> list[str]:
+    """Execute a notebook into `log` and return the problems of the executed copy."""
+    out.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # The copy in the log holds the traceback of a failed cell, where a reader looks for it.
+    with contextlib.suppress(PapermillExecutionError):
+        execute_notebook(
+            str(notebook),
+            str(log),
+            parameters={**parameters, "out": out.as_posix()},
+            progress_bar=False,
+            config=KERNEL,
+        )
+    return problems(log)
+
+
+def main() -> int:
+    """Execute the cell that the command line names; 0 if its copy was published."""
+    parser = argparse.ArgumentParser(description="Execute one cell of a grid.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--parameters", type=json.loads, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--copy", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    _stop_with_parent()
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    found = execute(arguments.notebook, arguments.parameters, arguments.out, arguments.log)
+    if found:
+        return 1
+    partial = arguments.copy.with_suffix(".partial")
+    shutil.copyfile(arguments.log, partial)
+    partial.replace(arguments.copy)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
