@@ -62,7 +62,7 @@ smoke: $(READY) ## run the smoke grid and render it to build/smoke
 	$(PY) workflow/build.py smoke
 
 check-book: $(READY) ## check the book that `make smoke` rendered, in a browser too if there is one
-	PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest tests/book
+	PAI_REQUIRE_SITE=1 PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest tests/book
 
 lock: $(READY) ## write requirements.lock again; UPGRADE=--upgrade takes the newest versions
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \

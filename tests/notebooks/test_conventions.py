@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -11,11 +12,11 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.i
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def _read(path: Path) -> nbformat.NotebookNode:
+def _read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def _code(path: Path) -> list[nbformat.NotebookNode]:
+def _code(path: Path) -> list[Any]:
     return [cell for cell in _read(path).cells if cell.cell_type == "code"]
 
 
@@ -41,10 +42,9 @@ def test_first_code_cell_alone_is_the_parameters_cell(path: Path) -> None:
 def test_parameters_are_plain_values_and_one_is_the_out_folder(path: Path) -> None:
     names = []
     for statement in ast.parse(_code(path)[0].source).body:
-        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        assert isinstance(statement, ast.Assign), ast.unparse(statement)
+        (target,) = statement.targets
         assert isinstance(target, ast.Name)
-        assert statement.value is not None
         ast.literal_eval(statement.value)
         names.append(target.id)
     assert len(names) == len(set(names))
