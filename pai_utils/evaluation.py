@@ -117,6 +117,33 @@ def retention_replicates(
     return np.asarray(total / len(pruned))
 
 
+def gain_replicates(
+    before: Sequence[NDArray[np.bool_]],
+    after: Sequence[NDArray[np.bool_]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Bootstrap replicates, over test items, of a gain in accuracy averaged over tasks.
+
+    Args:
+        before: for each task ``[items]``, whether the model was right before.
+        after: the same after, on the same items.
+        resamples: number of replicates.
+        seed: seed of the bootstrap.
+
+    Returns:
+        ``[resamples]``, in accuracy.
+    """
+    random = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for first, second in zip(before, after, strict=True):
+        items = len(first)
+        counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
+        total += counts @ (second.astype(float) - first) / items
+    return np.asarray(total / len(before))
+
+
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap replicates."""
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])

@@ -73,6 +73,19 @@ class Mask(Mapping[str, Tensor]):
         """Parameters that are pruned to nothing."""
         return [name for name, entry in self._entries.items() if not entry.any()]
 
+    def overlap(self, other: Mask) -> float:
+        """Intersection over union of the weights that the two masks keep.
+
+        Two independent random masks that keep a fraction k each overlap by k / (2 - k).
+
+        Raises:
+            ValueError: if the masks are for different parameters.
+        """
+        self._check(other)
+        other._check(self)
+        both = sum(int((entry & other[name]).sum()) for name, entry in self._entries.items())
+        return both / (self.kept + other.kept - both)
+
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Set the pruned weights of ``model`` to zero, in place.

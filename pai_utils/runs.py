@@ -26,6 +26,8 @@ from pai_utils.execution import unknown_name, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pai_utils.masks import Mask
+
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -188,6 +190,12 @@ class Run:
         buffer = BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         self._write(f"{name}.png", buffer.getvalue())
+
+    def write_mask(self, name: str, mask: Mask) -> None:
+        """Write ``<name>.safetensors`` to the run's folder: all of it or nothing."""
+        path = self.folder / f"{name}.safetensors"
+        mask.save(path)
+        self._outputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.
