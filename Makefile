@@ -18,13 +18,13 @@ env: $(READY) ## make the environment .venv from the lock; PYTHON=python3.12 cho
 # The stamp is written last: whatever interrupts the recipe, the next call starts it again.
 $(READY): requirements.lock pyproject.toml
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
-	  command -v $(PYTHON) >/dev/null 2>&1 || { \
-	    echo "make env: there is no $(PYTHON); name a Python 3.11 to 3.13: make env PYTHON=..." >&2; \
+	  version=`$(PYTHON) --version 2>/dev/null` || { \
+	    echo "make env: $(PYTHON) does not run; name one that does: make env PYTHON=/path/to/python" >&2; \
 	    exit 1; }; \
 	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	    echo "make env: $(PYTHON) is `$(PYTHON) --version`; Python 3.11 to 3.13 is needed" >&2; \
+	    echo "make env: $(PYTHON) is $$version; Python 3.11, 3.12 or 3.13 is needed" >&2; \
 	    exit 1; }; \
-	  echo "Making $(VENV) with `$(PYTHON) --version`"; \
+	  echo "Making $(VENV) with $$version"; \
 	  $(PYTHON) -m venv --clear $(VENV) || exit 1; \
 	fi
 	@echo "Installing the locked packages (several GB and a few minutes the first time)"
