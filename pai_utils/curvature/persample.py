@@ -15,12 +15,13 @@ one layer exist at any time.
 
 A weight used in any other way (shared by several calls, reshaped, inside
 ``nn.MultiheadAttention``, or in a layout whose rows are not grouped by sample) takes a generic
-path, one backward a sample, with the same result.
+path, one backward a sample, with the same result. Which weights do is found by trial on two
+samples: a weight that receives a gradient although its observed calls are cut off is used
+elsewhere, and rows are grouped by sample where changing one sample changes its half alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,37 +63,36 @@ class _Call:
 
 
 class _Observer(TorchFunctionMode):
-    """Detach known weights from autograd and hand ``(call, output gradient)`` to ``receive``."""
+    """Cut observed calls' weights off from autograd.
+
+    With ``receive``, hand it ``(call, output gradient)`` during the backward pass; without, keep
+    the calls of each weight in ``calls``.
+    """
 
     def __init__(
         self,
         weights: dict[str, nn.Parameter],
-        receive: Callable[[_Call, Tensor], None],
+        receive: Callable[[_Call, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.names = {id(weight): name for name, weight in weights.items()}
         self.receive = receive
-        self.uses: Counter[str] = Counter()
-        self.opaque: set[str] = set()
+        self.calls: dict[str, list[_Call]] = {name: [] for name in weights}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear or func is F.conv2d:
-            call = self._recognise(func, args, kwargs)
+            values = dict(zip(_SIGNATURES[func], args, strict=False)) | kwargs
+            call = self._recognise(func, values)
             if call is not None:
-                return self._observed(func, args, kwargs, call)
-        result = func(*args, **kwargs)
-        touched = self._touched((args, kwargs))
-        if touched and _holds_tensor(result):
-            self.opaque |= touched
-        return result
+                return self._observed(func, values, call)
+        return func(*args, **kwargs)
 
-    def _recognise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Call | None:
-        values = dict(zip(_SIGNATURES[func], args, strict=False)) | kwargs
+    def _recognise(self, func: Any, values: dict[str, Any]) -> _Call | None:
         name = self.names.get(id(values["weight"]))
-        if name is None or self._touched((values["input"], values.get("bias"))):
+        if name is None:
             return None
         if func is F.linear:
             return _Call(name, values["input"], None) if values["input"].dim() > 1 else None
@@ -110,41 +110,26 @@ class _Observer(TorchFunctionMode):
         }
         return _Call(name, values["input"], geometry)
 
-    def _observed(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], call: _Call
-    ) -> Tensor:
-        self.uses[call.name] += 1
-        output: Tensor = func(*args, **kwargs)
+    def _observed(self, func: Any, values: dict[str, Any], call: _Call) -> Tensor:
+        output: Tensor = func(**values | {"weight": values["weight"].detach()})
+        receive = self.receive
+        if receive is None:
+            self.calls[call.name].append(call)
+            return output
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             # The first weight of the network: the graph starts here, not at the image. The copy
             # lets an in-place activation follow, which a leaf would refuse.
             output = output.requires_grad_().clone()
-        output.register_hook(lambda gradient: self.receive(call, gradient))
+        output.register_hook(lambda gradient: receive(call, gradient))
         return output
-
-    def _touched(self, values: Any) -> set[str]:
-        if isinstance(values, Tensor):
-            name = self.names.get(id(values))
-            return set() if name is None else {name}
-        if isinstance(values, dict):
-            values = values.values()
-        elif not isinstance(values, (list, tuple)):
-            return set()
-        return {name for value in values for name in self._touched(value)}
 
 
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, Tensor)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -221,27 +206,53 @@ def _columns(
 
 
 def _generic_names(model: nn.Module, weights: dict[str, nn.Parameter], images: Tensor) -> set[str]:
-    """Names of the weights that need the generic path.
+    """Names of the weights that need the generic path, tried on two images ``[2, 3, H, W]``.
 
-    Two samples go forward and only the first one's logits backward: wherever a gradient arrives
-    in the second half of a layer's rows, that layer's rows are not grouped by sample.
+    All parameters are frozen when this is called.
     """
-    ungrouped: set[str] = set()
+    for weight in weights.values():
+        weight.requires_grad_()
+    observer = _Observer(weights)
+    with torch.enable_grad(), observer:
+        logits = model(images)
+    elsewhere: set[str] = set()
+    if logits.requires_grad:  # through a use of a weight that was not observed
+        gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+        used = zip(weights, gradients, strict=True)
+        elsewhere = {name for name, gradient in used if gradient is not None}
+    # Another first image, then another second one.
+    change = torch.linspace(-1, 1, images[0].numel()).to(images).view_as(images[0])
+    inputs = [observer.calls]
+    for changed in (0, 1):
+        others = images.clone()
+        others[changed] += change
+        observer = _Observer(weights)
+        with torch.no_grad(), observer:
+            model(others)
+        inputs.append(observer.calls)
+    rest = {name for name, calls in inputs[0].items() if calls} - elsewhere
+    return elsewhere | {
+        name for name in rest if not _used_once_and_grouped(*(calls[name] for calls in inputs))
+    }
 
-    def receive(call: _Call, gradient: Tensor) -> None:
-        rows = gradient.shape[0]
-        if rows % 2 or call.input.shape[0] != rows or bool(gradient[rows // 2 :].any()):
-            ungrouped.add(call.name)
 
-    observer = _Observer(weights, receive)
-    with observer:
-        output = model(images)
-    if output.requires_grad:
-        cotangent = torch.zeros_like(output)
-        cotangent[0] = torch.linspace(1, 2, output.shape[1]).to(output)
-        output.backward(cotangent)
-    shared = {name for name, count in observer.uses.items() if count > 1}
-    return ungrouped | shared | observer.opaque
+def _used_once_and_grouped(
+    calls: list[_Call], first_changed: list[_Call], second_changed: list[_Call]
+) -> bool:
+    """Whether a weight has one call, the first half of whose rows is the first sample's."""
+    if not len(calls) == len(first_changed) == len(second_changed) == 1:
+        return False
+    reference = calls[0].input
+    rows = reference.shape[0]
+    if rows % 2:
+        return False
+    for half, other in ((0, first_changed[0].input), (1, second_changed[0].input)):
+        if other.shape != reference.shape:
+            return False
+        differs = (other != reference).reshape(2, -1).any(1)
+        if not differs[half] or differs[1 - half]:
+            return False
+    return True
 
 
 def sum_squared_gradients(
