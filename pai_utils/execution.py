@@ -27,6 +27,10 @@ T = TypeVar("T")
 logger = logging.getLogger("pai_utils")
 
 
+class NonFiniteError(ValueError, FloatingPointError):
+    """A loss or a weight that is not finite: bad input, or arithmetic that went wrong."""
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter (CPU for a model without any)."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -71,12 +75,13 @@ def batches(
     dataset is read item by item.
 
     Raises:
-        ValueError: if ``batch_size`` is below one.
+        ValueError: if ``batch_size`` is below one or there is no sample.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
+    _check_batch_size(batch_size)
     if indices is None:
         indices = torch.arange(len(cast(Sized, data)))
+    if len(indices) == 0:
+        raise ValueError("the dataset is empty; at least one sample is needed")
     whole = getattr(data, "batch", None)
     for rows in indices.split(batch_size):
         if whole is not None:
@@ -84,6 +89,20 @@ def batches(
         else:
             images, labels = default_collate([data[int(row)] for row in rows])
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that a model with so many classes cannot give.
+
+    Raises:
+        ValueError: if a label is negative or not below ``classes``.
+    """
+    lowest, highest = (int(bound) for bound in torch.aminmax(labels))
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"the data has a label {lowest if lowest < 0 else highest} but the model's classes are "
+            f"0 to {classes - 1}; the head was made for another task"
+        )
 
 
 @contextmanager
@@ -115,19 +134,31 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
     ``compute`` must give the same result for every batch size and have no effect when it fails.
 
     Raises:
-        torch.OutOfMemoryError: if even single samples do not fit.
+        torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``).
+        ValueError: if ``batch_size`` is below one.
     """
+    _check_batch_size(batch_size)
     while True:
         try:
             return compute(batch_size)
-        except torch.OutOfMemoryError:
-            if batch_size <= 1:
+        except RuntimeError as error:
+            if batch_size == 1 or not _ran_out_of_memory(error):
                 raise
             batch_size //= 2
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         logger.warning("out of memory; starting again with batches of %d", batch_size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

@@ -25,6 +25,7 @@ from pai_utils.curvature.persample import Cotangents, sum_squared_gradients
 from pai_utils.execution import (
     Samples,
     batches,
+    check_labels,
     device_of,
     draw_samples,
     fitting_batches,
@@ -55,21 +56,24 @@ def fisher_diagonal(
 
     Returns:
         One tensor a name, of the parameter's shape. No estimation error beyond the draw's.
+
+    Raises:
+        ValueError: if a label goes beyond the model's classes.
     """
     indices = draw_samples(data, samples, seed)
-    excess = torch.tensor(-1, device=device_of(model))
+    lowest, highest = torch.zeros(2, dtype=torch.long, device=device_of(model))
+    classes = 0
 
     def cotangents(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        torch.maximum(excess, labels.max() - logits.shape[1], out=excess)
+        nonlocal classes
+        classes = logits.shape[1]
+        torch.minimum(lowest, labels.min(), out=lowest)
+        torch.maximum(highest, labels.max(), out=highest)
         yield _residual(logits, labels)
 
     diagonal = _mean_squares(model, names, data, indices, batch_size, cotangents)
     # Looked at once, after the loop, so that a GPU never waits for it.
-    if excess >= 0:
-        raise ValueError(
-            "the data's labels go beyond the model's number of classes by "
-            f"{int(excess) + 1}; the head was made for another task"
-        )
+    check_labels(torch.stack([lowest, highest]), classes)
     return diagonal
 
 

@@ -8,6 +8,7 @@ All sums are over samples, weighted by batch size, so ragged batches change noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.execution import (
+    NonFiniteError,
     Samples,
     batches,
+    check_labels,
     device_of,
     draw_samples,
     fitting_batches,
@@ -60,14 +63,10 @@ def directional_terms(
         seed: seed of the draw.
 
     Raises:
-        ValueError: if a name or shape of ``direction`` does not fit the model.
+        ValueError: if a name or shape of ``direction`` does not fit the model, a label goes beyond
+            its classes, or a term is not finite.
     """
-    parameters = dict(model.named_parameters())
-    for name, value in direction.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise ValueError(
-                f"direction {name!r} {tuple(value.shape)} is no parameter of the model"
-            )
+    check_direction(model, direction)
     indices = draw_samples(data, samples, seed)
 
     def compute(size: int) -> Tensor:
@@ -81,7 +80,26 @@ def directional_terms(
         loss, gradient, hessian, ggn = (
             fitting_batches(compute, batch_size) / len(indices)
         ).tolist()
-    return DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
+    terms = DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
+    if not all(map(math.isfinite, (loss, gradient, hessian, ggn))):
+        raise NonFiniteError(f"{terms}: look for non-finite weights, images or directions")
+    return terms
+
+
+def check_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> None:
+    """Refuse a direction that does not fit the model's parameters.
+
+    Raises:
+        ValueError: if it is empty, or a name or shape is none of the model's.
+    """
+    if not direction:
+        raise ValueError("the direction names no parameter")
+    parameters = dict(model.named_parameters())
+    for name, value in direction.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(
+                f"direction {name!r} {tuple(value.shape)} is no parameter of the model"
+            )
 
 
 def _batch_terms(
@@ -96,12 +114,11 @@ def _batch_terms(
     vectors = [direction[name] for name in weights]
     with torch.enable_grad():
         logits = functional_call(model, weights, (images,))
+        check_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        gradients = _gradients(loss, list(weights.values()), create_graph=True)
         slope = sum_of_products(gradients, vectors)
-        products = torch.autograd.grad(
-            slope, list(weights.values()), allow_unused=True, materialize_grads=True
-        )
+        products = _gradients(slope, list(weights.values()))
     values = {name: weight.detach() for name, weight in weights.items()}
     tangent: Tensor = jvp(
         lambda changed: functional_call(model, changed, (images,)),
@@ -109,9 +126,22 @@ def _batch_terms(
         (dict(zip(weights, vectors, strict=True)),),
     )[1]
     p = logits.detach().softmax(1)
-    spread = (p * tangent.square()).sum(1) - (p * tangent).sum(1).square()
+    # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
+    centred = tangent - (p * tangent).sum(1, keepdim=True)
+    spread = (p * centred.square()).sum(1)
     terms = [loss.detach(), slope.detach(), sum_of_products(products, vectors), spread.sum()]
     return torch.stack([term.double() for term in terms])
+
+
+def _gradients(
+    value: Tensor, weights: list[Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients, zero for weights that ``value`` does not depend on."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(weight) for weight in weights)
+    return torch.autograd.grad(
+        value, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def sum_of_products(left: tuple[Tensor, ...] | list[Tensor], right: list[Tensor]) -> Tensor:
