@@ -105,10 +105,11 @@ class Mask(Mapping[str, Tensor]):
         from safetensors.torch import save
 
         entries = {name: entry.to(torch.uint8) for name, entry in self._entries.items()}
+        metadata = json.dumps(self.metadata, sort_keys=True)
         header = {
             "format": "pai_utils.Mask/1",
-            "sha256": _checksum(entries),
-            "metadata": json.dumps(self.metadata, sort_keys=True),
+            "sha256": _checksum(entries, metadata),
+            "metadata": metadata,
         }
         write_atomically(path, save(entries, metadata=header))
 
@@ -132,9 +133,10 @@ class Mask(Mapping[str, Tensor]):
             raise ValueError(f"{path} is truncated or no mask file: {error}") from error
         if header.get("format") != "pai_utils.Mask/1":
             raise ValueError(f"{path} was not written by Mask.save")
-        if header.get("sha256") != _checksum(entries):
+        metadata = header.get("metadata", "")
+        if header.get("sha256") != _checksum(entries, metadata):
             raise ValueError(f"{path} was altered: its contents do not match its checksum")
-        return cls(entries, json.loads(header["metadata"]))
+        return cls(entries, json.loads(metadata))
 
     def _check(self, parameters: Mapping[str, Tensor]) -> None:
         missing = [name for name in self._entries if name not in parameters]
@@ -177,16 +179,20 @@ def make_mask(
         ValueError: for an impossible sparsity, an unknown scope, no scores or non-finite ones, or
             if ``within`` prunes more than ``sparsity`` asks for.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
+    pattern = check_sparsity(sparsity, scope)
     if not scores:
         raise ValueError("no scores to make a mask from")
     for name, values in scores.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"scores of {name!r} are not finite")
+        if pattern is not None and values.dim() < 2:
+            raise ValueError(f"scope {scope!r} needs scores [out, in, ...], not 1-D {name!r}")
     ranked = dict(scores)
     if within is not None:
         within._check(ranked)
+        new = [name for name in ranked if name not in within]
+        if new:
+            raise ValueError(f"the earlier mask has no {_some(new)}, which the scores name")
         ranked = {
             name: values.masked_fill(~within[name].to(values.device), -torch.inf)
             for name, values in ranked.items()
@@ -195,20 +201,10 @@ def make_mask(
         flat = torch.cat([values.flatten() for values in ranked.values()])
         parts = _keep_highest(flat, sparsity).split([v.numel() for v in ranked.values()])
         kept = {n: p.view(v.shape) for (n, v), p in zip(ranked.items(), parts, strict=True)}
-    elif scope == "layer":
+    elif pattern is None:
         kept = {n: _keep_highest(v.flatten(), sparsity).view(v.shape) for n, v in ranked.items()}
-    elif pattern := re.fullmatch(r"(\d+):(\d+)", scope):
-        n, m = int(pattern[1]), int(pattern[2])
-        if not 0 < n <= m or abs(sparsity - (1 - n / m)) > 1e-9:
-            raise ValueError(
-                f"scope {scope!r} keeps {n} of every {m} weights; that is possible only with "
-                f"0 < N <= M and sparsity {1 - n / m if m else 0:g}, not {sparsity}"
-            )
-        kept = {name: _keep_n_of_m(values, n, m) for name, values in ranked.items()}
     else:
-        raise ValueError(
-            f"unknown scope {scope!r}; choose 'global', 'layer' or 'N:M' such as '2:4'"
-        )
+        kept = {name: _keep_n_of_m(values, *pattern) for name, values in ranked.items()}
     if within is not None:
         for name, entry in kept.items():
             if (entry.cpu() & ~within[name]).any():
@@ -217,6 +213,33 @@ def make_mask(
                     f"overall) in {name!r}; a pruned weight never comes back"
                 )
     return Mask(kept, metadata)
+
+
+def check_sparsity(sparsity: float, scope: str) -> tuple[int, int] | None:
+    """Refuse a sparsity or scope that :func:`make_mask` cannot serve; return N and M of ``"N:M"``.
+
+    Raises:
+        ValueError: for an impossible sparsity, an unknown scope, or a sparsity other than the
+            scope's own.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
+    if scope in ("global", "layer"):
+        return None
+    pattern = re.fullmatch(r"(\d+):(\d+)", scope)
+    if pattern is None:
+        raise ValueError(
+            f"unknown scope {scope!r}; choose 'global', 'layer' or 'N:M' such as '2:4'"
+        )
+    n, m = int(pattern[1]), int(pattern[2])
+    if not 0 < n <= m:
+        raise ValueError(f"scope {scope!r} keeps {n} of every {m} weights; N must be in 1 to M")
+    if abs(sparsity - (1 - n / m)) > 1e-9:
+        raise ValueError(
+            f"scope {scope!r} keeps {n} of every {m} weights: its sparsity is {1 - n / m:g}, "
+            f"not {sparsity}"
+        )
+    return n, m
 
 
 def _keep_highest(flat: Tensor, sparsity: float) -> Tensor:
@@ -240,22 +263,22 @@ def _keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
     width = last.shape[-1]
     padded = nn.functional.pad(last, (0, -width % m), value=-torch.inf)
     groups = padded.unflatten(-1, (-1, m))
-    # A stable order makes ties deterministic; padding ranks last and is cut off again.
-    order = groups.argsort(dim=-1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+    # In a stable order the first of equal scores goes first; padding ranks lowest and is cut off.
+    order = groups.argsort(dim=-1, stable=True)
+    keep = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
     return keep.flatten(-2)[..., :width].movedim(-1, 1)
 
 
 def _as_boolean(name: str, value: Tensor) -> Tensor:
-    if value.dtype is not torch.bool:
-        if not ((value == 0) | (value == 1)).all():
-            raise ValueError(f"mask of {name!r} holds values other than 0 and 1")
-        value = value.bool()
-    return value.detach().cpu().contiguous()
+    if not ((value == 0) | (value == 1)).all():
+        raise ValueError(f"mask of {name!r} holds values other than 0 and 1")
+    # A copy always: later changes to the caller's tensor are none of the mask's.
+    kept = torch.empty(value.shape, dtype=torch.bool)
+    return kept.copy_(value.detach())
 
 
-def _checksum(entries: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(entries: Mapping[str, Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(f"{metadata}\n".encode())
     for name in sorted(entries):
         entry = entries[name].contiguous()
         digest.update(f"{name} {tuple(entry.shape)} {entry.dtype}\n".encode())

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pai_utils.execution import Samples, logger, unknown_name
-from pai_utils.masks import Mask, make_mask
+from pai_utils.masks import Mask, check_sparsity, make_mask
 from pai_utils.scorers import score
 
 COMPENSATIONS = ("none",)
@@ -79,9 +79,8 @@ def prune(
         raise unknown_name("compensation", compensation, COMPENSATIONS)
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one round is needed")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
-    if rounds > 1 and ":" in scope:
+    # Before the costly scores, so that a misspelling is told at once.
+    if check_sparsity(sparsity, scope) is not None and rounds > 1:
         raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
     start = time.perf_counter()
     pruned = copy.deepcopy(model)
