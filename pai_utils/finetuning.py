@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -13,7 +14,15 @@ from torch.nn import functional as F
 
 from pai_utils.backbones import Classifier
 from pai_utils.evaluation import evaluate_heads
-from pai_utils.execution import Samples, batches, device_of, progress
+from pai_utils.execution import (
+    NonFiniteError,
+    Samples,
+    batches,
+    check_labels,
+    device_of,
+    logger,
+    progress,
+)
 from pai_utils.heads import fit_head
 from pai_utils.masks import Mask
 from pai_utils.tasks import Task
@@ -55,8 +64,10 @@ def finetune(
         The loss of each update's batch, in nats.
 
     Raises:
-        ValueError: for settings outside their range or a mask of another architecture.
-        FloatingPointError: at a non-finite loss; the model keeps the weights of the step before.
+        ValueError: for settings outside their range, a mask of another architecture, or labels
+            beyond the model's classes.
+        FloatingPointError: at a non-finite loss or update, naming step and learning rate. The
+            model keeps the last weights whose loss was finite (those given, at step 0).
     """
     if steps < 0:
         raise ValueError(f"steps={steps} must not be negative")
@@ -75,6 +86,7 @@ def finetune(
     )
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    sound = [p.detach().clone() for p in trained]
     losses: list[float] = []
     try:
         if on_step is not None:
@@ -86,13 +98,13 @@ def finetune(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch),
             )
             for images, labels in batches(data, batch_size, device, order):
-                loss = F.cross_entropy(model(images), labels)
+                logits = model(images)
+                check_labels(labels, logits.shape[1])
+                loss = F.cross_entropy(logits, labels)
                 value = loss.item()
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {len(losses)} with "
-                        f"learning_rate={learning_rate}; try a smaller one"
-                    )
+                if not math.isfinite(value):
+                    raise _diverged(f"the loss is {value}", len(losses), learning_rate)
+                torch._foreach_copy_(sound, [p.detach() for p in trained])
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 with torch.no_grad():
@@ -102,10 +114,15 @@ def finetune(
                             parameter.grad.masked_fill_(gone, 0)
                 optimiser.step()
                 losses.append(value)
+                if not torch.stack([p.isfinite().all() for p in trained]).all():
+                    raise _diverged("an update is not finite", len(losses), learning_rate)
                 if on_step is not None:
                     on_step(len(losses))
                 if len(losses) == steps:
                     break
+    except NonFiniteError:
+        torch._foreach_copy_([p.detach() for p in trained], sound)
+        raise
     finally:
         optimiser.zero_grad(set_to_none=True)
         for module, training in modes.items():
@@ -178,20 +195,30 @@ def recovery_sweep(
             if step in at_steps:
                 record(step, "frozen", heads)
 
-        finetune(
-            tuned,
-            tasks[source].train,
-            mask,
-            steps=max(at_steps),
-            learning_rate=rate,
-            batch_size=batch_size,
-            seed=seed,
-            on_step=watch,
-        )
+        try:
+            finetune(
+                tuned,
+                tasks[source].train,
+                mask,
+                steps=max(at_steps),
+                learning_rate=rate,
+                batch_size=batch_size,
+                seed=seed,
+                on_step=watch,
+            )
+        except NonFiniteError as error:
+            logger.warning("fine-tuning ends early: %s", error)
+            continue
         if refit:
             refitted = {name: fit_head(backbone, task) for name, task in tasks.items()}
             record(max(at_steps), "refitted", refitted)
     return pd.DataFrame(table)
+
+
+def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"{what} at step {step} with learning_rate={learning_rate}; try a smaller one"
+    )
 
 
 def _removed(model: nn.Module, mask: Mask | None) -> list[tuple[nn.Parameter, torch.Tensor]]:
