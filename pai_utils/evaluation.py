@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,15 +16,18 @@ from torch.nn import functional as F
 
 from pai_utils.backbones import Backbone, Classifier
 from pai_utils.execution import (
+    NonFiniteError,
     Samples,
     batches,
+    check_labels,
     device_of,
     fitting_batches,
     progress,
     undisturbed,
+    unknown_name,
 )
 from pai_utils.heads import features
-from pai_utils.masks import Mask, make_mask
+from pai_utils.masks import Mask, check_sparsity, make_mask
 from pai_utils.scorers import SCORERS, score
 from pai_utils.tasks import Task
 
@@ -44,7 +47,8 @@ def evaluate(model: nn.Module, data: Samples, *, batch_size: int = 128) -> Evalu
     """Accuracy and mean cross-entropy of ``model`` on all of ``data``, in evaluation mode.
 
     Raises:
-        ValueError: if the labels go beyond the model's classes or the loss is not finite.
+        ValueError: if the labels go beyond the model's classes, the loss is not finite, or
+            ``data`` is empty.
     """
 
     def compute(size: int) -> list[tuple[Tensor, Tensor]]:
@@ -63,7 +67,12 @@ def evaluate_heads(
     *,
     batch_size: int = 128,
 ) -> dict[str, Evaluation]:
-    """Evaluate one encoder on several tasks, each with its own frozen head."""
+    """Evaluate one encoder on several tasks, each with its own frozen head.
+
+    Raises:
+        ValueError: as :func:`evaluate`, or if a task has no head.
+    """
+    _check_names("head of task", data, heads)
     results = {}
     for name, samples in data.items():
         values, labels = features(backbone, samples, batch_size=batch_size)
@@ -173,7 +182,14 @@ def retention_sweep(
         One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
         ``"dense"``, sparsity 0): columns ``source, target, scorer, sparsity, seed, accuracy,
         loss, count, chance, correct`` (the last one ``[count]`` bool).
+
+    Raises:
+        ValueError: for an unknown source, scorer or scope, or an impossible sparsity.
     """
+    _check_names("source", sources, tasks)
+    _check_names("scorer", scorers, SCORERS)
+    for sparsity in sparsities:
+        check_sparsity(sparsity, scope)
     tests = {name: task.test for name, task in tasks.items()}
     pruned = copy.deepcopy(backbone)
     weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
@@ -294,6 +310,13 @@ def held_out_retention(
     return pd.DataFrame(summary)
 
 
+def _check_names(kind: str, names: Iterable[str], valid: Iterable[str]) -> None:
+    known = list(valid)
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+
+
 def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The dense encoder's row of each target."""
     rows = table[table.scorer == "dense"].to_dict("records")
@@ -308,16 +331,14 @@ def _encoder_part(mask: Mask) -> Mask:
 def _evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     from scipy.stats import binomtest
 
-    highest = int(labels.max())
-    if highest >= logits.shape[1]:
-        raise ValueError(
-            f"the data has a label {highest} but the model only {logits.shape[1]} classes; "
-            "the head was made for another task"
-        )
-    loss = float(F.cross_entropy(logits.float(), labels))
+    logits, labels = logits.cpu(), labels.cpu()
+    check_labels(labels, logits.shape[1])
+    loss = float(F.cross_entropy(logits.double(), labels))
     if not np.isfinite(loss):
-        raise ValueError(f"the loss on {len(labels)} samples is {loss}: the logits are not finite")
-    correct = (logits.argmax(1) == labels).cpu()
+        raise NonFiniteError(
+            f"the loss on {len(labels)} samples is {loss}: the logits are not finite"
+        )
+    correct = logits.argmax(1) == labels
     right = int(correct.sum())
     bounds = binomtest(right, len(labels)).proportion_ci(0.95, method="wilson")
     return Evaluation(

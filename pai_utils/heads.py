@@ -54,8 +54,9 @@ def fit_head(
             f"task {task.name!r} has no training sample of class {task.class_names[absent[0]]!r}; "
             "raise train_size"
         )
-    mean, std = values.double().mean(0), values.double().std(0)
-    std[std == 0] = 1
+    mean, std = values.double().mean(0), values.double().std(0, correction=0)
+    # A feature that varies by rounding only, such as a bias alone, must not be blown up.
+    std[std <= 1e-6 * mean.abs()] = 1
     regression = LogisticRegression(C=inverse_penalty, max_iter=2000)
     regression.fit(((values.double() - mean) / std).numpy(), labels.numpy())
     weight = torch.from_numpy(regression.coef_)
@@ -63,7 +64,7 @@ def fit_head(
     if classes == 2:  # scikit-learn gives one row, the difference of the two
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / std
-    head = nn.Linear(values.shape[1], classes)
+    head = nn.Linear(values.shape[1], classes, dtype=values.dtype)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias - weight @ mean)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
-from pai_utils.curvature.products import directional_terms
+from pai_utils.curvature.products import check_direction, directional_terms
 from pai_utils.evaluation import evaluate
 from pai_utils.execution import Samples, draw_samples
 from pai_utils.masks import Mask
@@ -92,7 +92,12 @@ def losses_along(
     *,
     batch_size: int = 64,
 ) -> list[float]:
-    """Mean loss at θ + αδ for every α; the weights return bit for bit."""
+    """Mean loss at θ + αδ for every α; the weights return bit for bit.
+
+    Raises:
+        ValueError: if the direction does not fit the model or a loss is not finite.
+    """
+    check_direction(model, direction)
     parameters = dict(model.named_parameters())
     origin = {name: parameters[name].detach().clone() for name in direction}
     losses = []
