@@ -7,7 +7,7 @@ returns one tensor a name, and one line in :data:`SCORERS`; its keyword argument
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,8 @@ def score(
         the parameters that are not scored (biases, norms, embeddings, the head).
 
     Raises:
-        ValueError: for an unknown scorer or option, missing data, or non-finite scores.
+        ValueError: for an unknown scorer or option, missing data, labels beyond the model's
+            classes, or non-finite weights, images or scores.
     """
     if name not in SCORERS:
         raise unknown_name("scorer", name, list(SCORERS))
@@ -110,12 +111,22 @@ def score(
     scores = scorer.function(
         model, names, data, samples=samples, batch_size=batch_size, seed=seed, **options
     )
-    for parameter, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"{name} gave non-finite scores for {parameter!r}; look for non-finite weights, "
-                "images or logits"
+    broken = _non_finite(scores)
+    if broken:
+        # One bad weight spoils the scores of every layer: name the weight, where there is one.
+        culprits = _non_finite(dict(model.named_parameters()))
+        raise ValueError(
+            f"{name} gave non-finite scores for {broken[0]!r}: "
+            + (
+                f"the weights of {culprits[0]!r} are not finite"
+                if culprits
+                else "the weights are finite, so look for non-finite images or logits"
             )
+        )
     left_out = [n for n, _ in model.named_parameters() if n not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     return Scores(scores, scorer=name, left_out=left_out)
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, values in tensors.items() if not torch.isfinite(values).all()]
