@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from pai_utils.masks import Mask
 
-Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
 # What a kernel puts beside the notebook's own names.
@@ -57,15 +57,10 @@ class NotebookConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_text(cls, values: Any) -> Any:
-        """Papermill's ``-p`` passes lists and mappings as text; read it as YAML."""
+        """Papermill's ``-p`` passes lists as text; read it."""
         if not isinstance(values, Mapping):
             return values
-        return {
-            name: yaml.safe_load(value)
-            if isinstance(value, str) and value.lstrip().startswith(("[", "{"))
-            else value
-            for name, value in values.items()
-        }
+        return {name: _read_list(value) for name, value in values.items()}
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
@@ -99,6 +94,24 @@ class NotebookConfig(BaseModel):
             raise ValueError(
                 f"parameters refused: {problems}. Valid parameters: {', '.join(fields)}"
             ) from error
+
+
+def _read_list(value: Any) -> Any:
+    """A list written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``.
+
+    Anything else is returned as it is, for the schema to judge.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    # JSON first: YAML takes 1e-4, without a point, for text.
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 class PrunePerTaskConfig(NotebookConfig):
@@ -214,7 +227,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "versions": {p: importlib.metadata.version(p) for p in _RECORDED_PACKAGES},
+            "versions": {package: _version(package) for package in _RECORDED_PACKAGES},
             "commit": commit,
             "clean": clean,
             "outputs": self._outputs,
@@ -236,24 +249,38 @@ def _peak_memory_mib() -> int:
 
 
 def _device_name(device: str) -> str:
-    if device in {"auto", "cuda"} and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
+        return torch.cuda.get_device_name(None if device == "auto" else device)
     return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    """The installed version; ``None`` for a library that runs from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> tuple[str | None, bool | None]:
     """Commit of the library's checkout and whether it is clean; ``None`` outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    file = Path(__file__).resolve()
+    # The first asks whether the library is part of the checkout, not just installed below it.
+    questions = (
+        ("ls-files", "--error-unmatch", file.name),
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain"),
+    )
     try:
-        commit, status = (
+        _, commit, status = (
             subprocess.run(
-                ["git", "-C", str(folder), *arguments],
+                ["git", "-C", str(file.parent), *arguments],
                 capture_output=True,
                 text=True,
                 check=True,
                 timeout=10,
             ).stdout.strip()
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+            for arguments in questions
         )
     except (OSError, subprocess.SubprocessError):
         return None, None
