@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pai_utils.backbones import ImageTransform
+from pai_utils.backbones import ImageTransform, _check_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,7 +88,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         from PIL.Image import fromarray
 
         pixels = image.permute(1, 2, 0).contiguous().numpy()
-        return self.transform(fromarray(pixels)), int(self.labels[index])
+        result = self.transform(fromarray(pixels))
+        if not isinstance(result, Tensor) or result.ndim != 3 or not result.is_floating_point():
+            what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
+            raise ValueError(f"transform must give a float tensor [3, H, W], got {what}")
+        return result, int(self.labels[index])
 
     def batch(self, indices: Sequence[int] | Tensor | slice) -> tuple[Tensor, Tensor]:
         """Several items at once: float [B, 3, S, S] and int64 [B].
@@ -96,11 +100,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Args:
             indices: positions in the dataset, in the order wanted, or a slice.
         """
-        labels = self.labels[_positions(indices)]
+        chosen = _positions(indices)
+        labels = self.labels[chosen]
         if isinstance(self.transform, ImageTransform):
-            return self.transform.normalize(self.images[_positions(indices)]), labels
-        chosen = torch.arange(len(self))[_positions(indices)].tolist()
-        return torch.stack([self[index][0] for index in chosen]), labels
+            return self.transform.normalize(self.images[chosen]), labels
+        each = torch.arange(len(self))[chosen].tolist()
+        return torch.stack([self[index][0] for index in each]), labels
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
         """Keep the given items, in the given order."""
@@ -112,7 +117,10 @@ def _positions(indices: Sequence[int] | Tensor | slice) -> Tensor | slice:
     """Index a tensor by positions; an empty list has no type of its own."""
     if isinstance(indices, slice):
         return indices
-    return torch.as_tensor(indices, dtype=torch.int64)
+    positions = torch.as_tensor(indices)
+    if positions.numel() and (positions.dtype == torch.bool or positions.is_floating_point()):
+        raise ValueError(f"indices must be integers, got {positions.dtype}")
+    return positions.to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -147,9 +155,9 @@ class TaskSpec:
 
 def load_task(
     name: str,
-    *,
     transform: ImageTransform | Callable[[Image], Tensor],
     root: str | Path | None = None,
+    *,
     train_size: int | None = None,
     test_size: int | None = None,
     seed: int = 0,
@@ -175,18 +183,23 @@ def load_task(
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown task {name!r}; choose {', '.join(TASKS)}{hint}")
     spec = TASKS[name]
+    if not callable(transform):
+        raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")
+    _check_seed(seed)
     parts = spec.read()
     sizes = {"train": train_size, "validation": None, "test": test_size}
     datasets = {}
     for offset, split in enumerate(_SPLITS):
         images, labels = parts[split]
         size = sizes[split]
+        chosen = np.arange(len(labels))
         if size is not None:
             _check_size(size, len(labels), split, name)
-            chosen = _stratified_order(labels, np.random.default_rng([seed, offset]))[:size]
-            chosen.sort()
-            images, labels = images[chosen], labels[chosen]
-        datasets[split] = ImageDataset(_to_channels(images), torch.from_numpy(labels), transform)
+            generator = np.random.default_rng([seed, offset])
+            chosen = np.sort(_stratified_order(labels, generator)[:size])
+        datasets[split] = ImageDataset(
+            _to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
+        )
     return Task(name, spec.class_names, **datasets)
 
 
@@ -288,7 +301,9 @@ _PHOTO_CROPS = {"train": 64, "validation": 16, "test": 32}
 _PHOTO_TILES = 4
 _PHOTO_SIDES = (32, 72)
 _PHOTO_RAW_SIDE = 72
-_PHOTO_MIN_CONTRAST = 6.0
+# Least standard deviation of grey levels: skies and borders tell nothing.
+_PHOTO_TILE_CONTRAST = 8.0
+_PHOTO_CROP_CONTRAST = 6.0
 
 
 class _Crop(NamedTuple):
@@ -325,7 +340,7 @@ def _photo_crops(photo: str) -> list[_Crop]:
         for row in range(_PHOTO_TILES)
         for column in range(_PHOTO_TILES)
         if pixels[row * height : (row + 1) * height, column * width : (column + 1) * width].std()
-        >= 2 * _PHOTO_MIN_CONTRAST
+        >= _PHOTO_TILE_CONTRAST
     ]
     tiles = [tiles[index] for index in generator.permutation(len(tiles))]
     edges = [max(1, round(edge * len(tiles))) for edge in itertools.accumulate(_FRACTIONS.values())]
@@ -338,7 +353,7 @@ def _photo_crops(photo: str) -> list[_Crop]:
             side = int(generator.integers(_PHOTO_SIDES[0], min(_PHOTO_SIDES[1], height, width) + 1))
             top += int(generator.integers(height - side + 1))
             left += int(generator.integers(width - side + 1))
-            if pixels[top : top + side, left : left + side].std() >= _PHOTO_MIN_CONTRAST:
+            if pixels[top : top + side, left : left + side].std() >= _PHOTO_CROP_CONTRAST:
                 crops.append(_Crop(photo, split, left, top, side))
                 wanted -= 1
     return crops
@@ -403,7 +418,7 @@ def _glyphs() -> dict[str, _Part]:
     generator = np.random.default_rng(_SPLIT_SEED)
     centre = _GLYPH_SIDE / 2
     for split, fonts in _GLYPH_FONTS.items():
-        for font, copy in itertools.product(fonts, range(_GLYPH_COPIES[split])):
+        for font, _ in itertools.product(fonts, range(_GLYPH_COPIES[split])):
             size = int(generator.integers(28, 52))
             face = ImageFont.truetype(
                 str(folder / f"{font}.ttf"), size, layout_engine=ImageFont.Layout.BASIC
