@@ -317,6 +317,30 @@ def _check_names(kind: str, names: Iterable[str], valid: Iterable[str]) -> None:
             raise unknown_name(kind, name, known)
 
 
+def retention_verdict(
+    held_out: pd.DataFrame, scorer: str, *, threshold: float = 0.9
+) -> pd.DataFrame:
+    """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
+
+    Args:
+        held_out: as from :func:`held_out_retention`.
+        scorer: the one judged.
+        threshold: the retention asked for.
+
+    Returns:
+        One row a sparsity: ``sparsity, retention, low, high`` (means over sources), ``worst``
+        (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the threshold,
+        ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
+    """
+    rows = held_out[held_out.scorer == scorer].groupby("sparsity")
+    table = rows[["retention", "low", "high"]].mean()
+    table["worst"] = rows.retention.min()
+    table["verdict"] = np.select(
+        [table.retention >= threshold, table.high < threshold], ["kept", "lost"], "undecided"
+    )
+    return table.reset_index()
+
+
 def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The dense encoder's row of each target."""
     rows = table[table.scorer == "dense"].to_dict("records")

@@ -199,5 +199,5 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     """The error for a name that is in no registry: says the name and the valid choices."""
     choices = list(valid)
     near = difflib.get_close_matches(str(name), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Choose from: {', '.join(choices)}")

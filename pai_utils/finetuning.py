@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from pai_utils.backbones import Classifier
-from pai_utils.evaluation import evaluate_heads
+from pai_utils.evaluation import evaluate_heads, gain_replicates, interval
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
@@ -219,6 +220,34 @@ def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteError:
     return NonFiniteError(
         f"{what} at step {step} with learning_rate={learning_rate}; try a smaller one"
     )
+
+
+def recovery_gains(recovery: pd.DataFrame, source: str, *, level: float = 0.95) -> pd.DataFrame:
+    """Gain in accuracy over a fine-tuning run, with frozen heads, on source and held-out tasks.
+
+    Args:
+        recovery: as from :func:`recovery_sweep`.
+        source: the task fine-tuned on.
+        level: coverage of the bootstrap intervals over test items.
+
+    Returns:
+        One row a learning rate: ``learning_rate`` and, for ``source`` and ``held_out`` (mean over
+        the other tasks), the columns ``<part>_gain, <part>_low, <part>_high``, in accuracy.
+    """
+    frozen = recovery[recovery["head"] == "frozen"]
+    gains = []
+    for rate, run in frozen.groupby("learning_rate"):
+        first = run[run.step == run.step.min()].set_index("target").correct
+        last = run[run.step == run.step.max()].set_index("target").correct
+        row: dict[str, object] = {"learning_rate": rate}
+        others = [target for target in first.index if target != source]
+        for part, targets in {"source": [source], "held_out": others}.items():
+            before, after = [first[t] for t in targets], [last[t] for t in targets]
+            gain = np.mean([a.mean() - b.mean() for a, b in zip(after, before, strict=True)])
+            low, high = interval(gain_replicates(before, after), level)
+            row |= {f"{part}_gain": float(gain), f"{part}_low": low, f"{part}_high": high}
+        gains.append(row)
+    return pd.DataFrame(gains)
 
 
 def _removed(model: nn.Module, mask: Mask | None) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -112,3 +112,28 @@ def losses_along(
             for name, start in origin.items():
                 parameters[name].copy_(start)
     return losses
+
+
+def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman rank correlation between predicted and measured loss increases at the full step.
+
+    Args:
+        table: rows of :func:`predicted_and_measured` for several directions or tasks.
+
+    Returns:
+        One row a prediction: ``prediction, correlation, count``; the correlation is not a number
+        for fewer than three rows.
+    """
+    from scipy.stats import spearmanr
+
+    full = table[table.fraction == table.fraction.max()]
+    return pd.DataFrame(
+        {
+            "prediction": name,
+            "correlation": float(spearmanr(full[name], full.measured).statistic)
+            if len(full) > 2
+            else float("nan"),
+            "count": len(full),
+        }
+        for name in ("gradient", "hessian", "ggn", "diagonal")
+    )

@@ -78,6 +78,7 @@ class NotebookConfig(BaseModel):
             if not name.startswith("_")
             and name not in _KERNEL_NAMES
             and not isinstance(value, ModuleType)
+            and not callable(value)  # imported functions and classes
         }
         fields = list(cls.model_fields)
         for name in given:
