@@ -273,7 +273,6 @@ def _look() -> Any:
             "axes.prop_cycle": cycler(color=sns.color_palette("colorblind")),
             "figure.facecolor": "white",
             "savefig.facecolor": "white",
-            "savefig.bbox": "tight",
         }
     )
 

@@ -202,7 +202,7 @@ class Run:
         from io import BytesIO
 
         buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
+        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
         self._write(f"{name}.png", buffer.getvalue())
 
     def write_mask(self, name: str, mask: Mask) -> None:
