@@ -105,6 +105,15 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
+def paired(batch: Tensor) -> Tensor:
+    """A batch of one sample twice; any other batch as it is.
+
+    A mean over it is the same. On CPUs, torch's BatchNorm in evaluation mode gives wrong gradients
+    for a single sample whose incoming gradient lies channels-last (seen in torch 2.15).
+    """
+    return torch.cat([batch, batch]) if len(batch) == 1 else batch
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model`` inside; on leaving, modes, buffers, ``grad`` and ``requires_grad`` return.

@@ -22,6 +22,7 @@ from pai_utils.execution import (
     check_labels,
     device_of,
     logger,
+    paired,
     progress,
 )
 from pai_utils.heads import fit_head
@@ -99,6 +100,7 @@ def finetune(
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch),
             )
             for images, labels in batches(data, batch_size, device, order):
+                images, labels = paired(images), paired(labels)
                 logits = model(images)
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)

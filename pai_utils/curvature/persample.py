@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pai_utils.execution import logger
+from pai_utils.execution import logger, paired
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """``(images [B, 3, H, W], labels [B], rows [B])``; ``rows`` are positions within the draw."""
@@ -217,7 +217,9 @@ def _generic_names(model: nn.Module, weights: dict[str, nn.Parameter], images: T
         logits = model(images)
     elsewhere: set[str] = set()
     if logits.requires_grad:  # through a use of a weight that was not observed
-        gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            logits, list(weights.values()), torch.ones_like(logits), allow_unused=True
+        )
         used = zip(weights, gradients, strict=True)
         elsewhere = {name for name, gradient in used if gradient is not None}
     # Another first image, then another second one.
@@ -288,7 +290,7 @@ def sum_squared_gradients(
                     ", ".join(sorted(generic)),
                 )
         # A batch of one sample is its own per-sample gradient: any use of a weight is fine.
-        slow = set(names) if generic is None else generic
+        slow = set(names) if generic is None or len(images) == 1 else generic
         fast = {name: weight for name, weight in weights.items() if name not in slow}
         if fast:
             with _frozen(parameters.values()):
@@ -335,9 +337,10 @@ def _add_generic_(
 ) -> None:
     for weight in weights.values():
         weight.requires_grad_()
+    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
         with torch.enable_grad():
-            logits = model(image)
+            logits = model(paired(image) if normalised else image)[:1]
         if not logits.requires_grad:
             return
         for cotangent in cotangents(logits.detach(), label, row):

@@ -1,7 +1,10 @@
 """Gradient, Hessian and Gauss-Newton products of the mean cross-entropy over named parameters.
 
     Hv = ∂(gᵀv)/∂w                       (Pearlmutter 1994: two backwards a batch)
-    vᵀGv = 1/N Σ_n (J_n v)ᵀ (diag p_n − p_n p_nᵀ) (J_n v)     (Schraudolph 2002: one tangent)
+    vᵀGv = 1/N Σ_n (J_n v)ᵀ (diag p_n − p_n p_nᵀ) (J_n v)     (Schraudolph 2002)
+
+The tangent J_n v is ∂(vᵀJ_nᵀu)/∂u, a product that is linear in u: two backwards as well, and no
+need of forward-mode derivatives, which not every operation has.
 
 All sums are over samples, weighted by batch size, so ragged batches change nothing.
 """
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +29,7 @@ from pai_utils.execution import (
     device_of,
     draw_samples,
     fitting_batches,
+    paired,
     undisturbed,
 )
 
@@ -72,7 +76,8 @@ def directional_terms(
     def compute(size: int) -> Tensor:
         total = torch.zeros(4, dtype=torch.float64, device=device_of(model))
         for images, labels in batches(data, size, device_of(model), indices):
-            total += _batch_terms(model, direction, images, labels)
+            terms = _batch_terms(model, direction, paired(images), paired(labels))
+            total += terms / len(paired(images)) * len(images)
         return total
 
     # The fused attention kernels have no second derivative; the plain one has.
@@ -119,12 +124,9 @@ def _batch_terms(
         gradients = _gradients(loss, list(weights.values()), create_graph=True)
         slope = sum_of_products(gradients, vectors)
         products = _gradients(slope, list(weights.values()))
-    values = {name: weight.detach() for name, weight in weights.items()}
-    tangent: Tensor = jvp(
-        lambda changed: functional_call(model, changed, (images,)),
-        (values,),
-        (dict(zip(weights, vectors, strict=True)),),
-    )[1]
+        along = torch.zeros_like(logits, requires_grad=True)
+        pulled = _gradients(logits, list(weights.values()), along, create_graph=True)
+        (tangent,) = _gradients(sum_of_products(pulled, vectors), [along])
     p = logits.detach().softmax(1)
     # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
     centred = tangent - (p * tangent).sum(1, keepdim=True)
@@ -134,13 +136,23 @@ def _batch_terms(
 
 
 def _gradients(
-    value: Tensor, weights: list[Tensor], *, create_graph: bool = False
+    value: Tensor,
+    weights: list[Tensor],
+    cotangent: Tensor | None = None,
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients, zero for weights that ``value`` does not depend on."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(weight) for weight in weights)
     return torch.autograd.grad(
-        value, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        value,
+        weights,
+        cotangent,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
 
