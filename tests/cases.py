@@ -1,0 +1,474 @@
+"""Tiny networks, one for each way of using a weight, and the dense curvature to compare with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import create_conv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+CLASSES = 4
+SIDE = 8
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Random images and labels, read in whole batches."""
+
+    def __init__(
+        self,
+        count: int = 10,
+        *,
+        classes: int = CLASSES,
+        side: int = SIDE,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(count, 3, side, side, generator=generator, dtype=dtype)
+        self.labels = torch.randint(0, classes, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[rows], self.labels[rows]
+
+
+class Head(nn.Module):
+    """Mean over positions or tokens, then logits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if x.dim() == 3:
+            x = x.mean(1)
+        logits: Tensor = self.out(x)
+        return logits
+
+
+class Tokens(nn.Module):
+    """Four patches of an image as tokens ``[N, 4, width]``."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.patches(images)
+        return x.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention as in timm: one projection to q, k and v and the fused kernel."""
+
+    def __init__(self, width: int = 6, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        projected: Tensor = self.proj(x.reshape(batch, tokens, width))
+        return projected
+
+
+class TorchAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class Shared(nn.Module):
+    """One weight in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(torch.tanh(self.linear(x)))
+        return y
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+class Reshaped(nn.Module):
+    """A convolution's weight, reshaped and called as a linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.conv.weight.reshape(6, 6), self.conv.bias)
+
+
+class Product(nn.Module):
+    """A weight used by a matrix product, and a second time by a linear call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(torch.tanh(x @ self.linear.weight))
+        return y
+
+
+class _Hidden(torch.autograd.Function):
+    """A product that no observer of torch's functions sees."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: object, _: object) -> None:
+        ctx.save_for_backward(*inputs)  # type: ignore[misc]
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient @ weight, gradient.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+class CustomFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Hidden.apply(x, self.linear.weight)
+        return y
+
+
+class SequenceFirst(nn.Module):
+    """Rows ``[tokens, samples]``, all of which carry a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x.transpose(0, 1))
+        return F.gelu(y).transpose(0, 1)
+
+
+class SequenceFirstReadout(nn.Module):
+    """Rows ``[tokens, samples]``, of which only the first token reaches the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x.transpose(0, 1))
+        return F.gelu(y[0])
+
+
+class Windows(nn.Module):
+    """Rows ``samples × windows``, as Swin's attention has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.reshape(-1, 2, 6)
+        y: Tensor = self.linear(windows)
+        return F.gelu(y).reshape(x.shape)
+
+
+class WindowConvolution(nn.Module):
+    """A convolution whose rows are ``samples × windows``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        rows = x.reshape(batch, channels, 2, height // 2, width).transpose(1, 2).flatten(0, 1)
+        y: Tensor = self.conv(rows)
+        return F.gelu(y).unflatten(0, (batch, 2)).transpose(1, 2).flatten(2, 3)
+
+
+class Constant(nn.Module):
+    """A layer whose input is no function of the images, as a position table's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", torch.randn(4, 3))
+        self.linear = nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.linear(self.table))
+
+
+class SetAside(nn.Module):
+    """A layer after one whose weights are all zero: no gradient reaches what comes before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 6)
+        self.after = nn.Linear(6, 6)
+        nn.init.zeros_(self.after.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.after(torch.tanh(self.before(x)))  # type: ignore[no-any-return]
+
+
+class UnevenlyPadded(nn.Module):
+    """One more row and column of zeros below and right, which torch warns of as slow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 2, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y: Tensor = self.conv(x)
+        return y
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """With statistics and an affine part that are not the initial ones."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        nn.init.uniform_(self.running_mean, -0.5, 0.5)
+        nn.init.uniform_(self.running_var, 0.5, 2)
+        nn.init.uniform_(self.weight, 0.5, 2)
+
+
+def _conv(*layers: nn.Module, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), *layers, Head(width))
+
+
+def _tokens(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(Tokens(), *layers, Head(6))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: _conv(nn.Conv2d(4, 5, 3), width=5),
+    "conv without bias": lambda: _conv(nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False)),
+    "strided conv": lambda: _conv(nn.Conv2d(4, 5, 3, 2, 1), nn.Conv2d(5, 4, 1, 2)),
+    "dilated conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding="same", dilation=2)),
+    "unevenly padded conv": lambda: _conv(UnevenlyPadded()),
+    "circularly padded conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
+    "grouped conv": lambda: _conv(nn.Conv2d(4, 6, 3, 2, groups=2), width=6),
+    "depthwise conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, groups=4)),
+    "TF-same padded conv": lambda: _conv(create_conv2d(4, 4, 3, stride=2, padding="same")),
+    "transposed conv": lambda: _conv(nn.ConvTranspose2d(4, 4, 2)),
+    "eval BatchNorm": lambda: _conv(BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), BatchNorm(4)),
+    "max-pool": lambda: _conv(nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)),
+    "in-place activation": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3),
+        nn.SiLU(inplace=True),
+        Head(4),
+    ),
+    "linear over vectors": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 6), nn.GELU(), nn.Linear(6, 6), Head(6)
+    ),
+    "linear over tokens": lambda: _tokens(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)),
+    "LayerNorm": lambda: _tokens(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)),
+    "fused attention": lambda: _tokens(Attention()),
+    "nn.MultiheadAttention": lambda: _tokens(TorchAttention()),
+    "shared weight": lambda: _tokens(Shared()),
+    "unused weight": lambda: _tokens(Unused()),
+    "reshaped weight": lambda: _tokens(Reshaped()),
+    "weight used twice in two ways": lambda: _tokens(Product()),
+    "weight in a custom function": lambda: _tokens(CustomFunction()),
+    "sequence first": lambda: _tokens(SequenceFirst()),
+    "sequence first, one token read": lambda: _tokens(SequenceFirstReadout()),
+    "windows": lambda: _tokens(Windows()),
+    "convolution over windows": lambda: _conv(WindowConvolution()),
+    "input without images": lambda: _tokens(Constant()),
+    "no gradient": lambda: _tokens(SetAside()),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network in float64, the weights to look at, and data."""
+
+    model: nn.Module
+    names: list[str]
+    data: Images
+
+
+def build(name: str) -> Case:
+    """The case called ``name``, the same at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MODELS[name]().double()
+    # In training mode, as users may have it: curvature is that of evaluation mode all the same.
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    return Case(model.train(), names, Images())
+
+
+def _builder(name: str) -> Callable[[], Case]:
+    return lambda: build(name)
+
+
+CASES: dict[str, Callable[[], Case]] = {name: _builder(name) for name in MODELS}
+
+
+def per_sample_gradients(
+    model: nn.Module, names: Sequence[str], images: Tensor, cotangents: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """J_nᵀ v_n by one backward a sample, in evaluation mode: the definition, without any trick."""
+    parameters = dict(model.named_parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for image, cotangent in zip(images.split(1), cotangents.split(1), strict=True):
+        yield torch.autograd.grad(
+            # Twice, since torch's BatchNorm is wrong for some single samples; one is looked at.
+            model(torch.cat([image, image]))[:1],
+            [parameters[name] for name in names],
+            cotangent,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    for module, training in modes.items():
+        module.training = training
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        logits: Tensor = model.eval()(images)
+    for module, training in modes.items():
+        module.training = training
+    return logits
+
+
+def dense_fisher_diagonal(case: Case) -> dict[str, Tensor]:
+    """Mean of squared per-sample gradients with the true labels."""
+    residual = logits_of(case.model, case.data.images).softmax(1)
+    residual[torch.arange(len(case.data)), case.data.labels] -= 1
+    return _mean_squares(case, [residual])
+
+
+def dense_ggn_diagonal(case: Case) -> dict[str, Tensor]:
+    """Diagonal of J_nᵀ (diag p − p pᵀ) J_n, over an eigenbasis of the middle factor."""
+    p = logits_of(case.model, case.data.images).softmax(1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    values, vectors = torch.linalg.eigh(middle)
+    columns = (vectors * values.clamp_min(0).sqrt()[:, None, :]).unbind(2)
+    return _mean_squares(case, columns)
+
+
+def _mean_squares(case: Case, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+    parameters = dict(case.model.named_parameters())
+    totals = {name: torch.zeros_like(parameters[name]) for name in case.names}
+    for cotangent in cotangents:
+        for gradients in per_sample_gradients(case.model, case.names, case.data.images, cotangent):
+            for name, gradient in zip(case.names, gradients, strict=True):
+                totals[name] += gradient.square() / len(case.data)
+    return totals
+
+
+def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tensor:
+    """Hessian of the mean cross-entropy over the named weights, ``[P, P]``, row by row."""
+    parameters = dict(model.named_parameters())
+    weights = [parameters[name] for name in names]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = F.cross_entropy(model(data.images), data.labels)
+    gradients = torch.autograd.grad(
+        loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    flat = torch.cat([g.flatten() for g in gradients])
+    rows = [
+        torch.cat(
+            [
+                h.flatten()
+                for h in torch.autograd.grad(
+                    entry, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            ]
+        )
+        if entry.requires_grad
+        else torch.zeros_like(flat)
+        for entry in flat
+    ]
+    for module, training in modes.items():
+        module.training = training
+    return torch.stack(rows).detach()
+
+
+def flattened(tensors: dict[str, Tensor]) -> Tensor:
+    """All entries in one vector, in the dictionary's order."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference (its own norm where that is zero)."""
+    scale = reference.norm()
+    return float((value - reference).norm() / (scale if scale > 0 else 1))
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """All that must be as before: values bit for bit, flags, gradients by identity, modes."""
+    parameters = list(model.named_parameters())
+    return [
+        [(n, p.detach().numpy().tobytes()) for n, p in parameters],
+        [(n, b.numpy().tobytes()) for n, b in model.named_buffers()],
+        [(n, p.requires_grad, id(p.grad)) for n, p in parameters],
+        [(n, m.training) for n, m in model.named_modules()],
+    ]
+
+
+class Limited(nn.Module):
+    """A model that runs out of memory for batches above ``limit``."""
+
+    def __init__(self, model: nn.Module, limit: int) -> None:
+        super().__init__()
+        self.model = model
+        self.limit = limit
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.limit:
+            raise torch.OutOfMemoryError("not enough memory for this batch")
+        logits: Tensor = self.model(images)
+        return logits

@@ -1,0 +1,22 @@
+"""Settings and fixtures shared by the tests of the library."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cases import CASES, Case
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """One tiny network and its data, in float64."""
+    return CASES[request.param]()

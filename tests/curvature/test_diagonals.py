@@ -1,0 +1,203 @@
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from tests.cases import (
+    Case,
+    Images,
+    Limited,
+    build,
+    dense_fisher_diagonal,
+    dense_ggn_diagonal,
+    dense_hessian,
+    fingerprint,
+    flattened,
+    logits_of,
+    relative_error,
+)
+
+DIAGONALS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "fisher": fisher_diagonal,
+    "mc": ggn_diagonal,
+    "exact": lambda *args, **options: ggn_diagonal(*args, estimator="exact", **options),
+}
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_fisher_equals_the_mean_of_squared_gradients(case: Case, batch_size: int) -> None:
+    found = fisher_diagonal(case.model, case.names, case.data, batch_size=batch_size)
+    expected = dense_fisher_diagonal(case)
+    for name in case.names:
+        assert relative_error(found[name], expected[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_exact_ggn_equals_the_dense_one(case: Case, batch_size: int) -> None:
+    found = ggn_diagonal(
+        case.model, case.names, case.data, estimator="exact", batch_size=batch_size
+    )
+    expected = dense_ggn_diagonal(case)
+    for name in case.names:
+        assert relative_error(found[name], expected[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("name", ["conv", "linear over vectors", "nn.MultiheadAttention"])
+def test_monte_carlo_is_unbiased(name: str) -> None:
+    case = build(name)
+    exact = flattened(ggn_diagonal(case.model, case.names, case.data, estimator="exact"))
+    repeats = torch.stack(
+        [flattened(ggn_diagonal(case.model, case.names, case.data, seed=s)) for s in range(200)]
+    )
+    # The sum over all weights, and every weight on its own (hundreds of them: the largest
+    # deviation of so many is near 3 standard errors, and of a few correlated ones above 4).
+    total, expected = repeats.sum(1), exact.sum()
+    assert abs(total.mean() - expected) <= 4 * total.std() / len(total) ** 0.5
+    deviation = (repeats.mean(0) - exact).abs() / (repeats.std(0) / len(repeats) ** 0.5)
+    assert (deviation <= 4).double().mean() >= 0.99
+    assert float((deviation**2).mean()) < 2
+
+
+def test_more_draws_a_sample_lower_the_variance_as_they_should() -> None:
+    case = build("linear over vectors")
+
+    def variance(draws: int) -> float:
+        repeats = [
+            flattened(ggn_diagonal(case.model, case.names, case.data, seed=seed, draws=draws))
+            for seed in range(60)
+        ]
+        return float(torch.stack(repeats).var(0).sum())
+
+    assert 0.5 <= 8 * variance(8) / variance(1) <= 2
+
+
+def test_labels_are_drawn_from_the_model() -> None:
+    # A model that is certain draws its own answer: no curvature. The true label is another one.
+    case = build("linear over vectors")
+    last = case.model.get_submodule("5.out")
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([1e3, 0, 0, 0]))
+    case.data.labels.fill_(1)
+    assert not flattened(ggn_diagonal(case.model, case.names, case.data)).any()
+    assert flattened(fisher_diagonal(case.model, case.names, case.data)).any()
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+def test_batches_change_nothing_in_float32(case: Case, kind: str) -> None:
+    model = copy.deepcopy(case.model).float()
+    data = Images(dtype=torch.float32)
+    whole, parts, single = (
+        DIAGONALS[kind](model, case.names, data, batch_size=size, seed=3) for size in (10, 3, 1)
+    )
+    for name in case.names:
+        assert whole[name].dtype == torch.float32
+        assert relative_error(parts[name], whole[name]) <= 1e-6, name
+        assert relative_error(single[name], whole[name]) <= 1e-6, name
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+def test_nothing_is_left_changed_and_the_mode_does_not_matter(case: Case, kind: str) -> None:
+    parameters = list(case.model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    parameters[-1].requires_grad_(False)
+    before = fingerprint(case.model)
+    training = DIAGONALS[kind](case.model, case.names, case.data, batch_size=4)
+    assert fingerprint(case.model) == before
+    assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
+    case.model.eval()
+    evaluation = DIAGONALS[kind](case.model, case.names, case.data, batch_size=4)
+    for name in case.names:
+        assert torch.equal(training[name], evaluation[name])
+
+
+@pytest.mark.parametrize("name", ["ReLU, max-pool and BatchNorm", "GELU"])
+def test_hessian_and_ggn_share_their_diagonal_on_piecewise_linear_networks(name: str) -> None:
+    torch.manual_seed(0)
+    piecewise = build("eval BatchNorm").model
+    assert isinstance(piecewise, nn.Sequential)
+    piecewise[1] = nn.ReLU()
+    model = nn.Sequential(*piecewise[:4], nn.MaxPool2d(2), *piecewise[4:])
+    if name == "GELU":
+        model[1] = nn.GELU()
+    case = Case(model, [n for n, p in model.named_parameters() if p.dim() > 1], Images())
+    hessian = dense_hessian(model, case.names, case.data).diagonal()
+    ggn = flattened(ggn_diagonal(model, case.names, case.data, estimator="exact"))
+    error = relative_error(ggn, hessian)
+    assert error > 1e-3 if name == "GELU" else error <= 1e-10
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+def test_a_seeded_draw_uses_those_samples_alone(kind: str) -> None:
+    case = build("linear over vectors")
+    drawn = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:4]
+    found = DIAGONALS[kind](case.model, case.names, case.data, samples=4, seed=5)
+    case.data.images, case.data.labels = case.data.batch(drawn)
+    expected = DIAGONALS[kind](case.model, case.names, case.data, seed=5)
+    for name in case.names:
+        assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+@pytest.mark.parametrize("limit", [1, 3])
+def test_running_out_of_memory_halves_the_batch(
+    kind: str, limit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = build("linear over tokens")
+    expected = DIAGONALS[kind](case.model, case.names, case.data)
+    limited = Limited(case.model, limit)
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        found = DIAGONALS[kind](limited, [f"model.{n}" for n in case.names], case.data)
+    for name in case.names:
+        assert relative_error(found[f"model.{name}"], expected[name]) <= 1e-10
+    assert any("out of memory" in message for message in caplog.messages)
+
+
+def test_running_out_of_memory_on_single_samples_is_an_error() -> None:
+    case = build("linear over tokens")
+    before = fingerprint(case.model)
+    with pytest.raises(torch.OutOfMemoryError):
+        ggn_diagonal(Limited(case.model, 0), [f"model.{n}" for n in case.names], case.data)
+    assert fingerprint(case.model) == before
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_outside_the_classes_are_refused(label: int) -> None:
+    case = build("linear over vectors")
+    case.data.labels[7] = label
+    with pytest.raises(ValueError, match=rf"label {label} but the model's classes are 0 to 3"):
+        fisher_diagonal(case.model, case.names, case.data, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples=0: at least one"),
+        ({"samples": 11}, "samples=11 but the dataset holds 10"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": -2}, "batch_size=-2"),
+        ({"estimator": "montecarlo"}, r"'montecarlo' is unknown; choose from \['mc', 'exact'\]"),
+        ({"draws": 0}, "draws=0"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, int], message: str) -> None:
+    case = build("linear over vectors")
+    with pytest.raises(ValueError, match=message):
+        ggn_diagonal(case.model, case.names, case.data, **options)  # type: ignore[arg-type]
+
+
+def test_monte_carlo_draws_follow_the_probabilities() -> None:
+    # One layer, one input of ones: the gradient's square tells which label was drawn.
+    model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 4)).double()
+    data = Images(4000)
+    data.images.fill_(1)
+    p = logits_of(model, data.images[:1]).softmax(1)[0]
+    found = ggn_diagonal(model, ["2.weight"], data, batch_size=1000)["2.weight"][:, 0]
+    # E (p_c − 1[y = c])² = p_c (1 − p_c); its variance is p_c (1 − p_c) (1 − 2 p_c)².
+    error = (p * (1 - p) * (1 - 2 * p) ** 2 / len(data)).sqrt()
+    assert ((found - p * (1 - p)).abs() <= 4 * error).all()

@@ -1,0 +1,156 @@
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pai_utils.curvature.persample import sum_squared_gradients
+from pai_utils.execution import undisturbed
+from tests.cases import (
+    MODELS,
+    Case,
+    Images,
+    build,
+    fingerprint,
+    logits_of,
+    per_sample_gradients,
+    relative_error,
+)
+
+
+def squares(case: Case, cotangents: Tensor, batch_size: int) -> dict[str, Tensor]:
+    rows = torch.arange(len(case.data)).split(batch_size)
+    batches = [(*case.data.batch(part), part) for part in rows]
+    with undisturbed(case.model):
+        return sum_squared_gradients(
+            case.model, case.names, batches, lambda logits, labels, part: [cotangents[part]]
+        )
+
+
+def cotangents_for(case: Case) -> Tensor:
+    logits = logits_of(case.model, case.data.images)
+    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_sum_equals_one_backward_a_sample(case: Case, batch_size: int) -> None:
+    cotangents = cotangents_for(case)
+    expected = {name: 0.0 for name in case.names} | {
+        name: torch.stack(gradients).square().sum(0)
+        for name, gradients in zip(
+            case.names,
+            zip(
+                *per_sample_gradients(case.model, case.names, case.data.images, cotangents),
+                strict=True,
+            ),
+            strict=True,
+        )
+    }
+    found = squares(case, cotangents, batch_size)
+    assert list(found) == case.names
+    for name in case.names:
+        assert relative_error(found[name], expected[name]) <= 1e-10, name
+
+
+def test_sum_is_the_same_where_gradients_are_switched_off(case: Case) -> None:
+    cotangents = cotangents_for(case)
+    expected = squares(case, cotangents, 5)
+    with torch.no_grad():
+        found = squares(case, cotangents, 5)
+    for name in case.names:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_generic_path_is_taken_where_calls_tell_nothing(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    generic = {
+        "unevenly padded conv": {"2.conv.weight"},
+        "transposed conv": {"2.weight"},
+        "nn.MultiheadAttention": {"1.attention.in_proj_weight", "1.attention.out_proj.weight"},
+        "shared weight": {"1.linear.weight"},
+        "reshaped weight": {"1.conv.weight"},
+        "weight used twice in two ways": {"1.linear.weight"},
+        "weight in a custom function": {"1.linear.weight"},
+        "sequence first": {"1.linear.weight"},
+        "sequence first, one token read": {"1.linear.weight"},
+        "input without images": {"1.linear.weight"},
+    }
+    case = build(name)
+    with caplog.at_level(logging.INFO, "pai_utils"):
+        squares(case, cotangents_for(case), 5)
+    said = " ".join(caplog.messages)
+    assert {n for n in case.names if n in said} == generic.get(name, set())
+
+
+def test_equal_samples_are_still_told_apart() -> None:
+    case = build("sequence first, one token read")
+    case.data.images[1:] = case.data.images[:1]
+    cotangents = cotangents_for(case)
+    whole, single = squares(case, cotangents, 10), squares(case, cotangents, 1)
+    for name in case.names:
+        assert relative_error(whole[name], single[name]) <= 1e-10
+
+
+def test_positions_are_summed_before_squaring() -> None:
+    case = build("linear over tokens")
+    name = "1.weight"
+    cotangents = cotangents_for(case)
+    right = squares(case, cotangents, 5)[name]
+    # What squaring each token's outer product first would give.
+    inputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    layer = case.model.get_submodule("1")
+
+    def keep(_: nn.Module, received: tuple[Tensor], output: Tensor) -> None:
+        inputs.append(received[0].detach())
+        output.register_hook(gradients.append)
+
+    handle = layer.register_forward_hook(keep)
+    case.model.eval()(case.data.images).backward(cotangents)
+    handle.remove()
+    wrong = torch.einsum("nto,nti->oi", gradients[0].square(), inputs[0].square())
+    summed = torch.einsum("nto,nti->noi", gradients[0], inputs[0]).square().sum(0)
+    assert relative_error(right, summed) <= 1e-10
+    assert relative_error(right, wrong) > 0.1
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 4, 6])
+def test_an_error_midway_leaves_no_trace(case: Case, fails_at: int) -> None:
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise RuntimeError("interrupted")
+
+    first = next(iter(case.model.parameters()))
+    first.grad = torch.ones_like(first)
+    list(case.model.parameters())[-1].requires_grad_(False)
+    case.model.get_submodule("0").eval()
+    before = fingerprint(case.model)
+    cotangents = cotangents_for(case)
+    handle = case.model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        squares(case, cotangents, 2)
+    handle.remove()
+    assert fingerprint(case.model) == before
+
+
+def test_an_input_changed_after_use_is_refused() -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            images = images * 1
+            x: Tensor = self.conv(images)
+            images.add_(1)
+            return x.mean((2, 3))
+
+    case = Case(Changed().double(), ["conv.weight"], Images())
+    with pytest.raises(RuntimeError, match=r"conv\.weight.*modified in place"):
+        squares(case, torch.ones(10, 4, dtype=torch.float64), 5)

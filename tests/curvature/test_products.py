@@ -1,0 +1,173 @@
+import logging
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.products import directional_terms
+from tests.cases import (
+    Case,
+    Images,
+    Limited,
+    build,
+    dense_hessian,
+    fingerprint,
+    flattened,
+    logits_of,
+    per_sample_gradients,
+)
+
+
+def direction_for(case: Case) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    parameters = dict(case.model.named_parameters())
+    return {
+        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
+        for name in case.names
+    }
+
+
+def close(value: float, reference: Tensor | float) -> bool:
+    return abs(value - float(reference)) <= 1e-10 * max(1e-3, abs(float(reference)))
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_terms_equal_those_of_the_dense_matrices(case: Case, batch_size: int) -> None:
+    v = direction_for(case)
+    terms = directional_terms(case.model, v, case.data, batch_size=batch_size)
+    logits = logits_of(case.model, case.data.images)
+    p = logits.softmax(1)
+    assert close(terms.loss, F.cross_entropy(logits, case.data.labels))
+    residual = p.clone()
+    residual[torch.arange(len(p)), case.data.labels] -= 1
+    flat = flattened(v)
+
+    def along(cotangent: Tensor) -> Tensor:
+        """vᵀ J_nᵀ c_n for every sample."""
+        gradients = per_sample_gradients(case.model, case.names, case.data.images, cotangent)
+        return torch.stack([torch.cat([g.flatten() for g in each]) @ flat for each in gradients])
+
+    assert close(terms.gradient, along(residual).mean())
+    hessian = dense_hessian(case.model, case.names, case.data)
+    assert close(terms.hessian, flat @ hessian @ flat)
+    eye = torch.eye(4, dtype=p.dtype)
+    tangents = torch.stack([along(eye[c].expand_as(p)) for c in range(4)], 1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    ggn = torch.einsum("nc,ncd,nd->n", tangents, middle, tangents).mean()
+    assert close(terms.ggn, ggn)
+    assert terms.count == 10
+
+
+def test_nothing_is_left_changed(case: Case) -> None:
+    parameters = list(case.model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    before = fingerprint(case.model)
+    directional_terms(case.model, direction_for(case), case.data, batch_size=4)
+    assert fingerprint(case.model) == before
+
+
+def test_frozen_models_have_the_same_terms(case: Case) -> None:
+    expected = directional_terms(case.model, direction_for(case), case.data)
+    case.model.requires_grad_(False)
+    with torch.no_grad():
+        found = directional_terms(case.model, direction_for(case), case.data)
+    assert found == expected
+
+
+def test_a_linear_softmax_model_has_its_closed_form() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
+    data = Images(7, classes=3, side=2)
+    v = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    terms = directional_terms(model, {"1.weight": v}, data)
+    x = data.images.flatten(1)
+    p = logits_of(model, data.images).softmax(1)
+    t = x @ v.T
+    y = F.one_hot(data.labels, 3)
+    assert close(terms.gradient, ((p - y) * t).sum(1).mean())
+    quadratic = ((p * t**2).sum(1) - (p * t).sum(1) ** 2).mean()
+    assert close(terms.hessian, quadratic)
+    assert close(terms.ggn, quadratic)
+
+
+def test_the_ggn_keeps_its_digits_when_all_logits_move_alike() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = Images(7, classes=3, side=2, dtype=torch.float32)
+    v = {"1.bias": torch.tensor([1e4, 1e4, 1e4 + 1])}
+    p = logits_of(model, data.images).softmax(1)[:, 2]
+    assert directional_terms(model, v, data).ggn == pytest.approx(
+        float((p * (1 - p)).mean()), rel=1e-3
+    )
+
+
+def test_a_timm_vision_transformer_matches_finite_differences() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4).double()
+    assert model.blocks[0].attn.fused_attn
+    names = [n for n, p in model.named_parameters() if p.dim() > 1 and "blocks" in n]
+    parameters = dict(model.named_parameters())
+    v = {n: 0.02 * torch.randn_like(parameters[n]) for n in names}
+    data = Images(3, side=32)
+    terms = directional_terms(model, v, data, batch_size=2)
+
+    def loss(step: float) -> float:
+        with torch.no_grad():
+            for name in names:
+                parameters[name] += step * v[name]
+            value = float(F.cross_entropy(logits_of(model, data.images), data.labels))
+            for name in names:
+                parameters[name] -= step * v[name]
+        return value
+
+    step = 1e-3
+    up, middle, down = loss(step), loss(0), loss(-step)
+    assert terms.loss == pytest.approx(middle, rel=1e-10)
+    assert terms.gradient == pytest.approx((up - down) / (2 * step), rel=1e-4)
+    assert terms.hessian == pytest.approx((up - 2 * middle + down) / step**2, rel=1e-3)
+    assert 0 < terms.ggn != terms.hessian
+
+
+def test_a_direction_of_unused_weights_has_no_slope() -> None:
+    case = build("unused weight")
+    v = {"1.unused.weight": torch.ones(6, 6, dtype=torch.float64)}
+    terms = directional_terms(case.model, v, case.data)
+    assert (terms.gradient, terms.hessian, terms.ggn) == (0, 0, 0)
+    assert terms.loss > 0
+
+
+def test_running_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    case = build("linear over tokens")
+    v = direction_for(case)
+    expected = directional_terms(case.model, v, case.data)
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        found = directional_terms(
+            Limited(case.model, 3), {f"model.{n}": d for n, d in v.items()}, case.data
+        )
+    assert close(found.hessian, expected.hessian)
+    assert any("out of memory" in message for message in caplog.messages)
+
+
+def test_directions_that_do_not_fit_are_refused() -> None:
+    case = build("linear over vectors")
+    with pytest.raises(ValueError, match=r"'2\.wieght' \(6, 48\) is no parameter"):
+        directional_terms(case.model, {"2.wieght": torch.zeros(6, 48)}, case.data)
+    with pytest.raises(ValueError, match=r"'2\.weight' \(48, 6\) is no parameter"):
+        directional_terms(case.model, {"2.weight": torch.zeros(48, 6)}, case.data)
+    with pytest.raises(ValueError, match="names no parameter"):
+        directional_terms(case.model, {}, case.data)
+
+
+@pytest.mark.parametrize("label", [-100, 4])
+def test_labels_outside_the_classes_are_refused(label: int) -> None:
+    case = build("linear over vectors")
+    case.data.labels[3] = label
+    with pytest.raises(ValueError, match=f"label {label} but the model's classes are 0 to 3"):
+        directional_terms(case.model, direction_for(case), case.data)
+
+
+def test_terms_that_are_not_finite_are_refused() -> None:
+    case = build("linear over vectors")
+    case.data.images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="non-finite"):
+        directional_terms(case.model, direction_for(case), case.data)
