@@ -56,7 +56,12 @@ unit: $(READY) ## unit tests
 	$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/book
 
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
-	$(PY) -m pytest --nbval-lax tests/notebooks notebooks
+	@mkdir -p build
+	@cksum notebooks/*.ipynb > build/notebooks.cksum
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 tests/notebooks notebooks
+	@cksum notebooks/*.ipynb | cmp -s build/notebooks.cksum - || { \
+	  echo "make notebooks: running the notebooks changed them" >&2; exit 1; }
+	@echo "The notebooks ran as they are: 0 modified"
 
 smoke: $(READY) ## run the smoke grid and render it to build/smoke
 	$(PY) workflow/build.py smoke

@@ -36,7 +36,11 @@ def hold_lock(path: Path) -> TextIO:
 
 
 def snakemake(target: str, grid: str, profile: Path, options: list[str], lock: TextIO) -> int:
-    """Run Snakemake and return its exit status."""
+    """Run Snakemake and return its exit status.
+
+    Raises:
+        KeyboardInterrupt: The run was stopped; Snakemake has ended.
+    """
     command = [sys.executable, "-m", "snakemake", target]
     command += ["--snakefile", str(HERE / "Snakefile"), "--profile", str(profile)]
     command += ["--config", f"grid={grid}", "--logger", "book"]
@@ -46,13 +50,18 @@ def snakemake(target: str, grid: str, profile: Path, options: list[str], lock: T
     process = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": path}, pass_fds=[lock.fileno()]
     )
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The terminal sent it to Snakemake too, which stops its cells before it ends.
-            continue
+
+    def stop(*_: object) -> None:
+        process.send_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # A terminal sends it to Snakemake too, which stops its cells before it ends.
+        process.wait()
+        raise
 
 
 def failures(layout: Layout) -> list[str]:
@@ -62,9 +71,8 @@ def failures(layout: Layout) -> list[str]:
         log = layout.logs / f"{name}.ipynb"
         if (layout.executed / f"{name}.ipynb").exists() or not log.exists():
             continue
-        error = last_error(log)
-        if error is not None:
-            lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
+        error = last_error(log) or "its kernel died or was stopped; was there enough memory?"
+        lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
     return lines
 
 
@@ -103,6 +111,9 @@ def main() -> int:
     except ValueError as error:
         print(f"{arguments.grid}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{arguments.grid}: stopped; the next run keeps what is finished", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

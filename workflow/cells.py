@@ -108,10 +108,18 @@ def problems(notebook: Path) -> list[str]:
     if record is None:
         return [f"{notebook}: was not executed by papermill"]
     found = [f"{notebook}: {error}" for error in _error_outputs(content)]
-    statuses = {cell["metadata"].get("papermill", {}).get("status") for cell in content["cells"]}
-    if not found and (record.get("exception") or statuses != {"completed"}):
+    if not found and (record.get("exception") or not all(map(_ran, content["cells"]))):
         found.append(f"{notebook}: did not run to its end")
     return found
+
+
+def _ran(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell of an executed copy is through, as far as it has anything to run."""
+    if cell["metadata"].get("papermill", {}).get("status") != "completed":
+        return False
+    # papermill calls a cell completed even if its kernel died in it; then the reply is missing.
+    is_code = cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+    return not is_code or "shell.execute_reply" in cell["metadata"].get("execution", {})
 
 
 def _error_outputs(content: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from cells import problems
+from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
@@ -39,8 +40,8 @@ def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path)
     """Execute a notebook into `log` and return the problems of the executed copy."""
     out.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    # The copy in the log holds the traceback of a failed cell, where a reader looks for it.
-    with contextlib.suppress(PapermillExecutionError):
+    # What went wrong is in the copy, where a reader looks for it.
+    with contextlib.suppress(PapermillExecutionError, DeadKernelError):
         execute_notebook(
             str(notebook),
             str(log),
@@ -63,7 +64,10 @@ def main() -> int:
 
     _stop_with_parent()
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
-    found = execute(arguments.notebook, arguments.parameters, arguments.out, arguments.log)
+    try:
+        found = execute(arguments.notebook, arguments.parameters, arguments.out, arguments.log)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     if found:
         return 1
     partial = arguments.copy.with_suffix(".partial")

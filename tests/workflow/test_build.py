@@ -85,10 +85,13 @@ def test_executed_copy_with_an_error_is_not_rendered(rendered: Project) -> None:
 def test_failed_cell_fails_the_command_stays_readable_and_lets_others_go_on(
     new_project: NewProject,
 ) -> None:
-    project = new_project({"zero": {"divisor": 0}, "one": {"divisor": 1}, "two": {"divisor": 2}})
-    result = project.build("book", "--cores", "1")
+    project = new_project({"dead": {"divisor": None}, "one": {}, "two": {}, "zero": {"divisor": 0}})
+    result = project.build("book")
     assert result.returncode == 1
     assert "FAILED    zero" in result.stderr
+    assert "FAILED    dead" in result.stderr
+    assert "dead: its kernel died or was stopped" in result.stderr
+    assert "Traceback" not in result.stderr
     assert "zero: ZeroDivisionError: division by zero" in result.stderr
     assert "build/logs/book/zero.ipynb" in result.stderr
     assert set(project.marks()) == {"one", "two"}

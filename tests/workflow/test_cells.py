@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,11 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}
 
 
-def _executed(path: Path, outputs: list[object], status: str, exception: bool | None) -> Path:
+def _executed(
+    path: Path,
+    outputs: list[object],
+    status: str = "completed",
+    exception: bool | None = None,
+    reply: str = "shell.execute_reply",
+) -> Path:
     cell = {
         "cell_type": "code",
+        "source": ["x = 1"],
+        "execution_count": 1,
         "outputs": outputs,
-        "metadata": {"papermill": {"status": status}},
+        "metadata": {"papermill": {"status": status}, "execution": {reply: "12:00"}},
     }
     notebook = {"cells": [cell], "metadata": {"papermill": {"exception": exception}}}
     path.write_text(json.dumps(notebook))
@@ -24,24 +33,24 @@ def _executed(path: Path, outputs: list[object], status: str, exception: bool | 
 
 
 def test_copy_that_ran_to_its_end_has_no_problem(tmp_path: Path) -> None:
-    copy = _executed(tmp_path / "a.ipynb", [], "completed", None)
+    copy = _executed(tmp_path / "a.ipynb", [])
     assert problems(copy) == []
     assert last_error(copy) is None
 
 
 def test_error_output_is_a_problem_even_where_the_notebook_allows_it(tmp_path: Path) -> None:
-    copy = _executed(tmp_path / "a.ipynb", [ERROR], "completed", None)
+    copy = _executed(tmp_path / "a.ipynb", [ERROR])
     assert problems(copy) == [f"{copy}: ValueError: no"]
     assert last_error(copy) == "ValueError: no"
 
 
 @pytest.mark.parametrize(
-    ("status", "exception"), [("pending", None), ("running", None), ("completed", True)]
+    "state",
+    [{"status": "pending"}, {"status": "running"}, {"exception": True}, {"reply": "none"}],
+    ids=["pending", "running", "exception", "dead kernel"],
 )
-def test_copy_that_stopped_early_is_a_problem(
-    tmp_path: Path, status: str, exception: bool | None
-) -> None:
-    copy = _executed(tmp_path / "a.ipynb", [], status, exception)
+def test_copy_that_stopped_early_is_a_problem(tmp_path: Path, state: dict[str, Any]) -> None:
+    copy = _executed(tmp_path / "a.ipynb", [], **state)
     assert problems(copy) == [f"{copy}: did not run to its end"]
 
 
