@@ -248,7 +248,9 @@ class Visit:
 
 
 LOOK = """async () => {
-    if (window.MathJax?.startup?.promise) await MathJax.startup.promise;
+    // MathJax that does not start never settles its promise: look at the page all the same.
+    const patience = new Promise((resolve) => setTimeout(resolve, 15000));
+    await Promise.race([window.MathJax?.startup?.promise, patience]);
     const scrolls = (element) => {
         for (let e = element; e.tagName !== "ARTICLE"; e = e.parentElement)
             if (getComputedStyle(e).overflowX !== "visible") return true;
@@ -274,7 +276,11 @@ LOOK = """async () => {
 @pytest.fixture(scope="session")
 def visit(site: Path, browser: Browser) -> Iterator[Callable[[str, int], Visit]]:
     """Open each page once per width; the tests look at what was seen."""
-    contexts = {w: browser.new_context(viewport={"width": w, "height": 844}) for w in WIDTHS}
+    contexts = {
+        # Offline, a request that leaves the page fails at once instead of holding the page up.
+        width: browser.new_context(viewport={"width": width, "height": 844}, offline=True)
+        for width in WIDTHS
+    }
 
     @cache
     def visit(page: str, width: int) -> Visit:
@@ -328,7 +334,7 @@ def test_the_theory_page_holds_formulae(visit: Open) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_body_text_has_enough_contrast(site: Path, scheme: str, browser: Browser) -> None:
-    tab = browser.new_page()
+    tab = browser.new_page(offline=True)
     tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
     tab.goto((site / f"{PAGES[0]}.html").as_uri())
     theme, *colours = tab.evaluate(
@@ -350,7 +356,7 @@ def luminance(colour: str) -> float:
 
 
 def test_a_search_finds_the_page_that_explains_a_word(site: Path, browser: Browser) -> None:
-    tab, visit = browser.new_page(), Visit()
+    tab, visit = browser.new_page(offline=True), Visit()
     visit.watch(tab)
     tab.goto((site / "search.html").as_uri() + "?q=saliency")
     tab.wait_for_selector("#search-results li a", timeout=10_000)
