@@ -47,19 +47,14 @@ def snakemake(target: str, grid: str, profile: Path, options: list[str], lock: T
     # Snakemake's own lock outlives a killed run; this command's ends with it.
     command += ["--nolock", *options]
     path = os.pathsep.join(filter(None, [str(HERE / "plugins"), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, pass_fds=[lock.fileno()]
-    )
-
-    def stop(*_: object) -> None:
-        process.send_signal(signal.SIGINT)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    environment = {**os.environ, "PYTHONPATH": path}
+    # A group of its own, so that one signal stops Snakemake together with its cells.
+    process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], process_group=0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # A terminal sends it to Snakemake too, which stops its cells before it ends.
+        os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise
 

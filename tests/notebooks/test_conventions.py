@@ -51,22 +51,15 @@ def test_parameters_are_plain_values_and_one_is_the_out_folder(path: Path) -> No
     assert {"backbone", "out"} <= set(names)
 
 
-def test_second_code_cell_checks_the_parameters(path: Path) -> None:
+def test_second_code_cell_checks_the_parameters_before_anything_else(path: Path) -> None:
     statements = ast.parse(_code(path)[1].source).body
-    (config,) = [
-        node
-        for node in statements
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "config"
-    ]
-    call = ast.unparse(config.value)
-    assert call.startswith("pai.runs.")
-    assert call.endswith("Config.from_notebook(globals())")
-    others = [node for node in statements if node is not config]
-    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in others)
+    first = next(s for s in statements if not isinstance(s, ast.Import | ast.ImportFrom))
+    name = "".join(word.capitalize() for word in path.stem.split("_"))
+    assert ast.unparse(first) == f"config = pai.runs.{name}Config.from_notebook(globals())"
 
 
 def test_notebook_defines_no_function_and_no_class(path: Path) -> None:
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for cell in _code(path):
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, definitions), ast.unparse(node)
