@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pai_utils.curvature.labels import DrawnLabels, TrueLabels
 from pai_utils.curvature.persample import Cotangents, sum_squared_gradients
 from pai_utils.execution import (
     Samples,
     batches,
-    check_labels,
     device_of,
     draw_samples,
     fitting_batches,
@@ -61,19 +61,9 @@ def fisher_diagonal(
         ValueError: if a label goes beyond the model's classes.
     """
     indices = draw_samples(data, samples, seed)
-    lowest, highest = torch.zeros(2, dtype=torch.long, device=device_of(model))
-    classes = 0
-
-    def cotangents(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        nonlocal classes
-        classes = logits.shape[1]
-        torch.minimum(lowest, labels.min(), out=lowest)
-        torch.maximum(highest, labels.max(), out=highest)
-        yield _residual(logits, labels)
-
+    cotangents = TrueLabels(device_of(model))
     diagonal = _mean_squares(model, names, data, indices, batch_size, cotangents)
-    # Looked at once, after the loop, so that a GPU never waits for it.
-    check_labels(torch.stack([lowest, highest]), classes)
+    cotangents.check()
     return diagonal
 
 
@@ -115,24 +105,8 @@ def ggn_diagonal(
     indices = draw_samples(data, samples, seed)
     if estimator == "exact":
         return _mean_squares(model, names, data, indices, batch_size, _factor_columns)
-    generator = torch.Generator().manual_seed(seed)
-    # Drawn for all samples beforehand, so that a sample's labels do not depend on the batches.
-    uniform = torch.rand(len(indices), draws, generator=generator, dtype=torch.float64)
-
-    def cotangents(logits: Tensor, _: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        cumulative = logits.double().softmax(1).cumsum(1)
-        thresholds = uniform[rows.cpu()].to(logits.device)
-        drawn = torch.searchsorted(cumulative, thresholds).clamp_max(logits.shape[1] - 1)
-        for labels in drawn.unbind(1):
-            yield _residual(logits, labels) / draws**0.5
-
+    cotangents = DrawnLabels(len(indices), draws, seed)
     return _mean_squares(model, names, data, indices, batch_size, cotangents)
-
-
-def _residual(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of the cross-entropy at the logits: p − e_y, ``[B, C]``."""
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    return logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
 
 
 def _factor_columns(logits: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[Tensor]:

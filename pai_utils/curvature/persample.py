@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,11 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Cotangents = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
 """``(logits [B, C], labels [B], rows [B]) -> cotangents``, each ``[B, C]``."""
 
-# Per-sample gradients formed at once, in bytes: what a core's cache holds, what fills a GPU.
 _CPU_CHUNK_BYTES = 4 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 
 
-class _Call:
+class Call:
     """One observed use of a weight: what is needed to form its per-sample gradients."""
 
     def __init__(self, name: str, layer_input: Tensor, convolution: dict[str, Any] | None) -> None:
@@ -54,12 +53,23 @@ class _Call:
         self.convolution = convolution
 
     def check_unchanged(self) -> None:
+        """Refuse an input that no longer is what the layer saw."""
         if self.input._version != self.version:
             raise RuntimeError(
                 f"the input of the layer with weight {self.name!r} was modified in place after "
                 "the layer used it, so that its gradient cannot be formed; use the out-of-place "
                 "operation there"
             )
+
+
+class Receiver(Protocol):
+    """Takes the per-sample gradients of a pass over the data, in whatever order they come."""
+
+    def observed(self, call: Call, gradient: Tensor, rows: Tensor) -> None:
+        """A whole batch: the call, the gradient at its output, the samples' rows ``[B]``."""
+
+    def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
+        """One sample: the gradient of the weight ``name``, and the sample's row ``[1]``."""
 
 
 class _Observer(TorchFunctionMode):
@@ -72,12 +82,12 @@ class _Observer(TorchFunctionMode):
     def __init__(
         self,
         weights: dict[str, nn.Parameter],
-        receive: Callable[[_Call, Tensor], None] | None = None,
+        receive: Callable[[Call, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.names = {id(weight): name for name, weight in weights.items()}
         self.receive = receive
-        self.calls: dict[str, list[_Call]] = {name: [] for name in weights}
+        self.calls: dict[str, list[Call]] = {name: [] for name in weights}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -90,12 +100,12 @@ class _Observer(TorchFunctionMode):
                 return self._observed(func, values, call)
         return func(*args, **kwargs)
 
-    def _recognise(self, func: Any, values: dict[str, Any]) -> _Call | None:
+    def _recognise(self, func: Any, values: dict[str, Any]) -> Call | None:
         name = self.names.get(id(values["weight"]))
         if name is None:
             return None
         if func is F.linear:
-            return _Call(name, values["input"], None) if values["input"].dim() > 1 else None
+            return Call(name, values["input"], None) if values["input"].dim() > 1 else None
         kernel = values["weight"].shape[2:]
         dilation = _pair(values.get("dilation", 1))
         padding = _symmetric_padding(values.get("padding", 0), kernel, dilation)
@@ -108,9 +118,9 @@ class _Observer(TorchFunctionMode):
             "groups": values.get("groups", 1),
             "kernel": tuple(kernel),
         }
-        return _Call(name, values["input"], geometry)
+        return Call(name, values["input"], geometry)
 
-    def _observed(self, func: Any, values: dict[str, Any], call: _Call) -> Tensor:
+    def _observed(self, func: Any, values: dict[str, Any], call: Call) -> Tensor:
         output: Tensor = func(**values | {"weight": values["weight"].detach()})
         receive = self.receive
         if receive is None:
@@ -150,35 +160,62 @@ def _symmetric_padding(
     return _pair(padding)
 
 
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes to work on at once: what a core's cache holds, what fills a GPU."""
+    return _GPU_CHUNK_BYTES if device.type == "cuda" else _CPU_CHUNK_BYTES
+
+
 def _chunks(samples: int, weight: Tensor) -> int:
     """How many samples' gradients of ``weight`` to form at once."""
-    budget = _GPU_CHUNK_BYTES if weight.is_cuda else _CPU_CHUNK_BYTES
+    budget = chunk_bytes(weight.device)
     return max(1, min(samples, budget // (weight.numel() * weight.element_size())))
 
 
-def add_squared_gradients_(total: Tensor, call: _Call, gradient: Tensor, samples: int) -> None:
+def add_squared_gradients_(total: Tensor, call: Call, gradient: Tensor, samples: int) -> None:
     """Add Σ_n G_n² of one observed call to ``total``, which has the weight's shape."""
-    if call.convolution is None:
-        left = gradient.reshape(samples, -1, gradient.shape[-1]).transpose(1, 2)
-        right = call.input.reshape(samples, -1, call.input.shape[-1])
-        if right.shape[1] == 1:  # no tokens: the square of an outer product factorises
-            total.addmm_(left.squeeze(2).square().T, right.squeeze(1).square())
-            return
-        for rows in torch.arange(samples).split(_chunks(samples, total)):
-            lo, hi = int(rows[0]), int(rows[-1]) + 1
-            _add_squares_(total, torch.bmm(left[lo:hi], right[lo:hi]))
+    if call.convolution is None and gradient.numel() == samples * gradient.shape[-1]:
+        # No tokens: the square of an outer product factorises.
+        left = gradient.reshape(samples, -1)
+        total.addmm_(left.square().T, call.input.reshape(samples, -1).square())
         return
     step = _chunks(samples, total)
+    for first in range(0, samples, step):
+        rows = slice(first, min(first + step, samples))
+        left, right = gradient_factors(call, gradient, samples, rows)
+        each = torch.matmul(left, right)  # [b, groups, out / groups, K]
+        _add_squares_(total, each.reshape(len(each), *total.shape))
+
+
+def gradient_factors(
+    call: Call, gradient: Tensor, samples: int, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Factors of the per-sample gradients of one observed call, for the samples in ``rows``.
+
+    Args:
+        call: the observed use of a weight ``[out, K...]`` in ``groups`` groups (one for a linear
+            layer).
+        gradient: gradient at the call's output.
+        samples: samples in the batch.
+        rows: the samples to take.
+
+    Returns:
+        ``left [b, groups, out / groups, L]`` and ``right [b, groups, L, K]``, where L counts
+        tokens or output positions: ``(left @ right).reshape(b, out, K...)`` are the gradients.
+    """
     per_sample = call.input.shape[0] // samples
-    for lo in range(0, samples, step):
-        hi = min(lo + step, samples)
-        rows_ = slice(lo * per_sample, hi * per_sample)
-        columns = _columns(call.input[rows_], **call.convolution)  # [B, groups, K, L]
-        groups = columns.shape[1]
-        output = gradient[rows_].reshape(columns.shape[0], groups, -1, columns.shape[-1])
-        each = torch.matmul(output, columns.transpose(2, 3))  # [B, groups, Cout/groups, K]
-        each = each.reshape(hi - lo, per_sample, -1).sum(1)
-        _add_squares_(total, each.reshape(hi - lo, *total.shape))
+    taken = slice(rows.start * per_sample, rows.stop * per_sample)
+    count = rows.stop - rows.start
+    if call.convolution is None:
+        left = gradient[taken].reshape(count, 1, -1, gradient.shape[-1])
+        return left.transpose(2, 3), call.input[taken].reshape(count, 1, -1, call.input.shape[-1])
+    columns = _columns(call.input[taken], **call.convolution)  # [B, groups, K, L]
+    groups, positions = columns.shape[1], columns.shape[-1]
+    left = gradient[taken].reshape(columns.shape[0], groups, -1, positions)
+    if per_sample > 1:
+        left, columns = (
+            x.unflatten(0, (count, per_sample)).movedim(1, -2).flatten(-2) for x in (left, columns)
+        )
+    return left, columns.transpose(2, 3)
 
 
 def _add_squares_(total: Tensor, each: Tensor) -> None:
@@ -239,7 +276,7 @@ def _generic_names(model: nn.Module, weights: dict[str, nn.Parameter], images: T
 
 
 def _used_once_and_grouped(
-    calls: list[_Call], first_changed: list[_Call], second_changed: list[_Call]
+    calls: list[Call], first_changed: list[Call], second_changed: list[Call]
 ) -> bool:
     """Whether a weight has one call, the first half of whose rows is the first sample's."""
     if not len(calls) == len(first_changed) == len(second_changed) == 1:
@@ -276,8 +313,36 @@ def sum_squared_gradients(
         One tensor a name, of the weight's shape. Exact up to rounding: nothing is sampled here.
     """
     parameters = dict(model.named_parameters())
+    totals = {name: torch.zeros_like(parameters[name]) for name in names}
+    receive_gradients(model, names, batches, cotangents, _SumOfSquares(totals))
+    return totals
+
+
+class _SumOfSquares:
+    def __init__(self, totals: dict[str, Tensor]) -> None:
+        self.totals = totals
+
+    def observed(self, call: Call, gradient: Tensor, rows: Tensor) -> None:
+        add_squared_gradients_(self.totals[call.name], call, gradient, len(rows))
+
+    def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
+        self.totals[name].addcmul_(gradient, gradient)
+
+
+def receive_gradients(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    cotangents: Cotangents,
+    receiver: Receiver,
+) -> None:
+    """Hand ``receiver`` the gradients J_nᵀ v of the named weights, for each sample and cotangent.
+
+    A weight that a sample does not use may be left out: its gradient is zero. The arguments are
+    those of :func:`sum_squared_gradients`.
+    """
+    parameters = dict(model.named_parameters())
     weights = {name: parameters[name] for name in names}
-    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generic: set[str] | None = None
     for images, labels, rows in batches:
         if generic is None and len(images) > 1:
@@ -294,21 +359,20 @@ def sum_squared_gradients(
         fast = {name: weight for name, weight in weights.items() if name not in slow}
         if fast:
             with _frozen(parameters.values()):
-                _add_observed_(totals, model, fast, (images, labels, rows), cotangents)
+                _receive_observed(receiver, model, fast, (images, labels, rows), cotangents)
         if slow:
             with _frozen(parameters.values()):
-                _add_generic_(
-                    totals,
+                _receive_singles(
+                    receiver,
                     model,
                     {n: w for n, w in weights.items() if n in slow},
                     (images, labels, rows),
                     cotangents,
                 )
-    return totals
 
 
-def _add_observed_(
-    totals: dict[str, Tensor],
+def _receive_observed(
+    receiver: Receiver,
     model: nn.Module,
     weights: dict[str, nn.Parameter],
     batch: Batch,
@@ -316,9 +380,9 @@ def _add_observed_(
 ) -> None:
     images, labels, rows = batch
 
-    def receive(call: _Call, gradient: Tensor) -> None:
+    def receive(call: Call, gradient: Tensor) -> None:
         call.check_unchanged()
-        add_squared_gradients_(totals[call.name], call, gradient.detach(), len(images))
+        receiver.observed(call, gradient.detach(), rows)
 
     with torch.enable_grad():
         with _Observer(weights, receive):
@@ -328,8 +392,8 @@ def _add_observed_(
                 logits.backward(cotangent, retain_graph=True)
 
 
-def _add_generic_(
-    totals: dict[str, Tensor],
+def _receive_singles(
+    receiver: Receiver,
     model: nn.Module,
     weights: dict[str, nn.Parameter],
     batch: Batch,
@@ -349,7 +413,7 @@ def _add_generic_(
             )
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
-                    totals[name].addcmul_(gradient, gradient)
+                    receiver.single(name, gradient, row)
 
 
 @contextmanager
