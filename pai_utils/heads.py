@@ -24,7 +24,7 @@ def features(backbone: nn.Module, data: Samples, *, batch_size: int = 64) -> tup
 
 
 def fit_head(
-    backbone: Backbone, task: Task, *, inverse_penalty: float = 0.01, batch_size: int = 64
+    backbone: Backbone, task: Task, *, inverse_penalty: float = 0.1, batch_size: int = 64
 ) -> nn.Linear:
     """Multinomial logistic regression on standardised features of ``task.train``.
 
