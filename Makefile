@@ -58,7 +58,7 @@ unit: $(READY) ## unit tests
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
 	@mkdir -p build
 	@cksum notebooks/*.ipynb > build/notebooks.cksum
-	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 tests/notebooks notebooks
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests/notebooks notebooks
 	@cksum notebooks/*.ipynb | cmp -s build/notebooks.cksum - || { \
 	  echo "make notebooks: running the notebooks changed them" >&2; exit 1; }
 	@echo "The notebooks ran as they are: 0 modified"
@@ -75,5 +75,5 @@ lock: $(READY) ## write requirements.lock again; UPGRADE=--upgrade takes the new
 	  --output-file requirements.lock pyproject.toml
 
 clean: ## remove what the commands made, except .venv and results
-	rm -rf build _build book/executed .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build _build out notebooks/out book/executed .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
