@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pai_utils.backbones import prunable_parameters
 from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.scorers.baselines import magnitude, random
+from pai_utils.scorers.block import block_fisher
 from pai_utils.scorers.diagonal import fisher_diag, ggn_diag
 
 __all__ = ["SCORERS", "Scorer", "Scores", "score"]
@@ -48,6 +49,7 @@ SCORERS: dict[str, Scorer] = {
     "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False),
     "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
     "ggn_diag": Scorer(ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)"),
+    "block_fisher": Scorer(block_fisher, "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)"),
 }
 
 

@@ -1,0 +1,518 @@
+"""Fisher matrices in blocks of consecutive weights, and what they say about removing weights.
+
+A tensor's weights are flattened and cut into blocks of B (the last may be shorter). With the
+gradients g_n [B] of one sample each, a block's matrix and damping are
+
+    F = λI + 1/m Σ_n g_n g_nᵀ,      λ = damping · mean diagonal of the block's 1/m Σ_n g_n g_nᵀ.
+
+Removing weights q and letting the others of the block follow raises ½ δᵀFδ the least for
+
+    δ = −F⁻¹E (EᵀF⁻¹E)⁻¹ w_q,       E: the columns of I that q selects,
+
+and for one weight i that least rise is its saliency w_i² / (2 [F⁻¹]_ii).
+
+**Accuracy.** Gradients come in the model's precision. Their products are summed, and the matrices
+factorised, in float64 whatever the damping: a sum in float32 has a relative error of about 1e-7,
+which the inverse multiplies by a condition number of up to B / damping + 1.
+
+**Cost.** The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about PB².
+With fewer samples than B the gradients themselves are kept (mP numbers), and Woodbury's identity
+replaces each B × B system by an m × m one. Whatever exceeds the memory budget is left to a further
+pass over the data, each a forward and a backward.
+
+Sources: Hassibi & Stork (1993), "Second order derivatives for network pruning: optimal brain
+surgeon"; Singh & Alistarh (2020), "WoodFisher"; Kurtic et al. (2022), "The optimal BERT surgeon",
+both of which invert the same matrix by m rank-one updates of each block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.labels import DrawnLabels, TrueLabels
+from pai_utils.curvature.persample import (
+    Call,
+    Cotangents,
+    chunk_bytes,
+    gradient_factors,
+    receive_gradients,
+)
+from pai_utils.execution import (
+    Samples,
+    batches,
+    device_of,
+    draw_samples,
+    fitting_batches,
+    logger,
+    undisturbed,
+    unknown_name,
+)
+
+FISHER_ESTIMATORS = ("empirical", "mc")
+SMALLEST_DAMPING = 1e-10
+"""Below it, rounding in float64 decides what the inverse of a singular block is."""
+
+_LEAST_CHUNK = 4 * 2**20  # bytes of matrices to factorise at once, even where few are stored
+_BASE = 16  # matrices up to this size are left to LAPACK
+
+
+@dataclass(frozen=True)
+class BlockFisher:
+    """Fisher blocks of the entries ``start`` to ``stop`` of one flattened tensor.
+
+    A short last block is filled up with zero gradients, which changes nothing for its own weights.
+    """
+
+    name: str  # of the tensor
+    start: int  # a multiple of the block size
+    stop: int
+    damping: float
+    gram: Tensor | None  # [blocks, B, B] float64, the mean of g gᵀ; None with fewer samples than B
+    gradients: Tensor | None  # [blocks, m, B] if so: g/√m
+
+    @classmethod
+    def from_gradients(
+        cls, gradients: Tensor, *, block_size: int, damping: float, name: str = "weights"
+    ) -> BlockFisher:
+        """Blocks of given gradients ``[m, P]``, one row a sample.
+
+        Raises:
+            ValueError: for a block size below one, or a damping that is not at least
+                ``SMALLEST_DAMPING``.
+        """
+        _check_options(block_size, damping)
+        samples, length = gradients.shape
+        size = min(block_size, length)
+        work = chunk_bytes(gradients.device)
+        sums = _BlockSums(name, (0, length), size, samples, gradients, work)
+        rows = torch.arange(samples, device=gradients.device)
+        for lo, hi in sums.slices(samples):
+            sums.add_(lo, gradients[:, lo:hi], rows)
+        return sums.fisher(damping)
+
+    def saliency(self, weights: Tensor) -> Tensor:
+        """Least increase of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii).
+
+        Args:
+            weights: the entries ``start`` to ``stop`` of the flattened tensor.
+
+        Returns:
+            float64, of the same shape. Zero throughout a block whose gradients are all zero: no
+            damping either, so that removing its weights costs nothing.
+
+        Raises:
+            ValueError: as :meth:`inverse_diagonal`.
+        """
+        return weights.double().square() / (2 * self.inverse_diagonal())
+
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of F⁻¹, float64 ``[stop - start]``; infinite in blocks of zero gradients.
+
+        Raises:
+            ValueError: if a block is singular in float64 in spite of its damping.
+        """
+        parts = []
+        for chunk in self._chunks():
+            scale = self._scale(chunk)
+            safe = torch.where(scale == 0, 1, scale)[:, None]
+            if self.gradients is None:
+                diagonal = _inverse_cholesky(self._scaled(chunk)).square_().sum(1)
+            else:
+                each = self.gradients[chunk].double() / safe[:, :, None].sqrt()
+                small = _with_diagonal(torch.bmm(each, each.mT), self.damping)
+                reduced = torch.bmm(_inverse_cholesky(small), each)
+                diagonal = (1 - reduced.square_().sum(1)) / self.damping
+            self._check(diagonal > 0, scale)
+            parts.append(torch.where(scale[:, None] == 0, math.inf, diagonal / safe))
+        return torch.cat(parts).flatten()[: self.stop - self.start]
+
+    def compensate(self, weights: Tensor, keep: Tensor) -> Tensor:
+        """Weights after removing those with ``keep`` false and moving the others of their block.
+
+        Args:
+            weights: the entries ``start`` to ``stop`` of the flattened tensor.
+            keep: boolean, of the same shape.
+
+        Returns:
+            w + δ, of the weights' shape and dtype; exactly zero where ``keep`` is false. A weight
+            stays as it is where nothing, or nothing correlated with it, is removed from its block.
+
+        Raises:
+            ValueError: if a shape does not fit, or a block is singular in float64.
+        """
+        length = self.stop - self.start
+        if weights.shape != (length,) or keep.shape != (length,):
+            raise ValueError(
+                f"weights {tuple(weights.shape)} and keep {tuple(keep.shape)} must both have the "
+                f"shape ({length},), that of entries {self.start} to {self.stop} of {self.name!r}"
+            )
+        size = self._block_size
+        w = _pad(weights.double(), size).reshape(-1, size)
+        kept = _pad(keep.double(), size).reshape(-1, size)
+        parts = []
+        for chunk in self._chunks():
+            k = kept[chunk]
+            damped = self._scaled(chunk)
+            # F_kk δ_k = F_kq w_q, with the rows and columns of q replaced by those of I.
+            right = k * torch.bmm(damped, ((1 - k) * w[chunk])[:, :, None]).squeeze(2)
+            system = damped * k[:, :, None] * k[:, None, :] + torch.diag_embed(1 - k)
+            factor = _inverse_cholesky(system)
+            moved = torch.bmm(factor.mT, torch.bmm(factor, right[:, :, None])).squeeze(2)
+            self._check(moved.isfinite() | ~w[chunk].isfinite(), self._scale(chunk))
+            parts.append(torch.where(k > 0, w[chunk] + moved, 0))
+        return torch.cat(parts).flatten()[:length].to(weights.dtype)
+
+    @property
+    def _block_size(self) -> int:
+        return self._stored.shape[-1]
+
+    @property
+    def _stored(self) -> Tensor:
+        stored = self.gram if self.gradients is None else self.gradients
+        assert stored is not None
+        return stored
+
+    def _chunks(self) -> Iterator[slice]:
+        """Blocks to factorise at once."""
+        # About six such chunks exist at a time: together no more than the sums' quarter for work.
+        stored = self._stored
+        share = max(_LEAST_CHUNK, stored.numel() * stored.element_size() // 24)
+        step = max(1, min(chunk_bytes(stored.device), share) // (8 * self._block_size**2))
+        for first in range(0, len(self._stored), step):
+            yield slice(first, min(first + step, len(self._stored)))
+
+    def _scale(self, chunk: slice) -> Tensor:
+        """Mean diagonal of each undamped block, ``[b]``, over the weights that it really has."""
+        if self.gradients is None:
+            trace = self._stored[chunk].diagonal(dim1=1, dim2=2).sum(1)
+        else:
+            trace = self.gradients[chunk].double().square().sum((1, 2))
+        lengths = torch.full_like(trace, self._block_size)
+        if chunk.stop == len(self._stored):
+            lengths[-1] = (self.stop - self.start - 1) % self._block_size + 1
+        return trace / lengths
+
+    def _scaled(self, chunk: slice) -> Tensor:
+        """F over its scale, ``[b, B, B]``; the damping alone where the gradients are zero."""
+        scale = self._scale(chunk)
+        stored = self._stored[chunk]
+        if self.gradients is not None:
+            each = stored.double()
+            stored = torch.bmm(each.mT, each)
+        safe = torch.where(scale == 0, 1, scale)
+        return _with_diagonal(stored / safe[:, None, None], self.damping)
+
+    def _check(self, right: Tensor, scale: Tensor) -> None:
+        # Gradients that are not finite are for the caller to find in the result.
+        broken = ~right.all(1) & scale.isfinite()
+        if broken.any():
+            raise ValueError(
+                f"a Fisher block of {self.name!r} is singular in float64 with "
+                f"damping={self.damping}; choose a larger damping"
+            )
+
+
+def fisher_blocks(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    block_size: int = 64,
+    damping: float = 1e-2,
+    estimator: str = "empirical",
+    memory_budget: int = 4 * 2**30,
+) -> Iterator[BlockFisher]:
+    """Fisher blocks of the named weights, in their order.
+
+    Args:
+        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was whenever
+            the caller has control.
+        names: the parameters to take.
+        data: samples, labelled for ``estimator="empirical"``.
+        samples: size of the seeded draw without replacement; ``None`` for all.
+        batch_size: samples a forward; the result does not depend on it beyond rounding.
+        seed: seed of the draw of samples and of labels.
+        block_size: B, weights a block.
+        damping: λ over the block's mean diagonal.
+        estimator: ``"empirical"`` takes the gradients of the true labels, as the sources above do
+            and as ``fisher_diag``; ``"mc"`` those of one label a sample drawn from the model, an
+            unbiased estimate of the GGN, as ``ggn_diag``.
+        memory_budget: bytes, beside what a forward and backward take. Three quarters hold the
+            sums, 8B bytes a weight (or, with fewer samples than B, one number a weight and sample);
+            the rest is for gradients in the making. When the sums do not fit, they are made in
+            several passes over the data, each a forward and a backward; the number is logged.
+
+    Yields:
+        One :class:`BlockFisher` a tensor, or several with consecutive entries for a tensor that is
+        split between passes. The blocks of a pass keep their memory as long as they are referenced.
+
+    Raises:
+        ValueError: for an unknown estimator, a block size below one, a damping below
+            ``SMALLEST_DAMPING``, a budget too small for one block, or a label beyond the model's
+            classes.
+    """
+    _check_options(block_size, damping)
+    if estimator not in FISHER_ESTIMATORS:
+        raise unknown_name("estimator", estimator, FISHER_ESTIMATORS)
+    indices = draw_samples(data, samples, seed)
+    parameters = dict(model.named_parameters())
+    weights = {name: parameters[name].detach() for name in names}
+    passes = _plan(weights, block_size, len(indices), memory_budget)
+    logger.info(
+        "Fisher blocks of %d weights within %.2f GiB: %d %s over %d samples",
+        sum(w.numel() for w in weights.values()),
+        memory_budget / 2**30,
+        len(passes),
+        "pass" if len(passes) == 1 else "passes",
+        len(indices),
+    )
+    work = memory_budget // 4
+
+    def make() -> Iterator[BlockFisher]:
+        for parts in passes:
+            sums = {
+                name: _BlockSums(name, entries, size, len(indices), weights[name], work // 2)
+                for name, entries, size in parts
+            }
+            with undisturbed(model):
+                _fill(sums, model, data, indices, batch_size, estimator, seed, work)
+            for name in list(sums):
+                yield sums.pop(name).fisher(damping)
+
+    return make()
+
+
+def _check_options(block_size: int, damping: float) -> None:
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: at least one weight a block is needed")
+    if not SMALLEST_DAMPING <= damping < math.inf:
+        raise ValueError(
+            f"damping={damping} must be a finite number of at least {SMALLEST_DAMPING}: without it "
+            "a block of fewer independent gradients than weights has no inverse"
+        )
+
+
+def _plan(
+    weights: Mapping[str, Tensor], block_size: int, samples: int, memory_budget: int
+) -> list[list[tuple[str, tuple[int, int], int]]]:
+    """Tensors, the ranges of their entries and the size of their blocks, pass by pass."""
+    capacity = memory_budget - memory_budget // 4
+    passes: list[list[tuple[str, tuple[int, int], int]]] = []
+    room = 0
+    for name, weight in weights.items():
+        size = min(block_size, weight.numel())
+        keeps_gradients = samples < size
+        each = samples * size * _gradient_dtype(weight).itemsize if keeps_gradients else 8 * size**2
+        if each > capacity:
+            raise ValueError(
+                f"memory_budget={memory_budget} is too small: one block of {size} weights takes "
+                f"{each} bytes of its three quarters; choose at least {4 * each // 3 + 4}, or "
+                "smaller blocks"
+            )
+        start = 0
+        while start < weight.numel():
+            if room < each:
+                passes.append([])
+                room = capacity
+            stop = min(weight.numel(), start + room // each * size)
+            passes[-1].append((name, (start, stop), size))
+            room -= -(-(stop - start) // size) * each
+            start = stop
+    return passes
+
+
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class _BlockSums:
+    """Σ_n g_n g_nᵀ of the blocks of one part of a tensor, or the g_n while these are fewer."""
+
+    def __init__(
+        self,
+        name: str,
+        entries: tuple[int, int],
+        size: int,
+        samples: int,
+        like: Tensor,
+        work: int,
+    ) -> None:
+        self.name, self.size, self.samples = name, size, samples
+        self.start, self.stop = entries
+        # Half of it for gradients in float64, half for the products they are copied from.
+        self.work = min(8 * chunk_bytes(like.device), work)
+        self.keeps_gradients = samples < size
+        blocks = -(-(self.stop - self.start) // size)
+        rows, dtype = (
+            (samples, _gradient_dtype(like)) if self.keeps_gradients else (size, torch.float64)
+        )
+        self.stored = torch.zeros(blocks, rows, size, dtype=dtype, device=like.device)
+
+    def slices(self, samples: int) -> Iterator[tuple[int, int]]:
+        """Ranges of entries whose gradients, for so many samples, are worked on at once."""
+        step = max(1, self.work // (16 * samples * self.size)) * self.size
+        for first in range(self.start, self.stop, step):
+            yield first, min(first + step, self.stop)
+
+    def add_(self, first: int, gradients: Tensor, rows: Tensor) -> None:
+        """Add the gradients ``[b, n]`` of n entries, from a block's first on, of b samples."""
+        each = _pad(gradients, self.size).unflatten(1, (-1, self.size)).transpose(0, 1)
+        begin = (first - self.start) // self.size
+        target = self.stored[begin : begin + len(each)]
+        if self.keeps_gradients:
+            target.index_copy_(1, rows, each.to(target.dtype))
+            return
+        each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
+        target.baddbmm_(each.mT, each)
+
+    def fisher(self, damping: float) -> BlockFisher:
+        """The blocks; the sums are divided in place, so this is the end of them."""
+        gram = gradients = None
+        if self.keeps_gradients:
+            gradients = self.stored.div_(self.samples**0.5)
+        else:
+            gram = self.stored.div_(self.samples)
+        return BlockFisher(self.name, self.start, self.stop, damping, gram, gradients)
+
+
+class _Filler:
+    """Receives per-sample gradients and adds them to the sums of a pass."""
+
+    def __init__(self, sums: Mapping[str, _BlockSums], work: int) -> None:
+        self.sums = sums
+        self.work = work
+        self.waiting: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sums}
+        self.waiting_bytes = 0
+
+    def observed(self, call: Call, gradient: Tensor, rows: Tensor) -> None:
+        """Add a batch: the gradients of a slice of the weight at a time, from their factors."""
+        sums = self.sums[call.name]
+        samples = len(rows)
+        step = samples
+        if call.convolution is not None:
+            kernel = math.prod(call.convolution["kernel"])
+            patches = call.input.shape[1] * kernel * gradient[0, 0].numel() * len(gradient)
+            step = max(1, self.work * samples // (2 * patches * gradient.element_size()))
+        for first in range(0, samples, step):
+            chosen = slice(first, min(first + step, samples))
+            left, right = gradient_factors(call, gradient, samples, chosen)
+            dtype = _gradient_dtype(left)
+            left, right = left.to(dtype), right.to(dtype)
+            for lo, hi in sums.slices(len(left)):
+                sums.add_(lo, _entries(left, right, lo, hi), rows[chosen])
+
+    def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
+        """Keep one sample's gradient: one product for many samples is faster than many."""
+        sums = self.sums[name]
+        taken = gradient.flatten()[sums.start : sums.stop].clone()
+        self.waiting[name].append((taken, rows))
+        self.waiting_bytes += taken.numel() * taken.element_size()
+        if self.waiting_bytes * 2 > self.work:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the gradients kept so far."""
+        for name, kept in self.waiting.items():
+            if kept:
+                sums = self.sums[name]
+                rows = torch.cat([r for _, r in kept])
+                for lo, hi in sums.slices(len(kept)):
+                    part = slice(lo - sums.start, hi - sums.start)
+                    sums.add_(lo, torch.stack([g[part] for g, _ in kept]), rows)
+                kept.clear()
+        self.waiting_bytes = 0
+
+
+def _entries(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
+    """Entries ``start`` to ``stop`` of the flattened gradients left @ right, ``[b, n]``."""
+    outputs, width = left.shape[2], right.shape[3]
+    first, last = start // width, -(-stop // width)  # output channels
+    groups = slice(first // outputs, -(-last // outputs))
+    left, right = left[:, groups], right[:, groups]
+    offset = groups.start * outputs
+    if left.shape[1] == 1:
+        left = left[:, :, first - offset : last - offset]
+        offset = first
+    entries = torch.matmul(left, right).flatten(1)
+    return entries[:, start - offset * width : stop - offset * width]
+
+
+def _fill(
+    sums: dict[str, _BlockSums],
+    model: nn.Module,
+    data: Samples,
+    indices: Tensor,
+    batch_size: int,
+    estimator: str,
+    seed: int,
+    work: int,
+) -> None:
+    """One pass over the data."""
+    device = device_of(model)
+
+    def compute(size: int) -> None:
+        true = TrueLabels(device)
+        cotangents: Cotangents = (
+            true if estimator == "empirical" else DrawnLabels(len(indices), 1, seed)
+        )
+        for part in sums.values():
+            part.stored.zero_()
+        filler = _Filler(sums, work)
+        rows = torch.arange(len(indices), device=device).split(size)
+        loaded = batches(data, size, device, indices)
+        triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
+        receive_gradients(model, list(sums), triples, cotangents, filler)
+        filler.flush()
+        if estimator == "empirical":
+            true.check()
+
+    fitting_batches(compute, batch_size)
+
+
+def _pad(values: Tensor, size: int) -> Tensor:
+    """``values [..., n]`` with zeros behind them up to a multiple of ``size``."""
+    missing = -values.shape[-1] % size
+    return F.pad(values, (0, missing)) if missing else values
+
+
+def _with_diagonal(matrices: Tensor, value: float) -> Tensor:
+    """Add ``value`` to the diagonals of ``[b, k, k]``, in place."""
+    matrices.diagonal(dim1=1, dim2=2).add_(value)
+    return matrices
+
+
+def _inverse_cholesky(matrices: Tensor) -> Tensor:
+    """L⁻¹ for symmetric ``[b, k, k]`` = L Lᵀ; not a number where one is not positive definite.
+
+    By halves, so that nearly all of the work is in batched products:
+
+        [A ·]        [L_A    0 ]           [   L_A⁻¹            0  ]
+        [C D]    L = [C L_A⁻ᵀ L_S]   L⁻¹ = [−L_S⁻¹ C A⁻¹     L_S⁻¹ ]   with S = D − C A⁻¹ Cᵀ
+    """
+    size = matrices.shape[-1]
+    if size <= _BASE:
+        factor, failed = torch.linalg.cholesky_ex(matrices)
+        factor = torch.where(failed[:, None, None] > 0, math.nan, factor)
+        identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
+        solved: Tensor = torch.linalg.solve_triangular(
+            factor, identity.expand_as(factor), upper=False
+        )
+        return solved
+    half = size // 2
+    first = _inverse_cholesky(matrices[:, :half, :half])
+    below = torch.bmm(matrices[:, half:, :half], first.mT)
+    rest = _inverse_cholesky(torch.baddbmm(matrices[:, half:, half:], below, below.mT, alpha=-1))
+    inverse = matrices.new_zeros(matrices.shape)
+    inverse[:, :half, :half] = first
+    inverse[:, half:, half:] = rest
+    inverse[:, half:, :half] = torch.bmm(torch.bmm(rest, below), first).neg_()
+    return inverse

@@ -1,0 +1,377 @@
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pai_utils.curvature.blocks import BlockFisher, fisher_blocks
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from tests.cases import (
+    Case,
+    Limited,
+    build,
+    fingerprint,
+    logits_of,
+    per_sample_gradients,
+    relative_error,
+)
+
+
+def spread_gradients(samples: int, weights: int, *, decades: float = 2.0, seed: int = 0) -> Tensor:
+    """Correlated gradients ``[m, P]`` whose principal variances span ``2 * decades`` decades."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(samples, weights, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(0, -decades, weights, dtype=torch.float64)
+    square = torch.randn(weights, weights, generator=generator, dtype=torch.float64)
+    rotation: Tensor = torch.linalg.qr(square).Q
+    return latent * scales @ rotation
+
+
+def dense_blocks(gradients: Tensor, block_size: int, damping: float) -> list[Tensor]:
+    """F of each block by its definition, the last as short as it is."""
+    matrices = []
+    for g in gradients.double().split(block_size, dim=1):
+        undamped = g.T @ g / len(g)
+        ridge = damping * undamped.diagonal().mean()
+        matrices.append(undamped + ridge * torch.eye(g.shape[1], dtype=torch.float64))
+    return matrices
+
+
+def dense_saliency(gradients: Tensor, weights: Tensor, block_size: int, damping: float) -> Tensor:
+    parts = [
+        w.double().square() / (2 * torch.linalg.inv(matrix).diagonal())
+        if matrix.any()
+        else torch.zeros_like(w)
+        for matrix, w in zip(
+            dense_blocks(gradients, block_size, damping), weights.split(block_size), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+def largest_relative_error(value: Tensor, reference: Tensor) -> float:
+    """Over the entries, each relative to itself; zero must be met exactly."""
+    assert torch.equal(value == 0, reference == 0)
+    return float(((value - reference) / torch.where(reference == 0, 1, reference)).abs().max())
+
+
+def gradients_of(case: Case) -> dict[str, Tensor]:
+    """Per-sample gradients with the true labels, ``[m, P]`` a name."""
+    residual = logits_of(case.model, case.data.images).softmax(1)
+    residual[torch.arange(len(case.data)), case.data.labels] -= 1
+    samples = per_sample_gradients(case.model, case.names, case.data.images, residual)
+    stacked = (torch.stack(gradients).flatten(1) for gradients in zip(*samples, strict=True))
+    return dict(zip(case.names, stacked, strict=True))
+
+
+def saliencies(case: Case, **options: object) -> dict[str, Tensor]:
+    """Saliencies of whole tensors, put together from the parts."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in case.names}
+    for blocks in fisher_blocks(case.model, case.names, case.data, **options):  # type: ignore[arg-type]
+        weight = case.model.get_parameter(blocks.name).detach().flatten()
+        assert blocks.start == sum(len(part) for part in parts[blocks.name])
+        parts[blocks.name].append(blocks.saliency(weight[blocks.start : blocks.stop]))
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+# Ten samples: blocks of 7 and of 16 weights take the Cholesky and the Woodbury path.
+@pytest.mark.parametrize("block_size", [7, 16])
+def test_saliency_equals_the_dense_inverse(case: Case, block_size: int) -> None:
+    found = saliencies(case, block_size=block_size, batch_size=4)
+    for name, gradients in gradients_of(case).items():
+        weight = case.model.get_parameter(name).detach().flatten()
+        expected = dense_saliency(gradients, weight, block_size, 1e-2)
+        assert relative_error(found[name], expected) <= 1e-10, name
+
+
+@pytest.mark.parametrize("block_size", [7, 16])
+def test_a_small_budget_takes_more_passes_and_gives_the_same(
+    case: Case, block_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = saliencies(case, block_size=block_size)
+    with caplog.at_level(logging.INFO, "pai_utils"):
+        parts = saliencies(case, block_size=block_size, memory_budget=4096)
+    numbers = re.findall(r"GiB: (\d+) passes over 10 samples", " ".join(caplog.messages))
+    assert len(numbers) == 1
+    # Three quarters of the budget hold 7 blocks of 7 × 7 numbers or 2 of 10 × 16; a tensor of
+    # fewer weights than a block has smaller ones.
+    weights = [case.model.get_parameter(name).numel() for name in case.names]
+    blocks = sum(math.ceil(n / block_size) for n in weights)
+    each = {7: 7, 16: 2}[block_size]
+    assert math.ceil(blocks / each) - 1 <= int(numbers[0]) <= math.ceil(blocks / each) + 1
+    for name in case.names:
+        assert relative_error(parts[name], whole[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize(("samples", "block_size"), [(40, 6), (4, 6), (5, 20), (40, 20), (3, 1)])
+def test_saliency_is_the_increase_when_a_weight_goes_and_the_others_follow(
+    samples: int, block_size: int
+) -> None:
+    gradients = spread_gradients(samples, 20)
+    weights = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    blocks = BlockFisher.from_gradients(gradients, block_size=block_size, damping=1e-2)
+    found = blocks.saliency(weights)
+    matrices = dense_blocks(gradients, block_size, 1e-2)
+    for i in range(20):
+        matrix = matrices[i // block_size]
+        own = i % block_size
+        others = [j for j in range(len(matrix)) if j != own]
+        step = torch.zeros(len(matrix), dtype=torch.float64)
+        step[own] = -weights[i]
+        if others:
+            right = -matrix[others, own] * step[own]
+            step[others] = torch.linalg.solve(matrix[others][:, others], right)
+        increase = step @ matrix @ step / 2
+        assert float(found[i]) == pytest.approx(float(increase), rel=1e-10)
+        # And no other step that removes the weight costs less.
+        for seed in range(5):
+            noise = torch.randn(len(matrix), generator=torch.Generator().manual_seed(seed))
+            other = step + 0.1 * noise.double().index_fill(0, torch.tensor(own), 0)
+            assert other @ matrix @ other / 2 >= increase * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
+def test_cholesky_equals_woodbury_equals_the_inverse(damping: float) -> None:
+    few = spread_gradients(6, 40, decades=1)
+    # The same matrices from as many samples as a block has weights, most of them zero.
+    many = torch.cat([few, torch.zeros(10, 40, dtype=torch.float64)]) * (16 / 6) ** 0.5
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    woodbury = BlockFisher.from_gradients(few, block_size=16, damping=damping)
+    cholesky = BlockFisher.from_gradients(many, block_size=16, damping=damping)
+    assert woodbury.gram is None
+    assert cholesky.gradients is None
+    expected = dense_saliency(few, weights, 16, damping)
+    assert largest_relative_error(woodbury.saliency(weights), expected) <= 1e-10
+    assert largest_relative_error(cholesky.saliency(weights), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 15, 16, 17, 33, 50, 64])
+def test_every_block_size_factorises(block_size: int) -> None:
+    gradients = spread_gradients(64, 131)
+    weights = torch.ones(131, dtype=torch.float64)
+    blocks = BlockFisher.from_gradients(gradients, block_size=block_size, damping=1e-3)
+    expected = dense_saliency(gradients, weights, block_size, 1e-3)
+    assert largest_relative_error(blocks.saliency(weights), expected) <= 1e-10
+
+
+def test_ill_conditioned_blocks_keep_six_digits_from_float32_gradients() -> None:
+    gradients = spread_gradients(1024, 500, decades=0).float()
+    for block in gradients.split(50, dim=1):  # views
+        block.copy_(spread_gradients(1024, 50, decades=3.6).float())
+    weights = torch.ones(500)
+    condition = [torch.linalg.cond(m) for m in dense_blocks(gradients, 50, 1e-7)]
+    assert min(condition) >= 2e6
+    blocks = BlockFisher.from_gradients(gradients, block_size=50, damping=1e-7)
+    expected = dense_saliency(gradients, weights, 50, 1e-7)
+    assert largest_relative_error(blocks.saliency(weights), expected) <= 1e-6
+    # What a sum of float32 products would give.
+    rounded = gradients[:, :50].T @ gradients[:, :50] / 1024
+    rounded = rounded.double() + 1e-7 * rounded.diagonal().mean().double() * torch.eye(50)
+    single = 1 / (2 * torch.linalg.inv(rounded).diagonal())
+    assert float((single / expected[:50] - 1).abs().max()) > 1e-6
+
+
+def test_a_last_short_block_has_a_damping_of_its_own() -> None:
+    gradients = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
+    blocks = BlockFisher.from_gradients(gradients, block_size=4, damping=0.5)
+    # F is diagonal: g²/6 + λ, λ being half the mean over 4 weights and over the last 2.
+    squares = torch.arange(1.0, 7.0, dtype=torch.float64) ** 2 / 6
+    damped = squares + 0.5 * torch.cat([squares[:4].mean().expand(4), squares[4:].mean().expand(2)])
+    assert relative_error(1 / blocks.inverse_diagonal(), damped) <= 1e-14
+
+
+@pytest.mark.parametrize("samples", [3, 12])
+def test_a_block_of_zero_gradients_costs_nothing_and_moves_nothing(samples: int) -> None:
+    gradients = spread_gradients(samples, 24)
+    gradients[:, 8:16] = 0
+    weights = torch.arange(1.0, 25.0, dtype=torch.float64)
+    blocks = BlockFisher.from_gradients(gradients, block_size=8, damping=1e-2)
+    saliency = blocks.saliency(weights)
+    assert torch.equal(saliency[8:16], torch.zeros(8, dtype=torch.float64))
+    assert bool((saliency[:8] > 0).all())
+    assert bool((saliency[16:] > 0).all())
+    keep = torch.arange(24) % 3 > 0
+    moved = blocks.compensate(weights, keep)
+    assert torch.equal(moved[8:16], (weights * keep)[8:16])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_the_scale_of_the_gradients_is_only_a_factor(scale: float) -> None:
+    gradients = spread_gradients(32, 24)
+    weights = torch.ones(24)
+    one, other = (
+        BlockFisher.from_gradients(g, block_size=8, damping=1e-2).saliency(weights)
+        for g in (gradients, gradients * scale)
+    )
+    assert largest_relative_error(other / scale**2, one) <= 1e-12
+
+
+@pytest.mark.parametrize(("samples", "block_size"), [(40, 8), (5, 8), (40, 30), (3, 1)])
+def test_compensation_is_the_closed_form(samples: int, block_size: int) -> None:
+    gradients = spread_gradients(samples, 30)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(30, generator=generator, dtype=torch.float64)
+    keep = torch.rand(30, generator=generator) > 0.4
+    keep[:8] = True  # a block that nothing is removed from
+    keep[8:16] = False  # and one that loses all
+    blocks = BlockFisher.from_gradients(gradients, block_size=block_size, damping=1e-2)
+    found = blocks.compensate(weights, keep)
+    expected = []
+    parts = zip(weights.split(block_size), keep.split(block_size), strict=True)
+    matrices = dense_blocks(gradients, block_size, 1e-2)
+    for matrix, (w, k) in zip(matrices, parts, strict=True):
+        inverse = torch.linalg.inv(matrix)
+        removed = torch.eye(len(w), dtype=torch.float64)[:, ~k]
+        inner = torch.linalg.inv(removed.T @ inverse @ removed)
+        expected.append(w - inverse @ removed @ inner @ w[~k])
+    assert relative_error(found, torch.cat(expected)) <= 1e-10
+    assert not found[~keep].any()
+    if block_size == 8:
+        assert torch.equal(found[:8], weights[:8])
+
+
+def test_compensation_lowers_the_increase_to_the_saliency() -> None:
+    gradients = spread_gradients(64, 16)
+    weights = torch.ones(16, dtype=torch.float64)
+    blocks = BlockFisher.from_gradients(gradients, block_size=16, damping=1e-2)
+    (matrix,) = dense_blocks(gradients, 16, 1e-2)
+    for i in range(16):
+        keep = torch.arange(16) != i
+        step = blocks.compensate(weights, keep) - weights
+        assert float(step @ matrix @ step / 2) == pytest.approx(
+            float(blocks.saliency(weights)[i]), rel=1e-10
+        )
+        assert blocks.saliency(weights)[i] < weights[i] ** 2 * matrix[i, i] / 2
+
+
+def test_compensated_weights_keep_their_dtype() -> None:
+    blocks = BlockFisher.from_gradients(spread_gradients(9, 10), block_size=4, damping=1e-2)
+    found = blocks.compensate(torch.ones(10), torch.arange(10) > 3)
+    assert found.dtype == torch.float32
+
+
+def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
+    case = build("grouped conv")
+    options = {"block_size": 1, "damping": 0.25}
+    for estimator, diagonal in (
+        ("empirical", fisher_diagonal(case.model, case.names, case.data)),
+        ("mc", ggn_diagonal(case.model, case.names, case.data)),
+    ):
+        found = saliencies(case, estimator=estimator, **options)
+        for name in case.names:
+            weight = case.model.get_parameter(name).detach()
+            expected = 1.25 * weight.square() * diagonal[name] / 2
+            assert relative_error(found[name], expected.flatten()) <= 1e-12
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "mc"])
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_float32_scores_do_not_depend_on_the_batches(estimator: str, block_size: int) -> None:
+    case = build("eval BatchNorm")
+    case = Case(case.model.float(), case.names, case.data)
+    case.data.images = case.data.images.float()
+    found = [
+        saliencies(case, estimator=estimator, block_size=block_size, batch_size=size)
+        for size in (10, 3, 1)
+    ]
+    for name in case.names:
+        assert relative_error(found[1][name], found[0][name]) <= 1e-6
+        assert relative_error(found[2][name], found[0][name]) <= 1e-6
+
+
+@pytest.mark.parametrize("block_size", [7, 16])
+def test_running_out_of_memory_changes_nothing(block_size: int) -> None:
+    case = build("linear over tokens")
+    limited = Limited(case.model, 3)
+    names = [f"model.{name}" for name in case.names]
+    expected = saliencies(case, block_size=block_size)
+    found = saliencies(Case(limited, names, case.data), block_size=block_size)
+    for name in case.names:
+        assert relative_error(found[f"model.{name}"], expected[name]) <= 1e-10
+
+
+def test_the_model_is_as_it_was_whenever_the_caller_has_control(case: Case) -> None:
+    first = next(iter(case.model.parameters()))
+    first.grad = torch.ones_like(first)
+    list(case.model.parameters())[-1].requires_grad_(False)
+    case.model.get_submodule("0").eval()
+    before = fingerprint(case.model)
+    state = torch.get_rng_state()
+    options = {"block_size": 7, "memory_budget": 4096, "estimator": "mc"}
+    for _ in fisher_blocks(case.model, case.names, case.data, **options):  # type: ignore[arg-type]
+        assert fingerprint(case.model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_of_one_sample_are_summed_before_the_outer_product() -> None:
+    case = build("linear over tokens")
+    name = "1.weight"
+    (blocks,) = fisher_blocks(case.model, [name], case.data, block_size=6)
+    gradients = gradients_of(case)[name]
+    expected = torch.stack([g.T @ g / len(g) for g in gradients.split(6, dim=1)])
+    assert blocks.gram is not None
+    assert relative_error(blocks.gram, expected) <= 1e-12
+    assert F.mse_loss(blocks.gram.mT, blocks.gram) <= 1e-30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size=0: at least one weight"),
+        ({"damping": 0.0}, "damping=0.0 must be a finite number of at least 1e-10"),
+        ({"damping": -1e-2}, "damping=-0.01 must"),
+        ({"damping": math.inf}, "damping=inf must"),
+        ({"damping": math.nan}, "damping=nan must"),
+        ({"estimator": "true"}, "unknown estimator 'true'.*empirical, mc"),
+        ({"samples": 0}, "samples=0"),
+        ({"memory_budget": 500}, "memory_budget=500 is too small: one block of 7 .* 392 bytes"),
+    ],
+)
+def test_bad_options_are_refused_at_the_call(options: dict[str, object], message: str) -> None:
+    case = build("conv")
+    options = {"block_size": 7} | options
+    with pytest.raises(ValueError, match=message):
+        fisher_blocks(case.model, case.names, case.data, **options)  # type: ignore[arg-type]
+
+
+def test_the_budget_that_the_error_names_is_enough() -> None:
+    case = build("conv")
+    with pytest.raises(ValueError, match="choose at least") as error:
+        saliencies(case, block_size=7, memory_budget=1)
+    found = re.search(r"choose at least (\d+)", str(error.value))
+    assert found is not None
+    small = saliencies(case, block_size=7, memory_budget=int(found[1]))
+    expected = saliencies(case, block_size=7)
+    for name in case.names:
+        assert relative_error(small[name], expected[name]) <= 1e-10
+
+
+def test_bad_options_for_given_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="block_size=0"):
+        BlockFisher.from_gradients(torch.ones(3, 4), block_size=0, damping=1e-2)
+    with pytest.raises(ValueError, match=r"damping=0\.0"):
+        BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=0.0)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    blocks = BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=1e-2)
+    with pytest.raises(ValueError, match=r"weights \(5,\) and keep \(4,\) .* shape \(4,\)"):
+        blocks.compensate(torch.ones(5), torch.ones(4).bool())
+
+
+def test_a_singular_block_is_refused_not_turned_into_nan() -> None:
+    # Not a Fisher matrix at all: rounding of a nearly singular one, carried to the extreme.
+    gram = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)
+    blocks = BlockFisher("layer.weight", 0, 2, 1e-10, gram, None)
+    with pytest.raises(ValueError, match=r"'layer\.weight' is singular.*larger damping"):
+        blocks.saliency(torch.ones(2))
+
+
+def test_labels_beyond_the_head_are_refused() -> None:
+    case = build("conv")
+    case.data.labels[4] = 4
+    with pytest.raises(ValueError, match="label 4 but the model's classes are 0 to 3"):
+        saliencies(case)
