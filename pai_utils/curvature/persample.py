@@ -181,9 +181,33 @@ def add_squared_gradients_(total: Tensor, call: Call, gradient: Tensor, samples:
     step = _chunks(samples, total)
     for first in range(0, samples, step):
         rows = slice(first, min(first + step, samples))
+        _add_squares_(total, _gradients(call, gradient, samples, rows, total.shape))
+
+
+def _gradients(
+    call: Call, gradient: Tensor, samples: int, rows: slice, shape: torch.Size
+) -> Tensor:
+    """Per-sample gradients ``[b, *shape]`` of one observed call, for the samples in ``rows``."""
+    if call.convolution is None or call.convolution["kernel"] == (1, 1):
         left, right = gradient_factors(call, gradient, samples, rows)
-        each = torch.matmul(left, right)  # [b, groups, out / groups, K]
-        _add_squares_(total, each.reshape(len(each), *total.shape))
+        return torch.matmul(left, right).reshape(-1, *shape)
+    # Samples become groups of one convolution, so that the library's own kernels, fast for every
+    # stride, dilation and grouping, return one gradient a sample.
+    inputs, outputs = (
+        x.unflatten(0, (samples, -1))[rows].transpose(0, 1).flatten(1, 2)
+        for x in (call.input, gradient)
+    )
+    count, geometry = rows.stop - rows.start, call.convolution
+    each = torch.nn.grad.conv2d_weight(
+        inputs,
+        (count * shape[0], *shape[1:]),
+        outputs,
+        geometry["stride"],
+        geometry["padding"],
+        geometry["dilation"],
+        count * geometry["groups"],
+    )
+    return each.view(count, *shape)
 
 
 def gradient_factors(
