@@ -154,8 +154,15 @@ def gain_replicates(
 
 
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates."""
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    """Percentile interval of bootstrap replicates.
+
+    Undefined replicates (not a number) are left out; where they are more than a fraction
+    ``1 - level``, so is the interval.
+    """
+    defined = replicates[~np.isnan(replicates)]
+    if len(defined) < level * len(replicates):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
