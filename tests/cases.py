@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import create_conv2d
+from timm.layers.create_conv2d import create_conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from pai_utils.backbones import Backbone, Classifier, ImageTransform, Provenance
+from pai_utils.tasks import ImageDataset, Task
 
 CLASSES = 4
 SIDE = 8
@@ -93,7 +96,8 @@ class TorchAttention(nn.Module):
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x, x, x, need_weights=False)[0]
+        mixed: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return x + mixed
 
 
 class Shared(nn.Module):
@@ -217,9 +221,9 @@ class WindowConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        rows = x.reshape(batch, channels, 2, height // 2, width).transpose(1, 2).flatten(0, 1)
-        y: Tensor = self.conv(rows)
-        return F.gelu(y).unflatten(0, (batch, 2)).transpose(1, 2).flatten(2, 3)
+        rows = x.reshape(batch, channels, 2, height // 2, width).transpose(1, 2)
+        y: Tensor = self.conv(rows.flatten(0, 1))
+        return F.gelu(y).reshape(rows.shape).transpose(1, 2).flatten(2, 3)
 
 
 class Constant(nn.Module):
@@ -245,7 +249,8 @@ class SetAside(nn.Module):
         nn.init.zeros_(self.after.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.after(torch.tanh(self.before(x)))  # type: ignore[no-any-return]
+        y: Tensor = self.after(torch.tanh(self.before(x)))
+        return x + y
 
 
 class UnevenlyPadded(nn.Module):
@@ -472,3 +477,53 @@ class Limited(nn.Module):
             raise torch.OutOfMemoryError("not enough memory for this batch")
         logits: Tensor = self.model(images)
         return logits
+
+
+def tiny_backbone() -> Backbone:
+    """A convolutional encoder of 8 × 8 images with 6 features, in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 6, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+    return Backbone(
+        encoder.eval(),
+        name="tiny",
+        feature_dim=6,
+        transform=ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        provenance=Provenance("random weights", "none", None),
+    )
+
+
+def tiny_dataset(count: int, classes: int, seed: int) -> ImageDataset:
+    """Noise with a bright spot in one channel or corner a class, balanced."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 120, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % classes
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[label % 3, 4 * (label // 3) : 4 * (label // 3) + 4] += 100
+    transform = ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return ImageDataset(images, labels, transform)
+
+
+def tiny_task(name: str = "spots", *, classes: int = 3, train: int = 30, test: int = 24) -> Task:
+    """A task that a random encoder with a fitted head does well on, but not perfectly."""
+    sizes = {"train": train, "validation": classes, "test": test}
+    parts = {
+        part: tiny_dataset(size, classes, seed) for seed, (part, size) in enumerate(sizes.items())
+    }
+    return Task(name=name, class_names=tuple("abcdefgh"[:classes]), **parts)
+
+
+def tiny_classifier(classes: int = 3) -> Classifier:
+    """The encoder with a random head."""
+    backbone = tiny_backbone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Classifier(backbone, nn.Linear(6, classes))

@@ -51,7 +51,7 @@ def test_monte_carlo_is_unbiased(name: str) -> None:
     case = build(name)
     exact = flattened(ggn_diagonal(case.model, case.names, case.data, estimator="exact"))
     repeats = torch.stack(
-        [flattened(ggn_diagonal(case.model, case.names, case.data, seed=s)) for s in range(200)]
+        [flattened(ggn_diagonal(case.model, case.names, case.data, seed=s)) for s in range(100)]
     )
     # The sum over all weights, and every weight on its own (hundreds of them: the largest
     # deviation of so many is near 3 standard errors, and of a few correlated ones above 4).

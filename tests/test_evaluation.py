@@ -1,0 +1,377 @@
+import copy
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pai_utils as pai
+from pai_utils.evaluation import (
+    evaluate_heads,
+    gain_replicates,
+    held_out_retention,
+    interval,
+    retention,
+    retention_replicates,
+    retention_sweep,
+    summarise_retention,
+)
+from pai_utils.tasks import ImageDataset
+from tests.cases import (
+    Case,
+    Images,
+    Limited,
+    fingerprint,
+    logits_of,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_task,
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
+def test_accuracy_and_loss_are_those_of_the_logits(case: Case, batch_size: int) -> None:
+    logits = logits_of(case.model, case.data.images)
+    before = fingerprint(case.model)
+    result = pai.evaluate(case.model, case.data, batch_size=batch_size)
+    assert fingerprint(case.model) == before
+    assert result.loss == pytest.approx(float(F.cross_entropy(logits, case.data.labels)), 1e-12)
+    right = logits.argmax(1) == case.data.labels
+    assert torch.equal(result.correct, right)
+    assert result.accuracy == int(right.sum()) / 10
+    assert result.count == 10
+
+
+def test_the_interval_is_wilsons() -> None:
+    class Right(nn.Module):
+        """Answers class 0."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.one_hot(torch.zeros(len(images), dtype=torch.long), 4).double()
+
+    data = Images(10)
+    data.labels[:] = torch.tensor([0] * 8 + [1] * 2)
+    low, high = pai.evaluate(Right(), data).interval
+    z = 1.959963984540054
+    centre, half = 0.8 + z**2 / 20, z * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
+    assert low == pytest.approx((centre - half) / (1 + z**2 / 10))
+    assert high == pytest.approx((centre + half) / (1 + z**2 / 10))
+    assert [low, high] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+
+
+def test_bad_labels_logits_and_empty_data_are_refused() -> None:
+    model = tiny_classifier(2)
+    with pytest.raises(ValueError, match="label 2 but the model's classes are 0 to 1"):
+        pai.evaluate(model, tiny_task().test)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        pai.evaluate(model, Images(0))
+    with torch.no_grad():
+        model.get_parameter("head.weight").fill_(torch.nan)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="loss on 24 samples is nan"):
+        pai.evaluate(model, tiny_task(classes=2).test)
+    assert fingerprint(model) == before
+
+
+def test_running_out_of_memory_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, data = tiny_classifier(), tiny_task().test
+    expected = pai.evaluate(model, data)
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        found = pai.evaluate(Limited(model, 5), data)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert torch.equal(found.correct, expected.correct)
+    assert any("out of memory" in message for message in caplog.messages)
+    with pytest.raises(torch.OutOfMemoryError):
+        pai.evaluate(Limited(model, 0), data)
+
+
+def test_heads_on_one_encoder_equal_the_classifiers() -> None:
+    backbone = tiny_backbone()
+    tasks = {"two": tiny_task(classes=2), "three": tiny_task(classes=3)}
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    results = evaluate_heads(backbone, heads, {name: task.test for name, task in tasks.items()})
+    for name, task in tasks.items():
+        expected = pai.evaluate(pai.Classifier(backbone, heads[name]), task.test)
+        assert torch.equal(results[name].correct, expected.correct)
+        assert results[name].loss == pytest.approx(expected.loss, rel=1e-6)
+    with pytest.raises(ValueError, match="unknown head of task 'four'"):
+        evaluate_heads(backbone, heads, {"four": tasks["two"].test})
+
+
+def test_retention_is_the_kept_part_above_chance() -> None:
+    assert retention(0.8, 0.8, 0.1) == 1
+    assert retention(0.1, 0.8, 0.1) == 0
+    assert retention(0.45, 0.8, 0.1) == pytest.approx(0.5)
+    assert retention(0.03, 0.8, 0.1) == pytest.approx(-0.1)
+    assert math.isnan(retention(0.5, 0.1, 0.1))
+
+
+def test_intervals_are_percentiles() -> None:
+    assert interval(np.arange(101.0), 0.9) == pytest.approx((5.0, 95.0))
+    # A few undefined replicates are left out; more leave no interval.
+    few, many = np.arange(101.0), np.arange(101.0)
+    few[:5], many[:6] = np.nan, np.nan
+    assert interval(few) == pytest.approx((7.375, 97.625))
+    assert np.isnan(interval(many)).all()
+
+
+def test_replicates_of_certain_outcomes_are_certain() -> None:
+    right, wrong = np.ones(20, dtype=bool), np.zeros(20, dtype=bool)
+    replicates = retention_replicates(
+        [np.stack([right, right]), np.stack([wrong, wrong])], [right, right], [0.0, 0.0]
+    )
+    assert replicates.shape == (1000,)
+    assert np.allclose(replicates, 0.5)
+    assert np.allclose(gain_replicates([wrong, right], [right, right]), 0.5)
+
+
+def test_replicates_are_not_a_number_where_nothing_is_above_chance() -> None:
+    wrong = np.zeros(20, dtype=bool)
+    assert np.isnan(retention_replicates([wrong[None]], [wrong], [0.1])).all()
+
+
+def test_bootstrap_intervals_cover_the_truth() -> None:
+    random = np.random.default_rng(0)
+    covered = {"retention": 0, "gain": 0}
+    estimates, widths = [], []
+    for trial in range(200):
+        items, difficulty = 150, random.random((2, 150))
+        # Per task: dense right with 0.8; pruned, on the same items, with 0.6 whatever the seed.
+        dense = [row < 0.8 for row in difficulty]
+        pruned = [
+            np.stack([(row < 0.8) & (random.random(items) < 0.75) for _ in range(8)])
+            for row in difficulty
+        ]
+        replicates = retention_replicates(pruned, dense, [0.1, 0.1], resamples=200, seed=trial)
+        low, high = interval(replicates)
+        covered["retention"] += low <= (0.6 - 0.1) / (0.8 - 0.1) <= high
+        widths.append(high - low)
+        each = [(p.mean() - 0.1) / (d.mean() - 0.1) for p, d in zip(pruned, dense, strict=True)]
+        estimates.append(np.mean(each))
+        gains = gain_replicates([p[0] for p in pruned], dense, resamples=200, seed=trial)
+        low, high = interval(gains)
+        covered["gain"] += low <= 0.2 <= high
+    assert min(covered.values()) >= 180, covered
+    # Not by being as wide as can be: noise of item and seed counts twice, no more.
+    assert np.mean(widths) <= 2 * (2 * 1.96 * np.std(estimates))
+
+
+class Counting(ImageDataset):
+    """Counts what is read."""
+
+    reads = 0
+
+    def batch(self, indices: Any) -> tuple[Tensor, Tensor]:
+        self.reads += len(indices)
+        return super().batch(indices)
+
+
+def counted(data: ImageDataset) -> Counting:
+    return Counting(data.images, data.labels, data.transform)
+
+
+def sweep_inputs() -> tuple[Any, Any, Any]:
+    backbone = tiny_backbone()
+    tasks = {
+        "first": tiny_task("first", classes=2),
+        "second": tiny_task("second", classes=3),
+        "third": tiny_task("third", classes=3),
+    }
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    return backbone, tasks, heads
+
+
+def test_a_sweep_has_a_row_for_each_cell_and_leaves_the_encoder() -> None:
+    backbone, tasks, heads = sweep_inputs()
+    before = fingerprint(backbone)
+    table = retention_sweep(
+        backbone,
+        tasks,
+        heads,
+        ["first", "second"],
+        sparsities=(0.3, 0.6),
+        seeds=(0, 1),
+        samples=8,
+    )
+    assert fingerprint(backbone) == before
+    cells = table.groupby(["scorer", "source"]).size().to_dict()
+    assert cells == {
+        ("dense", "none"): 3,
+        ("ggn_diag", "first"): 2 * 2 * 3,
+        ("ggn_diag", "second"): 2 * 2 * 3,
+        ("magnitude", "none"): 2 * 3,
+        ("random", "none"): 2 * 2 * 3,
+    }
+    for row in table.to_dict("records"):
+        assert row["accuracy"] == np.mean(row["correct"])
+        assert row["count"] == 24
+        assert row["chance"] == pytest.approx(1 / 2 if row["target"] == "first" else 1 / 3)
+    dense: Any = table[table.scorer == "dense"].set_index("target")
+    for name, task in tasks.items():
+        expected = pai.evaluate(pai.Classifier(backbone, heads[name]), task.test)
+        assert dense.accuracy[name] == expected.accuracy
+        assert dense.sparsity[name] == 0
+
+
+def test_a_sweeps_row_is_that_of_the_pruned_classifier() -> None:
+    backbone, tasks, heads = sweep_inputs()
+    table = retention_sweep(
+        backbone, tasks, heads, ["second"], scorers=["ggn_diag"], sparsities=(0.5, 0.2), seeds=(3,),
+        samples=8,
+    )  # fmt: skip
+    for sparsity in (0.5, 0.2):
+        pruned = pai.prune(
+            pai.Classifier(backbone, heads["second"]), tasks["second"].train, "ggn_diag", sparsity,
+            samples=8, seed=3,
+        )  # fmt: skip
+        for name, task in tasks.items():
+            expected = pai.evaluate(pai.Classifier(pruned.model.backbone, heads[name]), task.test)  # type: ignore[arg-type]
+            row = table[(table.sparsity == sparsity) & (table.target == name)].iloc[0]
+            assert row.accuracy == expected.accuracy
+            assert row.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_no_data_but_the_sources_training_split_touches_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone, tasks, heads = sweep_inputs()
+    parts = {
+        (name, part): counted(getattr(task, part))
+        for name, task in tasks.items()
+        for part in ("train", "validation", "test")
+    }
+    watched = {
+        name: pai.Task(
+            name=name,
+            class_names=task.class_names,
+            train=parts[name, "train"],
+            validation=parts[name, "validation"],
+            test=parts[name, "test"],
+        )
+        for name, task in tasks.items()
+    }
+    during: list[dict[tuple[str, str], int]] = []
+    score = pai.score
+
+    def watch(*args: Any, **options: Any) -> Any:
+        before = {key: data.reads for key, data in parts.items()}
+        scores = score(*args, **options)
+        during.append({k: d.reads - before[k] for k, d in parts.items() if d.reads > before[k]})
+        return scores
+
+    monkeypatch.setattr("pai_utils.evaluation.score", watch)
+    retention_sweep(
+        backbone, watched, heads, ["first", "third"], scorers=["ggn_diag", "fisher_diag", "random"],
+        sparsities=(0.5,), seeds=(0,), samples=8,
+    )  # fmt: skip
+    assert during == [
+        {("first", "train"): 8},
+        {("third", "train"): 8},
+        {("first", "train"): 8},
+        {("third", "train"): 8},
+        {},
+    ]
+    # Over the whole sweep no validation image is read, nor a held-out task's training image.
+    assert all(data.reads == 0 for (_, part), data in parts.items() if part == "validation")
+    assert parts["second", "train"].reads == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorers": ["ggn"]}, "unknown scorer 'ggn'"),
+        ({"sparsities": [1.0]}, r"sparsity=1\.0"),
+        ({"scope": "rows"}, "unknown scope 'rows'"),
+        ({"sources": ["frist"]}, "unknown source 'frist'; did you mean 'first'"),
+    ],
+)
+def test_a_sweep_refuses_a_misspelling_at_once(options: dict[str, Any], message: str) -> None:
+    backbone, tasks, heads = sweep_inputs()
+    with pytest.raises(ValueError, match=message):
+        retention_sweep(backbone, tasks, heads, options.pop("sources", ["first"]), **options)
+
+
+def closed_form_table() -> pd.DataFrame:
+    """Ten items a task; the number right is given for each row."""
+    rows = [
+        ("none", "a", "dense", 0.0, 0, 9),
+        ("none", "b", "dense", 0.0, 0, 8),
+        ("none", "c", "dense", 0.0, 0, 6),
+        ("a", "a", "ggn_diag", 0.5, 0, 9),
+        ("a", "b", "ggn_diag", 0.5, 0, 6),
+        ("a", "c", "ggn_diag", 0.5, 0, 4),
+        ("a", "a", "ggn_diag", 0.5, 1, 9),
+        ("a", "b", "ggn_diag", 0.5, 1, 8),
+        ("a", "c", "ggn_diag", 0.5, 1, 2),
+        ("b", "a", "ggn_diag", 0.5, 0, 1),
+        ("b", "b", "ggn_diag", 0.5, 0, 8),
+        ("b", "c", "ggn_diag", 0.5, 0, 2),
+        ("none", "a", "magnitude", 0.5, 0, 5),
+        ("none", "b", "magnitude", 0.5, 0, 5),
+        ("none", "c", "magnitude", 0.5, 0, 4),
+    ]
+    return pd.DataFrame(
+        {
+            "source": source,
+            "target": target,
+            "scorer": scorer,
+            "sparsity": sparsity,
+            "seed": seed,
+            "accuracy": right / 10,
+            "loss": 1.0,
+            "count": 10,
+            "chance": 0.2,
+            "correct": np.arange(10) < right,
+        }
+        for source, target, scorer, sparsity, seed, right in rows
+    )
+
+
+def test_the_summary_of_a_sweep_has_its_closed_form() -> None:
+    summary: Any = summarise_retention(closed_form_table()).set_index(
+        ["source", "target", "scorer"]
+    )
+    row = summary.loc[("a", "b", "ggn_diag")]
+    assert row.accuracy == pytest.approx(0.7)
+    assert row.retention == pytest.approx((0.7 - 0.2) / (0.8 - 0.2))
+    assert (row.seeds, row["count"]) == (2, 10)
+    assert row.low <= row.retention <= row.high
+    assert (row.dense_accuracy, row.chance) == (0.8, 0.2)
+    certain = summary.loc[("a", "a", "ggn_diag")]
+    assert certain.retention == pytest.approx(1)
+    assert (certain.low, certain.high) == (pytest.approx(1), pytest.approx(1))
+    assert summary.loc[("none", "c", "magnitude")].retention == pytest.approx(0.5)
+
+
+def test_held_out_retention_leaves_out_the_source() -> None:
+    summary: Any = held_out_retention(closed_form_table(), ["a", "b"]).set_index(
+        ["source", "scorer"]
+    )
+    row = summary.loc[("a", "ggn_diag")]
+    b, c = (0.7 - 0.2) / (0.8 - 0.2), (0.3 - 0.2) / (0.6 - 0.2)
+    assert row.retention == pytest.approx((b + c) / 2)
+    assert row.accuracy == pytest.approx((0.7 + 0.3) / 2)
+    assert (row.tasks, row["count"], row.seeds) == (2, 20, 2)
+    assert row.low <= row.retention <= row.high
+    # A mask that saw no data counts beside each source, on that source's held-out tasks.
+    assert summary.loc[("a", "magnitude")].retention == pytest.approx((0.5 + 0.5) / 2)
+    assert summary.loc[("b", "magnitude")].retention == pytest.approx((0.3 / 0.7 + 0.5) / 2)
+    a, c = (0.1 - 0.2) / (0.9 - 0.2), 0.0
+    assert summary.loc[("b", "ggn_diag")].retention == pytest.approx((a + c) / 2)
+    assert summary.loc[("b", "dense")].retention == pytest.approx(1)
+
+
+def test_pruning_within_a_sweep_leaves_heads_alone() -> None:
+    backbone, tasks, heads = sweep_inputs()
+    before = copy.deepcopy({name: head.state_dict() for name, head in heads.items()})
+    retention_sweep(
+        backbone, tasks, heads, ["first"], scorers=["magnitude"], sparsities=(0.9,), samples=8
+    )
+    for name, head in heads.items():
+        for key, value in head.state_dict().items():
+            assert torch.equal(value, before[name][key])

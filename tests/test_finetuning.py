@@ -1,0 +1,208 @@
+import copy
+import logging
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pai_utils as pai
+from pai_utils.finetuning import recovery_sweep
+from tests.cases import Images, fingerprint, tiny_classifier, tiny_task
+
+
+def pruned_classifier(sparsity: float = 0.6) -> pai.Pruned:
+    backbone = tiny_classifier().backbone
+    model = pai.Classifier(backbone, pai.fit_head(backbone, tiny_task()))
+    return pai.prune(model, None, "magnitude", sparsity)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_pruned_weights_are_zero_after_every_step(momentum: float, weight_decay: float) -> None:
+    pruned = pruned_classifier()
+    steps: list[int] = []
+
+    def check(step: int) -> None:
+        steps.append(step)
+        for name, entry in pruned.mask.items():
+            assert not pruned.model.get_parameter(name)[~entry].any()
+
+    losses = pai.finetune(
+        pruned.model, tiny_task().train, pruned.mask, steps=12, learning_rate=0.1, batch_size=7,
+        momentum=momentum, weight_decay=weight_decay, on_step=check,
+    )  # fmt: skip
+    assert steps == list(range(13))
+    assert len(losses) == 12
+    for name, entry in pruned.mask.items():
+        assert pruned.model.get_parameter(name)[entry].all()
+
+
+def test_an_unpruned_model_is_pruned_first() -> None:
+    pruned = pruned_classifier()
+    model = tiny_classifier()
+    pai.finetune(model, tiny_task().train, pruned.mask, steps=0)
+    assert all(not model.get_parameter(n)[~entry].any() for n, entry in pruned.mask.items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_head_statistics_and_modes_stay_and_the_rest_learns(training: bool) -> None:
+    pruned = pruned_classifier()
+    model = pruned.model.train(training)
+    model.get_submodule("backbone.encoder.1").train(not training)
+    before = copy.deepcopy(model.state_dict())
+    modes = fingerprint(model)[3]
+    pai.finetune(model, tiny_task().train, pruned.mask, steps=5, learning_rate=0.1)
+    for name, value in model.state_dict().items():
+        fixed = name.startswith("head.") or "running" in name or "num_batches" in name
+        assert torch.equal(value, before[name]) == fixed, name
+    assert fingerprint(model)[3] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_training_lowers_the_loss() -> None:
+    pruned = pruned_classifier(0.5)
+    data = tiny_task().train
+    before = pai.evaluate(pruned.model, data).loss
+    pai.finetune(pruned.model, data, pruned.mask, steps=60, learning_rate=0.05)
+    assert pai.evaluate(pruned.model, data).loss < 0.9 * before
+
+
+def test_steps_equal_a_loop_written_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = Images(7, classes=3, side=2)
+    mask = pai.make_mask({"1.weight": torch.rand(5, 12)}, 0.5)
+    mine = copy.deepcopy(model)
+    mask.apply_(mine)
+    rate, momentum, decay = 0.3, 0.9, 0.01
+    velocity = {n: torch.zeros_like(p) for n, p in mine.named_parameters()}
+    seen: list[int] = []
+    expected: list[float] = []
+    for start in (0, 3):  # two epochs of three batches, each in an order of its own
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(5 * 1_000_003 + start))
+        for rows in order.split(3)[: 5 - len(expected)]:
+            seen += rows.tolist()
+            loss = F.cross_entropy(mine(data.images[rows]), data.labels[rows])
+            expected.append(loss.item())
+            gradients = torch.autograd.grad(loss, list(mine.parameters()))
+            with torch.no_grad():
+                for (name, p), g in zip(mine.named_parameters(), gradients, strict=True):
+                    velocity[name] = momentum * velocity[name] + g + decay * p
+                    if name in mask:
+                        velocity[name] *= mask[name]
+                    p.sub_(rate * velocity[name])
+    assert sorted(seen[:7]) == list(range(7))
+    losses = pai.finetune(
+        model, data, mask, steps=5, learning_rate=rate, batch_size=3, momentum=momentum,
+        weight_decay=decay, seed=5,
+    )  # fmt: skip
+    assert losses == pytest.approx(expected, rel=1e-12)
+    for ours, theirs in zip(model.parameters(), mine.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_seed_sets_the_result() -> None:
+    def run(seed: int) -> list[float]:
+        pruned = pruned_classifier()
+        return pai.finetune(
+            pruned.model, tiny_task().train, pruned.mask, steps=8, batch_size=8, seed=seed
+        )
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e20, 1e38])
+def test_divergence_is_an_error_and_leaves_the_last_sound_weights(rate: float) -> None:
+    pruned = pruned_classifier()
+    model = pruned.model.train()
+    before = fingerprint(model)
+    with pytest.raises(
+        FloatingPointError, match=rf"at step \d+ with learning_rate={re.escape(str(rate))}"
+    ):
+        pai.finetune(model, tiny_task().train, pruned.mask, steps=200, learning_rate=rate)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert math.isfinite(pai.evaluate(model, tiny_task().train).loss)
+    assert fingerprint(model)[3] == before[3]
+    assert all(not model.get_parameter(n)[~entry].any() for n, entry in pruned.mask.items())
+
+
+def test_an_error_while_watching_restores_the_modes() -> None:
+    pruned = pruned_classifier()
+    modes = fingerprint(pruned.model.train())[3]
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pai.finetune(pruned.model, tiny_task().train, pruned.mask, on_step=stop)
+    assert fingerprint(pruned.model)[3] == modes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps=-1"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"mask": pai.Mask({"other.weight": torch.ones(2, 2)})}, r"no other\.weight"),
+        ({"data": Images(0)}, "dataset is empty"),
+        ({"data": tiny_task(classes=5).train}, "label 4 but the model's classes are 0 to 2"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    data = options.pop("data", tiny_task().train)
+    with pytest.raises(ValueError, match=message):
+        pai.finetune(tiny_classifier(), data, **options)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to fine-tune"):
+        pai.finetune(tiny_classifier().requires_grad_(False), tiny_task().train)
+
+
+def sweep(rates: list[float], *, refit: bool = True) -> Any:
+    pruned = pruned_classifier()
+    assert isinstance(pruned.model, pai.Classifier)
+    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
+    dense = tiny_classifier().backbone
+    heads = {name: pai.fit_head(dense, task) for name, task in tasks.items()}
+    before = fingerprint(pruned.model)
+    table = recovery_sweep(
+        pruned.model, pruned.mask, tasks, heads, "spots", learning_rates=rates, at_steps=[0, 2, 5],
+        batch_size=8, refit=refit,
+    )  # fmt: skip
+    assert fingerprint(pruned.model) == before
+    return table
+
+
+def test_a_recovery_sweep_watches_every_task_at_every_step() -> None:
+    table = sweep([1e-3, 1e-1])
+    frozen = table[table["head"] == "frozen"]
+    assert len(frozen) == 2 * 3 * 2
+    assert set(zip(frozen.learning_rate, frozen.step, frozen.target, strict=True)) == {
+        (rate, step, target)
+        for rate in (1e-3, 1e-1)
+        for step in (0, 2, 5)
+        for target in ("spots", "other")
+    }
+    refitted = table[table["head"] == "refitted"]
+    assert len(refitted) == 2 * 2
+    assert set(refitted.step) == {5}
+    start = frozen[frozen.step == 0]
+    assert start.groupby("target").loss.nunique().eq(1).all()
+    assert len(sweep([1e-3], refit=False)) == 6
+
+
+def test_a_recovery_sweep_goes_on_after_a_rate_that_diverges(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        table = sweep([1e30, 1e-3])
+    assert set(table[table.learning_rate == 1e30].step) == {0}
+    assert set(table[table.learning_rate == 1e-3].step) == {0, 2, 5}
+    assert any("ends early" in message for message in caplog.messages)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+import pai_utils as pai
+from pai_utils.backbones import Backbone
+from pai_utils.heads import features
+from tests.cases import Limited, fingerprint, tiny_backbone, tiny_dataset, tiny_task
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("inverse_penalty", [0.01, 1.0])
+def test_the_folded_head_is_scikit_learns_own_pipeline(
+    classes: int, inverse_penalty: float
+) -> None:
+    backbone, task = tiny_backbone(), tiny_task(classes=classes, train=60, test=40)
+    head = pai.fit_head(backbone, task, inverse_penalty=inverse_penalty)
+    values, labels = features(backbone, task.train)
+    pipeline = make_pipeline(
+        StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=2000)
+    ).fit(values.double().numpy(), labels.numpy())
+    unseen, _ = features(backbone, task.test)
+    expected = torch.from_numpy(pipeline.predict_proba(unseen.double().numpy()))
+    found = head(unseen).softmax(1)
+    assert float((found - expected).abs().max()) <= 1e-4
+    assert head.in_features == 6
+    assert head.out_features == classes
+
+
+def test_the_head_is_frozen_and_the_encoder_as_it_was() -> None:
+    backbone = tiny_backbone().train()
+    weight = backbone.get_parameter("encoder.0.weight")
+    weight.grad = torch.ones_like(weight)
+    before = fingerprint(backbone)
+    head = pai.fit_head(backbone, tiny_task())
+    assert fingerprint(backbone) == before
+    assert not any(p.requires_grad for p in head.parameters())
+    assert not head.training
+    assert head.weight.dtype == torch.float32
+
+
+def test_only_training_data_is_used() -> None:
+    backbone, task, poisoned = tiny_backbone(), tiny_task(), tiny_task()
+    for part in (poisoned.validation, poisoned.test):
+        part.images.fill_(255)
+        part.labels.fill_(99)
+    head, other = pai.fit_head(backbone, task), pai.fit_head(backbone, poisoned)
+    assert torch.equal(head.weight, other.weight)
+    assert torch.equal(head.bias, other.bias)
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
+    class Constant(nn.Module):
+        """The second feature is a bias plus rounding, as after a layer pruned to nothing."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            value = images.mean((1, 2, 3))
+            noise = 1e-8 * torch.sin(1e4 * value)
+            return torch.stack([value, 0.3 + noise, torch.zeros_like(value)], 1)
+
+    tiny = tiny_backbone()
+    backbone = Backbone(
+        Constant(),
+        name="constant",
+        feature_dim=3,
+        transform=tiny.transform,
+        provenance=tiny.provenance,
+    )
+    head = pai.fit_head(backbone, tiny_task())
+    assert float(head.weight.abs().max()) < 1e3
+
+
+def test_a_class_without_training_samples_is_an_error() -> None:
+    task = tiny_task(train=2)
+    with pytest.raises(
+        ValueError, match=r"'spots' has no training sample of class 'c'.*train_size"
+    ):
+        pai.fit_head(tiny_backbone(), task)
+
+
+def test_features_that_are_not_finite_are_an_error() -> None:
+    backbone = tiny_backbone()
+    with torch.no_grad():
+        backbone.get_parameter("encoder.3.weight").fill_(torch.inf)
+    with pytest.raises(ValueError, match="features of task 'spots' are not finite"):
+        pai.fit_head(backbone, tiny_task())
+
+
+def test_features_come_in_order_whatever_the_batches() -> None:
+    backbone, data = tiny_backbone(), tiny_dataset(11, 3, 0)
+    expected = backbone(data.batch(torch.arange(11))[0]).detach()
+    for size in (1, 4, 64):
+        values, labels = features(backbone, data, batch_size=size)
+        assert torch.allclose(values, expected, atol=1e-6)
+        assert torch.equal(labels, data.labels)
+        assert not values.is_inference()
+    values, _ = features(Limited(backbone, 3), data)
+    assert torch.allclose(values, expected, atol=1e-6)

@@ -1,0 +1,260 @@
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import pai_utils as pai
+from pai_utils import runs
+from pai_utils.runs import (
+    FinetuneRecoveryConfig,
+    LandscapeAnalysisConfig,
+    PrunePerTaskConfig,
+    Run,
+    ZeroShotRetentionConfig,
+)
+
+GIVEN: dict[str, Any] = {
+    "backbone": "efficientnet_lite0",
+    "source": "digits",
+    "targets": ["photos", "digits"],
+    "scorers": ["ggn_diag"],
+    "sparsities": [0.2, 0.4],
+    "seeds": [0],
+    "out": "somewhere",
+}
+
+
+def test_a_notebooks_namespace_becomes_its_configuration() -> None:
+    namespace = GIVEN | {
+        "pai": pai,
+        "os": os,
+        "_i1": "text",
+        "__name__": "__main__",
+        "In": [],
+        "Out": {},
+        "exit": object(),
+        "quit": object(),
+        "open": open,
+        "get_ipython": object(),
+    }
+    config = ZeroShotRetentionConfig.from_notebook(namespace)
+    assert config.model_dump() == GIVEN | {
+        "image_size": None,
+        "pretrained": True,
+        "train_size": None,
+        "test_size": None,
+        "samples": 256,
+        "batch_size": 64,
+        "device": "auto",
+        "seed": 0,
+    }
+    assert config.sources == ["digits"]
+    assert config.tasks == ["digits", "photos"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[0.4]", [0.4]),
+        (" [0.2, 1e-1]", [0.2, 0.1]),
+        ("[0]", [0.0]),
+    ],
+)
+def test_lists_that_papermill_passes_as_text_are_read(text: str, value: list[float]) -> None:
+    config = ZeroShotRetentionConfig.from_notebook(GIVEN | {"sparsities": text})
+    assert config.sparsities == value
+
+
+def test_lists_of_names_may_go_without_quotes() -> None:
+    config = ZeroShotRetentionConfig.from_notebook(
+        GIVEN | {"source": "[digits, mnist5k]", "targets": '["photos"]'}
+    )
+    assert config.sources == ["digits", "mnist5k"]
+    assert config.targets == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsites": [0.4]}, r"unknown parameter 'sparsites'; did you mean 'sparsities'\?"),
+        ({"learning_rate": 1.0}, "unknown parameter 'learning_rate'"),
+        ({"seed": True}, "seed: .*not True"),
+        ({"seed": "3"}, "seed: .*not '3'"),
+        ({"seed": 1.0}, r"seed: .*not 1\.0"),
+        ({"seed": -1}, "seed: .*not -1"),
+        ({"pretrained": 1}, "pretrained: .*not 1"),
+        ({"pretrained": "yes"}, "pretrained: .*not 'yes'"),
+        ({"batch_size": 0}, "batch_size: .*not 0"),
+        ({"samples": 0}, "samples: .*not 0"),
+        ({"sparsities": [1.0]}, r"sparsities\.0: .*not 1\.0"),
+        ({"sparsities": [0.1, float("nan")]}, r"sparsities\.1: .*not nan"),
+        ({"sparsities": "[0.4"}, r"sparsities: .*not '\[0\.4'"),
+        ({"sparsities": "[yes]"}, r"sparsities\.0: .*not True"),
+        ({"sparsities": 0.4}, r"sparsities: .*not 0\.4"),
+        ({"sparsities": []}, r"sparsities: .*not \[\]"),
+        ({"scorers": "ggn_diag"}, "scorers: .*not 'ggn_diag'"),
+        ({"source": 3}, r"source\.str: .*not 3"),
+        ({"backbone": None}, "backbone: .*not None"),
+        ({"out": ""}, "out: .*not ''"),
+    ],
+)
+def test_a_wrong_parameter_is_told_with_the_valid_names(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ZeroShotRetentionConfig.from_notebook(GIVEN | changes)
+    for name in ZeroShotRetentionConfig.model_fields:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["backbone", "source", "seeds", "out"])
+def test_a_missing_parameter_is_named(name: str) -> None:
+    given = {key: value for key, value in GIVEN.items() if key != name}
+    with pytest.raises(ValueError, match=f"{name}: Field required.*Valid parameters: backbone, "):
+        ZeroShotRetentionConfig.from_notebook(given)
+
+
+def test_an_infinite_learning_rate_is_refused() -> None:
+    given = {
+        "backbone": "b", "source": "digits", "targets": ["photos"], "scorer": "ggn_diag",
+        "sparsity": 0.5, "steps": [0, 5], "out": "o",
+    }  # fmt: skip
+    config = FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": "[1e-4, 2e-3]"})
+    assert config.learning_rates == [1e-4, 2e-3]
+    assert config.tasks == ["digits", "photos"]
+    for rate in (float("inf"), 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"learning_rates\.0"):
+            FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": [rate]})
+
+
+def test_the_other_notebooks_have_their_parameters() -> None:
+    common = {"backbone": "b", "scorers": ["random"], "out": "o"}
+    per_task = common | {"sources": ["digits", "photos"], "sparsity": 0.5}
+    assert PrunePerTaskConfig.from_notebook(per_task).sources == ["digits", "photos"]
+    with pytest.raises(ValueError, match="sources"):
+        PrunePerTaskConfig.from_notebook(per_task | {"sources": ["digits"]})
+    landscape = common | {
+        "source": "digits", "targets": ["photos"], "sparsities": [0.1], "fractions": [0.5, 1.0]
+    }  # fmt: skip
+    assert LandscapeAnalysisConfig.from_notebook(landscape).tasks == ["digits", "photos"]
+    with pytest.raises(ValueError, match=r"fractions\.1"):
+        LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.5, 1.5]})
+
+
+def config(folder: Path) -> ZeroShotRetentionConfig:
+    return ZeroShotRetentionConfig.from_notebook(GIVEN | {"out": str(folder)})
+
+
+def test_a_run_writes_tables_masks_figures_and_their_record(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    run = Run("zero_shot_retention", config(tmp_path / "run"))
+    run.write_table("table", pd.DataFrame({"a": [1, 2], "b": [0.123456789, 2.0]}))
+    run.write_mask("mask", pai.Mask({"w": torch.ones(3)}))
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    run.write_figure("figure", figure)
+    record = run.finish(provenance={"source": "here"})
+    folder = tmp_path / "run"
+    assert (folder / "table.csv").read_text() == "a,b\n1,0.123457\n2,2\n"
+    assert pai.Mask.load(folder / "mask.safetensors").sparsity == 0
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "record.json").read_text()) == record
+    assert record["outputs"] == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("table.csv", "mask.safetensors", "figure.png")
+    }
+    assert record["notebook"] == "zero_shot_retention"
+    assert record["parameters"] == config(folder).model_dump()
+    assert record["provenance"] == {"source": "here"}
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert record["python"] == platform.python_version()
+    assert record["threads"] == 1
+    assert record["peak_memory_mib"] > 100
+    assert record["seconds"] >= 0
+    assert record["device"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "figure.png", "mask.safetensors", "record.json", "table.csv"
+    ]  # fmt: skip
+
+
+def test_the_record_of_an_earlier_run_goes_before_the_next_one_starts(tmp_path: Path) -> None:
+    Run("first", config(tmp_path)).finish()
+    assert (tmp_path / "record.json").exists()
+    Run("second", config(tmp_path))
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_failed_write_leaves_no_part_and_no_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("run", config(tmp_path))
+    run.write_table("table", pd.DataFrame({"a": [1]}))
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            run.write_table("table", pd.DataFrame({"a": [2]}))
+        with pytest.raises(OSError, match="no space"):
+            run.write_table("other", pd.DataFrame({"a": [2]}))
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_text() == "a\n1\n"
+    assert list(run.finish()["outputs"]) == ["table.csv"]
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def test_the_commit_is_that_of_the_librarys_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    library, other = tmp_path / "pai_utils" / "runs.py", tmp_path / "other"
+    library.parent.mkdir()
+    library.write_text("")
+    monkeypatch.setattr(runs, "__file__", str(library))
+    assert runs._commit() == (None, None)
+    _git(tmp_path, "init", "-q")
+    other.write_text("")
+    _git(tmp_path, "add", "other")
+    _git(tmp_path, "commit", "-q", "-m", "another project")
+    # Below a checkout, but no part of it.
+    assert runs._commit() == (None, None)
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "the library")
+    head = _git(tmp_path, "rev-parse", "HEAD")
+    assert runs._commit() == (head, True)
+    other.write_text("changed")
+    assert runs._commit() == (head, False)
+
+
+def test_a_record_needs_neither_git_nor_an_installed_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    record = Run("run", config(tmp_path)).finish()
+    assert (record["commit"], record["clean"]) == (None, None)
+    assert record["versions"]["pai-utils"] is None
