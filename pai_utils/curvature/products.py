@@ -12,8 +12,11 @@ All sums are over samples, weighted by batch size, so ragged batches change noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +34,305 @@ from pai_utils.execution import (
     fitting_batches,
     paired,
     undisturbed,
+    unknown_name,
 )
+
+GRAPH_MEMORY = 4 * 2**30
+"""Bytes that graphs kept between products may hold, unless told otherwise."""
+
+
+class Operator(Protocol):
+    """A symmetric matrix over named parameters, known by its products."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The parameters it acts on: their names, order, shapes, type and device."""
+
+    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The product with ``vector``, one tensor a parameter name."""
+
+
+class _Graph(Protocol):
+    """What is kept of one batch: its loss, and how it multiplies."""
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]: ...
+
+
+class CurvatureOperator(ABC):
+    """Products with a curvature matrix of the mean cross-entropy, summed over batches.
+
+    The graph of a batch's forward and first backward is kept for the next products as long as all
+    that is kept stays within ``memory``; the other batches are run anew at each product, with the
+    same result. What is kept lives as long as the operator.
+
+    Args:
+        model: images to logits ``[B, C]``; evaluated in evaluation mode. Between and after
+            products it is as it was; its weights must not change while the operator is used.
+        names: the parameters to take.
+        data: labelled samples, the same at each reading.
+        samples: size of the seeded draw without replacement; ``None`` for all.
+        batch_size: samples a forward, weighted by their number: the product does not depend on
+            it beyond rounding. When memory runs out it is halved and nothing is kept any more.
+        seed: seed of the draw.
+        memory: bytes that graphs kept between products may hold; 0 keeps none.
+
+    Raises:
+        ValueError: if a name is no parameter of the model or comes twice, weights are not finite,
+            ``batch_size`` or ``memory`` is too small, or a label goes beyond the model's classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        data: Samples,
+        *,
+        samples: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        memory: int = GRAPH_MEMORY,
+    ) -> None:
+        if memory < 0:
+            raise ValueError(f"memory={memory}: the bytes to keep graphs in cannot be negative")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
+        self._originals = dict(model.named_parameters())
+        _check_names(self._originals, names)
+        self._versions = {name: p._version for name, p in self._originals.items()}
+        self._values = {name: p.detach() for name, p in self._originals.items()}
+        broken = _first_non_finite(self._values)
+        if broken is not None:
+            raise NonFiniteError(f"the weights of {broken!r} are not finite")
+        for name in names:
+            # Detached once more, since only these leaves ask for a gradient; storage is shared.
+            self._values[name] = self._values[name].detach().requires_grad_()
+        self._weights = [self._values[name] for name in names]
+        self._names = list(names)
+        self._model = model
+        self._data = data
+        self._indices = draw_samples(data, samples, seed)
+        self._batch_size = batch_size
+        self._memory = memory
+        self._kept: dict[int, _Graph] = {}
+        self._kept_bytes = 0
+        self._losses: Tensor | None = None
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The parameters the operator acts on, in order."""
+        return {name: self._originals[name].detach() for name in self._names}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the graphs that are kept for further products."""
+        return self._kept_bytes
+
+    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The product with ``vector``.
+
+        Args:
+            vector: one tensor a name of the operator, of the parameter's shape.
+
+        Returns:
+            One tensor a name, of the parameter's shape, at least in float32.
+
+        Raises:
+            ValueError: if a name or a shape of ``vector`` does not fit.
+            RuntimeError: if weights, data or model changed between products.
+        """
+        self._check_vector(vector)
+        changed = [n for n, p in self._originals.items() if p._version != self._versions[n]]
+        if changed:
+            raise RuntimeError(
+                f"the weights of {changed[0]!r} changed after the operator was made; make a new one"
+            )
+        vectors = [
+            vector[name].detach().to(weight)
+            for name, weight in zip(self._names, self._weights, strict=True)
+        ]
+        totals = fitting_batches(lambda size: self._product(vectors, size), self._batch_size)
+        return dict(zip(self._names, totals, strict=True))
+
+    @abstractmethod
+    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+        """The graph of a batch that holds ``share`` of all samples."""
+
+    def _product(self, vectors: list[Tensor], batch_size: int) -> list[Tensor]:
+        if batch_size != self._batch_size:  # memory ran out
+            self._batch_size, self._memory = batch_size, 0
+            self._kept, self._kept_bytes, self._losses = {}, 0, None
+        totals = [torch.zeros_like(w, dtype=_accumulator(w.dtype)) for w in self._weights]
+        losses = []
+        for number, rows in enumerate(self._indices.split(batch_size)):
+            graph = self._kept.get(number) or self._build(number, rows)
+            parts = graph.multiply(vectors, keep=number in self._kept)
+            for total, part in zip(totals, parts, strict=True):
+                total.add_(part)
+            losses.append(graph.loss)
+            del graph, parts
+        self._check_losses(torch.stack(losses))
+        return totals
+
+    def _build(self, number: int, rows: Tensor) -> _Graph:
+        """Run a batch, and keep its graph if it fits."""
+        images, labels = next(batches(self._data, len(rows), device_of(self._model), rows))
+        share = len(rows) / len(self._indices)
+        # The fused attention kernels have no second derivative; the plain one has.
+        with (
+            undisturbed(self._model),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.enable_grad(),
+            _saved_storages() as storages,
+        ):
+            logits = functional_call(self._model, self._values, (paired(images),))
+            if number not in self._kept and self._losses is None:
+                check_labels(labels, logits.shape[1])
+            graph = self._graph(logits, paired(labels), share)
+        own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
+        size = sum(count for pointer, count in storages.items() if pointer not in own)
+        if self._kept_bytes + size <= self._memory:
+            self._kept[number] = graph
+            self._kept_bytes += size
+        return graph
+
+    def _check_losses(self, losses: Tensor) -> None:
+        """Compare with the first product's: costs nothing, and shows data that change."""
+        if self._losses is None:
+            self._losses = losses
+            if not torch.isfinite(losses).all():
+                raise NonFiniteError(
+                    "the loss is not finite; the weights are, so look for non-finite images"
+                )
+        elif not torch.allclose(losses, self._losses, rtol=1e-3, atol=0):
+            raise RuntimeError(
+                "the loss of the same samples changed between two products: the data or the model "
+                "is random (augmentation, noise); make them deterministic"
+            )
+
+    def _check_vector(self, vector: Mapping[str, Tensor]) -> None:
+        for name, weight in zip(self._names, self._weights, strict=True):
+            if name not in vector:
+                raise ValueError(f"the vector lacks {name!r}; it needs all of the operator's names")
+            if vector[name].shape != weight.shape:
+                raise ValueError(
+                    f"the vector has shape {tuple(vector[name].shape)} for {name!r}, "
+                    f"which is {tuple(weight.shape)}"
+                )
+        unknown = [name for name in vector if name not in self._names]
+        if unknown:
+            raise unknown_name("parameter", unknown[0], self._names)
+
+
+class HessianOperator(CurvatureOperator):
+    """Hv, H the Hessian of the mean cross-entropy; arguments as in :class:`CurvatureOperator`.
+
+    In units of one forward and backward pass, the first product costs three (one for the forward
+    and the gradient, two for the backward through both) and each further one on kept graphs two.
+    """
+
+    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+        loss = share * F.cross_entropy(logits, labels)
+        gradients = _gradients(loss, self._weights, create_graph=True)
+        return _HessianGraph(loss.detach(), self._weights, gradients)
+
+
+class GGNOperator(CurvatureOperator):
+    """Gv, G the Gauss-Newton matrix of the mean cross-entropy.
+
+    Arguments as in :class:`CurvatureOperator`. G is positive semi-definite, and the Fisher
+    information of the model. Each product on kept graphs costs four thirds of a forward and
+    backward pass.
+    """
+
+    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+        loss = share * F.cross_entropy(logits.detach(), labels)
+        # Jᵀu is linear in u: its derivative does not depend on where it is taken.
+        cotangent = torch.zeros_like(logits, requires_grad=True)
+        pulled = _gradients(logits, self._weights, cotangent, create_graph=True)
+        return _GGNGraph(loss, self._weights, logits, cotangent, pulled, share / len(labels))
+
+
+@dataclass(frozen=True)
+class _HessianGraph:
+    loss: Tensor
+    weights: list[Tensor]
+    gradients: tuple[Tensor, ...]
+
+    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
+        return _backward(self.gradients, self.weights, vectors, keep=keep)
+
+
+@dataclass(frozen=True)
+class _GGNGraph:
+    loss: Tensor
+    weights: list[Tensor]
+    logits: Tensor  # [B, C]
+    cotangent: Tensor  # u [B, C]
+    pulled: tuple[Tensor, ...]  # Jᵀu, one a weight
+    share: float  # of one sample in the mean
+
+    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
+        (tangent,) = _backward(self.pulled, [self.cotangent], vectors, keep=True)
+        p = self.logits.detach().softmax(1)
+        image = p * (tangent - (p * tangent).sum(1, keepdim=True)) * self.share
+        return _backward((self.logits,), self.weights, [image], keep=keep)
+
+
+def _backward(
+    outputs: Sequence[Tensor], inputs: list[Tensor], vectors: list[Tensor], *, keep: bool
+) -> tuple[Tensor, ...]:
+    """Σ_k (∂ outputs_k / ∂ inputs)ᵀ vectors_k; outputs without a graph are constants."""
+    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(value) for value in inputs)
+    return torch.autograd.grad(
+        [output for output, _ in pairs],
+        inputs,
+        [vector for _, vector in pairs],
+        retain_graph=keep,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+@contextmanager
+def _saved_storages() -> Iterator[dict[int, int]]:
+    """Sizes in bytes, by address, of the storages that graphs made inside keep."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        # Detached: a node that kept its own output with its history would never be freed.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    if not tensors:
+        return None
+    finite = torch.stack([torch.isfinite(values).all() for values in tensors.values()]).tolist()
+    return next((name for name, sound in zip(tensors, finite, strict=True) if not sound), None)
+
+
+def _check_names(parameters: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("no parameter is named; at least one is needed")
+    for name in names:
+        if name not in parameters:
+            raise unknown_name("parameter", name, parameters)
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise ValueError(f"parameter {twice[0]!r} is named twice")
 
 
 @dataclass(frozen=True)
@@ -142,18 +443,23 @@ def _gradients(
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients, zero for weights that ``value`` does not depend on."""
+    """Gradients of ``value`` against ``cotangent``, zero for weights it does not depend on."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(weight) for weight in weights)
     return torch.autograd.grad(
         value,
         weights,
         cotangent,
-        create_graph=create_graph,
         retain_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """Inner product over all names, in float64."""
+    return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
 
 
 def sum_of_products(left: tuple[Tensor, ...] | list[Tensor], right: list[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.scorers.baselines import magnitude, random
 from pai_utils.scorers.block import block_fisher
 from pai_utils.scorers.diagonal import fisher_diag, ggn_diag
+from pai_utils.scorers.hessian import EstimatedScores, hessian_diag
 
 __all__ = ["SCORERS", "Scorer", "Scores", "score"]
 
@@ -29,7 +30,7 @@ _COMMON = ("samples", "batch_size", "seed")
 class Scorer:
     """A row of the registry."""
 
-    function: Callable[..., dict[str, Tensor]]
+    function: Callable[..., dict[str, Tensor] | EstimatedScores]
     summary: str
     needs_data: bool = True
 
@@ -50,16 +51,22 @@ SCORERS: dict[str, Scorer] = {
     "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
     "ggn_diag": Scorer(ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)"),
     "block_fisher": Scorer(block_fisher, "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)"),
+    "hessian_diag": Scorer(hessian_diag, "½ w² · diagonal of the Hessian (Hutchinson), signed"),
 }
 
 
 @dataclass
 class Scores(dict[str, Tensor]):
-    """Scores by parameter name, and the parameters that were left out."""
+    """Scores by parameter name, and the parameters that were left out.
+
+    ``standard_error`` holds the sampling error of each score where the scorer knows it (see the
+    scorer for what it covers), and is empty otherwise.
+    """
 
     scores: dict[str, Tensor]
     scorer: str
     left_out: list[str] = field(default_factory=list)
+    standard_error: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.update(self.scores)
@@ -90,7 +97,8 @@ def score(
 
     Returns:
         A dictionary from parameter name to a tensor of the parameter's shape; ``left_out`` names
-        the parameters that are not scored (biases, norms, embeddings, the head).
+        the parameters that are not scored (biases, norms, embeddings, the head);
+        ``standard_error`` holds the scores' sampling error, from scorers that know it.
 
     Raises:
         ValueError: for an unknown scorer or option, missing data, labels beyond the model's
@@ -110,9 +118,12 @@ def score(
     names = prunable_parameters(model)
     if not names:
         raise ValueError("the model has no convolution or linear weight to score")
-    scores = scorer.function(
+    result = scorer.function(
         model, names, data, samples=samples, batch_size=batch_size, seed=seed, **options
     )
+    if not isinstance(result, EstimatedScores):
+        result = EstimatedScores(result, standard_error={})
+    scores = result.scores
     broken = _non_finite(scores)
     if broken:
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
@@ -127,7 +138,7 @@ def score(
         )
     left_out = [n for n, _ in model.named_parameters() if n not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
-    return Scores(scores, scorer=name, left_out=left_out)
+    return Scores(scores, scorer=name, left_out=left_out, standard_error=result.standard_error)
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,158 @@
+"""Diagonal and trace of a matrix that is known by its products, with their standard errors.
+
+With a Rademacher vector v (independent signs, each +1 or −1 with probability ½),
+
+    E[v ⊙ Av] = diag A,   Var[(v ⊙ Av)_i] = Σ_{j≠i} A_ij²
+    E[vᵀAv]   = tr A,     Var[vᵀAv] = 2 Σ_i Σ_{j≠i} A_ij²      (A symmetric)
+
+so both are exact for a diagonal A. Mean and variance are updated probe by probe (Welford 1962);
+no matrix of probes exists. The signs are drawn on the CPU: one seed means the same probes on every
+device.
+
+Sources: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix"; Bekas,
+Kokiopoulou & Saad (2007), "An estimator for the diagonal of a matrix".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pai_utils.curvature.products import Operator, inner_product
+from pai_utils.execution import NonFiniteError
+
+
+@dataclass(frozen=True)
+class DiagonalEstimate:
+    """Diagonal of a matrix over named parameters."""
+
+    diagonal: dict[str, Tensor]  # of each parameter's shape
+    standard_error: dict[str, Tensor]  # of each entry of ``diagonal``
+    relative_error: float  # ‖standard_error‖ / ‖diagonal‖ over all entries
+    probes: int
+    converged: bool  # relative_error is at most the tolerance
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Trace of a matrix over named parameters."""
+
+    trace: float
+    standard_error: float
+    probes: int
+    converged: bool  # standard_error is at most the tolerance times |trace|
+
+
+def hutchinson_diagonal(
+    operator: Operator, *, probes: int = 64, tolerance: float = 0.1, seed: int = 0
+) -> DiagonalEstimate:
+    """Diagonal by Rademacher probes, until it is accurate enough or the probes are used up.
+
+    After n probes with entrywise sample variance s_i² (divisor n − 1), the standard error of the
+    entry i is s_i / √n, and the relative standard error is √(Σ_i s_i²/n) / √(Σ_i mean_i²), over
+    all entries of all parameters (0 where both are zero). The estimate stops at the first n ≥ 2
+    with a relative standard error of at most ``tolerance``.
+
+    Costs one product a probe, and memory for three vectors beside the product's.
+
+    Args:
+        operator: the matrix.
+        probes: most products to take, at least two.
+        tolerance: relative standard error to stop at; 0 takes all probes, unless the error is
+            zero.
+        seed: seed of the signs.
+
+    Raises:
+        ValueError: if ``probes`` is below two, ``tolerance`` is negative or a product not finite.
+    """
+    _check(probes, tolerance)
+    generator = torch.Generator().manual_seed(seed)
+    mean: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    relative = math.inf
+    n = 0
+    while n < probes and not (n > 1 and relative <= tolerance):
+        signs = rademacher(operator.parameters, generator)
+        product = operator(signs)
+        n += 1
+        for name, values in product.items():
+            value = values * signs[name]
+            if n == 1:
+                mean[name], squares[name] = value, torch.zeros_like(value)
+                continue
+            before = value - mean[name]
+            mean[name] += before / n
+            squares[name].addcmul_(before, value - mean[name])
+        # One look a probe, which also decides whether another follows.
+        relative = _relative_error(mean, squares, n)
+    error = {name: (s / (n * (n - 1))).sqrt_() for name, s in squares.items()}
+    return DiagonalEstimate(mean, error, relative, n, relative <= tolerance)
+
+
+def hutchinson_trace(
+    operator: Operator, *, probes: int = 64, tolerance: float = 0.01, seed: int = 0
+) -> TraceEstimate:
+    """Trace by Rademacher probes, until it is accurate enough or the probes are used up.
+
+    Stops at the first n ≥ 8 with a standard error of at most ``tolerance`` times the absolute
+    trace. (The standard error of fewer numbers is itself too uncertain to stop by.)
+
+    Args:
+        operator: the matrix.
+        probes: most products to take, at least two.
+        tolerance: standard error to stop at, relative to the estimated trace.
+        seed: seed of the signs.
+
+    Raises:
+        ValueError: if ``probes`` is below two, ``tolerance`` is negative or a product not finite.
+    """
+    _check(probes, tolerance)
+    generator = torch.Generator().manual_seed(seed)
+    values: list[float] = []
+    mean, error = 0.0, math.inf
+    while len(values) < probes and not (len(values) >= 8 and error <= tolerance * abs(mean)):
+        signs = rademacher(operator.parameters, generator)
+        values.append(_finite(float(inner_product(signs, operator(signs))), len(values) + 1))
+        sample = torch.tensor(values, dtype=torch.float64)
+        mean = float(sample.mean())
+        error = float(sample.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
+    return TraceEstimate(mean, error, len(values), error <= tolerance * abs(mean))
+
+
+def rademacher(parameters: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random signs of the parameters' shapes, type and device, drawn on the CPU."""
+    return {
+        name: torch.empty(values.shape, dtype=torch.int8)
+        .random_(0, 2, generator=generator)
+        .to(values)
+        .mul_(2)
+        .sub_(1)
+        for name, values in parameters.items()
+    }
+
+
+def _relative_error(mean: Mapping[str, Tensor], squares: Mapping[str, Tensor], n: int) -> float:
+    spreads = torch.stack([values.double().sum() for values in squares.values()])
+    size, spread = torch.stack([inner_product(mean, mean), spreads.sum()]).tolist()
+    _finite(size + spread, n)
+    if n == 1:
+        return math.inf
+    variance = spread / (n * (n - 1))
+    return math.sqrt(variance / size) if size > 0 else 0.0
+
+
+def _finite(value: float, probe: int) -> float:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the product with probe {probe} is not finite")
+    return value
+
+
+def _check(probes: int, tolerance: float) -> None:
+    if probes < 2:
+        raise ValueError(f"probes={probes}: a standard error needs at least two")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance}: must be zero or above")

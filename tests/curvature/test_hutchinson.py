@@ -1,0 +1,171 @@
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from pai_utils.curvature.hutchinson import hutchinson_diagonal, hutchinson_trace
+from pai_utils.curvature.products import HessianOperator
+from pai_utils.execution import NonFiniteError
+from tests.cases import build, dense_hessian, flattened
+from tests.matrices import MatrixOperator, symmetric
+
+
+def test_diagonal_is_exact_for_a_diagonal_matrix() -> None:
+    diagonal = torch.linspace(-2, 3, 12, dtype=torch.float64)
+    estimate = hutchinson_diagonal(MatrixOperator(diagonal.diag()), tolerance=0)
+    assert torch.equal(flattened(estimate.diagonal), diagonal)
+    assert not flattened(estimate.standard_error).any()
+    assert (estimate.probes, estimate.relative_error, estimate.converged) == (2, 0, True)
+
+
+networks = pytest.mark.parametrize("name", ["conv", "eval BatchNorm", "LayerNorm", "unused weight"])
+
+
+@networks
+def test_diagonal_of_the_hessian_lies_within_four_standard_errors(name: str) -> None:
+    case = build(name)
+    operator = HessianOperator(case.model, case.names, case.data)
+    estimate = hutchinson_diagonal(operator, probes=200, tolerance=0)
+    exact = dense_hessian(case.model, case.names, case.data).diagonal()
+    distance = (flattened(estimate.diagonal) - exact).abs()
+    # Rounding, for entries that every probe gives exactly.
+    assert (distance <= 4 * flattened(estimate.standard_error) + 1e-12).all()
+    assert {n: v.shape for n, v in estimate.diagonal.items()} == {
+        n: v.shape for n, v in operator.parameters.items()
+    }
+
+
+def test_distances_from_the_hessians_diagonal_are_of_the_stated_size() -> None:
+    case = build("in-place activation")
+    operator = HessianOperator(case.model, case.names, case.data)
+    exact = dense_hessian(case.model, case.names, case.data).diagonal()
+    runs = [hutchinson_diagonal(operator, probes=50, tolerance=0, seed=seed) for seed in range(8)]
+    ratios = torch.stack(
+        [
+            (flattened(run.diagonal) - exact) / flattened(run.standard_error).clamp_min(1e-300)
+            for run in runs
+        ]
+    )
+    # Student's t with 49 degrees of freedom has the variance 49/47.
+    assert float(ratios.square().mean()) == pytest.approx(49 / 47, rel=0.15)
+
+
+def test_standard_error_is_the_spread_over_seeds() -> None:
+    matrix = symmetric(12)
+    runs = [
+        hutchinson_diagonal(MatrixOperator(matrix), probes=16, tolerance=0, seed=seed)
+        for seed in range(400)
+    ]
+    estimates = torch.stack([flattened(run.diagonal) for run in runs])
+    variances = torch.stack([flattened(run.standard_error).square() for run in runs]).mean(0)
+    # The variance of one probe is the sum of the squares off the diagonal.
+    expected = (matrix.square().sum(1) - matrix.diagonal().square()) / 16
+    assert ((variances / expected - 1).abs() <= 0.15).all()
+    assert ((estimates.var(0) / expected - 1).abs() <= 0.3).all()
+    assert ((estimates.mean(0) - matrix.diagonal()).abs() <= 4 * (expected / 400).sqrt()).all()
+
+
+def test_streamed_moments_equal_those_of_all_probes() -> None:
+    matrix = symmetric(12)
+    operator = MatrixOperator(matrix)
+    estimate = hutchinson_diagonal(operator, probes=9, tolerance=0)
+    values = torch.stack([v * (matrix @ v) for v in operator.seen])
+    torch.testing.assert_close(flattened(estimate.diagonal), values.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        flattened(estimate.standard_error), values.std(0) / 3, rtol=1e-12, atol=0
+    )
+    expected = float((values.std(0) / 3).norm() / values.mean(0).norm())
+    assert estimate.relative_error == pytest.approx(expected, rel=1e-12)
+
+
+def test_probes_stop_at_the_tolerance() -> None:
+    matrix = symmetric(12) + 5 * torch.eye(12, dtype=torch.float64)
+    errors = [
+        hutchinson_diagonal(MatrixOperator(matrix), probes=n, tolerance=0).relative_error
+        for n in range(2, 40)
+    ]
+    first = next(n for n, error in enumerate(errors, 2) if error <= 0.1)
+    assert 2 < first < 39
+    operator = MatrixOperator(matrix)
+    estimate = hutchinson_diagonal(operator, probes=100, tolerance=0.1)
+    assert estimate.probes == len(operator.seen) == first
+    assert estimate.converged
+    few = hutchinson_diagonal(MatrixOperator(matrix), probes=2, tolerance=1e-9)
+    assert (few.probes, few.converged) == (2, False)
+
+
+def test_zero_matrix_has_no_error() -> None:
+    estimate = hutchinson_diagonal(MatrixOperator(torch.zeros(12, 12, dtype=torch.float64)))
+    assert (estimate.probes, estimate.relative_error, estimate.converged) == (2, 0, True)
+
+
+@networks
+def test_trace_lies_within_four_standard_errors_of_the_exact_one(name: str) -> None:
+    case = build(name)
+    operator = HessianOperator(case.model, case.names, case.data)
+    estimate = hutchinson_trace(operator, probes=100, tolerance=0)
+    exact = float(dense_hessian(case.model, case.names, case.data).trace())
+    assert abs(estimate.trace - exact) <= 4 * estimate.standard_error + 1e-12
+    assert estimate.probes == 100
+
+
+def test_standard_error_of_the_trace_is_the_spread_over_seeds() -> None:
+    matrix = symmetric(12)
+    runs = [
+        hutchinson_trace(MatrixOperator(matrix), probes=16, tolerance=0, seed=seed)
+        for seed in range(400)
+    ]
+    variance = float(torch.tensor([run.trace for run in runs]).var())
+    stated = float(torch.tensor([run.standard_error for run in runs]).square().mean())
+    expected = float(2 * (matrix.square().sum() - matrix.diagonal().square().sum()) / 16)
+    assert stated == pytest.approx(expected, rel=0.15)
+    assert variance == pytest.approx(expected, rel=0.3)
+
+
+def test_trace_stops_at_the_tolerance() -> None:
+    matrix = symmetric(12) + 5 * torch.eye(12, dtype=torch.float64)
+    estimate = hutchinson_trace(MatrixOperator(matrix), probes=1000, tolerance=0.02)
+    assert estimate.converged
+    assert 8 <= estimate.probes < 1000
+    assert estimate.standard_error <= 0.02 * abs(estimate.trace)
+
+
+def test_probes_do_not_depend_on_the_batches() -> None:
+    case = build("conv")
+    one, other = (
+        hutchinson_diagonal(
+            HessianOperator(case.model, case.names, case.data, batch_size=size), probes=4
+        )
+        for size in (3, 10)
+    )
+    torch.testing.assert_close(one.diagonal, other.diagonal, rtol=1e-10, atol=1e-14)
+
+
+def test_bad_settings_and_products_are_refused() -> None:
+    operator = MatrixOperator(symmetric(12))
+    for estimate in (hutchinson_diagonal, hutchinson_trace):
+        with pytest.raises(ValueError, match="probes=1: a standard error needs at least two"):
+            estimate(operator, probes=1)
+        for tolerance in (-0.1, float("nan")):
+            with pytest.raises(ValueError, match=f"tolerance={tolerance}"):
+                estimate(operator, tolerance=tolerance)
+        with pytest.raises(NonFiniteError, match="probe 1 is not finite"):
+            estimate(MatrixOperator(torch.full((12, 12), torch.nan)))
+
+
+class _Unsound:
+    """A matrix whose second product overflows."""
+
+    def __init__(self) -> None:
+        self.parameters = {"w": torch.zeros(3)}
+        self.calls = 0
+
+    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        return {"w": vector["w"] * (1 if self.calls == 1 else torch.inf)}
+
+
+def test_later_product_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(NonFiniteError, match="probe 2 is not finite"):
+        hutchinson_diagonal(_Unsound())

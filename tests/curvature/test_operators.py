@@ -1,0 +1,294 @@
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.products import CurvatureOperator, GGNOperator, HessianOperator
+from pai_utils.execution import NonFiniteError
+from tests.cases import (
+    Case,
+    Head,
+    Images,
+    Limited,
+    build,
+    dense_hessian,
+    fingerprint,
+    flattened,
+    relative_error,
+)
+
+KINDS: list[type[CurvatureOperator]] = [HessianOperator, GGNOperator]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def vector_for(case: Case, seed: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(case.model.named_parameters())
+    return {
+        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
+        for name in case.names
+    }
+
+
+def dense_ggn(case: Case) -> Tensor:
+    """1/N Σ_n J_nᵀ (diag p_n − p_n p_nᵀ) J_n with one backward a logit."""
+    parameters = dict(case.model.named_parameters())
+    weights = [parameters[name] for name in case.names]
+    case.model.eval()
+    logits = case.model(case.data.images)
+    rows = [
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(
+                    value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            ]
+        )
+        for value in logits.flatten()
+    ]
+    case.model.train()
+    jacobian = torch.stack(rows).view(*logits.shape, -1)
+    p = logits.detach().softmax(1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nci,ncd,ndj->ij", jacobian, middle, jacobian) / len(p)
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_hessian_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
+    v = vector_for(case)
+    product = HessianOperator(case.model, case.names, case.data, batch_size=batch_size)(v)
+    assert list(product) == case.names
+    dense = dense_hessian(case.model, case.names, case.data)
+    assert relative_error(flattened(product), dense @ flattened(v)) <= 1e-10
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_ggn_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
+    v = vector_for(case)
+    product = GGNOperator(case.model, case.names, case.data, batch_size=batch_size)(v)
+    assert list(product) == case.names
+    assert relative_error(flattened(product), dense_ggn(case) @ flattened(v)) <= 1e-10
+
+
+@kinds
+def test_products_on_kept_and_on_rebuilt_graphs_are_the_same(
+    kind: type[CurvatureOperator], case: Case
+) -> None:
+    kept = kind(case.model, case.names, case.data, batch_size=4)
+    first = kept(vector_for(case))
+    size = kept.kept_bytes
+    partly = kind(case.model, case.names, case.data, batch_size=4, memory=size - 1)
+    rebuilt = kind(case.model, case.names, case.data, batch_size=4, memory=0)
+    for seed in (2, 3):
+        v = vector_for(case, seed)
+        expected = kept(v)
+        for other in (partly, rebuilt):
+            found = other(v)
+            assert all(torch.equal(found[name], expected[name]) for name in case.names)
+        if seed == 2:
+            assert all(torch.equal(first[name], expected[name]) for name in case.names)
+    assert kept.kept_bytes == size
+    assert 0 < partly.kept_bytes < size
+    assert rebuilt.kept_bytes == 0
+
+
+@kinds
+def test_kept_graphs_need_no_further_forward(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    counted = Limited(case.model, limit=10)
+    names = [f"model.{name}" for name in case.names]
+    v = {f"model.{name}": value for name, value in vector_for(case).items()}
+    operator = kind(counted, names, case.data, batch_size=4)
+    operator(v)
+    operator(v)
+    assert counted.sizes == [4, 4, 2]
+
+
+@kinds
+def test_product_takes_the_seeded_draw(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    v = vector_for(case)
+    rows = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:6]
+    drawn = Images(6)
+    drawn.images, drawn.labels = case.data.batch(rows)
+    found = kind(case.model, case.names, case.data, samples=6, seed=5)(v)
+    expected = kind(case.model, case.names, drawn)(v)
+    assert all(torch.equal(found[name], expected[name]) for name in case.names)
+
+
+@kinds
+def test_matrix_is_symmetric(kind: type[CurvatureOperator], case: Case) -> None:
+    operator = kind(case.model, case.names, case.data, batch_size=4)
+    u, v = vector_for(case, 2), vector_for(case, 3)
+    left = flattened(u) @ flattened(operator(v))
+    right = flattened(v) @ flattened(operator(u))
+    scale = flattened(u).norm() * flattened(operator(v)).norm()
+    assert (left - right).abs() <= 1e-12 * scale
+
+
+def test_hessian_equals_ggn_for_the_last_layer_alone() -> None:
+    case = build("conv")
+    names = [name for name in case.names if name.endswith("out.weight")]
+    v = {name: vector_for(case)[name] for name in names}
+    hessian = HessianOperator(case.model, names, case.data)(v)
+    ggn = GGNOperator(case.model, names, case.data)(v)
+    assert relative_error(flattened(hessian), flattened(ggn)) <= 1e-12
+
+
+@pytest.mark.parametrize(("activation", "equal"), [(nn.ReLU, True), (nn.GELU, False)])
+def test_hessian_and_ggn_share_their_diagonal_on_piecewise_linear_networks_only(
+    activation: type[nn.Module], equal: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 2, bias=False),
+        nn.BatchNorm2d(3),
+        activation(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 2, 2),
+        activation(),
+        Head(2),
+    ).double()
+    names = ["0.weight", "4.weight"]
+    operators = [kind(model, names, Images()) for kind in KINDS]
+    size = 36 + 24
+    diagonals: list[list[Tensor]] = [[], []]
+    for unit in torch.eye(size, dtype=torch.float64):
+        vector = {"0.weight": unit[:36].view(3, 3, 2, 2), "4.weight": unit[36:].view(2, 3, 2, 2)}
+        for operator, entries in zip(operators, diagonals, strict=True):
+            entries.append(flattened(operator(vector)) @ unit)
+    hessian, ggn = (torch.stack(entries) for entries in diagonals)
+    assert ggn.min() >= 0
+    assert (relative_error(hessian, ggn) <= 1e-10) == equal
+    assert (relative_error(hessian, ggn) >= 1e-3) != equal
+
+
+@kinds
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_model_is_left_as_it_was(kind: type[CurvatureOperator], case: Case, memory: int) -> None:
+    next(case.model.parameters()).requires_grad_(False)
+    before = fingerprint(case.model)
+    operator = kind(case.model, case.names, case.data, batch_size=4, memory=memory)
+    operator(vector_for(case))
+    assert fingerprint(case.model) == before
+    operator(vector_for(case))
+    assert fingerprint(case.model) == before
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@kinds
+def test_product_is_the_same_where_gradients_are_switched_off(
+    kind: type[CurvatureOperator],
+) -> None:
+    case = build("fused attention")
+    v = vector_for(case)
+    expected = kind(case.model, case.names, case.data)(v)
+    with torch.no_grad():
+        operator = kind(case.model, case.names, case.data)
+        first, further = operator(v), operator(v)
+    for name in case.names:
+        assert torch.equal(first[name], expected[name])
+        assert torch.equal(further[name], expected[name])
+
+
+@kinds
+def test_batch_is_halved_when_memory_runs_out(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    limited = Limited(case.model, limit=3)
+    names = [f"model.{name}" for name in case.names]
+    v = {f"model.{name}": value for name, value in vector_for(case).items()}
+    operator = kind(limited, names, case.data, batch_size=10)
+    found = flattened(operator(v))
+    expected = flattened(kind(case.model, case.names, case.data)(vector_for(case)))
+    assert relative_error(found, expected) <= 1e-12
+    assert limited.sizes == [10, 5, 2, 2, 2, 2, 2]
+    assert operator.kept_bytes == 0
+    operator(v)
+    assert limited.sizes[7:] == [2] * 5
+
+
+@kinds
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_timm_encoders_give_what_plain_autograd_gives(
+    kind: type[CurvatureOperator], name: str
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4).double().eval()
+    side = 224 if name.startswith("vit") else 32
+    names = [n for n, p in model.named_parameters() if p.dim() > 1][1:4]
+    data = Images(3, side=side)
+    parameters = dict(model.named_parameters())
+    v = {n: torch.randn_like(parameters[n]) for n in names}
+    found = kind(model, names, data, batch_size=2)(v)
+    weights = [parameters[n] for n in names]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        logits = model(data.images)
+    loss = F.cross_entropy(logits, data.labels)
+    if kind is GGNOperator:
+        # Less its own tangent plane at the logits, the loss has no slope there, and H is G.
+        slope = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        loss = loss - (logits * slope).sum()
+    gradients = torch.autograd.grad(loss, weights, create_graph=True)
+    expected = torch.autograd.grad(gradients, weights, list(v.values()))
+    for one, other in zip(found.values(), expected, strict=True):
+        assert relative_error(one, other) <= 1e-10
+
+
+@kinds
+def test_names_and_vectors_that_do_not_fit_are_refused(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    with pytest.raises(ValueError, match=r"unknown parameter '2.wait'; did you mean '2.weight'"):
+        kind(case.model, ["2.wait"], case.data)
+    with pytest.raises(ValueError, match="no parameter is named"):
+        kind(case.model, [], case.data)
+    with pytest.raises(ValueError, match=r"'2.weight' is named twice"):
+        kind(case.model, ["2.weight", "2.weight"], case.data)
+    with pytest.raises(ValueError, match="memory=-1"):
+        kind(case.model, case.names, case.data, memory=-1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        kind(case.model, case.names, case.data, batch_size=0)
+    operator = kind(case.model, case.names, case.data)
+    v = vector_for(case)
+    with pytest.raises(ValueError, match=r"lacks '2.weight'"):
+        operator({name: value for name, value in v.items() if name != "2.weight"})
+    with pytest.raises(ValueError, match="unknown parameter 'more'"):
+        operator(v | {"more": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"shape \(1,\) for '2.weight'"):
+        operator(v | {"2.weight": torch.zeros(1)})
+
+
+@kinds
+def test_labels_and_values_that_do_not_fit_are_refused(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    v = vector_for(case)
+    case.data.labels[3] = 4
+    with pytest.raises(ValueError, match="label 4 but the model's classes are 0 to 3"):
+        kind(case.model, case.names, case.data)(v)
+    case.data.labels[3] = 0
+    case.data.images[3] = torch.inf
+    with pytest.raises(NonFiniteError, match="non-finite images"):
+        kind(case.model, case.names, case.data)(v)
+    parameters = dict(case.model.named_parameters())
+    with torch.no_grad():
+        parameters["2.weight"][0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"the weights of '2.weight' are not finite"):
+        kind(case.model, case.names, case.data)
+
+
+@kinds
+def test_random_data_and_changed_weights_are_told(kind: type[CurvatureOperator]) -> None:
+    case = build("conv")
+    v = vector_for(case)
+    operator = kind(case.model, case.names, case.data, memory=0)
+    operator(v)
+    case.data.images += 0.5
+    with pytest.raises(RuntimeError, match="the data or the model is random"):
+        operator(v)
+    kept = kind(case.model, case.names, case.data)
+    kept(v)
+    with torch.no_grad():
+        nn.init.ones_(dict(case.model.named_parameters())["2.bias"])
+    with pytest.raises(RuntimeError, match=r"the weights of '2.bias' changed"):
+        kept(v)
