@@ -15,13 +15,16 @@ NewProject = Callable[..., Project]
 
 def test_first_run_says_where_to_open_the_book_and_second_does_nothing(rendered: Project) -> None:
     index = rendered.root / "_build" / "html" / "index.html"
-    begin = time.monotonic()
     marks = rendered.marks()
+    begin = os.times()
     result = rendered.build("book")
     assert result.returncode == 0
     assert result.stdout == f"Nothing to do: the book is up to date at {index.as_uri()}\n"
     assert rendered.marks() == marks
-    assert time.monotonic() - begin < 10
+    # Processor time, because the promise of 10 s is for a computer that does nothing else.
+    end = os.times()
+    spent = end.children_user + end.children_system - begin.children_user - begin.children_system
+    assert spent < 10
 
 
 def test_moved_and_touched_sources_re_run_nothing(rendered: Project) -> None:
