@@ -59,7 +59,7 @@ SMALLEST_DAMPING = 1e-10
 """Below it, rounding in float64 decides what the inverse of a singular block is."""
 
 _LEAST_CHUNK = 4 * 2**20  # bytes of matrices to factorise at once, even where few are stored
-_BASE = 16  # matrices up to this size are left to LAPACK
+_BASE = 32  # matrices up to this size are left to LAPACK
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,15 @@ class BlockFisher:
 
     @classmethod
     def from_gradients(
-        cls, gradients: Tensor, *, block_size: int, damping: float, name: str = "weights"
+        cls,
+        gradients: Tensor,
+        *,
+        block_size: int,
+        damping: float,
+        batch_size: int = 64,
+        name: str = "weights",
     ) -> BlockFisher:
-        """Blocks of given gradients ``[m, P]``, one row a sample.
+        """Blocks of given gradients ``[m, P]``, one row a sample, added ``batch_size`` at a time.
 
         Raises:
             ValueError: for a block size below one, or a damping that is not at least
@@ -91,9 +97,10 @@ class BlockFisher:
         size = min(block_size, length)
         work = chunk_bytes(gradients.device)
         sums = _BlockSums(name, (0, length), size, samples, gradients, work)
-        rows = torch.arange(samples, device=gradients.device)
-        for lo, hi in sums.slices(samples):
-            sums.add_(lo, gradients[:, lo:hi], rows)
+        for rows in torch.arange(samples, device=gradients.device).split(batch_size):
+            batch = gradients[int(rows[0]) : int(rows[-1]) + 1]
+            for lo, hi in sums.slices(len(rows)):
+                sums.add_(lo, batch[:, lo:hi], rows)
         return sums.fisher(damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
