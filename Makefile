@@ -53,7 +53,7 @@ lint: $(READY) ## ruff and mypy
 	$(PY) -m mypy
 
 unit: $(READY) ## unit tests
-	$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/book
+	$(PY) -m pytest --numprocesses=2 tests --ignore=tests/notebooks --ignore=tests/book
 
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
 	@mkdir -p build

@@ -88,6 +88,9 @@ def batches(
             images, labels = whole(rows)
         else:
             images, labels = default_collate([data[int(row)] for row in rows])
+        if images.dim() == 4 and len(images) > 1:
+            # Convolutions run up to twice as fast so; see `paired` for why not for one image.
+            images = images.contiguous(memory_format=torch.channels_last)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 

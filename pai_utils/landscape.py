@@ -40,6 +40,7 @@ def predicted_and_measured(
     samples: int | None = 128,
     batch_size: int = 64,
     seed: int = 0,
+    diagonal: Mapping[str, Tensor] | None = None,
 ) -> pd.DataFrame:
     """Loss increase along a direction: predicted by quadratic models and measured.
 
@@ -55,6 +56,9 @@ def predicted_and_measured(
         samples: size of the seeded draw; ``None`` for all.
         batch_size: samples a forward.
         seed: seed of the draw and of the labels.
+        diagonal: diag(G) if it is at hand, as from
+            :func:`~pai_utils.curvature.diagonals.ggn_diagonal` on the same draw; it is the same
+            for every direction.
 
     Returns:
         One row an α: ``fraction, gradient, hessian, ggn, diagonal, measured, dense_loss, count``
@@ -63,7 +67,8 @@ def predicted_and_measured(
     """
     settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
     terms = directional_terms(model, direction, data, **settings)  # type: ignore[arg-type]
-    diagonal = ggn_diagonal(model, list(direction), data, **settings)  # type: ignore[arg-type]
+    if diagonal is None:
+        diagonal = ggn_diagonal(model, list(direction), data, **settings)  # type: ignore[arg-type]
     own = sum(
         float((diagonal[n].double() * d.double().square()).sum()) for n, d in direction.items()
     )

@@ -16,6 +16,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that fails once fails again."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     """One tiny network and its data, in float64."""

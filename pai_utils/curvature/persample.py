@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from pai_utils.execution import logger, paired
@@ -198,7 +199,7 @@ def _gradients(
         for x in (call.input, gradient)
     )
     count, geometry = rows.stop - rows.start, call.convolution
-    each = torch.nn.grad.conv2d_weight(
+    each: Tensor = conv2d_weight(
         inputs,
         (count * shape[0], *shape[1:]),
         outputs,
