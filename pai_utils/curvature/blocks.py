@@ -58,7 +58,7 @@ FISHER_ESTIMATORS = ("empirical", "mc")
 SMALLEST_DAMPING = 1e-10
 """Below it, rounding in float64 decides what the inverse of a singular block is."""
 
-_LEAST_CHUNK = 4 * 2**20  # bytes of matrices to factorise at once, even where few are stored
+_LEAST_CHUNK = 4 * 2**20  # bytes of matrices to factorise at once, however few are stored
 _BASE = 32  # matrices up to this size are left to LAPACK
 
 
@@ -95,8 +95,9 @@ class BlockFisher:
         _check_options(block_size, damping)
         samples, length = gradients.shape
         size = min(block_size, length)
-        work = chunk_bytes(gradients.device)
+        work = 4 * chunk_bytes(gradients.device)
         sums = _BlockSums(name, (0, length), size, samples, gradients, work)
+        sums.stored.zero_()
         for rows in torch.arange(samples, device=gradients.device).split(batch_size):
             batch = gradients[int(rows[0]) : int(rows[-1]) + 1]
             for lo, hi in sums.slices(len(rows)):
@@ -342,7 +343,10 @@ def _gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 class _BlockSums:
-    """Σ_n g_n g_nᵀ of the blocks of one part of a tensor, or the g_n while these are fewer."""
+    """Σ_n g_n g_nᵀ of the blocks of one part of a tensor, or the g_n while these are fewer.
+
+    ``stored`` is to be zeroed before the first gradient.
+    """
 
     def __init__(
         self,
@@ -362,7 +366,7 @@ class _BlockSums:
         rows, dtype = (
             (samples, _gradient_dtype(like)) if self.keeps_gradients else (size, torch.float64)
         )
-        self.stored = torch.zeros(blocks, rows, size, dtype=dtype, device=like.device)
+        self.stored = torch.empty(blocks, rows, size, dtype=dtype, device=like.device)
 
     def slices(self, samples: int) -> Iterator[tuple[int, int]]:
         """Ranges of entries whose gradients, for so many samples, are worked on at once."""
