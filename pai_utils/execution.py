@@ -94,6 +94,27 @@ def batches(
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+def share_of_work(count: int) -> Tensor:
+    """Positions ``0 … count - 1`` that this process takes: all, or under ``torchrun`` its share."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return torch.arange(rank, count, ranks)
+    return torch.arange(count)
+
+
+def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum tensors of one type over the processes of ``torchrun`` in one all-reduce.
+
+    Every process must call it, with tensors of the same names and shapes. Alone it does nothing.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    flat = torch.cat([value.flatten() for value in tensors.values()])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([value.numel() for value in tensors.values()])
+    return {n: p.view(v.shape) for (n, v), p in zip(tensors.items(), parts, strict=True)}
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that a model with so many classes cannot give.
 

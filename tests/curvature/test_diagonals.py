@@ -1,10 +1,12 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from tests.cases import (
@@ -60,6 +62,24 @@ def test_monte_carlo_is_unbiased(name: str) -> None:
     deviation = (repeats.mean(0) - exact).abs() / (repeats.std(0) / len(repeats) ** 0.5)
     assert (deviation <= 4).double().mean() >= 0.99
     assert float((deviation**2).mean()) < 2
+
+
+@pytest.mark.parametrize("name", ["conv", "linear over vectors", "nn.MultiheadAttention"])
+def test_the_square_of_a_batch_gradient_is_unbiased(name: str) -> None:
+    case = build(name)
+    options = {"estimator": "batch", "batch_size": 4}
+    exact = flattened(ggn_diagonal(case.model, case.names, case.data, estimator="exact"))
+    repeats = torch.stack(
+        [
+            flattened(ggn_diagonal(case.model, case.names, case.data, seed=s, **options))  # type: ignore[arg-type]
+            for s in range(200)
+        ]
+    )
+    # One vector is squared a batch, so that the entries' errors go together: the sum of all, and
+    # of each fifth of them.
+    for entries in [slice(None), *(slice(k, None, 5) for k in range(5))]:
+        total, expected = repeats[:, entries].sum(1), exact[entries].sum()
+        assert abs(total.mean() - expected) <= 4 * total.std() / len(total) ** 0.5
 
 
 def test_more_draws_a_sample_lower_the_variance_as_they_should() -> None:
@@ -181,7 +201,10 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
         ({"samples": 11}, "samples=11 but the dataset holds 10"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": -2}, "batch_size=-2"),
-        ({"estimator": "montecarlo"}, r"'montecarlo' is unknown; choose from \['mc', 'exact'\]"),
+        (
+            {"estimator": "montecarlo"},
+            r"'montecarlo' is unknown; choose from \['mc', 'exact', 'batch'\]",
+        ),
         ({"draws": 0}, "draws=0"),
     ],
 )
@@ -201,3 +224,34 @@ def test_monte_carlo_draws_follow_the_probabilities() -> None:
     # E (p_c − 1[y = c])² = p_c (1 − p_c); its variance is p_c (1 − p_c) (1 − 2 p_c)².
     error = (p * (1 - p) * (1 - 2 * p) ** 2 / len(data)).sqrt()
     assert ((found - p * (1 - p)).abs() <= 4 * error).all()
+
+
+def test_the_gradient_of_a_batch_of_one_is_the_samples_own(case: Case) -> None:
+    each = ggn_diagonal(case.model, case.names, case.data, seed=3)
+    singly = ggn_diagonal(
+        case.model, case.names, case.data, seed=3, estimator="batch", batch_size=1
+    )
+    before = fingerprint(case.model)
+    for name in case.names:
+        assert relative_error(singly[name], each[name]) <= 1e-10, name
+    assert fingerprint(case.model) == before
+
+
+def _scores_of_a_process(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    case = build("conv")
+    torch.save(
+        flattened(ggn_diagonal(case.model, case.names, case.data, samples=7)), f"{out}{rank}"
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
+    spawn(_scores_of_a_process, (str(tmp_path / "store"), str(tmp_path / "scores")), nprocs=2)
+    case = build("conv")
+    alone = flattened(ggn_diagonal(case.model, case.names, case.data, samples=7))
+    for rank in (0, 1):
+        assert relative_error(torch.load(tmp_path / f"scores{rank}"), alone) <= 1e-5
