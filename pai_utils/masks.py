@@ -84,7 +84,8 @@ class Mask(Mapping[str, Tensor]):
         self._check(other)
         other._check(self)
         both = sum(int((entry & other[name]).sum()) for name, entry in self._entries.items())
-        return both / (self.kept + other.kept - both)
+        either = self.kept + other.kept - both
+        return both / either if either else 1.0
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:

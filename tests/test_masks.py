@@ -317,5 +317,7 @@ def test_overlap_is_the_shared_part_of_what_is_kept() -> None:
     second = Mask({"v": torch.tensor([1, 0, 1, 0]), "w": torch.tensor([1, 0])})
     assert first.overlap(second) == second.overlap(first) == pytest.approx(2 / 4)
     assert first.overlap(first) == 1
+    nothing = Mask({"w": torch.zeros(6)})
+    assert nothing.overlap(nothing) == 1
     with pytest.raises(ValueError, match="another architecture"):
         first.overlap(Mask({"v": torch.ones(4)}))
