@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pai_utils import evaluation, landscape, plots, runs
+    from pai_utils import evaluation, finetuning, landscape, plots, runs
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.finetuning import finetune
@@ -54,6 +54,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "finetune",
+    "finetuning",
     "fit_head",
     "landscape",
     "load_backbone",
