@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pai_utils.curvature.second_derivatives import FastSecondDerivatives
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
@@ -80,8 +81,9 @@ class CurvatureOperator(ABC):
         memory: bytes that graphs kept between products may hold; 0 keeps none.
 
     Raises:
-        ValueError: if a name is no parameter of the model or comes twice, weights are not finite,
-            ``batch_size`` or ``memory`` is too small, or a label goes beyond the model's classes.
+        ValueError: if a name is no parameter of the model or comes twice, or ``batch_size`` or
+            ``memory`` is too small; at the first product, if the loss is not finite or a label
+            goes beyond the model's classes.
     """
 
     def __init__(
@@ -103,9 +105,6 @@ class CurvatureOperator(ABC):
         _check_names(self._originals, names)
         self._versions = {name: p._version for name, p in self._originals.items()}
         self._values = {name: p.detach() for name, p in self._originals.items()}
-        broken = _first_non_finite(self._values)
-        if broken is not None:
-            raise NonFiniteError(f"the weights of {broken!r} are not finite")
         for name in names:
             # Detached once more, since only these leaves ask for a gradient; storage is shared.
             self._values[name] = self._values[name].detach().requires_grad_()
@@ -157,7 +156,9 @@ class CurvatureOperator(ABC):
         return dict(zip(self._names, totals, strict=True))
 
     @abstractmethod
-    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+    def _graph(
+        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
+    ) -> _Graph:
         """The graph of a batch that holds ``share`` of all samples."""
 
     def _product(self, vectors: list[Tensor], batch_size: int) -> list[Tensor]:
@@ -185,12 +186,13 @@ class CurvatureOperator(ABC):
             undisturbed(self._model),
             sdpa_kernel(SDPBackend.MATH),
             torch.enable_grad(),
+            FastSecondDerivatives() as layers,
             _saved_storages() as storages,
         ):
             logits = functional_call(self._model, self._values, (paired(images),))
             if number not in self._kept and self._losses is None:
                 check_labels(labels, logits.shape[1])
-            graph = self._graph(logits, paired(labels), share)
+            graph = self._graph(logits, paired(labels), share, layers)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
         if self._kept_bytes + size <= self._memory:
@@ -203,8 +205,14 @@ class CurvatureOperator(ABC):
         if self._losses is None:
             self._losses = losses
             if not torch.isfinite(losses).all():
+                broken = _first_non_finite(self._values)
                 raise NonFiniteError(
-                    "the loss is not finite; the weights are, so look for non-finite images"
+                    "the loss is not finite: "
+                    + (
+                        f"the weights of {broken!r} are not finite"
+                        if broken
+                        else "the weights are finite, so look for non-finite images"
+                    )
                 )
         elif not torch.allclose(losses, self._losses, rtol=1e-3, atol=0):
             raise RuntimeError(
@@ -233,7 +241,9 @@ class HessianOperator(CurvatureOperator):
     and the gradient, two for the backward through both) and each further one on kept graphs two.
     """
 
-    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+    def _graph(
+        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
+    ) -> _Graph:
         loss = share * F.cross_entropy(logits, labels)
         gradients = _gradients(loss, self._weights, create_graph=True)
         return _HessianGraph(loss.detach(), self._weights, gradients)
@@ -247,12 +257,15 @@ class GGNOperator(CurvatureOperator):
     backward pass.
     """
 
-    def _graph(self, logits: Tensor, labels: Tensor, share: float) -> _Graph:
+    def _graph(
+        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
+    ) -> _Graph:
         loss = share * F.cross_entropy(logits.detach(), labels)
         # Jᵀu is linear in u: its derivative does not depend on where it is taken.
         cotangent = torch.zeros_like(logits, requires_grad=True)
         pulled = _gradients(logits, self._weights, cotangent, create_graph=True)
-        return _GGNGraph(loss, self._weights, logits, cotangent, pulled, share / len(labels))
+        share /= len(labels)
+        return _GGNGraph(loss, self._weights, logits, cotangent, pulled, share, layers)
 
 
 @dataclass(frozen=True)
@@ -273,9 +286,11 @@ class _GGNGraph:
     cotangent: Tensor  # u [B, C]
     pulled: tuple[Tensor, ...]  # Jᵀu, one a weight
     share: float  # of one sample in the mean
+    layers: FastSecondDerivatives
 
     def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
-        (tangent,) = _backward(self.pulled, [self.cotangent], vectors, keep=True)
+        with self.layers.only_linear():
+            (tangent,) = _backward(self.pulled, [self.cotangent], vectors, keep=True)
         p = self.logits.detach().softmax(1)
         image = p * (tangent - (p * tangent).sum(1, keepdim=True)) * self.share
         return _backward((self.logits,), self.weights, [image], keep=keep)
@@ -318,10 +333,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    if not tensors:
-        return None
-    finite = torch.stack([torch.isfinite(values).all() for values in tensors.values()]).tolist()
-    return next((name for name, sound in zip(tensors, finite, strict=True) if not sound), None)
+    return next((n for n, values in tensors.items() if not torch.isfinite(values).all()), None)
 
 
 def _check_names(parameters: Mapping[str, Tensor], names: Sequence[str]) -> None:

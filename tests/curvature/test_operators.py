@@ -274,7 +274,7 @@ def test_labels_and_values_that_do_not_fit_are_refused(kind: type[CurvatureOpera
     with torch.no_grad():
         parameters["2.weight"][0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"the weights of '2.weight' are not finite"):
-        kind(case.model, case.names, case.data)
+        kind(case.model, case.names, case.data)(v)
 
 
 @kinds

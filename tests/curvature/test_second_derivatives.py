@@ -1,0 +1,83 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.products import HessianOperator
+from pai_utils.curvature.second_derivatives import FastSecondDerivatives
+from tests.cases import MODELS, build, dense_hessian, flattened, relative_error
+
+X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+W = torch.randn(8, 2, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ROW = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+CHANNEL = torch.linspace(0.5, 2, 4, dtype=torch.float64)
+MASK = torch.eye(5, dtype=torch.bool).logical_not()
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv2d, grouped, strided, dilated": lambda x: F.conv2d(
+        x, W, torch.ones(8).double(), (2, 1), (1, 2), (1, 2), 2
+    ),
+    "conv2d, padded alike": lambda x: F.conv2d(x, W, padding="valid", groups=2),
+    "conv2d, one image": lambda x: F.conv2d(x[0], W, groups=2),
+    "linear over tokens": lambda x: F.linear(x, torch.outer(ROW, ROW), ROW),
+    "linear over a vector": lambda x: F.linear(x[0, 0, 0], torch.outer(ROW, ROW)),
+    "batch norm": lambda x: F.batch_norm(x, CHANNEL, CHANNEL, CHANNEL, CHANNEL),
+    "batch norm without affine part": lambda x: F.batch_norm(x, CHANNEL, CHANNEL),
+    "batch norm in training": lambda x: F.batch_norm(x, None, None, CHANNEL, training=True),
+    "layer norm": lambda x: F.layer_norm(x, (6,), ROW, ROW),
+    "layer norm without affine part": lambda x: F.layer_norm(x, (6,), eps=0.1),
+    "layer norm over two dimensions": lambda x: F.layer_norm(x, (5, 6)),
+    "GELU": lambda x: F.gelu(x),
+    "GELU by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()),
+    "attention, scaled": lambda x: F.scaled_dot_product_attention(x, x.sin(), x, scale=0.3),
+    "causal attention": lambda x: F.scaled_dot_product_attention(x, x.sin(), x, is_causal=True),
+    "masked attention": lambda x: F.scaled_dot_product_attention(x, x.sin(), x, attn_mask=MASK),
+}
+
+
+def second_order(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient and Hessian product of Σ sin(function(x)) at X, with the math kernel."""
+    x = X.clone().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        value = function(x)
+    (gradient,) = torch.autograd.grad(value.sin().sum(), x, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, x, X.cos())
+    return value.detach(), gradient.detach(), product
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_value_gradient_and_second_derivative_are_torchs(name: str) -> None:
+    expected = second_order(FUNCTIONS[name])
+    with FastSecondDerivatives():
+        found = second_order(FUNCTIONS[name])
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hessian_over_all_parameters_is_the_dense_one(name: str) -> None:
+    case = build(name)
+    names = [n for n, _ in case.model.named_parameters()]
+    generator = torch.Generator().manual_seed(4)
+    v = {
+        n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for n, p in case.model.named_parameters()
+    }
+    found = HessianOperator(case.model, names, case.data, batch_size=4)(v)
+    dense = dense_hessian(case.model, names, case.data)
+    assert relative_error(flattened(found), dense @ flattened(v)) <= 1e-10
+
+
+def test_weight_gradient_is_left_out_for_leaves_only() -> None:
+    layer = nn.Linear(6, 6)
+    x = torch.ones(2, 6)
+    with FastSecondDerivatives():
+        output = F.linear(x, layer.weight)
+        (leaf,) = torch.autograd.grad(output.sum(), layer.weight, create_graph=True)
+        output = F.linear(x, 2 * layer.weight)
+        (used,) = torch.autograd.grad(output.sum(), layer.weight, create_graph=True)
+    assert not leaf.any()
+    assert torch.equal(used, torch.full((6, 6), 4.0))
