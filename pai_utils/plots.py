@@ -295,8 +295,8 @@ def _panels(
     size: tuple[float, float] = _PANEL,
     share: bool = True,
 ) -> Figure:
-    """One panel a name in rows of at most three, and one legend for all below them."""
-    columns = min(3, len(names))
+    """One panel a name, two or three a row, and one legend for all below them."""
+    columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure, grid = plt.subplots(
         rows,
