@@ -165,15 +165,16 @@ class CurvatureOperator(ABC):
         if batch_size != self._batch_size:  # memory ran out
             self._batch_size, self._memory = batch_size, 0
             self._kept, self._kept_bytes, self._losses = {}, 0, None
-        totals = [torch.zeros_like(w, dtype=_accumulator(w.dtype)) for w in self._weights]
+        totals: list[Tensor] = []
         losses = []
         for number, rows in enumerate(self._indices.split(batch_size)):
             graph = self._kept.get(number) or self._build(number, rows)
-            parts = graph.multiply(vectors, keep=number in self._kept)
-            for total, part in zip(totals, parts, strict=True):
-                total.add_(part)
+            products = graph.multiply(vectors, keep=number in self._kept)
+            parts = [part.to(_accumulator(part.dtype)) for part in products]
+            # Not in place: autograd may hand out its own tensors, or the caller's.
+            totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
             losses.append(graph.loss)
-            del graph, parts
+            del graph, products, parts
         self._check_losses(torch.stack(losses))
         return totals
 
