@@ -238,8 +238,9 @@ class CurvatureOperator(ABC):
 class HessianOperator(CurvatureOperator):
     """Hv, H the Hessian of the mean cross-entropy; arguments as in :class:`CurvatureOperator`.
 
-    In units of one forward and backward pass, the first product costs three (one for the forward
-    and the gradient, two for the backward through both) and each further one on kept graphs two.
+    In units of one forward and backward pass, counting products of matrices: the first product
+    takes 8/3 (1/3 for the forward, 1/3 for the gradient without its weights' part, 2 for the
+    backward through both), each further one on kept graphs 2.
     """
 
     def _graph(
@@ -254,8 +255,7 @@ class GGNOperator(CurvatureOperator):
     """Gv, G the Gauss-Newton matrix of the mean cross-entropy.
 
     Arguments as in :class:`CurvatureOperator`. G is positive semi-definite, and the Fisher
-    information of the model. Each product on kept graphs costs four thirds of a forward and
-    backward pass.
+    information of the model. In the same units the first product takes 2, each further one 4/3.
     """
 
     def _graph(
