@@ -255,7 +255,8 @@ class GGNOperator(CurvatureOperator):
     """Gv, G the Gauss-Newton matrix of the mean cross-entropy.
 
     Arguments as in :class:`CurvatureOperator`. G is positive semi-definite, and the Fisher
-    information of the model. In the same units the first product takes 2, each further one 4/3.
+    information of the model. Counted as in :class:`HessianOperator`, the first product takes 2
+    forward and backward passes, each further one on kept graphs 4/3.
     """
 
     def _graph(
