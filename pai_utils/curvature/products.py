@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
 from pai_utils.execution import (
     NonFiniteError,
@@ -426,28 +427,27 @@ def _batch_terms(
     model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor
 ) -> Tensor:
     """Sums over the batch of loss, gᵀv, vᵀHv and vᵀGv, in float64."""
-    weights = {
-        name: p.detach().requires_grad_()
-        for name, p in model.named_parameters()
-        if name in direction
-    }
-    vectors = [direction[name] for name in weights]
-    with torch.enable_grad():
-        logits = functional_call(model, weights, (images,))
+    # Others are detached as well: no gradient is formed that nobody asks for.
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: values[name].requires_grad_() for name in direction}
+    leaves, vectors = list(weights.values()), list(direction.values())
+    with torch.enable_grad(), FastSecondDerivatives() as layers:
+        logits = functional_call(model, values, (images,))
         check_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        gradients = _gradients(loss, list(weights.values()), create_graph=True)
-        slope = sum_of_products(gradients, vectors)
-        products = _gradients(slope, list(weights.values()))
+        gradients = _gradients(loss, leaves, create_graph=True)
         along = torch.zeros_like(logits, requires_grad=True)
-        pulled = _gradients(logits, list(weights.values()), along, create_graph=True)
-        (tangent,) = _gradients(sum_of_products(pulled, vectors), [along])
+        pulled = _gradients(logits, leaves, along, create_graph=True)
+    products = _backward(gradients, leaves, vectors, keep=True)
+    with layers.only_linear():
+        (tangent,) = _backward(pulled, [along], vectors, keep=False)
     p = logits.detach().softmax(1)
     # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
     centred = tangent - (p * tangent).sum(1, keepdim=True)
     spread = (p * centred.square()).sum(1)
-    terms = [loss.detach(), slope.detach(), sum_of_products(products, vectors), spread.sum()]
-    return torch.stack([term.double() for term in terms])
+    slope = (residual(logits.detach(), labels) * tangent).sum()
+    bend = torch.stack([(a * b).sum() for a, b in zip(products, vectors, strict=True)]).sum()
+    return torch.stack([term.double() for term in (loss.detach(), slope, bend, spread.sum())])
 
 
 def _gradients(
@@ -474,8 +474,3 @@ def _gradients(
 def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     """Inner product over all names, in float64."""
     return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
-
-
-def sum_of_products(left: tuple[Tensor, ...] | list[Tensor], right: list[Tensor]) -> Tensor:
-    """Inner product of two lists of tensors."""
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
