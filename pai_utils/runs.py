@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -217,20 +217,13 @@ class Run:
         Args:
             facts: further entries, such as the provenance of weights.
         """
-        commit, clean = _commit()
         record: dict[str, Any] = {
             "notebook": self.name,
             "parameters": self.config.model_dump(),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self._clock, 2),
             "peak_memory_mib": _peak_memory_mib(),
-            "device": _device_name(self.config.device),
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "versions": {package: _version(package) for package in _RECORDED_PACKAGES},
-            "commit": commit,
-            "clean": clean,
+            **surroundings(self.config.device),
             "outputs": self._outputs,
             **facts,
         }
@@ -241,6 +234,25 @@ class Run:
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, content)
         self._outputs[name] = hashlib.sha256(content).hexdigest()
+
+
+def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a record says of the place a run happened in.
+
+    Args:
+        device: the device asked for, or ``"auto"``.
+        packages: further packages whose versions to give.
+    """
+    commit, clean = _commit()
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in (*_RECORDED_PACKAGES, *packages)},
+        "commit": commit,
+        "clean": clean,
+    }
 
 
 def _peak_memory_mib() -> int:
