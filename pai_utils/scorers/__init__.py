@@ -19,7 +19,10 @@ from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.scorers.baselines import magnitude, random
 from pai_utils.scorers.block import block_fisher
 from pai_utils.scorers.diagonal import fisher_diag, ggn_diag
+from pai_utils.scorers.gradient import grasp, snip
 from pai_utils.scorers.hessian import EstimatedScores, hessian_diag
+from pai_utils.scorers.ntk import ntk_sap
+from pai_utils.scorers.paths import px, synflow
 
 __all__ = ["SCORERS", "Scorer", "Scores", "score"]
 
@@ -48,6 +51,11 @@ class Scorer:
 SCORERS: dict[str, Scorer] = {
     "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False),
     "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False),
+    "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
+    "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on"),
+    "synflow": Scorer(synflow, "|w ⊙ ∂R/∂w|, R the flow through all |weights|", needs_data=False),
+    "px": Scorer(px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths"),
+    "ntk_sap": Scorer(ntk_sap, "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum"),
     "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
     "ggn_diag": Scorer(ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)"),
     "block_fisher": Scorer(block_fisher, "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)"),
@@ -89,7 +97,7 @@ def score(
         model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
             Scored in evaluation mode and left exactly as it was. Of a
             :class:`~pai_utils.backbones.Classifier` the head is left out.
-        data: samples of the source task; ``random`` and ``magnitude`` need none.
+        data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
         samples: size of the seeded draw without replacement; ``None`` for all, in order.
         batch_size: samples a forward; halved when memory runs out. No score depends on it.
         seed: seed of every draw.
