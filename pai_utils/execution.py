@@ -110,9 +110,15 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensors
     flat = torch.cat([value.flatten() for value in tensors.values()])
-    torch.distributed.all_reduce(flat)
+    sum_over_processes_(flat)
     parts = flat.split([value.numel() for value in tensors.values()])
     return {n: p.view(v.shape) for (n, v), p in zip(tensors.items(), parts, strict=True)}
+
+
+def sum_over_processes_(tensor: Tensor) -> None:
+    """Sum one contiguous tensor over the processes of ``torchrun``, where it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -296,6 +296,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "circularly padded conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
     "grouped conv": lambda: _conv(nn.Conv2d(4, 6, 3, 2, groups=2), width=6),
     "depthwise conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, groups=4)),
+    "depthwise conv with a large kernel": lambda: _conv(
+        nn.Conv2d(4, 4, 5, 2, (2, 1), groups=4), nn.Conv2d(4, 4, 3, 1, 2, dilation=2, groups=4)
+    ),
+    "grouped conv with a channel a group": lambda: _conv(
+        nn.Conv2d(4, 8, 5, padding=2, groups=4), width=8
+    ),
     "TF-same padded conv": lambda: _conv(create_conv2d(4, 4, 3, stride=2, padding="same")),
     "transposed conv": lambda: _conv(nn.ConvTranspose2d(4, 4, 2)),
     "eval BatchNorm": lambda: _conv(BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), BatchNorm(4)),

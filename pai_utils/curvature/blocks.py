@@ -50,6 +50,9 @@ from pai_utils.execution import (
     draw_samples,
     fitting_batches,
     logger,
+    progress,
+    share_of_work,
+    sum_over_processes_,
     undisturbed,
     unknown_name,
 )
@@ -467,8 +470,9 @@ def _fill(
     seed: int,
     work: int,
 ) -> None:
-    """One pass over the data."""
+    """One pass over the data; under ``torchrun`` each process takes its share of it."""
     device = device_of(model)
+    share = share_of_work(len(indices))
 
     def compute(size: int) -> None:
         true = TrueLabels(device)
@@ -478,8 +482,10 @@ def _fill(
         for part in sums.values():
             part.stored.zero_()
         filler = _Filler(sums, work)
-        rows = torch.arange(len(indices), device=device).split(size)
-        loaded = batches(data, size, device, indices)
+        if not len(share):  # fewer samples than processes
+            return
+        rows = share.to(device).split(size)
+        loaded = progress(batches(data, size, device, indices[share]), "Fisher blocks", len(rows))
         triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
         receive_gradients(model, list(sums), triples, cotangents, filler)
         filler.flush()
@@ -487,6 +493,8 @@ def _fill(
             true.check()
 
     fitting_batches(compute, batch_size)
+    for part in sums.values():
+        sum_over_processes_(part.stored)
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

@@ -30,6 +30,7 @@ from pai_utils.execution import (
     draw_samples,
     fitting_batches,
     paired,
+    progress,
     share_of_work,
     sum_over_processes,
     undisturbed,
@@ -170,8 +171,10 @@ def _mean_squares(
     def compute(size: int) -> dict[str, Tensor]:
         if len(share) == 0:  # fewer samples than processes
             return sums(model, names, [], cotangents)
-        loaded = batches(data, size, device_of(model), indices[share])
-        triples = ((x, y, r) for (x, y), r in zip(loaded, share.split(size), strict=True))
+        rows = share.split(size)
+        read = batches(data, size, device_of(model), indices[share])
+        loaded = progress(read, "curvature diagonal", len(rows))
+        triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
         return sums(model, names, triples, cotangents)
 
     with undisturbed(model):

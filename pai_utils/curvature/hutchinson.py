@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pai_utils.curvature.products import Operator, inner_product
-from pai_utils.execution import NonFiniteError
+from pai_utils.execution import NonFiniteError, progress
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,9 @@ def hutchinson_diagonal(
     generator = torch.Generator().manual_seed(seed)
     mean: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    relative = math.inf
-    n = 0
-    while n < probes and not (n > 1 and relative <= tolerance):
+    for n in progress(range(1, probes + 1), "diagonal, one product a probe", probes):
         signs = rademacher(operator.parameters, generator)
         product = operator(signs)
-        n += 1
         for name, values in product.items():
             value = values * signs[name]
             if n == 1:
@@ -89,6 +86,8 @@ def hutchinson_diagonal(
             squares[name].addcmul_(before, value - mean[name])
         # One look a probe, which also decides whether another follows.
         relative = _relative_error(mean, squares, n)
+        if n > 1 and relative <= tolerance:
+            break
     error = {name: (s / (n * (n - 1))).sqrt_() for name, s in squares.items()}
     return DiagonalEstimate(mean, error, relative, n, relative <= tolerance)
 
@@ -113,14 +112,15 @@ def hutchinson_trace(
     _check(probes, tolerance)
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = []
-    mean, error = 0.0, math.inf
-    while len(values) < probes and not (len(values) >= 8 and error <= tolerance * abs(mean)):
+    for n in progress(range(1, probes + 1), "trace, one product a probe", probes):
         signs = rademacher(operator.parameters, generator)
-        values.append(_finite(float(inner_product(signs, operator(signs))), len(values) + 1))
+        values.append(_finite(float(inner_product(signs, operator(signs))), n))
         sample = torch.tensor(values, dtype=torch.float64)
         mean = float(sample.mean())
-        error = float(sample.std() / len(values) ** 0.5) if len(values) > 1 else math.inf
-    return TraceEstimate(mean, error, len(values), error <= tolerance * abs(mean))
+        error = float(sample.std() / n**0.5) if n > 1 else math.inf
+        if n >= 8 and error <= tolerance * abs(mean):
+            break
+    return TraceEstimate(mean, error, n, error <= tolerance * abs(mean))
 
 
 def rademacher(parameters: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ elsewhere, and rows are grouped by sample where changing one sample changes its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,7 +42,9 @@ Cotangents = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
 """``(logits [B, C], labels [B], rows [B]) -> cotangents``, each ``[B, C]``."""
 
 _CPU_CHUNK_BYTES = 4 * 2**20
+_CPU_BLOCK_BYTES = 2**20  # about a core's second-level cache
 _GPU_CHUNK_BYTES = 256 * 2**20
+_ROUNDING_SHARE = 0.1  # most that rounding may move a layer's input, over what other images do
 
 
 class Call:
@@ -74,18 +77,18 @@ class Receiver(Protocol):
 
 
 class _Observer(TorchFunctionMode):
-    """Cut observed calls' weights off from autograd.
+    """Cut observed calls' weights off from autograd, and keep the calls in ``calls``.
 
-    With ``receive``, hand it ``(call, output gradient)`` during the backward pass; without, keep
-    the calls of each weight in ``calls``.
+    ``receive`` is handed ``(call, output gradient)`` during the backward pass.
     """
 
     def __init__(
         self,
-        weights: dict[str, nn.Parameter],
+        weights: Mapping[str, nn.Parameter],
         receive: Callable[[Call, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
+        self.weights = weights
         self.names = {id(weight): name for name, weight in weights.items()}
         self.receive = receive
         self.calls: dict[str, list[Call]] = {name: [] for name in weights}
@@ -123,11 +126,9 @@ class _Observer(TorchFunctionMode):
 
     def _observed(self, func: Any, values: dict[str, Any], call: Call) -> Tensor:
         output: Tensor = func(**values | {"weight": values["weight"].detach()})
+        self.calls[call.name].append(call)
         receive = self.receive
-        if receive is None:
-            self.calls[call.name].append(call)
-            return output
-        if not torch.is_grad_enabled():
+        if receive is None or not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             # The first weight of the network: the graph starts here, not at the image. The copy
@@ -166,49 +167,140 @@ def chunk_bytes(device: torch.device) -> int:
     return _GPU_CHUNK_BYTES if device.type == "cuda" else _CPU_CHUNK_BYTES
 
 
-def _chunks(samples: int, weight: Tensor) -> int:
-    """How many samples' gradients of ``weight`` to form at once."""
-    budget = chunk_bytes(weight.device)
-    return max(1, min(samples, budget // (weight.numel() * weight.element_size())))
-
-
 def add_squared_gradients_(total: Tensor, call: Call, gradient: Tensor, samples: int) -> None:
-    """Add Σ_n G_n² of one observed call to ``total``, which has the weight's shape."""
-    if call.convolution is None and gradient.numel() == samples * gradient.shape[-1]:
+    """Add Σ_n G_n² of one observed call to ``total``, which has the weight's shape.
+
+    A convolution's ``total`` is best laid out channels-last.
+    """
+    inputs, gradient = call.input.to(total.dtype), gradient.to(total.dtype)
+    geometry = call.convolution
+    if geometry is None and gradient.numel() == samples * gradient.shape[-1]:
         # No tokens: the square of an outer product factorises.
-        left = gradient.reshape(samples, -1)
-        total.addmm_(left.square().T, call.input.reshape(samples, -1).square())
-        return
-    step = _chunks(samples, total)
+        left = gradient.reshape(samples, -1).square()
+        total.addmm_(left.T, inputs.reshape(samples, -1).square())
+    elif geometry is None or geometry["groups"] == 1:
+        _add_squared_products_(total, call, inputs, gradient, samples)
+    elif total.shape[1] == 1 and len(total) == inputs.shape[1] and total[0].numel() > 9:
+        _add_squared_taps_(total, geometry, inputs, gradient, samples)
+    else:
+        _add_squared_groups_(total, geometry, inputs, gradient, samples)
+
+
+def _add_squared_products_(
+    total: Tensor, call: Call, inputs: Tensor, gradient: Tensor, samples: int
+) -> None:
+    """Linear layers and ungrouped convolutions: G_n is a product of two matrices.
+
+    On CPUs the time goes into memory rather than into the products, so a block of the weight's
+    rows is finished for all samples while it lies in the cache.
+    """
+    left = _positions(gradient, call, samples)  # [samples, L, out]
+    matrix = total if call.convolution is None else total.permute(0, 2, 3, 1)
+    matrix = matrix.reshape(len(total), -1)  # [out, K], a view where the layout allows
+    most = max(1, _block_bytes(total) // total.element_size())  # entries of G to form at once
+    rows = max(1, min(len(total), most // matrix.shape[1]))
+    rows = math.ceil(len(total) / math.ceil(len(total) / rows))
+    step = max(1, min(samples, most // matrix.numel()))
+    # Patches of all samples if they are needed for several blocks of rows.
+    taken = samples if rows < len(total) else step
+    for start in range(0, samples, taken):
+        here = slice(start, min(start + taken, samples))
+        right = _patches(inputs, call, samples, here)  # [b, L, K]
+        for row in range(0, len(total), rows):
+            block = matrix[row : row + rows]
+            for first in range(0, here.stop - here.start, step):
+                part = slice(first, first + step)
+                chosen = left[here][part, :, row : row + rows]
+                _add_squares_(block, torch.bmm(chosen.mT, right[part]))
+    if matrix.data_ptr() != total.data_ptr():
+        shape = (len(total), *total.shape[2:], total.shape[1])
+        total.copy_(matrix.view(shape).permute(0, 3, 1, 2))
+
+
+def _block_bytes(like: Tensor) -> int:
+    """Bytes of a block of gradients that stays in a core's cache, or that fills a GPU."""
+    return _GPU_CHUNK_BYTES if like.device.type == "cuda" else _CPU_BLOCK_BYTES
+
+
+def _positions(gradient: Tensor, call: Call, samples: int) -> Tensor:
+    """Gradient at the output with positions or tokens before channels, ``[samples, L, out]``."""
+    if call.convolution is not None:
+        gradient = gradient.permute(0, 2, 3, 1)
+    return gradient.reshape(samples, -1, gradient.shape[-1])
+
+
+def _patches(inputs: Tensor, call: Call, samples: int, rows: slice) -> Tensor:
+    """Tokens, or patches in the order (kernel row, kernel column, channel), ``[b, L, K]``."""
+    inputs = inputs.reshape(samples, -1, *inputs.shape[1:])[rows].flatten(0, 1)
+    count = rows.stop - rows.start
+    if call.convolution is None:
+        return inputs.reshape(count, -1, inputs.shape[-1])
+    windows = _windows(inputs, call.convolution)
+    return windows.permute(0, 1, 2, 4, 5, 3).reshape(count, -1, windows[0, 0, 0].numel())
+
+
+def _windows(images: Tensor, geometry: Mapping[str, Any]) -> Tensor:
+    """What lies under the kernel, a view ``[B, H, W, C, kh, kw]`` for output positions H × W."""
+    (top, left), (dy, dx) = geometry["padding"], geometry["dilation"]
+    (kh, kw), (sy, sx) = geometry["kernel"], geometry["stride"]
+    images = F.pad(images, (left, left, top, top)) if top or left else images
+    images = images.contiguous(memory_format=torch.channels_last)
+    height = (images.shape[2] - dy * (kh - 1) - 1) // sy + 1
+    width = (images.shape[3] - dx * (kw - 1) - 1) // sx + 1
+    sample, channel, row, column = images.stride()
+    return images.as_strided(
+        (len(images), height, width, images.shape[1], kh, kw),
+        (sample, sy * row, sx * column, channel, dy * row, dx * column),
+    )
+
+
+def _add_squared_taps_(
+    total: Tensor, geometry: Mapping[str, Any], inputs: Tensor, gradient: Tensor, samples: int
+) -> None:
+    """Depthwise convolutions with kernels beyond 3 × 3, for which libraries have no fast path."""
+    each = inputs[0].numel() * inputs.element_size() * len(inputs) // samples
+    step = max(1, min(samples, _block_bytes(total) // each))
     for first in range(0, samples, step):
-        rows = slice(first, min(first + step, samples))
-        _add_squares_(total, _gradients(call, gradient, samples, rows, total.shape))
+        windows, g = (
+            x.unflatten(0, (samples, -1))[first : first + step] for x in (inputs, gradient)
+        )
+        count, per_sample = windows.shape[:2]
+        windows = _windows(windows.flatten(0, 1), geometry).unflatten(0, (count, per_sample))
+        g = g.permute(0, 1, 3, 4, 2)  # [b, images a sample, H, W, channels]
+        for y in range(total.shape[2]):
+            for x in range(total.shape[3]):
+                tap = (windows[..., y, x] * g).sum((1, 2, 3))
+                total[:, 0, y, x] += tap.square_().sum(0)
 
 
-def _gradients(
-    call: Call, gradient: Tensor, samples: int, rows: slice, shape: torch.Size
-) -> Tensor:
-    """Per-sample gradients ``[b, *shape]`` of one observed call, for the samples in ``rows``."""
-    if call.convolution is None or call.convolution["kernel"] == (1, 1):
-        left, right = gradient_factors(call, gradient, samples, rows)
-        return torch.matmul(left, right).reshape(-1, *shape)
-    # Samples become groups of one convolution, so that the library's own kernels, fast for every
-    # stride, dilation and grouping, return one gradient a sample.
-    inputs, outputs = (
-        x.unflatten(0, (samples, -1))[rows].transpose(0, 1).flatten(1, 2)
-        for x in (call.input, gradient)
-    )
-    count, geometry = rows.stop - rows.start, call.convolution
-    each: Tensor = conv2d_weight(
-        inputs,
-        (count * shape[0], *shape[1:]),
-        outputs,
-        geometry["stride"],
-        geometry["padding"],
-        geometry["dilation"],
-        count * geometry["groups"],
-    )
-    return each.view(count, *shape)
+def _add_squared_groups_(
+    total: Tensor, geometry: Mapping[str, Any], inputs: Tensor, gradient: Tensor, samples: int
+) -> None:
+    """Grouped convolutions: samples become groups too, so that one call returns a gradient each."""
+    step = max(1, min(samples, _block_bytes(total) // (total.numel() * total.element_size())))
+    if inputs.device.type == "cpu":
+        step = 1  # the library's kernels are slow for more groups than one sample has
+    for first in range(0, samples, step):
+        parts = [x.unflatten(0, (samples, -1))[first : first + step] for x in (inputs, gradient)]
+        count = len(parts[0])
+        together = [x.transpose(0, 1).flatten(1, 2) for x in parts]
+        each = conv2d_weight(
+            together[0],
+            (count * total.shape[0], *total.shape[1:]),
+            together[1],
+            geometry["stride"],
+            geometry["padding"],
+            geometry["dilation"],
+            count * geometry["groups"],
+        )
+        _add_squares_(total, each.view(count, *total.shape))
+
+
+def _add_squares_(total: Tensor, each: Tensor) -> None:
+    if each.shape[0] == 1:
+        total.addcmul_(each[0], each[0])
+    else:
+        total.add_(each.square_().sum(0))
 
 
 def gradient_factors(
@@ -227,96 +319,73 @@ def gradient_factors(
         ``left [b, groups, out / groups, L]`` and ``right [b, groups, L, K]``, where L counts
         tokens or output positions: ``(left @ right).reshape(b, out, K...)`` are the gradients.
     """
-    per_sample = call.input.shape[0] // samples
-    taken = slice(rows.start * per_sample, rows.stop * per_sample)
-    count = rows.stop - rows.start
+    left = _positions(gradient, call, samples)[rows]
     if call.convolution is None:
-        left = gradient[taken].reshape(count, 1, -1, gradient.shape[-1])
-        return left.transpose(2, 3), call.input[taken].reshape(count, 1, -1, call.input.shape[-1])
-    columns = _columns(call.input[taken], **call.convolution)  # [B, groups, K, L]
-    groups, positions = columns.shape[1], columns.shape[-1]
-    left = gradient[taken].reshape(columns.shape[0], groups, -1, positions)
-    if per_sample > 1:
-        left, columns = (
-            x.unflatten(0, (count, per_sample)).movedim(1, -2).flatten(-2) for x in (left, columns)
-        )
-    return left, columns.transpose(2, 3)
+        return left.mT[:, None], _patches(call.input, call, samples, rows)[:, None]
+    groups = call.convolution["groups"]
+    left = left.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)
+    inputs = call.input.reshape(samples, -1, *call.input.shape[1:])[rows].flatten(0, 1)
+    windows = _windows(inputs, call.convolution).unflatten(3, (groups, -1))
+    windows = windows.unflatten(0, (len(left), -1)).movedim(4, 1)  # groups before positions
+    return left, windows.reshape(len(left), groups, left.shape[-1], -1)
 
 
-def _add_squares_(total: Tensor, each: Tensor) -> None:
-    if each.shape[0] == 1:
-        total.addcmul_(each[0], each[0])
-    else:
-        total.add_(each.square_().sum(0))
+def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the weights that the graph of ``logits`` leads to."""
+    names = {id(weight): name for name, weight in weights.items()}
+    found: set[str] = set()
+    waiting: list[Any] = [logits.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model recomputes activations in its backward pass, where its weights cannot "
+                "be observed; switch that off (timm: model.set_grad_checkpointing(False))"
+            )
+        found |= {names[i] for i in (id(getattr(node, "variable", None)),) if i in names}
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
-def _columns(
-    images: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    kernel: tuple[int, int],
-) -> Tensor:
-    """Patches under the kernel, ``[B, groups, Cin/groups * kh * kw, L]``."""
-    batch = images.shape[0]
-    if kernel == (1, 1) and padding == (0, 0):
-        columns = images[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        columns = F.unfold(images, kernel, dilation, padding, stride)
-    return columns.reshape(batch, groups, -1, columns.shape[-1])
+def _used_once_and_grouped(model: nn.Module, images: Tensor, observer: _Observer) -> set[str]:
+    """Names of the weights with one call, whose rows are grouped by sample.
 
+    Args:
+        model: with its parameters frozen.
+        images: a batch of at least two, ``[B, 3, H, W]``.
+        observer: what was observed on it.
 
-def _generic_names(model: nn.Module, weights: dict[str, nn.Parameter], images: Tensor) -> set[str]:
-    """Names of the weights that need the generic path, tried on two images ``[2, 3, H, W]``.
-
-    All parameters are frozen when this is called.
+    The rows of a sample must not depend on the other samples. One sample is run again in another
+    place, beside a changed one: its rows must be the same but for rounding, by a wide margin
+    against what the change does.
     """
-    for weight in weights.values():
-        weight.requires_grad_()
-    observer = _Observer(weights)
-    with torch.enable_grad(), observer:
-        logits = model(images)
-    elsewhere: set[str] = set()
-    if logits.requires_grad:  # through a use of a weight that was not observed
-        gradients = torch.autograd.grad(
-            logits, list(weights.values()), torch.ones_like(logits), allow_unused=True
-        )
-        used = zip(weights, gradients, strict=True)
-        elsewhere = {name for name, gradient in used if gradient is not None}
-    # Another first image, then another second one.
+    chosen = len(images) // 2
     change = torch.linspace(-1, 1, images[0].numel()).to(images).view_as(images[0])
-    inputs = [observer.calls]
-    for changed in (0, 1):
-        others = images.clone()
-        others[changed] += change
-        observer = _Observer(weights)
-        with torch.no_grad(), observer:
-            model(others)
-        inputs.append(observer.calls)
-    rest = {name for name, calls in inputs[0].items() if calls} - elsewhere
-    return elsewhere | {
-        name for name in rest if not _used_once_and_grouped(*(calls[name] for calls in inputs))
-    }
-
-
-def _used_once_and_grouped(
-    calls: list[Call], first_changed: list[Call], second_changed: list[Call]
-) -> bool:
-    """Whether a weight has one call, the first half of whose rows is the first sample's."""
-    if not len(calls) == len(first_changed) == len(second_changed) == 1:
-        return False
-    reference = calls[0].input
-    rows = reference.shape[0]
-    if rows % 2:
-        return False
-    for half, other in ((0, first_changed[0].input), (1, second_changed[0].input)):
-        if other.shape != reference.shape:
-            return False
-        differs = (other != reference).reshape(2, -1).any(1)
-        if not differs[half] or differs[1 - half]:
-            return False
-    return True
+    again = _Observer(observer.weights)
+    with torch.no_grad(), again:
+        model(torch.stack([images[chosen], images[chosen - 1] + change]))
+    changes: dict[str, Tensor] = {}
+    for name, calls in observer.calls.items():
+        if not len(calls) == len(again.calls[name]) == 1:
+            continue
+        first, second = calls[0].input, again.calls[name][0].input
+        if len(first) % len(images) or len(second) * len(images) != len(first) * 2:
+            continue
+        here, there = (x.unflatten(0, (n, -1)) for x, n in ((first, len(images)), (second, 2)))
+        if here.shape[1:] != there.shape[1:]:
+            continue
+        same, changed = (there[0] - here[chosen]).norm(), (there[1] - here[chosen - 1]).norm()
+        changes[name] = torch.stack([same, changed])
+    if not changes:
+        return set()
+    # Compared at once, so that a GPU is waited for once.
+    table = torch.stack([change.double() for change in changes.values()]).tolist()
+    pairs = zip(changes, table, strict=True)
+    return {name for name, (same, changed) in pairs if same <= _ROUNDING_SHARE * changed}
 
 
 def sum_squared_gradients(
@@ -338,9 +407,17 @@ def sum_squared_gradients(
         One tensor a name, of the weight's shape. Exact up to rounding: nothing is sampled here.
     """
     parameters = dict(model.named_parameters())
-    totals = {name: torch.zeros_like(parameters[name]) for name in names}
+    totals = {name: _zeros_for_squares(parameters[name]) for name in names}
     receive_gradients(model, names, batches, cotangents, _SumOfSquares(totals))
-    return totals
+    return {name: total.contiguous() for name, total in totals.items()}
+
+
+def _zeros_for_squares(weight: Tensor) -> Tensor:
+    # Patches are read channels-last, so that convolutions' gradients come in that order. The sum
+    # over many samples takes at least single precision.
+    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros_like(weight, dtype=dtype, memory_format=layout)
 
 
 class _SumOfSquares:
@@ -351,6 +428,7 @@ class _SumOfSquares:
         add_squared_gradients_(self.totals[call.name], call, gradient, len(rows))
 
     def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
+        gradient = gradient.to(self.totals[name].dtype)
         self.totals[name].addcmul_(gradient, gradient)
 
 
@@ -370,57 +448,86 @@ def receive_gradients(
     weights = {name: parameters[name] for name in names}
     generic: set[str] | None = None
     for images, labels, rows in batches:
-        if generic is None and len(images) > 1:
-            with _frozen(parameters.values()):
-                generic = _generic_names(model, weights, images[:2])
-            if generic:
+        batch = (images, labels, rows)
+        with _frozen(parameters.values()):
+            if len(images) == 1:
+                # Its own per-sample gradient, whatever way a weight is used in.
+                _receive_singles(receiver, model, weights, batch, cotangents)
+                continue
+            if generic is None:
+                generic = _receive_first(receiver, model, weights, batch, cotangents)
+                if not generic:
+                    continue
                 logger.info(
                     "per-sample gradients of %s take one backward a sample: the weight is shared, "
                     "reshaped, or its rows are not grouped by sample",
                     ", ".join(sorted(generic)),
                 )
-        # A batch of one sample is its own per-sample gradient: any use of a weight is fine.
-        slow = set(names) if generic is None or len(images) == 1 else generic
-        fast = {name: weight for name, weight in weights.items() if name not in slow}
-        if fast:
-            with _frozen(parameters.values()):
-                _receive_observed(receiver, model, fast, (images, labels, rows), cotangents)
-        if slow:
-            with _frozen(parameters.values()):
-                _receive_singles(
-                    receiver,
-                    model,
-                    {n: w for n, w in weights.items() if n in slow},
-                    (images, labels, rows),
-                    cotangents,
-                )
+            fast = {name: weight for name, weight in weights.items() if name not in generic}
+            slow = {name: weight for name, weight in weights.items() if name in generic}
+            if fast:
+                logits, _ = _observe(receiver, model, fast, batch)
+                _pull_back(logits, batch, cotangents)
+            if slow:
+                _receive_singles(receiver, model, slow, batch, cotangents)
 
 
-def _receive_observed(
+def _receive_first(
     receiver: Receiver,
     model: nn.Module,
-    weights: dict[str, nn.Parameter],
+    weights: Mapping[str, nn.Parameter],
     batch: Batch,
     cotangents: Cotangents,
-) -> None:
-    images, labels, rows = batch
+) -> set[str]:
+    """Find the weights that need the generic path; where none does, also use the batch."""
+    for weight in weights.values():
+        weight.requires_grad_()
+    logits, observer = _observe(receiver, model, weights, batch)
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    used = {name for name, calls in observer.calls.items() if calls}
+    elsewhere = _reached(logits, weights)
+    generic = elsewhere | (used - _used_once_and_grouped(model, batch[0], observer))
+    del observer  # and with it the layers' inputs
+    if not generic:
+        _pull_back(logits, batch, cotangents)
+    return generic
+
+
+def _observe(
+    receiver: Receiver, model: nn.Module, weights: Mapping[str, nn.Parameter], batch: Batch
+) -> tuple[Tensor, _Observer]:
+    """Logits of a batch, whose backward pass will hand ``receiver`` the gradients."""
+    images, _, rows = batch
 
     def receive(call: Call, gradient: Tensor) -> None:
         call.check_unchanged()
         receiver.observed(call, gradient.detach(), rows)
 
-    with torch.enable_grad():
-        with _Observer(weights, receive):
-            logits = model(images)
-        if logits.requires_grad:
-            for cotangent in cotangents(logits.detach(), labels, rows):
-                logits.backward(cotangent, retain_graph=True)
+    observer = _Observer(weights, receive)
+    with torch.enable_grad(), observer:
+        logits = model(images)
+    return logits, observer
+
+
+def _pull_back(logits: Tensor, batch: Batch, cotangents: Cotangents) -> None:
+    """One backward a cotangent; the last one frees the graph."""
+    if not logits.requires_grad:
+        return
+    _, labels, rows = batch
+    waiting: Tensor | None = None
+    for cotangent in cotangents(logits.detach(), labels, rows):
+        if waiting is not None:
+            logits.backward(waiting, retain_graph=True)
+        waiting = cotangent
+    if waiting is not None:
+        logits.backward(waiting)
 
 
 def _receive_singles(
     receiver: Receiver,
     model: nn.Module,
-    weights: dict[str, nn.Parameter],
+    weights: Mapping[str, nn.Parameter],
     batch: Batch,
     cotangents: Cotangents,
 ) -> None:

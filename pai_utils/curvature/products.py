@@ -35,6 +35,9 @@ from pai_utils.execution import (
     draw_samples,
     fitting_batches,
     paired,
+    share_of_work,
+    sum_over_processes,
+    sum_over_processes_,
     undisturbed,
     unknown_name,
 )
@@ -65,6 +68,10 @@ class _Graph(Protocol):
 
 class CurvatureOperator(ABC):
     """Products with a curvature matrix of the mean cross-entropy, summed over batches.
+
+    Computed in the model's own precision, also inside ``torch.autocast``: differences of gradients
+    keep few digits in half precision. Sums are at least in float32. Under ``torchrun`` each
+    process takes its share of the samples and all get the same product.
 
     The graph of a batch's forward and first backward is kept for the next products as long as all
     that is kept stays within ``memory``; the other batches are run anew at each product, with the
@@ -113,7 +120,9 @@ class CurvatureOperator(ABC):
         self._names = list(names)
         self._model = model
         self._data = data
-        self._indices = draw_samples(data, samples, seed)
+        drawn = draw_samples(data, samples, seed)
+        self._count = len(drawn)
+        self._indices = drawn[share_of_work(len(drawn))]
         self._batch_size = batch_size
         self._memory = memory
         self._kept: dict[int, _Graph] = {}
@@ -154,7 +163,7 @@ class CurvatureOperator(ABC):
             for name, weight in zip(self._names, self._weights, strict=True)
         ]
         totals = fitting_batches(lambda size: self._product(vectors, size), self._batch_size)
-        return dict(zip(self._names, totals, strict=True))
+        return sum_over_processes(dict(zip(self._names, totals, strict=True)))
 
     @abstractmethod
     def _graph(
@@ -166,11 +175,14 @@ class CurvatureOperator(ABC):
         if batch_size != self._batch_size:  # memory ran out
             self._batch_size, self._memory = batch_size, 0
             self._kept, self._kept_bytes, self._losses = {}, 0, None
+        if not len(self._indices):  # fewer samples than processes
+            return [torch.zeros_like(v, dtype=_accumulator(v.dtype)) for v in vectors]
         totals: list[Tensor] = []
         losses = []
         for number, rows in enumerate(self._indices.split(batch_size)):
-            graph = self._kept.get(number) or self._build(number, rows)
-            products = graph.multiply(vectors, keep=number in self._kept)
+            with _own_precision(self._model):
+                graph = self._kept.get(number) or self._build(number, rows)
+                products = graph.multiply(vectors, keep=number in self._kept)
             parts = [part.to(_accumulator(part.dtype)) for part in products]
             # Not in place: autograd may hand out its own tensors, or the caller's.
             totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
@@ -182,7 +194,7 @@ class CurvatureOperator(ABC):
     def _build(self, number: int, rows: Tensor) -> _Graph:
         """Run a batch, and keep its graph if it fits."""
         images, labels = next(batches(self._data, len(rows), device_of(self._model), rows))
-        share = len(rows) / len(self._indices)
+        share = len(rows) / self._count
         # The fused attention kernels have no second derivative; the plain one has.
         with (
             undisturbed(self._model),
@@ -316,6 +328,10 @@ def _backward(
     )
 
 
+def _own_precision(model: nn.Module) -> torch.autocast:
+    return torch.autocast(device_of(model).type, enabled=False)
+
+
 @contextmanager
 def _saved_storages() -> Iterator[dict[int, int]]:
     """Sizes in bytes, by address, of the storages that graphs made inside keep."""
@@ -388,19 +404,22 @@ def directional_terms(
     """
     check_direction(model, direction)
     indices = draw_samples(data, samples, seed)
+    share = indices[share_of_work(len(indices))]
 
     def compute(size: int) -> Tensor:
         total = torch.zeros(4, dtype=torch.float64, device=device_of(model))
-        for images, labels in batches(data, size, device_of(model), indices):
+        if not len(share):  # fewer samples than processes
+            return total
+        for images, labels in batches(data, size, device_of(model), share):
             terms = _batch_terms(model, direction, paired(images), paired(labels))
             total += terms / len(paired(images)) * len(images)
         return total
 
     # The fused attention kernels have no second derivative; the plain one has.
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH):
-        loss, gradient, hessian, ggn = (
-            fitting_batches(compute, batch_size) / len(indices)
-        ).tolist()
+    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), _own_precision(model):
+        total = fitting_batches(compute, batch_size)
+    sum_over_processes_(total)
+    loss, gradient, hessian, ggn = (total / len(indices)).tolist()
     terms = DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
     if not all(map(math.isfinite, (loss, gradient, hessian, ggn))):
         raise NonFiniteError(f"{terms}: look for non-finite weights, images or directions")

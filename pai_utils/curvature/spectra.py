@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pai_utils.curvature.hutchinson import rademacher
 from pai_utils.curvature.products import Operator
-from pai_utils.execution import NonFiniteError, unknown_name
+from pai_utils.execution import NonFiniteError, progress, unknown_name
 
 _Multiply = Callable[[Tensor], Tensor]
 
@@ -206,7 +206,7 @@ def _lanczos(
     alphas: list[float] = []
     betas: list[float] = []
     scale = 0.0
-    for m in range(1, steps + 1):
+    for m in progress(range(1, steps + 1), "Lanczos steps", steps):
         basis[m - 1] = q
         image = multiply(q)
         alphas.append(float(q @ image))

@@ -1,12 +1,10 @@
 import copy
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from tests.cases import (
@@ -235,23 +233,3 @@ def test_the_gradient_of_a_batch_of_one_is_the_samples_own(case: Case) -> None:
     for name in case.names:
         assert relative_error(singly[name], each[name]) <= 1e-10, name
     assert fingerprint(case.model) == before
-
-
-def _scores_of_a_process(rank: int, file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
-    case = build("conv")
-    torch.save(
-        flattened(ggn_diagonal(case.model, case.names, case.data, samples=7)), f"{out}{rank}"
-    )
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
-    spawn(_scores_of_a_process, (str(tmp_path / "store"), str(tmp_path / "scores")), nprocs=2)
-    case = build("conv")
-    alone = flattened(ggn_diagonal(case.model, case.names, case.data, samples=7))
-    for rank in (0, 1):
-        assert relative_error(torch.load(tmp_path / f"scores{rank}"), alone) <= 1e-5

@@ -3,7 +3,9 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from pai_utils.curvature import persample
 from pai_utils.curvature.persample import sum_squared_gradients
 from pai_utils.execution import undisturbed
 from tests.cases import (
@@ -50,6 +52,37 @@ def test_sum_equals_one_backward_a_sample(case: Case, batch_size: int) -> None:
     assert list(found) == case.names
     for name in case.names:
         assert relative_error(found[name], expected[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("entries", [1, 10, 100])
+def test_gradients_formed_in_parts_give_the_same_sum(
+    case: Case, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cotangents = cotangents_for(case)
+    expected = squares(case, cotangents, 5)
+    monkeypatch.setattr(persample, "_CPU_BLOCK_BYTES", 8 * entries)
+    found = squares(case, cotangents, 5)
+    for name in case.names:
+        assert relative_error(found[name], expected[name]) <= 1e-12, name
+
+
+def test_checkpointing_that_hides_gradients_is_refused() -> None:
+    case = build("conv")
+    assert isinstance(case.model, nn.Sequential)
+
+    class Checkpointed(nn.Module):
+        def __init__(self, first: nn.Module, rest: nn.Module) -> None:
+            super().__init__()
+            self.first, self.rest = first, rest
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = checkpoint(self.rest, self.first(images), use_reentrant=True)
+            return logits
+
+    model = Checkpointed(case.model[0], case.model[1:])
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    with pytest.raises(RuntimeError, match=r"set_grad_checkpointing\(False\)"):
+        squares(Case(model, names, case.data), cotangents_for(case), 5)
 
 
 def test_sum_is_the_same_where_gradients_are_switched_off(case: Case) -> None:

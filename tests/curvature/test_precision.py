@@ -1,0 +1,92 @@
+"""Half precision in the forward and backward; sums in single precision."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.curvature.products import GGNOperator, HessianOperator
+from tests.cases import Case, Images, build, flattened, relative_error
+
+# bfloat16 has 8 bits; errors of a few layers add up.
+TOLERANCE = 0.1
+
+
+def _blocks(case: Case) -> Tensor:
+    blocks = fisher_blocks(case.model, case.names, case.data, block_size=4, damping=0.1)
+    # Each block's matrix over its size: inverses of blocks without gradients are infinite.
+    return torch.cat([1 / part.inverse_diagonal() for part in blocks])
+
+
+CURVATURES: dict[str, Callable[[Case], Tensor]] = {
+    "fisher": lambda case: flattened(fisher_diagonal(case.model, case.names, case.data)),
+    "ggn": lambda case: flattened(
+        ggn_diagonal(case.model, case.names, case.data, estimator="exact")
+    ),
+    "blocks": _blocks,
+}
+PRODUCTS = {"hessian": HessianOperator, "ggn": GGNOperator}
+
+
+def _in(case: Case, dtype: torch.dtype) -> Case:
+    data = copy.deepcopy(case.data)
+    data.images = data.images.to(dtype)
+    return Case(copy.deepcopy(case.model).to(dtype), case.names, data)
+
+
+def _product(case: Case, kind: str) -> Tensor:
+    shapes = dict(case.model.named_parameters())
+    vector = {n: torch.linspace(-1, 1, shapes[n].numel()).view_as(shapes[n]) for n in case.names}
+    return flattened(PRODUCTS[kind](case.model, case.names, case.data)(vector))
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_a_bfloat16_model_gives_sums_in_float32(case: Case, kind: str) -> None:
+    found = CURVATURES[kind](_in(case, torch.bfloat16))
+    assert found.dtype in (torch.float32, torch.float64)
+    assert relative_error(found.double(), CURVATURES[kind](case)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_autocast_gives_sums_in_float32(case: Case, kind: str) -> None:
+    single = _in(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CURVATURES[kind](single)
+    error = relative_error(found.double(), CURVATURES[kind](case))
+    assert found.dtype in (torch.float32, torch.float64)
+    # Above the rounding of float32: bfloat16 has really been used.
+    assert 1e-5 < error <= TOLERANCE
+
+
+def test_many_small_squares_do_not_get_lost() -> None:
+    # In bfloat16, 256 + 1 is 256: a sum of equal squares would stop growing there.
+    case = _in(build("linear over vectors"), torch.bfloat16)
+
+    def repeated(count: int) -> Tensor:
+        data = Images(count)
+        data.images = case.data.images[:1].expand(count, -1, -1, -1)
+        data.labels = case.data.labels[:1].expand(count)
+        return flattened(fisher_diagonal(case.model, case.names, data, batch_size=2))
+
+    assert relative_error(repeated(4000), repeated(2)) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_of_a_bfloat16_model_are_in_float32(kind: str) -> None:
+    case = build("linear over tokens")
+    found = _product(_in(case, torch.bfloat16), kind)
+    assert found.dtype == torch.float32
+    assert relative_error(found.double(), _product(case, kind)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_keep_the_models_precision_inside_autocast(case: Case, kind: str) -> None:
+    single = _in(case, torch.float32)
+    expected = _product(single, kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _product(single, kind)
+    assert torch.equal(found, expected)

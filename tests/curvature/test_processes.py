@@ -1,0 +1,69 @@
+"""Under ``torchrun`` each process takes its share of the samples, and all get the same result."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.curvature.hutchinson import hutchinson_diagonal
+from pai_utils.curvature.products import GGNOperator, HessianOperator, directional_terms
+from pai_utils.curvature.spectra import top_eigenpairs
+from tests.cases import Case, build, flattened, relative_error
+
+SAMPLES = [7, 1]  # 1: fewer than processes
+
+
+def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
+    arguments = (case.model, case.names, case.data)
+    yield "fisher", flattened(fisher_diagonal(*arguments, samples=samples, batch_size=2))
+    for estimator in ("mc", "exact"):
+        diagonal = ggn_diagonal(*arguments, samples=samples, batch_size=2, estimator=estimator)
+        yield f"ggn {estimator}", flattened(diagonal)
+    for size in (3, 20):  # as sums, and as gradients kept for Woodbury's identity
+        blocks = fisher_blocks(*arguments, samples=samples, batch_size=2, block_size=size)
+        yield f"blocks of {size}", torch.cat([part.inverse_diagonal() for part in blocks])
+    vector = {n: p.detach().cos() for n, p in case.model.named_parameters() if n in case.names}
+    for operator in (HessianOperator, GGNOperator):
+        products = operator(*arguments, samples=samples, batch_size=2)
+        yield operator.__name__, flattened(products(vector))
+        yield f"{operator.__name__} again", flattened(products(vector))
+        estimate = hutchinson_diagonal(products, probes=4, tolerance=0)
+        yield f"{operator.__name__}, diagonal", flattened(estimate.diagonal)
+        yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
+    terms = directional_terms(case.model, vector, case.data, samples=samples, batch_size=2)
+    yield (
+        "terms",
+        torch.tensor([terms.loss, terms.gradient, terms.hessian, terms.ggn], dtype=torch.float64),
+    )
+
+
+def _run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    for samples in SAMPLES:
+        torch.save(dict(_results(build("conv"), samples)), f"{folder}/{samples}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    spawn(_run, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_give_what_one_gives(folder: Path, samples: int, rank: int) -> None:
+    alone = dict(_results(build("conv"), samples))
+    found = torch.load(folder / f"{samples}-{rank}", weights_only=True)
+    assert list(found) == list(alone)
+    for name, expected in alone.items():
+        assert relative_error(found[name], expected) <= 1e-8, name
