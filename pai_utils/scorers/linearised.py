@@ -7,9 +7,10 @@ raised to a ``power`` in absolute value, and with gates of its own, by these rul
 
 - *Parameters* are |w|^power; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers* are
   taken in absolute value, to the same power.
-- *Constants that are added* are left out: biases, position tables, class tokens (their
-  concatenation stays, with zeros). Only what comes from the image flows. Where two quantities that
-  come from the image are subtracted, they are added.
+- *Constants that are added* are left out: biases, position tables. Only what comes from the image
+  flows. Where two quantities that come from the image are subtracted, they are added.
+- *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
+  tokens they are joined to. They bring in no flow of their own, but have queries to attend with.
 - *Activations* are the identity, or, with records, their gate f(x)/x on the data to the second
   power. (Of ReLU the gate is 0 or 1.)
 - *BatchNorm* is its fixed scale: (|γ| / √(var + ε))^power. So a network gives the same as one into
@@ -30,10 +31,11 @@ keys, or of squeeze-and-excitation; all of them would score zero and be pruned f
 fixed factor a is replaced by a · s / [s], where s is the quantity it is made of (q·k; the gate's
 input) in this network and [s] its value, taken as a constant. No value changes, but the weights
 that make s carry flow. And where two quantities that come from the image are multiplied, each
-passes on half of the gradient. Each product then divides its flow equally among its factors (of
-attention one half goes to values, a quarter each to queries and keys), every neuron passes on
-exactly what it receives, and scores of skip-connected blocks do not grow with the number of
-products.
+passes on half of the gradient. So a product divides its flow equally among its factors (of
+attention one half goes to values, a quarter each to queries and keys), and every neuron passes on
+exactly what it receives; without the halves the flow would grow with every product. The price:
+weights before an attention are reached through queries and keys as well as through values. Where
+s is zero, as for a head whose queries are all pruned, the pattern's part of the flow ends.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 PATTERNS = ("mean", "count")
+
+# What a class token is of the mean of the image's tokens: next to nothing, but not zero.
+_SEED = 2.0**-40
 
 # The functions that are looked at, by the rule for them.
 _RULES: dict[Any, str] = {
@@ -96,7 +101,7 @@ _RULES: dict[Any, str] = {
         "_difference",
     ),
     **dict.fromkeys((torch.rsub, Tensor.__rsub__), "_reversed_difference"),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), "_join"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "_join"),
     **dict.fromkeys(
         (
             *(torch.mul, torch.multiply, Tensor.mul, Tensor.mul_),
@@ -397,11 +402,13 @@ class _Paths(_Observer):
             other = other if kept[1] else _zero(other)
         return func(input, other, *args, **kwargs)
 
-    def _join(self, func: Any, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    def _join(self, func: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
         kept = self._from_image(*tensors)
         if any(kept):
-            tensors = [t if k else _zero(t) for t, k in zip(tensors, kept, strict=True)]
-        return func(tensors, *args, **kwargs)
+            source = next(t for t, k in zip(tensors, kept, strict=True) if k)
+            seed = _SEED * source.mean(dim, keepdim=True)
+            tensors = [t if k else seed.expand_as(t) for t, k in zip(tensors, kept, strict=True)]
+        return func(tensors, dim, **kwargs)
 
     def _product(self, func: Any, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         input, other = _shared((input, other), self._from_image(input, other))

@@ -1,0 +1,183 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+
+import pai_utils as pai
+from tests.cases import (
+    Case,
+    Limited,
+    build,
+    dense_hessian,
+    fingerprint,
+    flattened,
+    relative_error,
+)
+
+
+def dense_gradient(model: nn.Module, names: list[str], images: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy in evaluation mode, flattened."""
+    weights = [model.get_parameter(name) for name in names]
+    training = model.training
+    loss = F.cross_entropy(model.eval()(images), labels)
+    model.train(training)
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def weights_of(case: Case, names: list[str]) -> Tensor:
+    return torch.cat([case.model.get_parameter(n).detach().flatten() for n in names])
+
+
+def test_snip_is_the_weight_times_the_gradient_of_the_mean_loss(case: Case) -> None:
+    scores = pai.score("snip", case.model, case.data, samples=None)
+    names = list(scores)
+    gradient = dense_gradient(case.model, names, case.data.images, case.data.labels)
+    expected = (weights_of(case, names) * gradient).abs()
+    assert relative_error(flattened(dict(scores)), expected) <= 1e-10
+
+
+def test_grasp_is_the_weight_times_the_hessian_times_the_gradient(case: Case) -> None:
+    before = fingerprint(case.model)
+    scores = pai.score("grasp", case.model, case.data, samples=None)
+    assert fingerprint(case.model) == before
+    names = list(scores)
+    gradient = dense_gradient(case.model, names, case.data.images, case.data.labels)
+    hessian = dense_hessian(case.model, names, case.data)
+    expected = weights_of(case, names) * (hessian @ gradient)
+    assert relative_error(flattened(dict(scores)), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_neither_depends_on_the_batches_to_double_precision(case: Case, name: str) -> None:
+    whole, parts = (
+        flattened(dict(pai.score(name, case.model, case.data, samples=None, batch_size=b)))
+        for b in (64, 3)
+    )
+    assert relative_error(parts, whole) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_all_batches_count_not_the_last_one_alone(name: str) -> None:
+    case = build("conv")
+    scores = pai.score(name, case.model, case.data, samples=None, batch_size=4)
+    names = list(scores)
+    last = dense_gradient(case.model, names, case.data.images[8:], case.data.labels[8:])
+    everything = dense_gradient(case.model, names, case.data.images, case.data.labels)
+    assert relative_error(last, everything) > 0.1
+    if name == "snip":
+        found = flattened(dict(scores)) / weights_of(case, names).abs()
+        assert relative_error(found, everything.abs()) <= 1e-10
+    else:
+        found = flattened(dict(scores)) / weights_of(case, names)
+        expected = dense_hessian(case.model, names, case.data) @ everything
+        assert relative_error(found, expected) <= 1e-10
+
+
+def test_grasp_keeps_the_weights_without_which_the_gradient_shrinks_most() -> None:
+    # The inverted sign of public code would keep those whose removal raises the gradient's norm.
+    case = build("conv")
+    scores = pai.score("grasp", case.model, case.data, samples=None)
+    names = list(scores)
+
+    def squared_norm() -> float:
+        gradient = dense_gradient(case.model, names, case.data.images, case.data.labels)
+        return float(gradient.square().sum())
+
+    for name in names:
+        weight = case.model.get_parameter(name)
+        ranked = scores[name].flatten().argsort()
+        lowest, highest = int(ranked[0]), int(ranked[-1])
+        assert scores[name].flatten()[lowest] < 0 < scores[name].flatten()[highest]
+        flat = weight.detach().view(-1)
+        for index in (lowest, highest):
+            kept, step = float(flat[index]), 1e-5
+            flat[index] = kept * (1 - step)
+            less = squared_norm()
+            flat[index] = kept * (1 + step)
+            more = squared_norm()
+            flat[index] = kept
+            # d/dt of gᵀg along the removal −w is −2 w (Hg).
+            slope = (less - more) / (2 * step)
+            assert slope == pytest.approx(-2 * float(scores[name].flatten()[index]), rel=1e-5)
+
+
+def test_the_temperature_divides_the_logits() -> None:
+    case = build("linear over tokens")
+    scores = pai.score("grasp", case.model, case.data, samples=None, temperature=20.0)
+    names = list(scores)
+    divided = nn.Sequential(case.model, Scale(1 / 20))
+    inner = [f"0.{name}" for name in names]
+    gradient = dense_gradient(divided, inner, case.data.images, case.data.labels)
+    hessian = dense_hessian(divided, inner, case.data)
+    expected = weights_of(case, names) * (hessian @ gradient)
+    assert relative_error(flattened(dict(scores)), expected) <= 1e-10
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_impossible_temperature_is_refused(temperature: float) -> None:
+    case = build("conv")
+    with pytest.raises(ValueError, match="temperature="):
+        pai.score("grasp", case.model, case.data, samples=4, temperature=temperature)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_a_weight_that_is_not_used_scores_zero(name: str) -> None:
+    case = build("unused weight")
+    scores = pai.score(name, case.model, case.data, samples=None)
+    assert not scores["1.unused.weight"].any()
+    assert scores["1.used.weight"].all()
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_running_out_of_memory_halves_the_batch_and_changes_nothing(name: str) -> None:
+    case = build("conv")
+    expected = pai.score(name, case.model, case.data, samples=None)
+    limited = Limited(case.model, 3)
+    found = pai.score(name, limited, case.data, samples=None, batch_size=8)
+    assert relative_error(flattened(dict(found)), flattened(dict(expected))) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_labels_beyond_the_head_are_refused(name: str) -> None:
+    case = build("conv")
+    case.data.labels[3] = 4
+    with pytest.raises(ValueError, match="label 4 but the model's classes are 0 to 3"):
+        pai.score(name, case.model, case.data, samples=None)
+
+
+NAMES = ("snip", "grasp", "px", "ntk_sap")
+
+
+def _scores_of_a_process(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    case = build("conv")
+    for name in NAMES:
+        scores = pai.score(name, case.model, case.data, samples=7, batch_size=2)
+        torch.save(flattened(dict(scores)), f"{out}-{name}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
+    spawn(_scores_of_a_process, (str(tmp_path / "store"), str(tmp_path / "scores")), nprocs=2)
+    case = build("conv")
+    for name in NAMES:
+        alone = flattened(dict(pai.score(name, case.model, case.data, samples=7)))
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"scores-{name}-{rank}", weights_only=True)
+            assert relative_error(found, alone) <= 1e-10, name

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import pai_utils as pai
+from pai_utils.scorers.ntk import ntk_sap
+from tests.cases import Case, Images, build, fingerprint, flattened, relative_error
+
+
+def masked_change(
+    model: nn.Module, names: list[str], images: Tensor, steps: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """|∂/∂m mean ‖f(x; θ⊙m) − f(x; (θ+Δθ)⊙m)‖²| with an explicit mask, sample by sample."""
+    weights = {n: model.get_parameter(n).detach() for n in names}
+    masks = {n: torch.ones_like(w, requires_grad=True) for n, w in weights.items()}
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for step in steps:
+        for image in images.split(1):
+            pair = torch.cat([image, image])
+            plain = functional_call(model, {n: weights[n] * masks[n] for n in names}, (pair,))
+            moved = {n: (weights[n] + step[n]) * masks[n] for n in names}
+            change = plain - functional_call(model, moved, (pair,))
+            total = total + change[0].square().sum() / (len(images) * len(steps))
+    model.train(training)
+    gradients = torch.autograd.grad(
+        total, list(masks.values()), allow_unused=True, materialize_grads=True
+    )
+    return {n: g.abs() for n, g in zip(names, gradients, strict=True)}
+
+
+def draws(
+    model: nn.Module, names: list[str], epsilon: float, seed: int, count: int
+) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            n: epsilon
+            * torch.randn(model.get_parameter(n).shape, generator=generator, dtype=torch.float64)
+            for n in names
+        }
+        for _ in range(count)
+    ]
+
+
+def test_scores_are_the_masks_derivative_at_the_models_own_weights(case: Case) -> None:
+    # Weights drawn anew, as public code has them, would give other scores.
+    names = pai.prunable_parameters(case.model)
+    steps = [
+        {n: s * (case.model.get_parameter(n).detach() != 0) for n, s in step.items()}
+        for step in draws(case.model, names, 0.05, 3, 2)
+    ]
+    before = fingerprint(case.model)
+    scores = pai.score(
+        "ntk_sap", case.model, case.data, samples=None, seed=3, epsilon=0.05, perturbations=2
+    )
+    assert fingerprint(case.model) == before
+    expected = masked_change(case.model, names, case.data.images, steps)
+    assert relative_error(flattened(dict(scores)), flattened(expected)) <= 1e-10
+
+
+def test_scores_do_not_depend_on_the_batches_to_double_precision(case: Case) -> None:
+    for inputs in ("data", "noise"):
+        whole, parts = (
+            flattened(
+                dict(
+                    pai.score(
+                        "ntk_sap", case.model, case.data, samples=None, batch_size=b, inputs=inputs
+                    )
+                )
+            )
+            for b in (64, 3)
+        )
+        assert relative_error(parts, whole) <= 1e-10
+
+
+def test_the_change_is_the_kernels_trace_for_small_perturbations() -> None:
+    # f = W x has the kernel xᵀx I: its trace over outputs, as a function of the mask of column j,
+    # is Σ_k m_kj² x_j², with the derivative 2 x_j² at one.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    data = Images(6, classes=3, side=2)
+    scores = ntk_sap(
+        model, ["1.weight"], data, samples=None, epsilon=1e-3, perturbations=3000, batch_size=6
+    )["1.weight"]
+    second = 2 * data.images.flatten(1).square().mean(0)
+    error = (scores / 1e-6 - second).abs().max() / second.max()
+    assert error <= 0.15
+
+
+def test_a_smaller_perturbation_changes_the_scores_by_its_square() -> None:
+    # In float32 the difference of the two networks would drown at this size.
+    case = build("linear over tokens")
+    case.model.float()
+    one, other = (
+        flattened(dict(pai.score("ntk_sap", case.model, float_images(), samples=None, epsilon=e)))
+        for e in (1e-5, 1e-6)
+    )
+    assert relative_error(other * 100, one) <= 1e-4
+
+
+def float_images() -> Images:
+    return Images(dtype=torch.float32)
+
+
+def test_pruned_weights_are_not_perturbed_and_score_zero() -> None:
+    case = build("conv")
+    weight = case.model.get_parameter("2.weight")
+    with torch.no_grad():
+        weight[:, 1] = 0
+    names = pai.prunable_parameters(case.model)
+    scores = pai.score("ntk_sap", case.model, case.data, samples=None, seed=1)
+    assert not scores["2.weight"][:, 1].any()
+    steps = draws(case.model, names, 0.01, 1, 1)
+    steps[0]["2.weight"][:, 1] = 0
+    expected = masked_change(case.model, names, case.data.images, steps)
+    assert relative_error(flattened(dict(scores)), flattened(expected)) <= 1e-10
+
+
+def test_noise_is_seeded_and_takes_nothing_but_the_shape_of_the_images() -> None:
+    case = build("conv")
+    first = pai.score("ntk_sap", case.model, case.data, samples=None, inputs="noise")
+    case.data.images *= 2
+    again = pai.score("ntk_sap", case.model, case.data, samples=None, inputs="noise")
+    other = pai.score("ntk_sap", case.model, case.data, samples=None, inputs="noise", seed=1)
+    assert torch.equal(first["0.weight"], again["0.weight"])
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": 0.0}, r"epsilon=0\.0"),
+        ({"epsilon": float("inf")}, "epsilon=inf"),
+        ({"perturbations": 0}, "perturbations=0"),
+        ({"inputs": "random"}, "inputs='random' is unknown; choose from .*data.*noise"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, float | str], message: str) -> None:
+    case = build("conv")
+    with pytest.raises(ValueError, match=message):
+        pai.score("ntk_sap", case.model, case.data, samples=4, **options)  # type: ignore[arg-type]
