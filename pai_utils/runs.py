@@ -206,10 +206,11 @@ class Run:
         self._write(f"{name}.png", buffer.getvalue())
 
     def write_mask(self, name: str, mask: Mask) -> None:
-        """Write ``<name>.safetensors`` to the run's folder: all of it or nothing."""
+        """Write ``<name>.safetensors`` and its report ``<name>.json`` to the run's folder."""
         path = self.folder / f"{name}.safetensors"
         mask.save(path)
-        self._outputs[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for file in (path, path.with_suffix(".json")):
+            self._outputs[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.

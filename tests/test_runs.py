@@ -171,7 +171,7 @@ def test_a_run_writes_tables_masks_figures_and_their_record(tmp_path: Path) -> N
     assert json.loads((folder / "record.json").read_text()) == record
     assert record["outputs"] == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("table.csv", "mask.safetensors", "figure.png")
+        for name in ("table.csv", "mask.safetensors", "mask.json", "figure.png")
     }
     assert record["notebook"] == "zero_shot_retention"
     assert record["parameters"] == config(folder).model_dump()
@@ -183,7 +183,7 @@ def test_a_run_writes_tables_masks_figures_and_their_record(tmp_path: Path) -> N
     assert record["seconds"] >= 0
     assert record["device"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "figure.png", "mask.safetensors", "record.json", "table.csv"
+        "figure.png", "mask.json", "mask.safetensors", "record.json", "table.csv"
     ]  # fmt: skip
 
 
