@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from pai_utils.backbones import prunable_parameters
 from pai_utils.execution import Samples, logger, unknown_name
-from pai_utils.masks import Mask, check_sparsity, make_mask
+from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.scorers import score
 
 COMPENSATIONS = ("none",)
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "exponential": lambda sparsity, progress: (1 - sparsity) ** progress,
+    "linear": lambda sparsity, progress: 1 - sparsity * progress,
+}
+"""The fraction *kept* once a fraction ``progress`` of the rounds is done, at a final sparsity."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class PruningReport:
     empty_layers: list[str]  # pruned to nothing
     left_out: list[str]  # parameters never pruned
     rounds: int
+    schedule: str
     seconds: float
 
 
@@ -47,6 +57,10 @@ def prune(
     scope: str = "global",
     *,
     rounds: int = 1,
+    schedule: str = "exponential",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    source: str | None = None,
     compensation: str = "none",
     samples: int | None = 256,
     batch_size: int = 64,
@@ -55,16 +69,24 @@ def prune(
 ) -> Pruned:
     """Prune a copy of ``model``; the model itself is untouched.
 
-    In round r of R the kept fraction is (1 − s)^(r/R), scored on the network pruned so far; a
-    pruned weight never comes back.
+    Each round scores the network pruned so far and prunes it further; a pruned weight never comes
+    back. After round r of R the fraction of weights that is left is (1 − s)^(r/R) with
+    ``schedule="exponential"``, as in iterative pruning to a constant ratio a round (Tanaka et al.
+    2020), and 1 − s r/R with ``"linear"``. One round is one-shot pruning.
 
     Args:
         model: images to logits, usually a :class:`~pai_utils.backbones.Classifier`.
         data: samples of the source task.
         scorer: a key of :data:`~pai_utils.scorers.SCORERS`.
-        sparsity: fraction of the prunable weights to remove, in [0, 1).
+        sparsity: fraction s to remove, in [0, 1), of the weights that ``include`` and ``exclude``
+            leave.
         scope: as in :func:`~pai_utils.masks.make_mask`.
-        rounds: R above.
+        rounds: R above; the scopes ``"N:M"`` take one.
+        schedule: a key of :data:`SCHEDULES`.
+        include: patterns of the weights that may be pruned, by :func:`select_parameters`;
+            ``None`` for all prunable ones.
+        exclude: patterns of the weights to spare, by :func:`select_parameters`.
+        source: name of the source task, for the mask's metadata.
         compensation: what is done to the surviving weights; only ``"none"`` so far.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
@@ -72,17 +94,31 @@ def prune(
         options: the scorer's own keywords.
 
     Raises:
-        ValueError: for an unknown scorer, scope, option or compensation, an impossible sparsity,
-            or fewer rounds than one.
+        ValueError: for an unknown scorer, scope, schedule, option or compensation, an impossible
+            sparsity, a pattern without a match, or fewer rounds than one.
     """
     if compensation not in COMPENSATIONS:
         raise unknown_name("compensation", compensation, COMPENSATIONS)
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one round is needed")
     # Before the costly scores, so that a misspelling is told at once.
     if check_sparsity(sparsity, scope) is not None and rounds > 1:
         raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
     start = time.perf_counter()
+    names = select_parameters(prunable_parameters(model), include, exclude)
+    metadata = describe_weights(model, names) | {
+        **({} if source is None else {"source": source}),
+        "scorer": scorer,
+        **{f"scorer.{option}": str(value) for option, value in options.items()},
+        "sparsity": str(sparsity),
+        "scope": scope,
+        "rounds": str(rounds),
+        "schedule": schedule,
+        "samples": str(samples),
+        "seed": str(seed),
+    }
     pruned = copy.deepcopy(model)
     mask: Mask | None = None
     for step in range(1, rounds + 1):
@@ -90,20 +126,15 @@ def prune(
             scorer, pruned, data, samples=samples, batch_size=batch_size, seed=seed, **options
         )
         mask = make_mask(
-            scores,
+            {name: scores[name] for name in names},
             # At the last step the given number itself, so that the count is exact.
-            sparsity if step == rounds else 1 - (1 - sparsity) ** (step / rounds),
+            sparsity if step == rounds else 1 - SCHEDULES[schedule](sparsity, step / rounds),
             scope,
             within=mask,
-            metadata={
-                "scorer": scorer,
-                "sparsity": str(sparsity),
-                "scope": scope,
-                "samples": str(samples),
-                "seed": str(seed),
-            },
+            metadata=metadata,
         )
-        mask.apply_(pruned)
+        # Not strict: after the first round these are no longer the dense weights.
+        mask.apply_(pruned, strict=False)
     assert mask is not None
     if mask.empty_layers:
         logger.warning("pruned to nothing: %s", ", ".join(mask.empty_layers))
@@ -113,8 +144,60 @@ def prune(
         sparsity=mask.sparsity,
         layer_sparsity=mask.layer_sparsity,
         empty_layers=mask.empty_layers,
-        left_out=scores.left_out,
+        left_out=[name for name, _ in model.named_parameters() if name not in mask],
         rounds=rounds,
+        schedule=schedule,
         seconds=time.perf_counter() - start,
     )
     return Pruned(pruned, mask, report)
+
+
+def select_parameters(
+    names: Sequence[str],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> list[str]:
+    """Choose parameters by patterns of their names, as of files in a shell (``fnmatch``).
+
+    A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and
+    so all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
+    character and ``[01]`` one of those listed.
+
+    Args:
+        names: parameters to choose from, such as
+            :func:`~pai_utils.backbones.prunable_parameters`.
+        include: one pattern or several, of which one must match; ``None`` for all.
+        exclude: one pattern or several, of which none may match.
+
+    Returns:
+        The chosen names, in their order.
+
+    Raises:
+        ValueError: if a pattern matches none of the names, or no name is left.
+    """
+    chosen = set(names) if include is None else _matching(names, include)
+    chosen -= _matching(names, exclude)
+    if names and not chosen:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to prune")
+    return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> set[str]:
+    matched = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {n for n in names if any(fnmatchcase(path, pattern) for path in _paths(n))}
+        if not found:
+            known = dict.fromkeys(path for name in names for path in _paths(name))
+            near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.4)
+            raise ValueError(
+                f"no prunable weight or module matches {pattern!r}; names near it: "
+                + ", ".join(near or list(known)[:3])
+            )
+        matched |= found
+    return matched
+
+
+def _paths(name: str) -> list[str]:
+    """The name of a parameter and of every module that it is part of."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]

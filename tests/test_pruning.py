@@ -1,4 +1,5 @@
 import logging
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -39,24 +40,69 @@ def test_the_report_says_what_was_done() -> None:
     pruned = pai.prune(tiny_classifier(), tiny_task().train, "fisher_diag", 0.5, samples=8, seed=4)
     report = pruned.report
     assert (report.scorer, report.scope, report.rounds) == ("fisher_diag", "global", 1)
+    assert report.schedule == "exponential"
     assert report.sparsity == pruned.mask.sparsity == pytest.approx(0.5)
     assert report.layer_sparsity == pruned.mask.layer_sparsity
     assert list(report.layer_sparsity) == NAMES
     assert report.empty_layers == []
     assert "head.weight" in report.left_out
     assert report.seconds > 0
-    assert pruned.mask.metadata == {
-        "scorer": "fisher_diag",
+
+
+def test_the_mask_says_what_it_was_made_for_and_how() -> None:
+    model = tiny_classifier()
+    settings: dict[str, Any] = {"samples": 8, "seed": 4, "estimator": "exact", "source": "spots"}
+    mask = pai.prune(model, tiny_task().train, "ggn_diag", 0.5, "layer", rounds=2, **settings).mask
+    weights = mask.metadata.pop("weights")
+    assert re.fullmatch("sha256:[0-9a-f]{64}", weights)
+    assert mask.metadata == {
+        "encoder": model.backbone.name,
+        "provenance": model.backbone.provenance.source,
+        "source": "spots",
+        "scorer": "ggn_diag",
+        "scorer.estimator": "exact",
         "sparsity": "0.5",
-        "scope": "global",
+        "scope": "layer",
+        "rounds": "2",
+        "schedule": "exponential",
         "samples": "8",
         "seed": "4",
     }
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_mask_fits_the_dense_the_pruned_and_the_fine_tuned_model_but_no_other() -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    pruned = pai.prune(model, data, "magnitude", 0.5, rounds=3)
+    for fitting in (model, pruned.model):
+        pruned.mask.check(fitting)
+    pai.finetune(pruned.model, data, pruned.mask, steps=2, learning_rate=0.1)
+    assert not torch.equal(pruned.model.get_parameter(NAMES[0]), model.get_parameter(NAMES[0]))
+    pruned.mask.apply_(pruned.model)
+    other = tiny_classifier()
+    with torch.no_grad():
+        other.get_parameter(NAMES[1]).view(-1)[-1].nextafter_(torch.tensor(9.0))
+    before = fingerprint(other)
+    with pytest.raises(ValueError, match="made for other weights of the same shapes"):
+        pruned.mask.apply_(other)
+    assert fingerprint(other) == before
+    pruned.mask.apply_(other, strict=False)
+    assert not other.get_parameter(NAMES[1])[~pruned.mask[NAMES[1]]].any()
+
+
+# Weights left after each of the rounds, at 90 % sparsity. A schedule of the removed fraction
+# would leave other numbers: 1 - 0.9^(4/r), say, is 34 % after the first of four rounds.
+LEFT = {
+    ("exponential", 4): [10 ** (-1 / 4), 10 ** (-1 / 2), 10 ** (-3 / 4), 0.1],
+    ("linear", 4): [0.775, 0.55, 0.325, 0.1],
+    ("linear", 1): [0.1],
+    ("exponential", 1): [0.1],
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize(("schedule", "rounds"), LEFT)
 def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
-    scope: str, monkeypatch: pytest.MonkeyPatch
+    scope: str, schedule: str, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks: list[Mask] = []
 
@@ -72,18 +118,20 @@ def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
     monkeypatch.setattr(pruning, "make_mask", remember)
     monkeypatch.setattr(pruning, "score", check)
     model, data = tiny_classifier(), tiny_task().train
-    pruned = pai.prune(model, data, "ggn_diag", 0.9, scope, rounds=4, samples=8)
-    assert len(masks) == 4
-    for step, mask in enumerate(masks, 1):
-        share = 1 - 0.1 ** (step / 4)
-        sizes = [TOTAL] if scope == "global" else [8 * 27, 6 * 72]
-        assert mask.total - mask.kept == sum(round(share * size) for size in sizes)
+    pruned = pai.prune(
+        model, data, "ggn_diag", 0.9, scope, rounds=rounds, schedule=schedule, samples=8
+    )
+    assert len(masks) == rounds
+    for share, mask in zip(LEFT[schedule, rounds], masks, strict=True):
+        sizes = [8 * 27, 6 * 72] if scope == "layer" else [TOTAL]
+        assert mask.kept == sum(size - round((1 - share) * size) for size in sizes)
     for earlier, later in pairwise(masks):
         assert all(bool((later[n] <= earlier[n]).all()) for n in NAMES)
-    assert pruned.report.rounds == 4
-    monkeypatch.undo()
-    one_shot = pai.prune(model, data, "ggn_diag", 0.9, scope, samples=8)
-    assert any(not torch.equal(pruned.mask[n], one_shot.mask[n]) for n in NAMES)
+    assert pruned.report.rounds == rounds
+    if rounds > 1:
+        monkeypatch.undo()
+        one_shot = pai.prune(model, data, "ggn_diag", 0.9, scope, samples=8)
+        assert any(not torch.equal(pruned.mask[n], one_shot.mask[n]) for n in NAMES)
 
 
 def test_patterns_prune_in_one_round_only() -> None:
@@ -115,6 +163,14 @@ def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
     [
         ({"compensation": "moment"}, "unknown compensation 'moment'.* Choose from: none"),
         ({"rounds": 0}, "rounds=0"),
+        ({"schedule": "cubic"}, "unknown schedule 'cubic'.* Choose from: exponential, linear"),
+        (
+            {"exclude": "*.encoder.O"},
+            r"no prunable weight or module matches '\*\.encoder\.O'; names near it: "
+            r"backbone\.encoder",
+        ),
+        ({"include": ["*.0", "*.fc"]}, r"matches '\*\.fc'"),
+        ({"include": "*.0", "exclude": NAMES[0]}, "leave no weight to prune"),
         ({"sparsity": 1.0}, r"sparsity=1\.0"),
         ({"sparsity": -0.5}, r"sparsity=-0\.5"),
         ({"scope": "neuron"}, "unknown scope 'neuron'"),
@@ -132,3 +188,40 @@ def test_a_misspelled_scope_is_told_before_the_scores(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored first"))
     with pytest.raises(ValueError, match="unknown scope"):
         pai.prune(tiny_classifier(), tiny_task().train, scope="globl")
+
+
+def test_sparsity_is_that_of_the_weights_that_are_left_in() -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    pruned = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, exclude="*.encoder.0", samples=8)
+    assert list(pruned.mask) == NAMES[1:]
+    assert pruned.mask.kept == 6 * 72 - round(0.9 * 6 * 72)
+    assert torch.equal(pruned.model.get_parameter(NAMES[0]), model.get_parameter(NAMES[0]))
+    assert NAMES[0] in pruned.report.left_out
+    assert NAMES[1] not in pruned.report.left_out
+    same = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, include=NAMES[1], samples=8)
+    assert torch.equal(same.mask[NAMES[1]], pruned.mask[NAMES[1]])
+    assert same.mask.metadata["weights"] == pruned.mask.metadata["weights"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        (None, (), ["stem.weight", "blocks.1.fc.weight", "blocks.10.fc.weight"]),
+        ("blocks.1", (), ["blocks.1.fc.weight"]),
+        ("blocks.1*", (), ["blocks.1.fc.weight", "blocks.10.fc.weight"]),
+        ("*.fc", "blocks.1", ["blocks.10.fc.weight"]),
+        (["blocks.1[0]", "st?m"], (), ["stem.weight", "blocks.10.fc.weight"]),
+        (None, ["stem.weight", "*.10.*"], ["blocks.1.fc.weight"]),
+    ],
+)
+def test_patterns_choose_weights_and_whole_modules(
+    include: Any, exclude: Any, chosen: list[str]
+) -> None:
+    names = ["stem.weight", "blocks.1.fc.weight", "blocks.10.fc.weight"]
+    assert pruning.select_parameters(names, include, exclude) == chosen
+
+
+def test_patterns_are_of_whole_names_and_letters_count() -> None:
+    for pattern in ("block", "Stem", "1"):
+        with pytest.raises(ValueError, match=f"matches '{pattern}'"):
+            pruning.select_parameters(["stem.weight", "blocks.1.weight"], pattern)
