@@ -5,10 +5,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready
+BENCH_VENV := .venv-bench
+BENCH_PY := $(BENCH_VENV)/bin/python
+BENCH_READY := $(BENCH_VENV)/.ready
 SMOKE_SITE := build/smoke/_build/html
 
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --custom-compile-command "make lock"
+
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint unit notebooks smoke check-book lock clean
+.PHONY: help env book test lint unit notebooks smoke check-book bench lock clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,11 +75,22 @@ smoke: $(READY) ## run the smoke grid and render it to build/smoke
 check-book: $(READY) ## check the book that `make smoke` rendered, in a browser too if there is one
 	PAI_REQUIRE_SITE=1 PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest tests/book
 
-lock: $(READY) ## write requirements.lock again; UPGRADE=--upgrade takes the newest versions
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --extra book --extra test --custom-compile-command "make lock" $(UPGRADE) \
-	  --output-file requirements.lock pyproject.toml
+bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diagonal" measures less
+	$(BENCH_PY) -m pytest --quiet tests/benchmarks
+	$(BENCH_PY) -m benchmarks.run $(BENCH)
 
-clean: ## remove what the commands made, except .venv and results
+# An environment of its own: the other packages are for comparison, and nothing else needs them.
+$(BENCH_READY): $(READY) requirements-bench.lock
+	@$(UV) venv --quiet --clear --python $(PY) $(BENCH_VENV)
+	@$(UV) pip sync $(if $(MAKE_TERMERR),,--quiet) --python $(BENCH_PY) --require-hashes requirements-bench.lock
+	@$(UV) pip install --quiet --python $(BENCH_PY) --no-deps --no-build-isolation --editable .
+	@touch $(BENCH_READY)
+
+lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
+	$(COMPILE) --extra book --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
+	  --output-file requirements-bench.lock pyproject.toml
+
+clean: ## remove what the commands made, except environments and results
 	rm -rf build _build out notebooks/out book/executed .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.peers_blocks import rank_one_recursion
+from benchmarks.contenders.blocks import rank_one_recursion
 from pai_utils.curvature.blocks import BlockFisher
 from tests.cases import relative_error
 

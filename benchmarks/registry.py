@@ -1,0 +1,48 @@
+"""The tasks, in the order of the page."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from benchmarks.contenders import blocks, diagonals, masks, products, spectra
+from benchmarks.problems import NETWORKS, Network, Problem, build
+from benchmarks.tasks import Task
+
+# Ten classes and small images, so that a reference in float64 takes a minute.
+_SMALL = Network("resnet18", 64, (("zero_init_last", False),))
+
+
+def _problem(network: Network, classes: int, count: int) -> Problem:
+    return build(network, count, classes=classes)
+
+
+_PROBLEMS = {name: partial(_problem, network, 1000) for name, network in NETWORKS.items()}
+
+TASKS: dict[str, Task[Any]] = {
+    "diagonal": Task(diagonals.CONTENDERS, _PROBLEMS, diagonals.REFERENCES, tolerance=1e-3),
+    "product": Task(products.CONTENDERS, _PROBLEMS, products.REFERENCES, tolerance=1e-3),
+    "eigenpairs": Task(
+        spectra.CONTENDERS,
+        {"resnet18 at 64 px": partial(_problem, _SMALL, 10)},
+        spectra.REFERENCES,
+        tolerance=1e-2,
+    ),
+    "blocks": Task(
+        blocks.CONTENDERS,
+        {
+            "an eighth of resnet50's largest layer": lambda _: blocks.draw(2304),
+            "resnet50's largest layer": lambda _: blocks.draw(18432),
+        },
+        blocks.REFERENCES,
+        tolerance=1e-3,
+        in_units=False,
+    ),
+    "mask": Task(
+        masks.CONTENDERS,
+        {"vit_base": lambda _: masks.vit_base()},
+        masks.REFERENCES,
+        tolerance=0.0,
+        in_units=False,
+    ),
+}
