@@ -264,6 +264,49 @@ def sample_images(tasks: Mapping[str, Any], columns: int = 8) -> Figure:
     return _finished(figure)
 
 
+def cost_multiples(table: pd.DataFrame) -> Figure:
+    """Cost of each contender as a multiple of one forward and backward, one panel a model.
+
+    Args:
+        table: columns ``model, contender, role, status, fb``; bars of ``role`` "ours" are hatched,
+            and a ``status`` other than "ok" is written beside the bar or in its place.
+    """
+    names = list(dict.fromkeys(table.sort_values("role", kind="stable").contender))
+    positions = {name: place for place, name in enumerate(reversed(names))}
+    highest = float(table.fb.max())
+
+    def draw(axes: Axes, model: str) -> None:
+        for _, row in table[table.model == model].iterrows():
+            place, ours, measured = positions[row.contender], row.role == "ours", row.fb > 0
+            label = f" {row.fb:.2f}" if measured else " fails"
+            if measured and row.status != "ok":
+                label += f" {row.status}"
+            if measured:
+                axes.barh(
+                    place,
+                    row.fb,
+                    color="0.85" if ours else "0.55",
+                    hatch="///" if ours else None,
+                    edgecolor="black",
+                    linewidth=0.6,
+                )
+            axes.text(row.fb if measured else 0.5, place, label, va="center", fontsize=7)
+        axes.axvline(1, color="black", linewidth=1, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_xlim(0.5, 3 * highest)
+        axes.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axes.minorticks_off()
+        axes.set_yticks(list(positions.values()), list(positions))
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(model)
+        axes.set_xlabel("forward and backward passes")
+
+    with _look():
+        size = (3.6, 1.0 + 0.24 * len(names))
+        return _panels(list(dict.fromkeys(table.model)), draw, "", size=size)
+
+
 def _look() -> Any:
     """Context of the book's style; leaves the reader's own settings alone."""
     return plt.rc_context(
