@@ -19,15 +19,41 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pai_utils.execution import unknown_name, write_atomically
+from pai_utils.scorers import SCORERS
+from pai_utils.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pai_utils.masks import Mask
 
+
+def _known_tasks(names: str | list[str]) -> str | list[str]:
+    for name in [names] if isinstance(names, str) else names:
+        if name not in TASKS:
+            raise unknown_name("task", name, TASKS)
+    return names
+
+
+def _known_scorer(name: str) -> str:
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, SCORERS)
+    return name
+
+
+# Names are looked up before a run starts, which would meet the last of them after minutes.
+TaskName = Annotated[str, AfterValidator(_known_tasks)]
+ScorerName = Annotated[str, AfterValidator(_known_scorer)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -118,17 +144,17 @@ def _read_list(value: Any) -> Any:
 class PrunePerTaskConfig(NotebookConfig):
     """Parameters of the notebook ``prune_per_task``."""
 
-    sources: list[str] = Field(min_length=2)
-    scorers: list[str] = Field(min_length=1)
+    sources: list[TaskName] = Field(min_length=2)
+    scorers: list[ScorerName] = Field(min_length=1)
     sparsity: Sparsity
 
 
 class ZeroShotRetentionConfig(NotebookConfig):
     """Parameters of the notebook ``zero_shot_retention``."""
 
-    source: str | list[str]  # one task or several
-    targets: list[str] = Field(min_length=1)
-    scorers: list[str] = Field(min_length=1)
+    source: Annotated[str | list[str], AfterValidator(_known_tasks)]  # one task or several
+    targets: list[TaskName] = Field(min_length=1)
+    scorers: list[ScorerName] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
 
@@ -146,9 +172,9 @@ class ZeroShotRetentionConfig(NotebookConfig):
 class FinetuneRecoveryConfig(NotebookConfig):
     """Parameters of the notebook ``finetune_recovery``."""
 
-    source: str
-    targets: list[str] = Field(min_length=1)
-    scorer: str
+    source: TaskName
+    targets: list[TaskName] = Field(min_length=1)
+    scorer: ScorerName
     sparsity: Sparsity
     learning_rates: list[Rate] = Field(min_length=1)
     steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
@@ -163,9 +189,9 @@ class FinetuneRecoveryConfig(NotebookConfig):
 class LandscapeAnalysisConfig(NotebookConfig):
     """Parameters of the notebook ``landscape_analysis``."""
 
-    source: str
-    targets: list[str] = Field(min_length=1)
-    scorers: list[str] = Field(min_length=1)
+    source: TaskName
+    targets: list[TaskName] = Field(min_length=1)
+    scorers: list[ScorerName] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     fractions: list[Fraction] = Field(min_length=2)
 
