@@ -253,7 +253,7 @@ def public_message(name: str, text: str) -> str:
     return message if len(message) <= 200 else message[:199] + "…"
 
 
-def main(tasks: Callable[[], Mapping[str, Task[Any]]] | None = None) -> None:
+def main(tasks: Mapping[str, Task[Any]]) -> None:
     """Do the job of a file, and write what came of it to another."""
     source, target = map(Path, sys.argv[1:3])
     job = Job(**json.loads(source.read_text(encoding="utf-8")))
@@ -269,15 +269,11 @@ def main(tasks: Callable[[], Mapping[str, Task[Any]]] | None = None) -> None:
     torch.set_num_threads(job.threads)
     if job.most_memory is not None and job.device == "cpu":
         limit_memory(job.most_memory)
-    if tasks is None:
-        from benchmarks.registry import TASKS
-
-        registry: Mapping[str, Task[Any]] = TASKS
-    else:
-        registry = tasks()
-    rows = [asdict(row) for row in run(job, registry)]
+    rows = [asdict(row) for row in run(job, tasks)]
     target.write_text(json.dumps({"rows": rows}), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.registry import TASKS
+
+    main(TASKS)

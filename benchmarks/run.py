@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     kind = torch.device(options.device).type
+    # So that the process of a contender ends with this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = plan(TASKS, options.only, kind)
     if not jobs:
         parser.error(f"nothing is called {options.only}; names are task/model/contender")

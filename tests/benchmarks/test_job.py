@@ -1,0 +1,97 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.job import Job, public_message, relative_error, run
+from benchmarks.results import Row
+from benchmarks.run import execute, measure, plan
+from tests.benchmarks.fakes import TASKS
+
+MODULE = "tests.benchmarks.fakes"
+JOB = Job("contender", "gradient", "tiny", images=4, threads=1, budget=0.1, unit_memory=2**20)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    job = replace(JOB, references=str(tmp_path))
+    assert run(replace(job, kind="reference"), TASKS) == []
+    return job
+
+
+def row_of(job: Job, contender: str) -> Row:
+    (row,) = run(replace(job, contender=contender), TASKS)
+    assert isinstance(row, Row)
+    return row
+
+
+def test_a_right_contender_is_reported_right(job: Job) -> None:
+    row = row_of(job, "right")
+    assert (row.status, row.message, row.role, row.step) == ("ok", "", "ours", "whole")
+    assert row.error <= 1e-6
+    assert row.seconds > 0
+    assert row.unit_seconds > 0
+    assert 0 < row.fb_low <= row.fb <= row.fb_high
+    assert row.turns >= 3
+    assert row.memory == pytest.approx(row.memory_mib)  # the unit was said to take one MiB
+
+
+def test_a_wrong_contender_is_flagged_and_still_timed(job: Job) -> None:
+    row = row_of(job, "wrong")
+    assert (row.status, row.role) == ("wrong", "peer")
+    assert row.error == pytest.approx(0.1, rel=1e-4)
+    assert row.message == "relative error 1.0e-01, above 0.001"
+    assert row.fb > 0
+
+
+def test_the_error_of_an_estimate_is_no_mistake(job: Job) -> None:
+    row = row_of(job, "estimate")
+    assert (row.status, row.estimate) == ("ok", True)
+    assert row.error == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_missing_weight_is_wrong(job: Job) -> None:
+    row = row_of(job, "forgetful")
+    assert (row.status, row.message) == ("wrong", "no value for '3.weight'")
+
+
+def test_each_layout_of_the_unit_is_measured_and_the_fastest_comes_first() -> None:
+    rows = run(replace(JOB, kind="unit"), TASKS)
+    assert all(isinstance(row, Row) and row.fb > 0 and row.memory >= 1 for row in rows)
+    seconds = [row.seconds for row in rows if isinstance(row, Row)]
+    assert len(seconds) == 3
+    assert seconds == sorted(seconds)
+
+
+def test_fresh_processes_measure_what_was_planned_and_show_failures() -> None:
+    jobs = plan(TASKS, ["/right", "/raising"], "cpu")
+    assert [job.contender for job in jobs] == ["right", "raising"]
+    outcome = measure(TASKS, jobs, JOB, 60, module=MODULE)
+    assert [row.task for row in outcome.rows] == ["unit"] * 3 + ["gradient"] * 2
+    right, raising = outcome.rows[3:]
+    assert right.status == "ok"
+    assert right.memory > 0
+    assert raising.status == "failed"
+    assert raising.message == "ArithmeticError: no rule for …"
+    assert math.isnan(raising.fb)
+
+
+def test_a_contender_beyond_the_time_limit_has_failed(job: Job) -> None:
+    assert execute(replace(job, contender="slow"), 0.5, MODULE) == "not finished after 0.5 s"
+
+
+def test_the_error_is_relative_over_all_tensors() -> None:
+    reference = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    found = {"a": torch.tensor([3.0]), "b": torch.tensor([4.5])}
+    assert relative_error(found, reference) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 'a', which is \(1,\)"):
+        relative_error(found | {"a": torch.zeros(2)}, reference)
+
+
+def test_a_message_is_one_line_without_paths_of_the_machine() -> None:
+    text = "\n  cannot read /root/some/file.py twice\nmore"
+    assert public_message("OSError", text) == "OSError: cannot read … twice"
+    assert public_message("NotImplementedError", "") == "NotImplementedError"
+    assert len(public_message("ValueError", "x" * 500)) == 200
