@@ -36,6 +36,7 @@ class Scorer:
     function: Callable[..., dict[str, Tensor] | EstimatedScores]
     summary: str
     needs_data: bool = True
+    seeded: bool = True  # false where no seed changes the scores
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,10 +51,12 @@ class Scorer:
 
 SCORERS: dict[str, Scorer] = {
     "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False),
-    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False),
+    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False, seeded=False),
     "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
     "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on"),
-    "synflow": Scorer(synflow, "|w ⊙ ∂R/∂w|, R the flow through all |weights|", needs_data=False),
+    "synflow": Scorer(
+        synflow, "|w ⊙ ∂R/∂w|, R the flow through all |weights|", needs_data=False, seeded=False
+    ),
     "px": Scorer(px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths"),
     "ntk_sap": Scorer(ntk_sap, "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum"),
     "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
