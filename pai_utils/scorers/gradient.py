@@ -124,14 +124,14 @@ class _Loss:
         """Gradient of the mean loss; a single batch's graph may be kept for the product."""
 
         def compute(size: int) -> dict[str, Tensor]:
-            totals = self._zeros()
+            totals: dict[str, Tensor] = {}
             for batch in self._batches(size):
                 if keep_graph and len(self._share) <= size:
                     self._kept = gradients = self._differentiable_gradient(batch)
                 else:
                     gradients = self._gradient(self._forward(batch, self.leaves), self.leaves)
-                _accumulate(totals, gradients)
-            return totals
+                totals = self._added(totals, gradients)
+            return totals or self._zeros()
 
         return sum_over_processes(fitting_batches(compute, self._batch_size))
 
@@ -139,7 +139,7 @@ class _Loss:
         """Hessian of the mean loss times ``vector``."""
 
         def compute(size: int) -> dict[str, Tensor]:
-            totals = self._zeros()
+            totals: dict[str, Tensor] = {}
             for batch in self._batches(size) if self._kept is None else [None]:
                 if batch is None:
                     assert self._kept is not None
@@ -159,8 +159,8 @@ class _Loss:
                         allow_unused=True,
                         materialize_grads=True,
                     )
-                    _accumulate(totals, products)
-            return totals
+                    totals = self._added(totals, products)
+            return totals or self._zeros()
 
         return sum_over_processes(fitting_batches(compute, self._batch_size))
 
@@ -202,13 +202,12 @@ class _Loss:
         )
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {
-            # At least float32: a sum over batches needs the digits.
-            name: torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-            for name, leaf in self.leaves.items()
+        return self._added({}, map(torch.zeros_like, self.leaves.values()))
+
+    def _added(self, totals: dict[str, Tensor], parts: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Sums in at least float32; not in place, since autograd may hand out its own tensors."""
+        named = {
+            name: part.detach().to(torch.promote_types(part.dtype, torch.float32))
+            for name, part in zip(self.leaves, parts, strict=True)
         }
-
-
-def _accumulate(totals: dict[str, Tensor], parts: Iterable[Tensor]) -> None:
-    for total, part in zip(totals.values(), parts, strict=True):
-        total.add_(part.detach())
+        return {n: totals[n] + part for n, part in named.items()} if totals else named

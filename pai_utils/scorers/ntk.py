@@ -53,11 +53,11 @@ def ntk_sap(
     Source: Wang, Li & Sun (2023), "NTK-SAP: improving neural network pruning by aligning training
     dynamics".
 
-    ``epsilon`` is the standard deviation ε, 0.01 in the authors' examples. A smaller one is no better
-    for a network with ReLU: the derivative of the kernel then comes from the few gates that Δθ
-    flips, so that its variance grows. Each of ``perturbations`` draws of Δθ is used for all samples.
-    ``inputs="data"`` takes the images drawn, ``"noise"`` standard normal ones of their shape and
-    number, as the paper does.
+    ``epsilon`` is the standard deviation ε, 0.01 in the authors' examples. A smaller one is no
+    better for a network with ReLU: the derivative of the kernel then comes from the few gates that
+    Δθ flips, so that its variance grows. Each of ``perturbations`` draws of Δθ is used for all
+    samples. ``inputs="data"`` takes the images drawn, ``"noise"`` standard normal ones of their
+    shape and number, as the paper does.
 
     Raises:
         ValueError: if ``epsilon`` is not positive and finite, ``perturbations`` is below one or
