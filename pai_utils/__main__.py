@@ -1,0 +1,291 @@
+"""The command line, ``python -m pai_utils``: what there is, run a notebook, check the installation.
+
+Libraries are imported by the command that needs them, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+if TYPE_CHECKING:
+    from pai_utils.runs import NotebookConfig
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+# What notebooks import to be run, and the extra that installs it.
+_RUNNERS = ("papermill", "ipykernel", "myst_nb")
+_INSTALL_BOOK = "run `make env` in a checkout, or install the extra: pip install 'pai-utils[book]'"
+_INSTALL = "run `make env` in a checkout, or pip install --editable . there"
+
+
+class BadInput(click.ClickException):
+    """What was asked for cannot be: one line that says why, and exit status 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Second-order pruning of pre-trained vision encoders."""
+
+
+@main.command("list")
+def list_names() -> None:
+    """Name the backbones, tasks and scorers, with a line on each."""
+    from pai_utils.backbones import BACKBONES
+    from pai_utils.scorers import SCORERS
+    from pai_utils.tasks import TASKS
+
+    tables = {
+        "Backbones": {
+            name: f"{spec.description}; {spec.image_size} px, {spec.licence}"
+            for name, spec in BACKBONES.items()
+        }
+        | {
+            "timm:<model>": "any model of timm, with its weights from the Hugging Face hub",
+            "file:<path>@<timm model>": "a local checkpoint of that model",
+        },
+        "Tasks": {name: spec.description for name, spec in TASKS.items()},
+        "Scorers": {name: scorer.summary for name, scorer in SCORERS.items()},
+    }
+    width = max(len(name) for rows in tables.values() for name in rows)
+    for title, rows in tables.items():
+        click.echo(title)
+        for name, text in rows.items():
+            click.echo(f"  {name:<{width}}  {text}")
+
+
+@main.command()
+@click.argument("notebook")
+@click.option(
+    "-p",
+    "--parameter",
+    "given",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Set a parameter of the notebook; a list is written as '[a, b]'. May be repeated.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the results and of the executed copy; the notebook's own by default.",
+)
+def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> None:
+    """Run NOTEBOOK, a name such as zero_shot_retention or a path, with other parameters.
+
+    The parameters are checked before anything starts. The executed copy is written beside the
+    results; that of a run that fails ends in .partial.ipynb.
+    """
+    path = _find_notebook(notebook)
+    values = {name: _read_value(text) for name, text in given}
+    if len(values) < len(given):
+        raise BadInput("a parameter is given twice")
+    if out is not None:
+        if "out" in values:
+            raise BadInput("the folder is given twice, by -o and by -p out")
+        values["out"] = out.as_posix()
+    config = _validate(path, values)
+    absent = [module for module in _RUNNERS if importlib.util.find_spec(module) is None]
+    if absent:
+        raise click.ClickException(
+            f"running notebooks needs {', '.join(absent)}, not installed here; {_INSTALL_BOOK}"
+        )
+    copy = _execute(path, {name: getattr(config, name) for name in values}, Path(config.out))
+    click.echo(f"{copy} and its results are in {copy.parent}")
+
+
+@main.command()
+def doctor() -> None:
+    """Check versions, the device, and that the weights and data are found."""
+    complete = True
+    for check in _checks():
+        complete &= check.found or check.optional
+        mark = "ok" if check.found else "missing"
+        click.echo(f"{mark:<8} {check.name}: {check.text}")
+    if not complete:
+        raise click.ClickException("something is missing; the lines above say what to do")
+
+
+def _find_notebook(name: str) -> Path:
+    from pai_utils.execution import unknown_name
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if path.suffix == ".ipynb" or len(path.parts) > 1 or not known:
+        raise BadInput(f"there is no notebook {name}")
+    if name not in known:
+        raise BadInput(str(unknown_name("notebook", name, known)))
+    return known[name]
+
+
+def _read_value(text: str) -> Any:
+    """A number, truth value or None as Python writes it; anything else is text.
+
+    Lists stay text as well: the schema of the parameters reads them.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if value is None or isinstance(value, (bool, int, float)) else text
+
+
+def _validate(path: Path, values: Mapping[str, Any]) -> NotebookConfig:
+    """The notebook's parameters with ``values`` in place of its own, by its own schema."""
+    from pai_utils import runs
+    from pai_utils.execution import unknown_name
+
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        tagged = [
+            "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is no readable notebook: {error!r}") from error
+    schemas = re.findall(r"\bruns\.(\w+)\.from_notebook\(globals\(\)\)", "\n".join(sources))
+    if len(tagged) != 1 or len(schemas) != 1:
+        raise BadInput(
+            f"{path} has no cell tagged 'parameters', or none that checks them as "
+            "pai_utils.runs.<Name>Config.from_notebook(globals())"
+        )
+    schema = getattr(runs, schemas[0], None)
+    if not (isinstance(schema, type) and issubclass(schema, runs.NotebookConfig)):
+        raise BadInput(f"{path} checks its parameters by {schemas[0]}, which pai_utils lacks")
+    for name in values:
+        if name not in schema.model_fields:
+            raise BadInput(str(unknown_name("parameter", name, schema.model_fields)))
+    try:
+        return schema.from_notebook({**_assignments(tagged[0]), **values})
+    except (ValueError, SyntaxError) as error:
+        raise BadInput(str(error)) from error
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    """The names that a cell of plain assignments defines, without running it."""
+    return {
+        target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
+    """Execute a notebook cell by cell; its copy takes its name in ``out`` once all of it ran."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError, execute_notebook
+    from traitlets.config import Config
+
+    partial = out / f"{path.stem}.partial.ipynb"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    try:
+        execute_notebook(
+            str(path),
+            str(partial),
+            parameters=dict(parameters),
+            progress_bar=sys.stderr.isatty(),
+            # The channel to a kernel is open to every user of the computer unless encrypted.
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        what = (
+            f"{error.ename}: {error.evalue}"
+            if isinstance(error, PapermillExecutionError)
+            else str(error)
+        )
+        raise click.ClickException(
+            f"{path.name} failed with {' '.join(what.split())}; the copy up to there is {partial}"
+        ) from error
+    copy = out / f"{path.stem}.ipynb"
+    partial.replace(copy)
+    return copy
+
+
+class _Check(NamedTuple):
+    name: str
+    found: bool
+    text: str  # what was found, or what to do
+    optional: bool = False
+
+
+def _checks() -> Iterator[_Check]:
+    yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
+    yield from _packages()
+    if any(importlib.util.find_spec(module) is None for module in ("torch", "timm")):
+        return
+    yield _device()
+    yield from _embedded()
+
+
+def _packages() -> Iterator[_Check]:
+    try:
+        requirements = importlib.metadata.requires("pai-utils") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield _Check("pai-utils", False, f"not installed, only found in its folder; {_INSTALL}")
+        return
+    for requirement in ["pai-utils", *requirements]:
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if extra is not None and extra[1] != "book":
+            continue
+        try:
+            yield _Check(name, True, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            todo = f"only notebooks need it; {_INSTALL_BOOK}" if extra else _INSTALL
+            yield _Check(name, False, todo, optional=extra is not None)
+
+
+def _device() -> _Check:
+    import torch
+
+    if torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return _Check("device", True, f"cuda, {torch.cuda.get_device_name()} with {gib:.0f} GiB")
+    threads = torch.get_num_threads()
+    return _Check("device", True, f"cpu with {threads} threads; torch finds no CUDA device")
+
+
+def _embedded() -> Iterator[_Check]:
+    """Weights, whose checksums are compared, and images, which are read."""
+    from pai_utils.backbones import BACKBONES, _check_sha256
+    from pai_utils.tasks import TASKS
+
+    for name, spec in BACKBONES.items():
+        try:
+            _check_sha256(spec.path, spec.sha256, f"reinstall the package {spec.package}")
+            yield _Check(f"weights {name}", True, f"{spec.path.name} of {spec.package}, intact")
+        except (ImportError, OSError, ValueError) as error:
+            yield _Check(f"weights {name}", False, str(error))
+    for name, task in TASKS.items():
+        try:
+            images = sum(len(part.labels) for part in task.read().values())
+            yield _Check(f"data {name}", True, f"{images:,} images")
+        except (ImportError, OSError, ValueError, EOFError, zlib.error) as error:
+            yield _Check(f"data {name}", False, f"{error}; {_INSTALL}")
+
+
+if __name__ == "__main__":
+    main()
