@@ -196,8 +196,14 @@ class _Convolution:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        # Of the argument differentiated in, only the shape is looked at.
-        x = gradient.new_empty(1).expand(shape)
+        # Of the argument differentiated in, only shape and layout are looked at.
+        last = gradient.is_contiguous(memory_format=torch.channels_last)
+        x = torch.empty(
+            shape,
+            dtype=gradient.dtype,
+            device=gradient.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
         return self._gradients(gradient, x, weight, [True, False, False])[0]
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
