@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pai_utils import evaluation, finetuning, landscape, plots, runs
+    from pai_utils import atlas, evaluation, finetuning, landscape, plots, runs
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.finetuning import finetune
@@ -39,7 +39,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "finetune": "finetuning",
 }
-_MODULES = ("evaluation", "finetuning", "landscape", "plots", "runs")
+_MODULES = ("atlas", "evaluation", "finetuning", "landscape", "plots", "runs")
 
 __all__ = [
     "SCORERS",
@@ -51,6 +51,7 @@ __all__ = [
     "Pruned",
     "Scores",
     "Task",
+    "atlas",
     "evaluate",
     "evaluation",
     "finetune",

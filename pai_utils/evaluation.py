@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from pai_utils.execution import (
     Samples,
     batches,
     check_labels,
+    clock,
     device_of,
     fitting_batches,
     progress,
@@ -166,6 +167,19 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class SweepMask:
+    """One mask of a :func:`retention_sweep`, and what made it."""
+
+    scorer: str
+    source: str  # "none" for a scorer that looks at no data
+    seed: int
+    sparsity: float
+    scores: Mapping[str, Tensor]
+    seconds: float  # that the scores took, of the processor on a CPU
+    mask: Mask
+
+
 def retention_sweep(
     backbone: Backbone,
     tasks: Mapping[str, Task],
@@ -178,12 +192,29 @@ def retention_sweep(
     samples: int | None = 256,
     scope: str = "global",
     batch_size: int = 64,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    observe: Callable[[SweepMask], None] | None = None,
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
     No data but the source's training split touches a mask. Scores are computed once a source,
     scorer and seed and shared by all sparsities. A scorer that looks at no data is run once and
-    recorded under the source ``"none"``; ``magnitude``, which draws nothing, with one seed.
+    recorded under the source ``"none"``, and one that draws nothing with the first seed alone.
+
+    Args:
+        backbone: the dense encoder; it is left as it is.
+        tasks: by name, the sources among them.
+        heads: a frozen head for each task.
+        sources: the tasks to compute masks on.
+        scorers: keys of :data:`~pai_utils.scorers.SCORERS`.
+        sparsities: fractions of the prunable weights to remove.
+        seeds: of the scores' draws.
+        samples: images a score; ``None`` for all.
+        scope: as in :func:`~pai_utils.masks.make_mask`.
+        batch_size: images a forward.
+        options: for a scorer, keywords of its own, or others for its ``samples`` and
+            ``batch_size``.
+        observe: is handed every mask before it is evaluated.
 
     Returns:
         One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
@@ -195,6 +226,8 @@ def retention_sweep(
     """
     _check_names("source", sources, tasks)
     _check_names("scorer", scorers, SCORERS)
+    options = options or {}
+    _check_names("scorer of options", options, scorers)
     for sparsity in sparsities:
         check_sparsity(sparsity, scope)
     tests = {name: task.test for name, task in tasks.items()}
@@ -221,16 +254,21 @@ def retention_sweep(
         (scorer, source, seed)
         for scorer in scorers
         for source in (sources if SCORERS[scorer].needs_data else ["none"])
-        for seed in (seeds[:1] if scorer == "magnitude" else seeds)
+        for seed in (seeds if SCORERS[scorer].seeded else seeds[:1])
     ]
     table = list(rows("none", "dense", 0.0, 0))
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):
         head, data = (heads[source], tasks[source].train) if source != "none" else (None, None)
         model = Classifier(backbone, head or next(iter(heads.values())))
-        scores = score(scorer, model, data, samples=samples, batch_size=batch_size, seed=seed)
+        keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
+        begin = clock(device_of(model))
+        scores = score(scorer, model, data, seed=seed, **keywords)
+        seconds = clock(device_of(model)) - begin
         for sparsity in sparsities:
-            mask = make_mask(scores, sparsity, scope)
-            _encoder_part(mask).apply_(pruned)
+            mask = _encoder_part(make_mask(scores, sparsity, scope))
+            if observe is not None:
+                observe(SweepMask(scorer, source, seed, sparsity, scores, seconds, mask))
+            mask.apply_(pruned)
             table += rows(source, scorer, sparsity, seed)
             with torch.no_grad():
                 for name, parameter in pruned.named_parameters():
@@ -272,9 +310,11 @@ def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataF
 
 
 def held_out_retention(
-    table: pd.DataFrame, sources: Sequence[str], *, level: float = 0.95
+    table: pd.DataFrame, sources: Sequence[str], *, level: float = 0.95, own: bool = False
 ) -> pd.DataFrame:
     """Retention averaged over the tasks that a mask was *not* computed on.
+
+    With ``own``, retention on the task that it was computed on.
 
     A mask that looked at no data (source ``"none"``) counts beside every source, on that source's
     held-out tasks.
@@ -286,7 +326,7 @@ def held_out_retention(
     dense = _dense_rows(table)
     summary = []
     for source in sources:
-        seen = table[table.source.isin([source, "none"]) & (table.target != source)]
+        seen = table[table.source.isin([source, "none"]) & ((table.target == source) == own)]
         for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
             targets = list(dict.fromkeys(group.target))
             correct = [np.stack(list(group[group.target == t].correct)) for t in targets]

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,6 +199,18 @@ def _check_batch_size(batch_size: int) -> None:
 def _ran_out_of_memory(error: RuntimeError) -> bool:
     # The CPU's allocator has no exception class of its own.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds for measuring what work on ``device`` costs.
+
+    On a CPU those of this process's threads, which other processes do not lengthen; on a GPU those
+    of the wall, once all work is done.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

@@ -191,20 +191,24 @@ def layer_sparsities(table: pd.DataFrame) -> Figure:
         return _panels(list(dict.fromkeys(table.scorer)), draw, "sparsity", size=(4.6, 3.0))
 
 
-def mask_overlaps(overlap: pd.DataFrame) -> Figure:
+def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> Figure:
     """Overlap (intersection over union of kept weights) of pairs of masks as a labelled matrix.
 
     Args:
         overlap: square, symmetric, names on both axes.
+        chance: the overlap by chance, of the same form, written below each value in brackets.
     """
+    labels = overlap.map("{:.2f}".format)
+    if chance is not None:
+        labels += chance.map("\n({:.2f})".format)
     with _look():
         side = 1.6 + 0.62 * len(overlap)
         figure, axes = plt.subplots(figsize=(side + 0.6, side))
         sns.heatmap(
             overlap,
             ax=axes,
-            annot=True,
-            fmt=".2f",
+            annot=labels,
+            fmt="",
             vmin=0,
             vmax=1,
             cmap="cividis",
@@ -216,6 +220,42 @@ def mask_overlaps(overlap: pd.DataFrame) -> Figure:
         axes.tick_params(axis="x", rotation=45)
         figure.tight_layout()
     return _finished(figure)
+
+
+def accuracy_left(table: pd.DataFrame) -> Figure:
+    """Retention of every scorer on source and held-out tasks, one panel a sparsity.
+
+    Args:
+        table: as from :func:`~pai_utils.atlas.accuracy_left`.
+    """
+    scorers = list(dict.fromkeys(table.scorer))[::-1]
+    series = {"source": ("o", "black"), "held-out": ("s", "white")}
+
+    def draw(axes: Axes, sparsity: str) -> None:
+        shown = table[table.sparsity == float(sparsity)].set_index(["tasks", "scorer"])
+        for offset, (tasks, (marker, face)) in zip((0.15, -0.15), series.items(), strict=True):
+            rows = shown.loc[tasks].reindex(scorers)
+            axes.errorbar(
+                rows.retention,
+                np.arange(len(scorers)) + offset,
+                xerr=[rows.retention - rows.low, rows.high - rows.retention],
+                linestyle="none",
+                color="black",
+                marker=marker,
+                markerfacecolor=face,
+                markersize=5,
+                elinewidth=1,
+                label=f"{tasks} tasks",
+            )
+        axes.axvline(1, color="0.2", linewidth=0.8)
+        axes.axvline(0, color="0.2", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(scorers)), scorers)
+        axes.set_title(f"sparsity {float(sparsity):g}")
+        axes.set_xlabel("retention")
+
+    with _look():
+        size = (3.4, 1.2 + 0.27 * len(scorers))
+        return _panels([repr(float(s)) for s in sorted(set(table.sparsity))], draw, "", size=size)
 
 
 def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure:
@@ -234,7 +274,7 @@ def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure
         threshold = np.quantile(values, sparsity)
         if threshold > 0:
             axes.axvline(np.log10(threshold), color="C3", linestyle="--", linewidth=1.5)
-        axes.set_title(f"{name} ({zero:.1%} zero)")
+        axes.set_title(f"{name} ({zero:.1%} zero{' or below' if values.min() < 0 else ''})")
         axes.set_xlabel("log₁₀ score")
 
     with _look():

@@ -82,11 +82,11 @@ class NotebookConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_text(cls, values: Any) -> Any:
-        """Papermill's ``-p`` passes lists as text; read it."""
+    def _read_texts(cls, values: Any) -> Any:
+        """Papermill's ``-p`` passes lists and mappings as text; read it."""
         if not isinstance(values, Mapping):
             return values
-        return {name: _read_list(value) for name, value in values.items()}
+        return {name: _read_text(value) for name, value in values.items()}
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
@@ -123,12 +123,12 @@ class NotebookConfig(BaseModel):
             ) from error
 
 
-def _read_list(value: Any) -> Any:
-    """A list written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``.
+def _read_text(value: Any) -> Any:
+    """A list or mapping written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``.
 
     Anything else is returned as it is, for the schema to judge.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     # JSON first: YAML takes 1e-4, without a point, for text.
     try:
@@ -147,6 +147,27 @@ class PrunePerTaskConfig(NotebookConfig):
     sources: list[TaskName] = Field(min_length=2)
     scorers: list[ScorerName] = Field(min_length=1)
     sparsity: Sparsity
+
+
+class ScorerAtlasConfig(NotebookConfig):
+    """Parameters of the notebook ``scorer_atlas``."""
+
+    sources: list[TaskName] = Field(min_length=2)
+    scorers: list[ScorerName] = Field(min_length=2)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    options: dict[ScorerName, dict[str, Any]] = {}  # a scorer's own keywords, or its samples
+
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        for scorer, options in self.options.items():
+            if scorer not in self.scorers:
+                raise unknown_name("scorer of options", scorer, self.scorers)
+            valid = [*SCORERS[scorer].options, "samples", "batch_size"]
+            for option in options:
+                if option not in valid:
+                    raise unknown_name(f"option of {scorer}", option, valid)
+        return self
 
 
 class ZeroShotRetentionConfig(NotebookConfig):

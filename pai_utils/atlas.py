@@ -1,0 +1,205 @@
+"""Masks of many scorers side by side: what they cost, remove, share, and leave of the accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.backbones import prunable_parameters
+from pai_utils.evaluation import SweepMask, held_out_retention
+from pai_utils.execution import Samples, batches, clock, device_of, draw_samples, undisturbed
+from pai_utils.masks import Mask
+
+_MOST_SCORES = 200_000  # of a distribution that are kept: enough for its histogram
+
+
+class Atlas:
+    """Collects the masks of a sweep; hand it to :func:`~pai_utils.evaluation.retention_sweep`.
+
+    Masks are kept at one sparsity: of every source with the first seed, and of the first source
+    with every seed. A kept mask takes one byte a weight.
+
+    Args:
+        sparsity: the one at which masks are compared.
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self.sparsity = sparsity
+        self.masks: dict[tuple[str, str, int], Mask] = {}  # scorer, source, seed
+        self.distributions: dict[str, Tensor] = {}  # scores of the first mask of each scorer
+        self._first: dict[str, tuple[str, int]] = {}  # source and seed met first, by scorer
+        self._seconds: dict[tuple[str, str, int], float] = {}
+        self._layers: list[dict[str, Any]] = []
+
+    def __call__(self, step: SweepMask) -> None:
+        """Take one mask."""
+        key = (step.scorer, step.source, step.seed)
+        first = self._first.setdefault(step.scorer, (step.source, step.seed))
+        self._seconds[key] = step.seconds
+        if step.scorer not in self.distributions:
+            flat = torch.cat([values.detach().flatten() for values in step.scores.values()])
+            self.distributions[step.scorer] = flat[:: -(-len(flat) // _MOST_SCORES)].cpu()
+        self._layers += [
+            {
+                "scorer": step.scorer,
+                "source": step.source,
+                "seed": step.seed,
+                "sparsity": step.sparsity,
+                "layer": layer.removeprefix("encoder."),
+                "layer_sparsity": share,
+            }
+            for layer, share in step.mask.layer_sparsity.items()
+        ]
+        if step.sparsity == self.sparsity and (step.source == first[0] or step.seed == first[1]):
+            self.masks[key] = step.mask
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """Columns ``scorer, source, seed, sparsity, layer, layer_sparsity``, in order of depth."""
+        return pd.DataFrame(self._layers)
+
+    def lost_layers(self) -> pd.DataFrame:
+        """Columns ``scorer, sparsity, lost, most_pruned``, means over masks.
+
+        ``lost`` counts layers without any weight, ``most_pruned`` is the highest layer sparsity.
+        """
+        masks = self.layers.groupby(["scorer", "sparsity", "source", "seed"], sort=False)
+        each = masks.layer_sparsity.agg(lost=lambda share: int((share == 1).sum()), most="max")
+        means = each.groupby(["scorer", "sparsity"], sort=False).mean().reset_index()
+        return means.rename(columns={"most": "most_pruned"})
+
+    def costs(self, unit: float) -> pd.DataFrame:
+        """Columns ``scorer, seconds, fb``: means over a scorer's runs.
+
+        Args:
+            unit: seconds of one forward and backward over as many samples.
+        """
+        table = pd.DataFrame(
+            [{"scorer": scorer, "seconds": s} for (scorer, _, _), s in self._seconds.items()]
+        )
+        means = table.groupby("scorer", sort=False).seconds.mean().reset_index()
+        return means.assign(fb=means.seconds / unit)
+
+    def between_scorers(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Overlap of each pair of scorers, and the overlap by chance, both square.
+
+        Means over the sources, each with its first seed; a scorer that looks at no data is
+        compared with every source's masks.
+        """
+        first: dict[str, list[Mask]] = {}
+        for (scorer, _, seed), mask in self.masks.items():
+            if seed == self._first[scorer][1]:
+                first.setdefault(scorer, []).append(mask)
+        names = list(first)
+        overlap, chance = (pd.DataFrame(1.0, index=names, columns=names) for _ in range(2))
+        for i, one in enumerate(names):
+            for other in names[i + 1 :]:
+                pairs = _matched(first[one], first[other])
+                values = _means(pairs)
+                overlap.loc[one, other] = overlap.loc[other, one] = values[0]
+                chance.loc[one, other] = chance.loc[other, one] = values[1]
+        return overlap, chance
+
+    def between_draws(self) -> pd.DataFrame:
+        """Columns ``scorer, between, overlap, chance, pairs``, means over pairs of masks.
+
+        ``between`` is ``"sources"`` (the same seed) or ``"seeds"`` (the same source, other samples
+        and draws): the second says how far apart masks are for reasons of sampling alone. Scorers
+        with a single mask have no row.
+        """
+        rows = []
+        for scorer, (source, seed) in self._first.items():
+            own = {key[1:]: mask for key, mask in self.masks.items() if key[0] == scorer}
+            groups = {
+                "sources": [mask for key, mask in own.items() if key[1] == seed],
+                "seeds": [mask for key, mask in own.items() if key[0] == source],
+            }
+            for between, masks in groups.items():
+                pairs = [(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
+                if pairs:
+                    overlap, chance = _means(pairs)
+                    rows.append(
+                        {
+                            "scorer": scorer,
+                            "between": between,
+                            "overlap": overlap,
+                            "chance": chance,
+                            "pairs": len(pairs),
+                        }
+                    )
+        return pd.DataFrame(rows, columns=["scorer", "between", "overlap", "chance", "pairs"])
+
+
+def _matched(one: list[Mask], other: list[Mask]) -> list[tuple[Mask, Mask]]:
+    """Masks of the same source; a scorer's only mask goes with each of the other's."""
+    if len(one) == 1 or len(other) == 1:
+        return [(a, b) for a in one for b in other]
+    return list(zip(one, other, strict=True))
+
+
+def _means(pairs: Iterable[tuple[Mask, Mask]]) -> tuple[float, float]:
+    values = np.array([[a.overlap(b), a.expected_overlap(b)] for a, b in pairs])
+    overlap, chance = values.mean(0).tolist()
+    return overlap, chance
+
+
+def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
+    """What masks leave of the source's own and of held-out tasks' accuracy.
+
+    Args:
+        table: as from :func:`~pai_utils.evaluation.retention_sweep`.
+        sources: the tasks that masks were computed on.
+
+    Returns:
+        One row a scorer, sparsity and ``tasks`` (``"source"`` or ``"held-out"``), means over the
+        sources: ``retention, low, high`` (means of the sources' 95 % bootstrap intervals over
+        test items and seeds), ``accuracy, count, seeds``.
+    """
+    parts = []
+    for tasks, own in (("source", True), ("held-out", False)):
+        rows = held_out_retention(table, sources, own=own)
+        groups = rows[rows.sparsity > 0].groupby(["scorer", "sparsity"], sort=False)
+        means = groups[["retention", "low", "high", "accuracy"]].mean()
+        means["count"], means["seeds"] = groups["count"].sum(), groups.seeds.min()
+        parts.append(means.reset_index().assign(tasks=tasks))
+    return pd.concat(parts, ignore_index=True)
+
+
+def forward_backward_seconds(
+    model: nn.Module,
+    data: Samples,
+    *,
+    samples: int | None = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    repeats: int = 2,
+) -> float:
+    """Seconds of one forward and backward of the mean loss: the unit in which scores are priced.
+
+    The fastest of ``repeats``, with gradients for the prunable weights, as plain training has
+    them; arguments otherwise as in :func:`~pai_utils.scorers.score`.
+
+    Raises:
+        ValueError: as :func:`~pai_utils.execution.draw_samples`, or for fewer repeats than one.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one is needed")
+    indices = draw_samples(data, samples, seed)
+    names = set(prunable_parameters(model))
+    weights: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    found = []
+    with undisturbed(model), torch.enable_grad():
+        for name, weight in weights.items():
+            weight.requires_grad_(name in names)
+        for _ in range(repeats):
+            begin = clock(device_of(model))
+            for images, labels in batches(data, batch_size, device_of(model), indices):
+                F.cross_entropy(model(images), labels).backward()
+            found.append(clock(device_of(model)) - begin)
+    return min(found)
