@@ -171,6 +171,36 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """One line a scorer, to be read: retention with its interval at each sparsity, and the cost.
+
+    Args:
+        left: as from :func:`accuracy_left`.
+        costs: as from :meth:`Atlas.costs`.
+
+    Returns:
+        Text in the columns ``scorer``, ``held-out 30 %`` and so on, ``source 30 %`` and so on, and
+        ``cost (FB)``; the best retention on held-out tasks at the middle sparsity comes first.
+    """
+    sparsities = sorted(set(left.sparsity))
+    middle = sparsities[len(sparsities) // 2]
+    held_out = left[(left.tasks == "held-out") & (left.sparsity == middle)]
+    order = held_out.sort_values("retention", ascending=False).scorer
+    rows = {(r.scorer, r.tasks, r.sparsity): r for r in left.itertuples()}
+    prices = costs.set_index("scorer").fb
+    table = []
+    for scorer in order:
+        line = {"scorer": scorer}
+        for tasks in ("held-out", "source"):
+            for sparsity in sparsities:
+                row: Any = rows[scorer, tasks, sparsity]
+                # Adding zero turns "-0.00" into "0.00".
+                values = [round(float(v), 2) + 0.0 for v in (row.retention, row.low, row.high)]
+                line[f"{tasks} {sparsity:.0%}"] = "{:.2f} ({:.2f} to {:.2f})".format(*values)
+        table.append(line | {"cost (FB)": f"{prices[scorer]:.2g}"})
+    return pd.DataFrame(table)
+
+
 def forward_backward_seconds(
     model: nn.Module,
     data: Samples,

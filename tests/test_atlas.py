@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import pai_utils as pai
-from pai_utils.atlas import Atlas, accuracy_left, forward_backward_seconds
+from pai_utils.atlas import Atlas, accuracy_left, forward_backward_seconds, summary_table
 from pai_utils.evaluation import SweepMask, held_out_retention, retention_sweep
 from tests.cases import fingerprint, tiny_backbone, tiny_classifier, tiny_task
 
@@ -135,6 +135,35 @@ def test_the_atlas_follows_a_sweep() -> None:
         assert left.accuracy["snip", 0.5, tasks_] == pytest.approx(seen.accuracy.mean())
     assert (left.low <= left.retention + 1e-9).all()
     assert (left.retention <= left.high + 1e-9).all()
+
+
+def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
+    left = pd.DataFrame(
+        {
+            "scorer": scorer,
+            "sparsity": sparsity,
+            "tasks": tasks,
+            "retention": retention,
+            "low": -0.001,
+            "high": 1.0,
+        }
+        for scorer, retention in (("snip", 0.25), ("px", 0.75))
+        for sparsity in (0.3, 0.5)
+        for tasks in ("source", "held-out")
+    )
+    costs = pd.DataFrame({"scorer": ["snip", "px"], "fb": [1.04, 12.3]})
+    table = summary_table(left, costs)
+    assert table.scorer.tolist() == ["px", "snip"]
+    assert list(table) == [
+        "scorer",
+        "held-out 30%",
+        "held-out 50%",
+        "source 30%",
+        "source 50%",
+        "cost (FB)",
+    ]
+    assert table.loc[1, "held-out 50%"] == "0.25 (0.00 to 1.00)"
+    assert table["cost (FB)"].tolist() == ["12", "1"]
 
 
 def test_options_for_a_scorer_that_is_not_run_are_refused() -> None:
