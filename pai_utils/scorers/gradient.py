@@ -86,7 +86,8 @@ def grasp(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be positive and finite")
     loss = _Loss(model, names, data, samples, batch_size, seed, temperature)
-    with undisturbed(model):
+    # In half precision, products of differences would keep few digits, as in `HessianOperator`.
+    with undisturbed(model), torch.autocast(device_of(model).type, enabled=False):
         gradient = loss.gradient(keep_graph=True)
         product = loss.hessian_product(gradient)
     return {name: (loss.leaves[name].detach() * p) for name, p in product.items()}

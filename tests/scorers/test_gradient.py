@@ -15,6 +15,8 @@ from tests.cases import (
     fingerprint,
     flattened,
     relative_error,
+    tiny_classifier,
+    tiny_task,
 )
 
 
@@ -124,6 +126,19 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+
+def test_autocast_reaches_the_gradient_of_snip_but_not_the_product_of_grasp() -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    for name in ("snip", "grasp"):
+        scores = pai.score(name, model, data, samples=8)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = pai.score(name, model, data, samples=8)
+        same = all(torch.equal(inside[n], scores[n]) for n in scores)
+        assert same == (name == "grasp")
+        for n, values in scores.items():
+            assert inside[n].dtype == torch.float32
+            assert relative_error(inside[n], values) <= 0.1
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
