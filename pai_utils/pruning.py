@@ -123,10 +123,17 @@ def prune(
     mask: Mask | None = None
     for step in range(1, rounds + 1):
         scores = score(
-            scorer, pruned, data, samples=samples, batch_size=batch_size, seed=seed, **options
+            scorer,
+            pruned,
+            data,
+            names=names,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            **options,
         )
         mask = make_mask(
-            {name: scores[name] for name in names},
+            scores,
             # At the last step the given number itself, so that the count is exact.
             sparsity if step == rounds else 1 - SCHEDULES[schedule](sparsity, step / rounds),
             scope,

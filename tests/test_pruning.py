@@ -190,7 +190,14 @@ def test_a_misspelled_scope_is_told_before_the_scores(monkeypatch: pytest.Monkey
         pai.prune(tiny_classifier(), tiny_task().train, scope="globl")
 
 
-def test_sparsity_is_that_of_the_weights_that_are_left_in() -> None:
+def test_sparsity_is_that_of_the_weights_that_are_left_in_and_only_they_are_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check(*args: Any, **options: Any) -> Scores:
+        scores = score(*args, **options)
+        assert list(scores) == NAMES[1:]
+        return scores
+
     model, data = tiny_classifier(), tiny_task().train
     pruned = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, exclude="*.encoder.0", samples=8)
     assert list(pruned.mask) == NAMES[1:]
@@ -198,6 +205,7 @@ def test_sparsity_is_that_of_the_weights_that_are_left_in() -> None:
     assert torch.equal(pruned.model.get_parameter(NAMES[0]), model.get_parameter(NAMES[0]))
     assert NAMES[0] in pruned.report.left_out
     assert NAMES[1] not in pruned.report.left_out
+    monkeypatch.setattr(pruning, "score", check)
     same = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, include=NAMES[1], samples=8)
     assert torch.equal(same.mask[NAMES[1]], pruned.mask[NAMES[1]])
     assert same.mask.metadata["weights"] == pruned.mask.metadata["weights"]

@@ -7,7 +7,7 @@ returns one tensor a name, and one line in :data:`SCORERS`; its keyword argument
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ def score(
     model: nn.Module,
     data: Samples | None = None,
     *,
+    names: Sequence[str] | None = None,
     samples: int | None = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -95,12 +96,22 @@ def score(
 ) -> Scores:
     """Score every prunable weight of ``model``; higher means keep.
 
+    Inside ``torch.autocast`` gradients, and so the Fisher's and Gauss-Newton's diagonals and
+    blocks, are computed in that precision and summed at least in float32; Hessian products
+    (``grasp``, ``hessian_diag``) keep the model's own. Under ``torchrun``, with
+    ``torch.distributed`` initialised, each process takes its share of the samples and all get the
+    same scores.
+
     Args:
         name: a key of :data:`SCORERS`.
         model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
             Scored in evaluation mode and left exactly as it was. Of a
             :class:`~pai_utils.backbones.Classifier` the head is left out.
         data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
+        names: the parameters to score, of any kind; by default
+            :func:`~pai_utils.backbones.prunable_parameters`. ``grasp``, ``ntk_sap`` and the probes
+            of ``hessian_diag`` vary these parameters only, so that a score depends on the others
+            named; ``random`` draws in their order.
         samples: size of the seeded draw without replacement; ``None`` for all, in order.
         batch_size: samples a forward; halved when memory runs out. No score depends on it.
         seed: seed of every draw.
@@ -108,12 +119,12 @@ def score(
 
     Returns:
         A dictionary from parameter name to a tensor of the parameter's shape; ``left_out`` names
-        the parameters that are not scored (biases, norms, embeddings, the head);
+        the parameters that are not scored (by default biases, norms, embeddings, the head);
         ``standard_error`` holds the scores' sampling error, from scorers that know it.
 
     Raises:
-        ValueError: for an unknown scorer or option, missing data, labels beyond the model's
-            classes, or non-finite weights, images or scores.
+        ValueError: for an unknown scorer, option or parameter, no parameter to score, missing
+            data, labels beyond the model's classes, or non-finite weights, images or scores.
     """
     if name not in SCORERS:
         raise unknown_name("scorer", name, list(SCORERS))
@@ -126,11 +137,17 @@ def score(
         )
     if scorer.needs_data and data is None:
         raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
-    names = prunable_parameters(model)
-    if not names:
-        raise ValueError("the model has no convolution or linear weight to score")
+    chosen = prunable_parameters(model) if names is None else list(dict.fromkeys(names))
+    if not chosen:
+        raise ValueError(
+            "names is empty, or the model has no convolution or linear weight to score"
+        )
+    parameters = dict(model.named_parameters())
+    for parameter in chosen:
+        if parameter not in parameters:
+            raise unknown_name("parameter", parameter, parameters)
     result = scorer.function(
-        model, names, data, samples=samples, batch_size=batch_size, seed=seed, **options
+        model, chosen, data, samples=samples, batch_size=batch_size, seed=seed, **options
     )
     if not isinstance(result, EstimatedScores):
         result = EstimatedScores(result, standard_error={})
@@ -138,7 +155,7 @@ def score(
     broken = _non_finite(scores)
     if broken:
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
-        culprits = _non_finite(dict(model.named_parameters()))
+        culprits = _non_finite(parameters)
         raise ValueError(
             f"{name} gave non-finite scores for {broken[0]!r}: "
             + (
@@ -147,7 +164,7 @@ def score(
                 else "the weights are finite, so look for non-finite images or logits"
             )
         )
-    left_out = [n for n, _ in model.named_parameters() if n not in scores]
+    left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     return Scores(scores, scorer=name, left_out=left_out, standard_error=result.standard_error)
 

@@ -37,6 +37,30 @@ def test_every_scorer_scores_the_encoders_weights_and_says_what_it_leaves_out(na
     ]
 
 
+@pytest.mark.parametrize("name", pai.SCORERS)
+def test_the_parameters_that_are_named_are_scored_and_all_others_left_out(name: str) -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    names = ["head.weight", PRUNED[1], "backbone.encoder.3.bias"]
+    scores = pai.score(name, model, data, names=[*names, PRUNED[1]], samples=8)
+    assert list(scores) == names
+    parameters = dict(model.named_parameters())
+    assert all(scores[n].shape == parameters[n].shape for n in names)
+    assert scores.left_out == [n for n in parameters if n not in names]
+    whole = pai.score(name, model, data, samples=8)
+    (alone,) = pai.score(name, model, data, names=[PRUNED[1]], samples=8).values()
+    if name in ("random", "grasp", "ntk_sap", "hessian_diag"):
+        assert not torch.equal(alone, whole[PRUNED[1]])
+    else:
+        torch.testing.assert_close(alone, whole[PRUNED[1]])
+
+
+def test_names_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown parameter 'head\.wait'; did you mean 'head"):
+        pai.score("magnitude", tiny_classifier(), names=["head.bias", "head.wait"])
+    with pytest.raises(ValueError, match="names is empty"):
+        pai.score("magnitude", tiny_classifier(), names=[])
+
+
 @pytest.mark.parametrize("name", ["random", "magnitude", "fisher_diag", "ggn_diag"])
 def test_scores_of_a_positive_semi_definite_curvature_are_not_negative(name: str) -> None:
     scores = pai.score(name, tiny_classifier(), tiny_task().train, samples=8)
