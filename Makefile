@@ -14,7 +14,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
   --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint unit notebooks smoke check-book bench lock clean
+.PHONY: help env book test lint unit notebooks smoke check-book bench results lock clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ $(BENCH_READY): $(READY) requirements-bench.lock
 	@$(UV) pip sync $(if $(MAKE_TERMERR),,--quiet) --python $(BENCH_PY) --require-hashes requirements-bench.lock
 	@$(UV) pip install --quiet --python $(BENCH_PY) --no-deps --no-build-isolation --editable .
 	@touch $(BENCH_READY)
+
+results: $(READY) ## run the larger grids and store their tables in results/
+	$(PY) workflow/build.py atlas --target executed
+	$(PY) workflow/store.py atlas
 
 lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
 	$(COMPILE) --extra book --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml

@@ -1,0 +1,57 @@
+"""Keep what a grid's cells wrote: `store.py GRID` copies tables and records to `results/GRID/`.
+
+Figures and masks are left out: figures are drawn from the tables, and masks are large.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from cells import Layout, problems, read_grid
+
+KEPT = (".csv", ".json")
+
+
+def store(layout: Layout, results: Path) -> list[Path]:
+    """Copy every cell's tables and record to a folder of its own, and return these folders.
+
+    Raises:
+        ValueError: A cell is not executed, or its copy or record is not whole; nothing is copied.
+    """
+    cells = read_grid(layout.grid_file)
+    found = [p for name in cells for p in problems(layout.executed / f"{name}.ipynb")]
+    records = [layout.executed / name / "record.json" for name in cells]
+    found += [f"{path}: missing" for path in records if not path.is_file()]
+    if found:
+        raise ValueError("; ".join(found))
+    folders = []
+    for name in cells:
+        folder = results / layout.grid / name
+        partial = folder.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in sorted((layout.executed / name).iterdir()):
+            if file.suffix in KEPT and not file.name.startswith("mask-"):
+                shutil.copyfile(file, partial / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        folders.append(folder)
+    return folders
+
+
+def main() -> int:
+    """Store what the command line names."""
+    parser = argparse.ArgumentParser(description="Keep the tables and records of a grid's cells.")
+    parser.add_argument("grid", help="the name of a file in workflow/grids")
+    try:
+        for folder in store(Layout(parser.parse_args().grid), Path("results")):
+            print(f"Stored {folder}")
+    except ValueError as error:
+        print(f"nothing is stored: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
