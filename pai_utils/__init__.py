@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.finetuning import finetune
     from pai_utils.heads import fit_head
-    from pai_utils.masks import Mask, make_mask
-    from pai_utils.pruning import Pruned, prune
+    from pai_utils.masks import Mask, describe_weights, make_mask
+    from pai_utils.pruning import Pruned, prune, select_parameters
     from pai_utils.scorers import SCORERS, Scores, score
     from pai_utils.tasks import TASKS, Task, load_task
 
@@ -32,9 +32,11 @@ _HOMES = {
     "Scores": "scorers",
     "score": "scorers",
     "Mask": "masks",
+    "describe_weights": "masks",
     "make_mask": "masks",
     "Pruned": "pruning",
     "prune": "pruning",
+    "select_parameters": "pruning",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "finetune": "finetuning",
@@ -52,6 +54,7 @@ __all__ = [
     "Scores",
     "Task",
     "atlas",
+    "describe_weights",
     "evaluate",
     "evaluation",
     "finetune",
@@ -66,6 +69,7 @@ __all__ = [
     "prune",
     "runs",
     "score",
+    "select_parameters",
 ]
 
 
