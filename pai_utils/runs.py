@@ -25,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -34,6 +35,7 @@ from pai_utils.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pydantic_core import ErrorDetails
 
     from pai_utils.masks import Mask
 
@@ -113,14 +115,22 @@ class NotebookConfig(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f", not {e['input']!r}")
-                for e in error.errors()
-            )
+            problems = "; ".join(map(_problem, error.errors()))
             raise ValueError(
                 f"parameters refused: {problems}. Valid parameters: {', '.join(fields)}"
             ) from error
+
+
+def _problem(details: ErrorDetails) -> str:
+    """What is wrong with which parameter, from an entry of pydantic's errors."""
+    if details["type"] == "value_error":  # raised by this module, in whole sentences
+        text = str(details["ctx"]["error"])
+    elif details["type"] == "missing":
+        text = details["msg"]
+    else:
+        text = f"{details['msg']}, not {details['input']!r}"
+    # A check of several parameters together is at no place.
+    return ": ".join(filter(None, (".".join(map(str, details["loc"])), text)))
 
 
 def _read_text(value: Any) -> Any:
@@ -147,6 +157,18 @@ class PrunePerTaskConfig(NotebookConfig):
     sources: list[TaskName] = Field(min_length=2)
     scorers: list[ScorerName] = Field(min_length=1)
     sparsity: Sparsity
+
+    @field_validator("scorers")
+    @classmethod
+    def _one_needs_data(cls, scorers: list[str]) -> list[str]:
+        # The notebook compares the masks that one of them makes of different tasks.
+        if not any(SCORERS[name].needs_data for name in scorers):
+            valid = [name for name, scorer in SCORERS.items() if scorer.needs_data]
+            raise ValueError(
+                f"none of {', '.join(scorers)} looks at a task; add at least one of: "
+                + ", ".join(valid)
+            )
+        return scorers
 
 
 class ScorerAtlasConfig(NotebookConfig):
