@@ -12,7 +12,6 @@ preprocessing its weights expect, and says where those weights come from.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from pai_utils.execution import unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,10 +88,7 @@ class ImageTransform:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
         if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"unknown interpolation {self.interpolation!r}; choose one of "
-                f"{', '.join(_INTERPOLATIONS)}"
-            )
+            raise unknown_name("interpolation", self.interpolation, _INTERPOLATIONS)
 
     def __call__(self, images: Image | Tensor) -> Tensor:
         """Resize and normalise one image, or a batch as a tensor.
@@ -476,7 +474,7 @@ def load_backbone(
         path, architecture = _split_file_name(name)
     else:
         architecture = name.removeprefix("timm:")
-    _check_architecture(architecture, name)
+    _check_architecture(architecture)
 
     from_hub = pretrained and spec is None and path is None
     encoder = _build(architecture, image_size, seed=seed, from_hub=from_hub)
@@ -507,9 +505,8 @@ def _resolve_device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"unknown device {device!r}; choose auto, cpu, cuda, cuda:<index> or mps"
-        ) from error
+        valid = ["auto", "cpu", "cuda", "cuda:<index>", "mps"]
+        raise unknown_name("device", device, valid) from error
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
@@ -547,19 +544,14 @@ def _split_file_name(name: str) -> tuple[Path, str]:
     return path, architecture
 
 
-def _check_architecture(architecture: str, name: str) -> None:
-    """Refuse a model that timm does not know, with the nearest names."""
+def _check_architecture(architecture: str) -> None:
+    """Refuse a model that timm does not know, with the nearest name."""
     import timm
 
     if timm.is_model(architecture):
         return
-    known = [*BACKBONES, *timm.list_models()]
-    near = difflib.get_close_matches(architecture, known, n=3)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ValueError(
-        f"unknown backbone {name!r}; choose {', '.join(BACKBONES)}, timm:<model> or "
-        f"file:<path>@<timm model>{hint}"
-    )
+    valid = [*BACKBONES, "timm:<model>", "file:<path>@<timm model>"]
+    raise unknown_name("backbone", architecture, valid, unlisted=timm.list_models())
 
 
 def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bool) -> nn.Module:

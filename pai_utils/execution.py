@@ -247,9 +247,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
-def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
-    """The error for a name that is in no registry: says the name and the valid choices."""
+def unknown_name(
+    kind: str, name: object, valid: Iterable[str], *, unlisted: Iterable[str] = ()
+) -> ValueError:
+    """The error for a name that is in no registry: says the name and the valid choices.
+
+    ``unlisted`` are further valid names, too many to say; one of them may be what was meant.
+    """
     choices = list(valid)
-    near = difflib.get_close_matches(str(name), choices, n=1)
+    near = difflib.get_close_matches(str(name), [*choices, *unlisted], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Choose from: {', '.join(choices)}")

@@ -7,7 +7,6 @@ hyper-parameters) and `test` (read once for a reported number). The parts never 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import itertools
 import string
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pai_utils.backbones import ImageTransform, _check_seed
+from pai_utils.execution import unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,9 +179,7 @@ def load_task(
         ModuleNotFoundError: the package that ships the images is not installed.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown task {name!r}; choose {', '.join(TASKS)}{hint}")
+        raise unknown_name("task", name, TASKS)
     spec = TASKS[name]
     if not callable(transform):
         raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")

@@ -189,3 +189,6 @@ def test_an_unknown_name_is_told_with_the_nearest_and_all_choices() -> None:
         "unknown scorer 'magnitud'; did you mean 'magnitude'? Choose from: random, magnitude"
     )
     assert "did you mean" not in str(unknown_name("scorer", "xyz", ["random"]))
+    assert str(unknown_name("model", "vit_smal", ["any"], unlisted=["vit_small", "resnet"])) == (
+        "unknown model 'vit_smal'; did you mean 'vit_small'? Choose from: any"
+    )
