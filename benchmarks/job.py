@@ -1,21 +1,23 @@
-"""One measurement in a process of its own: ``python -m benchmarks.job JOB.json RESULT.json``.
+"""One measurement in a process of its own.
 
 A fresh process makes peak memory honest: nothing that another contender left behind is reused.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import multiprocessing
+import os
 import re
 import statistics
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -253,27 +255,77 @@ def public_message(name: str, text: str) -> str:
     return message if len(message) <= 200 else message[:199] + "…"
 
 
-def main(tasks: Mapping[str, Task[Any]]) -> None:
-    """Do the job of a file, and write what came of it to another."""
-    source, target = map(Path, sys.argv[1:3])
-    job = Job(**json.loads(source.read_text(encoding="utf-8")))
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What a contender prints is no part of the measurement."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        yield
 
-    def report(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+
+class _Report:
+    """Writes the message of an error that ends the job."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        message = public_message(kind.__name__, str(error))
-        target.write_text(json.dumps({"failed": message}), encoding="utf-8")
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = report
-    torch.set_num_threads(job.threads)
-    if job.most_memory is not None and job.device == "cpu":
-        limit_memory(job.most_memory)
-    rows = [asdict(row) for row in run(job, tasks)]
-    target.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+        if kind is not None:
+            result = {"failed": public_message(kind.__name__, str(error))}
+            self.target.write_text(json.dumps(result), encoding="utf-8")
 
 
-if __name__ == "__main__":
-    from benchmarks.registry import TASKS
+def work_off(job: Job, registry: str, target: Path) -> None:
+    """Do a job in this process, made for it, and write its rows or its error to ``target``.
 
-    main(TASKS)
+    Args:
+        job: the job.
+        registry: name of the module whose ``TASKS`` it refers to.
+        target: a JSON file.
+    """
+    tasks: Mapping[str, Task[Any]] = importlib.import_module(registry).TASKS
+    with _silent(), _Report(target):
+        torch.set_num_threads(job.threads)
+        if job.most_memory is not None and job.device == "cpu":
+            limit_memory(job.most_memory)
+        rows = [asdict(row) for row in run(job, tasks)]
+        target.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+
+
+def execute(
+    job: Job, limit: float, registry: str = "benchmarks.registry"
+) -> list[dict[str, Any]] | str:
+    """Run a job in a fresh process; its rows, or the message of its failure.
+
+    The process is forked from one that has imported the registry and computed nothing.
+
+    Args:
+        job: the job.
+        limit: seconds after which it has failed.
+        registry: as in :func:`work_off`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([registry, __name__])
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "result.json")
+        process = context.Process(target=work_off, args=(job, registry, target))
+        process.start()
+        try:
+            process.join(limit if math.isfinite(limit) else None)
+            late = process.is_alive()
+        finally:
+            process.kill()
+            process.join()
+        if late:
+            return f"not finished after {limit:g} s"
+        if not target.exists():
+            return f"ended with status {process.exitcode} and no result"
+        result = json.loads(target.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] | str = result.get("failed") or result["rows"]
+        return rows

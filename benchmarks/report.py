@@ -18,7 +18,18 @@ from pai_utils.execution import write_atomically
 from pai_utils.plots import cost_multiples
 
 NOTHING = "–"
-# (task, contender) whose targets are checked, as far as they were measured.
+_FLOOR = (
+    "model",
+    "image",
+    "weights scored, M",
+    "FB, GFLOP",
+    "squares, GFLOP",
+    "floor, FB",
+    "gradients' traffic, GB",
+    "if uncached, FB",
+    "measured, FB",
+    "above the floor",
+)
 _TARGETS = (
     "diagonal of the GGN, time in FB",
     "diagonal of the GGN, memory in FB's",
@@ -56,6 +67,8 @@ def write_report(folder: Path) -> None:
         "setting": setting(record),
     }
     for name, table in tables.items():
+        if table.empty:  # which the page could not show
+            table = pd.DataFrame([dict.fromkeys(table.columns, NOTHING)])
         write_atomically(folder / "page" / f"{name}.csv", table.to_csv(index=False).encode())
     for task, step in (("diagonal", "whole"), ("product", "further")):
         own = rows[(rows.task == task) & rows.step.isin([step, ""])]
@@ -219,7 +232,7 @@ def floor(rows: pd.DataFrame, work: pd.DataFrame) -> pd.DataFrame:
                 else f"{measured / float(str(entry.floor_fb)) - 1:+.0%}",
             }
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=_FLOOR)
 
 
 def setting(record: dict[str, Any]) -> pd.DataFrame:
@@ -249,7 +262,10 @@ def _read_if_any(path: Path) -> pd.DataFrame:
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
-    return table.map(lambda value: _number(value) if isinstance(value, float) else value)
+    if table.empty:
+        return pd.DataFrame(columns=["model", "operation", "diagonal_fb", "unit_fb"])
+    shown = table.map(lambda value: _number(value) if isinstance(value, float) else value)
+    return shown.rename(columns={"diagonal_fb": "ggn_diagonal, FB", "unit_fb": "FB"})
 
 
 def _one(rows: pd.DataFrame, task: str, model: str, contender: str, step: str) -> Any | None:

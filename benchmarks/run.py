@@ -13,12 +13,11 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.job import MATH_ATTENTION, Job
+from benchmarks.job import MATH_ATTENTION, Job, execute
 from benchmarks.problems import NETWORKS
 from benchmarks.registry import TASKS
 from benchmarks.report import write_report
@@ -69,47 +68,13 @@ def plan(tasks: Mapping[str, Task[Any]], only: Sequence[str], device: str) -> li
     ]
 
 
-def execute(job: Job, limit: float, module: str = "benchmarks.job") -> list[dict[str, Any]] | str:
-    """Run a job in a fresh process; its rows, or the message of its failure."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "job.json"), Path(folder, "result.json")
-        source.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        command = [sys.executable, "-m", module, str(source), str(target)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return f"not finished after {limit:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if not target.exists():
-            return (
-                f"ended by signal {-process.returncode}"
-                if process.returncode < 0
-                else (f"ended with status {process.returncode} and no result")
-            )
-        result = json.loads(target.read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] | str = result.get("failed") or result["rows"]
-        return rows
-
-
 def measure(
     tasks: Mapping[str, Task[Any]],
     jobs: Sequence[Job],
     settings: Job,
     limit: float,
     *,
-    module: str = "benchmarks.job",
+    registry: str = "benchmarks.registry",
 ) -> Outcome:
     """Run all jobs, with their units and references before them.
 
@@ -118,7 +83,7 @@ def measure(
         jobs: from :func:`plan`.
         settings: a job whose device, images, threads and budget all jobs take.
         limit: seconds after which a contender has failed.
-        module: what a fresh process runs.
+        registry: name of the module that holds ``tasks``.
 
     Raises:
         RuntimeError: if a unit or a reference fails, without which nothing can be said.
@@ -139,10 +104,10 @@ def measure(
                 for path in Path(folder).iterdir():
                     path.unlink()  # of the model before
                 if job.model not in units:
-                    units[job.model] = _unit(tasks, job, outcome, module)
-                _needed(execute(job, math.inf, module), job)
+                    units[job.model] = _unit(tasks, job, outcome, registry)
+                _needed(execute(job, math.inf, registry), job)
             else:
-                outcome.rows += _contender(tasks, job, execute(job, limit, module))
+                outcome.rows += _contender(tasks, job, execute(job, limit, registry))
                 _say(outcome.rows[-1])
             spent = outcome.seconds.get(job.task, 0) + time.perf_counter() - started
             outcome.seconds[job.task] = round(spent, 1)
@@ -159,18 +124,18 @@ def _steps(jobs: Sequence[Job]) -> Iterable[Job]:
         yield job
 
 
-def _unit(tasks: Mapping[str, Task[Any]], job: Job, outcome: Outcome, module: str) -> Job:
+def _unit(tasks: Mapping[str, Task[Any]], job: Job, outcome: Outcome, registry: str) -> Job:
     """Measure the unit of cost of a model; the settings of its contenders."""
     if not tasks[job.task].in_units:
         return job
     rows = [
-        Row(**row) for row in _needed(execute(replace(job, kind="unit"), math.inf, module), job)
+        Row(**row) for row in _needed(execute(replace(job, kind="unit"), math.inf, registry), job)
     ]
     outcome.rows += [replace(row, task="unit", contender=UNIT) for row in rows]
     _say(rows[0])
     if job.task == "diagonal" and job.model in NETWORKS:
-        outcome.work += _needed(execute(replace(job, kind="work"), math.inf, module), job)
-        outcome.profile += _needed(execute(replace(job, kind="profile"), math.inf, module), job)
+        outcome.work += _needed(execute(replace(job, kind="work"), math.inf, registry), job)
+        outcome.profile += _needed(execute(replace(job, kind="profile"), math.inf, registry), job)
     memory = min(row.memory_mib for row in rows) * 2**20
     return replace(job, layout=rows[0].layout, unit_memory=round(memory))
 

@@ -1,7 +1,4 @@
-"""A task with contenders that are right, wrong, random, too slow, or that raise.
-
-As a module it is what a fresh process runs in the place of ``benchmarks.job``.
-"""
+"""A registry of one task, whose contenders are right, wrong, random, too slow, or raise."""
 
 import time
 from dataclasses import replace
@@ -10,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.job import main
 from benchmarks.problems import Problem
 from benchmarks.tasks import Contender, Steps, Task
 
@@ -65,6 +61,3 @@ TASKS: dict[str, Task[Any]] = {
         tolerance=1e-3,
     )
 }
-
-if __name__ == "__main__":
-    main(TASKS)

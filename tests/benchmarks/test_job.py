@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.job import Job, public_message, relative_error, run
+from benchmarks.job import Job, execute, public_message, relative_error, run
 from benchmarks.results import Row
-from benchmarks.run import execute, measure, plan
+from benchmarks.run import measure, plan
 from tests.benchmarks.fakes import TASKS
 
-MODULE = "tests.benchmarks.fakes"
+REGISTRY = "tests.benchmarks.fakes"
 JOB = Job("contender", "gradient", "tiny", images=4, threads=1, budget=0.1, unit_memory=2**20)
 
 
@@ -68,7 +68,7 @@ def test_each_layout_of_the_unit_is_measured_and_the_fastest_comes_first() -> No
 def test_fresh_processes_measure_what_was_planned_and_show_failures() -> None:
     jobs = plan(TASKS, ["/right", "/raising"], "cpu")
     assert [job.contender for job in jobs] == ["right", "raising"]
-    outcome = measure(TASKS, jobs, JOB, 60, module=MODULE)
+    outcome = measure(TASKS, jobs, JOB, 60, registry=REGISTRY)
     assert [row.task for row in outcome.rows] == ["unit"] * 3 + ["gradient"] * 2
     right, raising = outcome.rows[3:]
     assert right.status == "ok"
@@ -79,7 +79,7 @@ def test_fresh_processes_measure_what_was_planned_and_show_failures() -> None:
 
 
 def test_a_contender_beyond_the_time_limit_has_failed(job: Job) -> None:
-    assert execute(replace(job, contender="slow"), 0.5, MODULE) == "not finished after 0.5 s"
+    assert execute(replace(job, contender="slow"), 0.5, REGISTRY) == "not finished after 0.5 s"
 
 
 def test_the_error_is_relative_over_all_tensors() -> None:
