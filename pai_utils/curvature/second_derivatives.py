@@ -69,7 +69,9 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    layer = _Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
+    last = input.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    layer = _Convolution(_pair(stride), _pair(padding), _pair(dilation), groups, layout)
     output: Tensor = _Product.apply(input, weight, bias, layer, mode)
     return output
 
@@ -191,18 +193,16 @@ class _Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    layout: torch.memory_format  # of x, and so of all that is computed: others are far slower
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=self.layout)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         # Of the argument differentiated in, only shape and layout are looked at.
-        last = gradient.is_contiguous(memory_format=torch.channels_last)
         x = torch.empty(
-            shape,
-            dtype=gradient.dtype,
-            device=gradient.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
+            shape, dtype=gradient.dtype, device=gradient.device, memory_format=self.layout
         )
         return self._gradients(gradient, x, weight, [True, False, False])[0]
 
@@ -213,6 +213,7 @@ class _Convolution:
     def _gradients(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mask: list[bool]
     ) -> tuple[Tensor, ...]:
+        gradient = gradient.contiguous(memory_format=self.layout)
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
         result: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             gradient, x, weight, None, *geometry, mask
