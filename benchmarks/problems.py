@@ -31,7 +31,7 @@ class Network:
 
     timm_name: str
     image_size: int
-    # Options without which random weights would leave residual branches at zero.
+    # Those without which random weights would leave residual branches at zero, among others.
     options: tuple[tuple[str, Any], ...] = ()
     convolutional: bool = True
 
@@ -41,7 +41,10 @@ NETWORKS: dict[str, Network] = {
     "resnet50": Network("resnet50", 96, (("zero_init_last", False),)),
     "efficientnet_lite0": Network("tf_efficientnet_lite0", 96),
     "convnext_tiny": Network("convnext_tiny", 96, (("ls_init_value", 1.0),)),
-    "vit_small_patch16_224": Network("vit_small_patch16_224", 224, convolutional=False),
+    # 65 tokens: fewer than at 224 px, so that per-sample squares weigh more against products.
+    "vit_small_patch16_224": Network(
+        "vit_small_patch16_224", 128, (("img_size", 128),), convolutional=False
+    ),
 }
 
 
