@@ -7,6 +7,7 @@ copy that ran to its end without an error is published, in one step.
 import argparse
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -25,13 +26,16 @@ KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
 
 
 def _stop_with_parent() -> None:
-    """Interrupt this process when its parent dies, so that nothing writes after the workflow."""
+    """End this process when its parent dies, so that nothing writes after the workflow."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)
+        # An interrupt can get lost in a callback. A kernel ends by itself without its parent.
+        time.sleep(10)
+        os._exit(128 + signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -63,6 +67,8 @@ def main() -> int:
     arguments = parser.parse_args()
 
     _stop_with_parent()
+    # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
     try:
         found = execute(arguments.notebook, arguments.parameters, arguments.out, arguments.log)
