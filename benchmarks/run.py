@@ -2,12 +2,14 @@
 
 ``python -m benchmarks.run`` measures all on the CPU; ``--device cuda`` on a GPU, with batches of
 128 and all blocks. ``--only diagonal/resnet18`` takes the measurements whose name
-``task/model/contender`` contains that text; such partial results go to ``build/benchmarks``.
+``task/model/contender`` contains that text; such partial results go to ``build/benchmarks``. A run
+that is stopped goes on where it was, unless a source or a setting changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -16,8 +18,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,6 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     work: list[dict[str, Any]] = field(default_factory=list)
     profile: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # by task
 
 
 def plan(tasks: Mapping[str, Task[Any]], only: Sequence[str], device: str) -> list[Job]:
@@ -68,12 +69,70 @@ def plan(tasks: Mapping[str, Task[Any]], only: Sequence[str], device: str) -> li
     ]
 
 
+class Finished:
+    """What earlier jobs gave, kept in a file, so that a run that was stopped goes on from there.
+
+    Args:
+        path: a file of one JSON object a line; ``None`` keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.endswith("}"):  # a line cut short is a job that was not finished
+                    entry = json.loads(line)
+                    self.entries[entry["job"]] = entry
+
+    def holds(self, job: Job) -> bool:
+        """Whether the job was done before."""
+        return _key(job) in self.entries
+
+    def do(self, job: Job, limit: float, registry: str) -> list[dict[str, Any]] | str:
+        """The job's result, from the file or from a fresh process."""
+        if not self.holds(job):
+            started = time.perf_counter()
+            result = execute(job, limit, registry)
+            seconds = round(time.perf_counter() - started, 1)
+            entry = {"job": _key(job), "task": job.task, "seconds": seconds, "result": result}
+            self.entries[_key(job)] = entry
+            if self.path is not None and job.kind != "reference":
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+        found: list[dict[str, Any]] | str = self.entries[_key(job)]["result"]
+        return found
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent by task, in earlier runs too."""
+        spent: dict[str, float] = {}
+        for entry in self.entries.values():
+            spent[entry["task"]] = round(spent.get(entry["task"], 0.0) + entry["seconds"], 1)
+        return spent
+
+
+def _key(job: Job) -> str:
+    return f"{job.kind}/{job.task}/{job.model}/{job.contender}"
+
+
+def fingerprint(settings: Job) -> str:
+    """Changes with the settings and with every source that measures or is measured."""
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for folder in ("benchmarks", "pai_utils"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def measure(
     tasks: Mapping[str, Task[Any]],
     jobs: Sequence[Job],
     settings: Job,
     limit: float,
     *,
+    finished: Finished,
     registry: str = "benchmarks.registry",
 ) -> Outcome:
     """Run all jobs, with their units and references before them.
@@ -83,6 +142,7 @@ def measure(
         jobs: from :func:`plan`.
         settings: a job whose device, images, threads and budget all jobs take.
         limit: seconds after which a contender has failed.
+        finished: jobs done before, which are not done again; the others are added.
         registry: name of the module that holds ``tasks``.
 
     Raises:
@@ -90,52 +150,52 @@ def measure(
     """
     outcome = Outcome()
     units: dict[str, Job] = {}
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.task, job.model), []).append(job)
     with tempfile.TemporaryDirectory() as folder:
-        settings = replace(settings, references=folder)
-        pairs = dict.fromkeys((job.task, job.model) for job in jobs)
-        bar = progress(_steps(jobs), "benchmarks", total=len(jobs) + len(pairs))
+        bar = progress(_steps(groups), "benchmarks", total=len(jobs) + len(groups))
         for job in bar:
-            started = time.perf_counter()
-            base = units.get(job.model, settings)
+            base = units.get(job.model, replace(settings, references=folder))
             job = replace(
                 base, kind=job.kind, task=job.task, model=job.model, contender=job.contender
             )
-            if job.kind == "reference":
+            if job.kind == "contender":
+                outcome.rows += _contender(tasks, job, finished.do(job, limit, registry))
+                _say(outcome.rows[-1])
+                continue
+            if job.model not in units:
+                units[job.model] = _unit(tasks, job, outcome, finished, registry)
+            if not all(finished.holds(other) for other in groups[job.task, job.model]):
                 for path in Path(folder).iterdir():
                     path.unlink()  # of the model before
-                if job.model not in units:
-                    units[job.model] = _unit(tasks, job, outcome, registry)
-                _needed(execute(job, math.inf, registry), job)
-            else:
-                outcome.rows += _contender(tasks, job, execute(job, limit, registry))
-                _say(outcome.rows[-1])
-            spent = outcome.seconds.get(job.task, 0) + time.perf_counter() - started
-            outcome.seconds[job.task] = round(spent, 1)
+                _needed(finished.do(job, math.inf, registry), job)
     return outcome
 
 
-def _steps(jobs: Sequence[Job]) -> Iterable[Job]:
+def _steps(groups: Mapping[tuple[str, str], Sequence[Job]]) -> Iterator[Job]:
     """The jobs, each task and model preceded by its references."""
-    before: tuple[str, str] | None = None
-    for job in jobs:
-        if (job.task, job.model) != before:
-            yield Job("reference", job.task, job.model)
-        before = (job.task, job.model)
-        yield job
+    for (task, model), jobs in groups.items():
+        yield Job("reference", task, model)
+        yield from jobs
 
 
-def _unit(tasks: Mapping[str, Task[Any]], job: Job, outcome: Outcome, registry: str) -> Job:
+def _unit(
+    tasks: Mapping[str, Task[Any]], job: Job, outcome: Outcome, finished: Finished, registry: str
+) -> Job:
     """Measure the unit of cost of a model; the settings of its contenders."""
     if not tasks[job.task].in_units:
         return job
-    rows = [
-        Row(**row) for row in _needed(execute(replace(job, kind="unit"), math.inf, registry), job)
-    ]
+
+    def do(kind: str) -> list[dict[str, Any]]:
+        return _needed(finished.do(replace(job, kind=kind), math.inf, registry), job)
+
+    rows = [Row(**row) for row in do("unit")]
     outcome.rows += [replace(row, task="unit", contender=UNIT) for row in rows]
     _say(rows[0])
     if job.task == "diagonal" and job.model in NETWORKS:
-        outcome.work += _needed(execute(replace(job, kind="work"), math.inf, registry), job)
-        outcome.profile += _needed(execute(replace(job, kind="profile"), math.inf, registry), job)
+        outcome.work += do("work")
+        outcome.profile += do("profile")
     memory = min(row.memory_mib for row in rows) * 2**20
     return replace(job, layout=rows[0].layout, unit_memory=round(memory))
 
@@ -211,8 +271,9 @@ def main() -> None:
         budget=options.budget,
         most_memory=round(0.7 * memory),
     )
-    started, clock = datetime.now(UTC), time.perf_counter()
-    outcome = measure(TASKS, jobs, settings, options.limit)
+    started = datetime.now(UTC)
+    finished = Finished(ROOT / "build" / "benchmarks" / f"{fingerprint(settings)}.jsonl")
+    outcome = measure(TASKS, jobs, settings, options.limit, finished=finished)
     torch.set_num_threads(options.threads)
     packages = sorted(
         {c.package for t in TASKS.values() for c in t.contenders.values() if c.package}
@@ -226,8 +287,8 @@ def main() -> None:
             "limit": options.limit,
         },
         "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - clock, 1),
-        "seconds_by_task": outcome.seconds,
+        "seconds": round(sum(finished.seconds.values()), 1),
+        "seconds_by_task": finished.seconds,
         "processor": processor(),
         "device_type": kind,
         "memory_gib": round(memory / 2**30, 1),
@@ -243,6 +304,8 @@ def main() -> None:
     text = json.dumps(record, indent=2, sort_keys=True)
     write_atomically(out / "record.json", text.encode() + b"\n")
     write_report(out)
+    if finished.path is not None and not options.only:
+        finished.path.unlink()  # the next whole run measures anew
     print(f"{len(jobs)} contenders measured in {record['seconds']:.0f} s: {out}")
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -6,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.job import Job, execute, public_message, relative_error, run
-from benchmarks.results import Row
-from benchmarks.run import measure, plan
+from benchmarks.results import Row, table
+from benchmarks.run import Finished, measure, plan
 from tests.benchmarks.fakes import TASKS
 
 REGISTRY = "tests.benchmarks.fakes"
@@ -65,10 +66,11 @@ def test_each_layout_of_the_unit_is_measured_and_the_fastest_comes_first() -> No
     assert seconds == sorted(seconds)
 
 
-def test_fresh_processes_measure_what_was_planned_and_show_failures() -> None:
+def test_fresh_processes_measure_what_was_planned_and_show_failures(tmp_path: Path) -> None:
     jobs = plan(TASKS, ["/right", "/raising"], "cpu")
     assert [job.contender for job in jobs] == ["right", "raising"]
-    outcome = measure(TASKS, jobs, JOB, 60, registry=REGISTRY)
+    kept = tmp_path / "finished.jsonl"
+    outcome = measure(TASKS, jobs, JOB, 60, finished=Finished(kept), registry=REGISTRY)
     assert [row.task for row in outcome.rows] == ["unit"] * 3 + ["gradient"] * 2
     right, raising = outcome.rows[3:]
     assert right.status == "ok"
@@ -76,6 +78,19 @@ def test_fresh_processes_measure_what_was_planned_and_show_failures() -> None:
     assert raising.status == "failed"
     assert raising.message == "ArithmeticError: no rule for …"
     assert math.isnan(raising.fb)
+    # A second run finds everything done, even without the registry.
+    again = measure(TASKS, jobs, JOB, 60, finished=Finished(kept), registry="no.such.module")
+    assert table(again.rows).equals(table(outcome.rows))
+
+
+def test_a_job_cut_short_is_done_again(tmp_path: Path) -> None:
+    kept = tmp_path / "finished.jsonl"
+    done = {"job": "contender/a/b/c", "task": "a", "seconds": 2.0, "result": "no"}
+    kept.write_text(json.dumps(done) + "\n" + json.dumps(done | {"job": "contender/a/b/d"})[:-9])
+    finished = Finished(kept)
+    assert finished.holds(Job("contender", "a", "b", "c"))
+    assert not finished.holds(Job("contender", "a", "b", "d"))
+    assert finished.seconds == {"a": 2.0}
 
 
 def test_a_contender_beyond_the_time_limit_has_failed(job: Job) -> None:
