@@ -10,7 +10,7 @@ from torch import nn
 import pai_utils as pai
 from tests.cases import Images, fingerprint, flattened, relative_error
 
-SECOND_ORDER: dict[str, dict[str, int]] = {
+SECOND_ORDER: dict[str, dict[str, Any]] = {
     "fisher_diag": {},
     "ggn_diag": {},
     "block_fisher": {"block_size": 16},
