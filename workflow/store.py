@@ -1,6 +1,6 @@
-"""Keep what a grid's cells wrote: `store.py GRID` copies tables and records to `results/GRID/`.
+"""Keep what a grid's cells wrote: `store.py GRID` copies it to `results/GRID/`.
 
-Figures and masks are left out: figures are drawn from the tables, and masks are large.
+Tables, figures and records are kept; masks, which are large, are not.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from cells import Layout, problems, read_grid
 
-KEPT = (".csv", ".json")
+KEPT = (".csv", ".json", ".png")
 
 
 def store(layout: Layout, results: Path) -> list[Path]:
-    """Copy every cell's tables and record to a folder of its own, and return these folders.
+    """Copy every cell's tables, figures and record to a folder of its own; return these folders.
 
     Raises:
         ValueError: A cell is not executed, or its copy or record is not whole; nothing is copied.
@@ -42,7 +42,7 @@ def store(layout: Layout, results: Path) -> list[Path]:
 
 def main() -> int:
     """Store what the command line names."""
-    parser = argparse.ArgumentParser(description="Keep the tables and records of a grid's cells.")
+    parser = argparse.ArgumentParser(description="Keep what a grid's cells wrote.")
     parser.add_argument("grid", help="the name of a file in workflow/grids")
     try:
         for folder in store(Layout(parser.parse_args().grid), Path("results")):

@@ -22,13 +22,13 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     return layout
 
 
-def test_tables_and_records_replace_those_of_an_earlier_run(layout: Layout) -> None:
+def test_tables_figures_and_records_replace_those_of_an_earlier_run(layout: Layout) -> None:
     old = Path("results/wide/half/old.csv")
     old.parent.mkdir(parents=True)
     old.write_text("old")
     assert store(layout, Path("results")) == [Path("results/wide/half")]
     kept = sorted(path.name for path in Path("results").rglob("*") if path.is_file())
-    assert kept == ["record.json", "table.csv"]
+    assert kept == ["figure.png", "record.json", "table.csv"]
 
 
 @pytest.mark.parametrize("lacking", ["half.ipynb", "half/record.json"])
