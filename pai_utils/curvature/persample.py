@@ -15,9 +15,9 @@ one layer exist at any time.
 
 A weight used in any other way (shared by several calls, reshaped, inside
 ``nn.MultiheadAttention``, or in a layout whose rows are not grouped by sample) takes a generic
-path, one backward a sample, with the same result. Which weights do is found by trial on two
-samples: a weight that receives a gradient although its observed calls are cut off is used
-elsewhere, and rows are grouped by sample where changing one sample changes its half alone.
+path, one backward a sample, with the same result. Which weights do is found on the first batch: a
+weight that its graph reaches although its observed calls are cut off is used elsewhere, and rows
+are grouped by sample where those of one sample stay the same beside another one.
 """
 
 from __future__ import annotations
@@ -346,7 +346,9 @@ def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
                 "the model recomputes activations in its backward pass, where its weights cannot "
                 "be observed; switch that off (timm: model.set_grad_checkpointing(False))"
             )
-        found |= {names[i] for i in (id(getattr(node, "variable", None)),) if i in names}
+        variable = id(getattr(node, "variable", None))
+        if variable in names:
+            found.add(names[variable])
         waiting += [following for following, _ in node.next_functions]
     return found
 
@@ -466,8 +468,8 @@ def receive_gradients(
             fast = {name: weight for name, weight in weights.items() if name not in generic}
             slow = {name: weight for name, weight in weights.items() if name in generic}
             if fast:
-                logits, _ = _observe(receiver, model, fast, batch)
-                _pull_back(logits, batch, cotangents)
+                # Nothing of it is named here, which would keep the layers' inputs for the next.
+                _pull_back(_observe(receiver, model, fast, batch)[0], batch, cotangents)
             if slow:
                 _receive_singles(receiver, model, slow, batch, cotangents)
 
