@@ -42,7 +42,8 @@ Cotangents = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
 """``(logits [B, C], labels [B], rows [B]) -> cotangents``, each ``[B, C]``."""
 
 _CPU_CHUNK_BYTES = 4 * 2**20
-_CPU_BLOCK_BYTES = 2**20  # about a core's second-level cache
+_CPU_BLOCK_BYTES = 2 * 2**20  # of a sample: about a core's caches
+_SMALL = 2**13  # entries below which a call costs more than its work
 _GPU_CHUNK_BYTES = 256 * 2**20
 _ROUNDING_SHARE = 0.1  # most that rounding may move a layer's input, over what other images do
 
@@ -192,17 +193,19 @@ def _add_squared_products_(
     """Linear layers and ungrouped convolutions: G_n is a product of two matrices.
 
     On CPUs the time goes into memory rather than into the products, so a block of the weight's
-    rows is finished for all samples while it lies in the cache.
+    rows is finished for all samples while it lies in the cache, a few samples a thread at once: a
+    product of one sample's block is too small to be shared by threads.
     """
     left = _positions(gradient, call, samples)  # [samples, L, out]
     matrix = total if call.convolution is None else total.permute(0, 2, 3, 1)
     matrix = matrix.reshape(len(total), -1)  # [out, K], a view where the layout allows
-    most = max(1, _block_bytes(total) // total.element_size())  # entries of G to form at once
+    most = max(1, _block_bytes(total) // total.element_size())  # entries of a G_n to form at once
     rows = max(1, min(len(total), most // matrix.shape[1]))
     rows = math.ceil(len(total) / math.ceil(len(total) / rows))
-    step = max(1, min(samples, most // matrix.numel()))
+    step = min(samples, max(_samples_at_once(total), most // matrix.numel()))
     # Patches of all samples if they are needed for several blocks of rows.
     taken = samples if rows < len(total) else step
+    products = matrix.new_empty(step, rows, matrix.shape[1])
     for start in range(0, samples, taken):
         here = slice(start, min(start + taken, samples))
         right = _patches(inputs, call, samples, here)  # [b, L, K]
@@ -210,8 +213,9 @@ def _add_squared_products_(
             block = matrix[row : row + rows]
             for first in range(0, here.stop - here.start, step):
                 part = slice(first, first + step)
-                chosen = left[here][part, :, row : row + rows]
-                _add_squares_(block, torch.bmm(chosen.mT, right[part]))
+                chosen = left[here][part, :, row : row + rows].mT
+                out = products[: len(chosen), : len(block)]
+                _add_squares_(block, torch.bmm(chosen, right[part], out=out))
     if matrix.data_ptr() != total.data_ptr():
         shape = (len(total), *total.shape[2:], total.shape[1])
         total.copy_(matrix.view(shape).permute(0, 3, 1, 2))
@@ -220,6 +224,11 @@ def _add_squared_products_(
 def _block_bytes(like: Tensor) -> int:
     """Bytes of a block of gradients that stays in a core's cache, or that fills a GPU."""
     return _GPU_CHUNK_BYTES if like.device.type == "cuda" else _CPU_BLOCK_BYTES
+
+
+def _samples_at_once(like: Tensor) -> int:
+    """Fewest samples whose blocks are formed by one call."""
+    return 1 if like.device.type == "cuda" else 2 * torch.get_num_threads()
 
 
 def _positions(gradient: Tensor, call: Call, samples: int) -> Tensor:
@@ -297,8 +306,10 @@ def _add_squared_groups_(
 
 
 def _add_squares_(total: Tensor, each: Tensor) -> None:
-    if each.shape[0] == 1:
-        total.addcmul_(each[0], each[0])
+    """Add Σ_n of the squares of ``each [b, ...]``, which may be overwritten."""
+    if len(each) == 1 or (each.device.type == "cpu" and total.numel() > _SMALL):
+        for gradient in each.unbind():
+            total.addcmul_(gradient, gradient)
     else:
         total.add_(each.square_().sum(0))
 
