@@ -24,7 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measuring import Timing, in_turns, limit_memory, memory_level, peak_memory, timed
+from benchmarks.measuring import (
+    Timing,
+    in_turns,
+    keep_freed_memory,
+    limit_memory,
+    memory_level,
+    peak_memory,
+    timed,
+)
 from benchmarks.problems import LAYOUTS
 from benchmarks.results import UNIT, Row
 from benchmarks.tasks import Contender, Steps, Task, Vector
@@ -125,6 +133,7 @@ def _measure_unit(job: Job, subject: Any) -> list[Row]:
         level = memory_level(here.device)
         with peak_memory(here.device, level) as peak:
             unit()
+        keep_freed_memory()
         timing = in_turns(unit, unit, here.device, budget=job.budget / 2)
         rows.append(
             replace(
@@ -165,6 +174,7 @@ def _measure(
                 memory=_multiple(peak.bytes, subject.memory_unit or job.unit_memory),
             )
         )
+    keep_freed_memory()
     whole = sum(first_calls.values())
     quick = whole < _PATIENCE
     if quick and len(prepared) > 1:

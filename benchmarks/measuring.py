@@ -17,6 +17,7 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 Step = Callable[[], object]
 
 
@@ -121,6 +122,18 @@ def peak_memory(device: torch.device, level: int) -> Iterator[Peak]:
 def limit_memory(bytes_: int) -> None:
     """Make allocations beyond ``bytes_`` fail in this process, instead of the whole machine."""
     resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees (glibc), so that times are not those of page faults.
+
+    Large tensors are otherwise given back and mapped again at every call: seconds of a large
+    model then differ by a fifth, by chance and for every contender.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
+            mallopt(parameter, value)
 
 
 def _kibibytes(entry: str) -> int:

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import time
 
@@ -21,6 +22,27 @@ def test_peak_memory_is_that_of_the_calls_inside() -> None:
         torch.ones(50 * MIB // 4)
     assert 98 * MIB <= before.bytes <= 110 * MIB
     assert 48 * MIB <= peak.bytes <= 60 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults of glibc's allocator")
+def test_times_are_taken_without_page_faults() -> None:
+    script = """
+import resource, torch
+from benchmarks.measuring import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults(), faults()
+keep_freed_memory()
+print(usual[1], (faults(), faults())[1])
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    usual, kept = map(int, out.split())
+    assert kept < 100
+    assert usual > 10 * max(kept, 1)
 
 
 def test_a_step_is_timed_in_multiples_of_its_unit() -> None:
