@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from pai_utils.execution import (
     draw_samples,
     fitting_batches,
     paired,
+    progress,
     share_of_work,
     sum_over_processes,
     sum_over_processes_,
@@ -93,6 +94,9 @@ class CurvatureOperator(ABC):
             ``memory`` is too small; at the first product, if the loss is not finite or a label
             goes beyond the model's classes.
     """
+
+    bar: str | None = None
+    """Name of a progress bar over batches; callers who take many products show one over these."""
 
     def __init__(
         self,
@@ -153,43 +157,64 @@ class CurvatureOperator(ABC):
             RuntimeError: if weights, data or model changed between products.
         """
         self._check_vector(vector)
+        vectors = [
+            vector[name].detach().to(weight)
+            for name, weight in zip(self._names, self._weights, strict=True)
+        ]
+        return self._sum(lambda graph, keep: graph.multiply(vectors, keep=keep))
+
+    def _sum(self, part: Callable[[Any, bool], Iterable[Tensor]]) -> dict[str, Tensor]:
+        """Σ over all batches of ``part(graph, whether the graph is needed again)``."""
         changed = [n for n, p in self._originals.items() if p._version != self._versions[n]]
         if changed:
             raise RuntimeError(
                 f"the weights of {changed[0]!r} changed after the operator was made; make a new one"
             )
-        vectors = [
-            vector[name].detach().to(weight)
-            for name, weight in zip(self._names, self._weights, strict=True)
-        ]
-        totals = fitting_batches(lambda size: self._product(vectors, size), self._batch_size)
+        totals = fitting_batches(lambda size: self._sum_in_batches(part, size), self._batch_size)
         return sum_over_processes(dict(zip(self._names, totals, strict=True)))
 
     @abstractmethod
     def _graph(
-        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
+        self,
+        logits: Tensor,
+        inputs: list[Tensor],
+        labels: Tensor,
+        share: float,
+        layers: FastSecondDerivatives,
     ) -> _Graph:
-        """The graph of a batch that holds ``share`` of all samples."""
+        """The graph from ``inputs``, the weights, of a batch with ``share`` of all samples."""
 
-    def _product(self, vectors: list[Tensor], batch_size: int) -> list[Tensor]:
+    def _sum_in_batches(
+        self, part: Callable[[Any, bool], Iterable[Tensor]], batch_size: int
+    ) -> list[Tensor]:
         if batch_size != self._batch_size:  # memory ran out
             self._batch_size, self._memory = batch_size, 0
-            self._kept, self._kept_bytes, self._losses = {}, 0, None
+            self._losses = None
+            self._drop()
         if not len(self._indices):  # fewer samples than processes
-            return [torch.zeros_like(v, dtype=_accumulator(v.dtype)) for v in vectors]
+            return [torch.zeros_like(w, dtype=_accumulator(w.dtype)) for w in self._weights]
         totals: list[Tensor] = []
         losses = []
-        for number, rows in enumerate(self._indices.split(batch_size)):
+        split = self._indices.split(batch_size)
+        loop = split if self.bar is None else progress(split, self.bar)
+        for number, rows in enumerate(loop):
             with _own_precision(self._model):
                 graph = self._kept.get(number) or self._build(number, rows)
-                products = graph.multiply(vectors, keep=number in self._kept)
-            parts = [part.to(_accumulator(part.dtype)) for part in products]
+                found = part(graph, number in self._kept)
+            parts = [value.detach().to(_accumulator(value.dtype)) for value in found]
             # Not in place: autograd may hand out its own tensors, or the caller's.
             totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
             losses.append(graph.loss)
-            del graph, products, parts
+            del graph, found, parts
         self._check_losses(torch.stack(losses))
         return totals
+
+    def _inputs(self) -> list[Tensor]:
+        """The weights that a graph is made with."""
+        return self._weights
+
+    def _drop(self) -> None:
+        self._kept, self._kept_bytes = {}, 0
 
     def _build(self, number: int, rows: Tensor) -> _Graph:
         """Run a batch, and keep its graph if it fits."""
@@ -203,10 +228,12 @@ class CurvatureOperator(ABC):
             FastSecondDerivatives() as layers,
             _saved_storages() as storages,
         ):
-            logits = functional_call(self._model, self._values, (paired(images),))
+            inputs = self._inputs()
+            values = self._values | dict(zip(self._names, inputs, strict=True))
+            logits = functional_call(self._model, values, (paired(images),))
             if number not in self._kept and self._losses is None:
                 check_labels(labels, logits.shape[1])
-            graph = self._graph(logits, paired(labels), share, layers)
+            graph = self._graph(logits, inputs, paired(labels), share, layers)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
         if self._kept_bytes + size <= self._memory:
@@ -253,14 +280,40 @@ class HessianOperator(CurvatureOperator):
 
     In units of one forward and backward pass, counting products of matrices: the first product
     takes 8/3 (1/3 for the forward, 1/3 for the gradient without its weights' part, 2 for the
-    backward through both), each further one on kept graphs 2.
+    backward through both), each further one on kept graphs 2. Where :meth:`gradient` was asked
+    for before, which takes 1, so does every product on the graphs it left.
     """
 
+    _with_values = False  # whether the graphs hold the gradient's values
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Gradient of the mean cross-entropy; its graphs are kept for the products.
+
+        Returns:
+            One tensor a name, of the parameter's shape, at least in float32.
+
+        Raises:
+            RuntimeError: if weights, data or model changed since a product.
+        """
+        if not self._with_values:
+            self._with_values = True
+            self._drop()
+        return self._sum(lambda graph, keep: graph.gradients)
+
+    def _inputs(self) -> list[Tensor]:
+        # Of a leaf's gradient the fast layers would not compute the value.
+        return [w.view_as(w) for w in self._weights] if self._with_values else self._weights
+
     def _graph(
-        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
-    ) -> _Graph:
+        self,
+        logits: Tensor,
+        inputs: list[Tensor],
+        labels: Tensor,
+        share: float,
+        layers: FastSecondDerivatives,
+    ) -> _HessianGraph:
         loss = share * F.cross_entropy(logits, labels)
-        gradients = _gradients(loss, self._weights, create_graph=True)
+        gradients = _gradients(loss, inputs, create_graph=True)
         return _HessianGraph(loss.detach(), self._weights, gradients)
 
 
@@ -273,12 +326,17 @@ class GGNOperator(CurvatureOperator):
     """
 
     def _graph(
-        self, logits: Tensor, labels: Tensor, share: float, layers: FastSecondDerivatives
+        self,
+        logits: Tensor,
+        inputs: list[Tensor],
+        labels: Tensor,
+        share: float,
+        layers: FastSecondDerivatives,
     ) -> _Graph:
         loss = share * F.cross_entropy(logits.detach(), labels)
         # Jᵀu is linear in u: its derivative does not depend on where it is taken.
         cotangent = torch.zeros_like(logits, requires_grad=True)
-        pulled = _gradients(logits, self._weights, cotangent, create_graph=True)
+        pulled = _gradients(logits, inputs, cotangent, create_graph=True)
         share /= len(labels)
         return _GGNGraph(loss, self._weights, logits, cotangent, pulled, share, layers)
 

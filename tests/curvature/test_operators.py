@@ -72,6 +72,24 @@ def test_ggn_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int
     assert relative_error(flattened(product), dense_ggn(case) @ flattened(v)) <= 1e-10
 
 
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 3}, {"batch_size": 3, "memory": 0}])
+def test_the_gradient_shares_its_graphs_with_the_products(
+    case: Case, settings: dict[str, int]
+) -> None:
+    operator = HessianOperator(case.model, case.names, case.data, **settings)
+    vector = vector_for(case)
+    first = flattened(operator(vector))
+    gradient = operator.gradient()
+    case.model.eval()
+    weights = [case.model.get_parameter(name) for name in case.names]
+    loss = F.cross_entropy(case.model(case.data.images), case.data.labels)
+    expected = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    assert relative_error(flattened(gradient), torch.cat([g.flatten() for g in expected])) <= 1e-10
+    kept = operator.kept_bytes
+    assert relative_error(flattened(operator(vector)), first) <= 1e-10
+    assert operator.kept_bytes == kept
+
+
 @kinds
 def test_products_on_kept_and_on_rebuilt_graphs_are_the_same(
     kind: type[CurvatureOperator], case: Case
