@@ -27,7 +27,7 @@ from pai_utils.execution import (
     undisturbed,
     unknown_name,
 )
-from pai_utils.heads import features
+from pai_utils.heads import PROTOCOLS, features, fit_head
 from pai_utils.masks import Mask, check_sparsity, make_mask
 from pai_utils.scorers import SCORERS, score
 from pai_utils.tasks import Task
@@ -81,6 +81,45 @@ def evaluate_heads(
             logits = heads[name](values.to(device_of(heads[name]))).cpu()
         results[name] = _evaluation(logits, labels)
     return results
+
+
+def protocol_gap(
+    backbone: Backbone, tasks: Mapping[str, Task], *, batch_size: int = 128
+) -> pd.DataFrame:
+    """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
+
+    Args:
+        backbone: the dense encoder.
+        tasks: the tasks, by name.
+        batch_size: images a forward.
+
+    Returns:
+        One row a task and protocol: ``task``, ``protocol``, ``accuracy``, its 95 % interval
+        ``low`` and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
+    """
+    rows = []
+    for name, task in tasks.items():
+        values, labels = features(backbone, task.test, batch_size=batch_size)
+        clean = float("nan")
+        for protocol in PROTOCOLS:
+            head = fit_head(backbone, task, protocol=protocol, batch_size=batch_size).cpu()
+            with torch.inference_mode():
+                found = _evaluation(head(values), labels)
+            if protocol == "clean":
+                clean = found.accuracy
+            low, high = found.interval
+            rows.append(
+                {
+                    "task": name,
+                    "protocol": protocol,
+                    "accuracy": found.accuracy,
+                    "low": low,
+                    "high": high,
+                    "count": found.count,
+                    "gain": found.accuracy - clean,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def retention(accuracy: float, dense: float, chance: float) -> float:

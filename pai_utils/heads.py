@@ -6,8 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone
-from pai_utils.execution import Samples, batches, device_of, fitting_batches, undisturbed
+from pai_utils.execution import (
+    Samples,
+    batches,
+    device_of,
+    fitting_batches,
+    undisturbed,
+    unknown_name,
+)
 from pai_utils.tasks import Task
+
+PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
+"""The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
 
 
 def features(backbone: nn.Module, data: Samples, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -24,15 +34,23 @@ def features(backbone: nn.Module, data: Samples, *, batch_size: int = 64) -> tup
 
 
 def fit_head(
-    backbone: Backbone, task: Task, *, inverse_penalty: float = 0.1, batch_size: int = 64
+    backbone: Backbone,
+    task: Task,
+    *,
+    protocol: str = "clean",
+    inverse_penalty: float = 0.1,
+    batch_size: int = 64,
 ) -> nn.Linear:
-    """Multinomial logistic regression on standardised features of ``task.train``.
+    """Multinomial logistic regression on standardised features of one part of ``task``.
 
     The standardisation is folded into the returned layer, so that it applies to raw features.
 
     Args:
         backbone: the encoder, usually dense; left as it was.
-        task: its training split is used, and nothing else.
+        task: of which one split is used, and nothing else.
+        protocol: ``"clean"`` fits on ``task.train``. ``"paper-transfer"`` fits on ``task.test``,
+            the very images that accuracy is reported on, as some public code does; it is here to
+            measure what that leak is worth (:func:`pai_utils.evaluation.protocol_gap`).
         inverse_penalty: scikit-learn's ``C``, the inverse of the L2 penalty's strength.
         batch_size: images a forward.
 
@@ -40,19 +58,23 @@ def fit_head(
         Frozen ``nn.Linear(feature_dim, classes)`` on the encoder's device.
 
     Raises:
-        ValueError: if the features are not finite or a class has no training sample.
+        ValueError: if the protocol is unknown, the features are not finite, or a class has no
+            sample in the split.
     """
     from sklearn.linear_model import LogisticRegression
 
-    values, labels = features(backbone, task.train, batch_size=batch_size)
+    if protocol not in PROTOCOLS:
+        raise unknown_name("protocol", protocol, PROTOCOLS)
+    split = PROTOCOLS[protocol]
+    values, labels = features(backbone, getattr(task, split), batch_size=batch_size)
     if not torch.isfinite(values).all():
         raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
     classes = len(task.class_names)
     absent = sorted(set(range(classes)) - set(labels.tolist()))
     if absent:
         raise ValueError(
-            f"task {task.name!r} has no training sample of class {task.class_names[absent[0]]!r}; "
-            "raise train_size"
+            f"the {split} part of task {task.name!r} has no sample of class "
+            f"{task.class_names[absent[0]]!r}; raise {split}_size"
         )
     mean, std = values.double().mean(0), values.double().std(0, correction=0)
     # A feature that varies by rounding only, such as a bias alone, must not be blown up.
