@@ -34,6 +34,7 @@ from pai_utils.execution import (
     share_of_work,
     sum_over_processes,
     undisturbed,
+    unknown_name,
 )
 
 GGN_ESTIMATORS = ("mc", "exact", "batch")
@@ -107,7 +108,7 @@ def ggn_diagonal(
         ValueError: if ``estimator`` is unknown or ``draws`` is below one.
     """
     if estimator not in GGN_ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r} is unknown; choose from {list(GGN_ESTIMATORS)}")
+        raise unknown_name("estimator", estimator, GGN_ESTIMATORS)
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one label a sample is needed")
     indices = draw_samples(data, samples, seed)

@@ -19,6 +19,7 @@ from pai_utils.execution import (
     share_of_work,
     sum_over_processes,
     undisturbed,
+    unknown_name,
 )
 
 INPUTS = ("data", "noise")
@@ -68,7 +69,7 @@ def ntk_sap(
     if perturbations < 1:
         raise ValueError(f"perturbations={perturbations}: at least one is needed")
     if inputs not in INPUTS:
-        raise ValueError(f"inputs={inputs!r} is unknown; choose from {list(INPUTS)}")
+        raise unknown_name("inputs", inputs, INPUTS)
     device = device_of(model)
     indices = draw_samples(data, samples, seed)
     share = share_of_work(len(indices))

@@ -21,6 +21,7 @@ from pai_utils.execution import (
     share_of_work,
     sum_over_processes,
     undisturbed,
+    unknown_name,
 )
 from pai_utils.scorers.linearised import PathNetwork, Recorder
 
@@ -124,7 +125,7 @@ def px(
         ValueError: if ``estimator`` is unknown.
     """
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r} is unknown; choose from {list(ESTIMATORS)}")
+        raise unknown_name("estimator", estimator, ESTIMATORS)
     indices = draw_samples(data, samples, seed)
     rows = indices[share_of_work(len(indices))]
     device = device_of(model)

@@ -134,7 +134,7 @@ def test_noise_is_seeded_and_takes_nothing_but_the_shape_of_the_images() -> None
         ({"epsilon": 0.0}, r"epsilon=0\.0"),
         ({"epsilon": float("inf")}, "epsilon=inf"),
         ({"perturbations": 0}, "perturbations=0"),
-        ({"inputs": "random"}, "inputs='random' is unknown; choose from .*data.*noise"),
+        ({"inputs": "random"}, "unknown inputs 'random'.* Choose from: data, noise"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, float | str], message: str) -> None:

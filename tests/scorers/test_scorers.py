@@ -189,7 +189,7 @@ def test_one_seed_draws_one_set_of_samples_and_labels() -> None:
         ("ggn_dig", {}, "unknown scorer 'ggn_dig'; did you mean 'ggn_diag'.*magnitude"),
         ("ggn_diag", {"estimater": "mc"}, "no option 'estimater'; its options are: estimator, dra"),
         ("magnitude", {"draws": 2}, "'magnitude' has no option 'draws'; its options are: none"),
-        ("ggn_diag", {"estimator": "all"}, "'all' is unknown"),
+        ("ggn_diag", {"estimator": "all"}, "unknown estimator 'all'"),
         ("ggn_diag", {"samples": 0}, "samples=0"),
         ("ggn_diag", {"samples": 31}, "samples=31 but the dataset holds 30"),
         ("fisher_diag", {"samples": None, "batch_size": 0}, "batch_size=0"),
