@@ -53,9 +53,8 @@ def snip(
 
     def compute(size: int) -> dict[str, Tensor]:
         totals = {
-            name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-            for name, w in values.items()
-            if name in leaves
+            name: torch.zeros_like(w.detach(), dtype=torch.promote_types(w.dtype, torch.float32))
+            for name, w in leaves.items()
         }
         if not len(share):  # fewer samples than processes
             return totals
@@ -76,7 +75,7 @@ def snip(
 
     with undisturbed(model):
         gradient = sum_over_processes(fitting_batches(compute, batch_size))
-    return {name: (values[name] * g).abs_() for name, g in gradient.items()}
+    return {name: g.mul_(values[name]).abs_() for name, g in gradient.items()}
 
 
 def grasp(
@@ -116,7 +115,7 @@ def grasp(
     )
     operator.temperature = temperature
     product = operator(operator.gradient())
-    return {name: weight * product[name] for name, weight in operator.parameters.items()}
+    return {name: product[name].mul_(weight) for name, weight in operator.parameters.items()}
 
 
 class _TemperedHessian(HessianOperator):
