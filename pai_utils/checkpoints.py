@@ -21,8 +21,10 @@ import math
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,22 @@ __all__ = [
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """Endings of the files that can be read."""
 _LISTED_NAMES = 5
+# What reading altered bytes can end in: a pickle's opcodes then act on the wrong operands.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -276,15 +294,7 @@ def _read(path: Path) -> object:
             "loaded because they could run code; fetch it again, or ask its publisher for a file "
             "of the state dict alone, best as .safetensors"
         ) from error
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-    ) as error:
+    except (SafetensorError, *_DAMAGE) as error:
         raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import http.server
 import logging
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from pai_utils.checkpoints import (
     check_digest,
     fetch,
     may_download,
+    read_checkpoint,
     sha256_of,
     weights_root,
 )
@@ -162,6 +164,15 @@ def test_dinos_backbone_file_holds_bare_names_and_no_head(tmp_path: Path) -> Non
     )
 
 
+def test_timm_names_the_tensors_of_a_vision_transformer_as_dinos_code_does() -> None:
+    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    modules = ["patch_embed.proj", *(f"blocks.{i}.{x}" for i in range(12) for x in layers), "norm"]
+    expected = ["cls_token", "pos_embed"]
+    expected += [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    for name in ("vit_small.dino", "vit_base.dino"):
+        assert list(state_of(PRESETS[name].architecture)) == expected
+
+
 @pytest.mark.parametrize(
     ("wrap", "layout"),
     [
@@ -279,6 +290,27 @@ def test_allowing_arguments_does_not_outlive_the_load(tmp_path: Path) -> None:
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_hidden_among_a_training_files_arguments_never_runs(
+    zipped: bool, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    content = dino(state_of(RESNET), "module.", "")
+    content["args"].output_dir = Payload(marker)
+    path = saved(content, tmp_path / "checkpoint.pth", zipped=zipped)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth.*objects other than tensors"):
+        loaded(path, RESNET)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
 def test_a_truncated_file_from_before_the_zip_format_is_refused(
     share: float, tmp_path: Path
@@ -288,6 +320,28 @@ def test_a_truncated_file_from_before_the_zip_format_is_refused(
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"moco\.pth\.tar"):
         loaded(path, RESNET)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_altered_bytes_end_in_a_value_error_that_names_the_file_or_in_tensors(
+    zipped: bool, tmp_path: Path
+) -> None:
+    state = {"conv.weight": torch.randn(2, 3), "bn.num_batches_tracked": torch.tensor(3)}
+    path = saved(mocov2(state), tmp_path / "moco.pth", zipped=zipped)
+    content, refused = path.read_bytes(), 0
+    draw = random.Random(0)
+    for _ in range(400):
+        altered = bytearray(content)
+        for _ in range(draw.choice([1, 4])):
+            altered[draw.randrange(len(altered))] ^= 1 << draw.randrange(8)
+        path.write_bytes(altered)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith("moco.pth ")  # noqa: PT017
+            refused += 1
+    assert refused > 200
 
 
 # --- digests ---
