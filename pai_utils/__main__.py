@@ -44,7 +44,7 @@ def main() -> None:
 @main.command("list")
 def list_names() -> None:
     """Name the backbones, tasks and scorers, with a line on each."""
-    from pai_utils.backbones import BACKBONES
+    from pai_utils.backbones import BACKBONES, PRESETS
     from pai_utils.scorers import SCORERS
     from pai_utils.tasks import TASKS
 
@@ -52,6 +52,11 @@ def list_names() -> None:
         "Backbones": {
             name: f"{spec.description}; {spec.image_size} px, {spec.licence}"
             for name, spec in BACKBONES.items()
+        }
+        | {
+            name: f"{preset.description}; {preset.transform.image_size} px, {preset.licence}, "
+            "fetched on request"
+            for name, preset in PRESETS.items()
         }
         | {
             "timm:<model>": "any model of timm, with its weights from the Hugging Face hub",
@@ -238,6 +243,7 @@ def _checks() -> Iterator[_Check]:
         return
     yield _device()
     yield from _embedded()
+    yield from _fetched()
 
 
 def _packages() -> Iterator[_Check]:
@@ -270,12 +276,13 @@ def _device() -> _Check:
 
 def _embedded() -> Iterator[_Check]:
     """Weights, whose checksums are compared, and images, which are read."""
-    from pai_utils.backbones import BACKBONES, _check_sha256
+    from pai_utils.backbones import BACKBONES
+    from pai_utils.checkpoints import check_digest
     from pai_utils.tasks import TASKS
 
     for name, spec in BACKBONES.items():
         try:
-            _check_sha256(spec.path, spec.sha256, f"reinstall the package {spec.package}")
+            check_digest(spec.path, spec.sha256, f"reinstall the package {spec.package}")
             yield _Check(f"weights {name}", True, f"{spec.path.name} of {spec.package}, intact")
         except (ImportError, OSError, ValueError) as error:
             yield _Check(f"weights {name}", False, str(error))
@@ -285,6 +292,29 @@ def _embedded() -> Iterator[_Check]:
             yield _Check(f"data {name}", True, f"{images:,} images")
         except (ImportError, OSError, ValueError, EOFError, zlib.error) as error:
             yield _Check(f"data {name}", False, f"{error}; {_INSTALL}")
+
+
+def _fetched() -> Iterator[_Check]:
+    """Published weights on disk: those that are altered one by one, the others in one line."""
+    from pai_utils.backbones import PRESETS
+    from pai_utils.checkpoints import check_digest, weights_root
+
+    found, absent = [], []
+    for name, preset in PRESETS.items():
+        path = preset.path
+        if path is None:
+            absent.append(name)
+            continue
+        try:
+            if preset.digest is not None:
+                check_digest(path, preset.digest, f"remove it from {path.parent}")
+            found.append(name)
+        except (OSError, ValueError) as error:
+            yield _Check(f"preset {name}", False, str(error))
+    text = f"{', '.join(found) or 'none'} found in {weights_root()} or the hub's cache"
+    if absent:
+        text += f"; {', '.join(absent)}: fetched by load_backbone(name, download=True)"
+    yield _Check("presets", True, text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Pre-trained image encoders, the classifier built on one, and the weights that may be pruned.
 
-An encoder comes from one of three places:
+An encoder comes from one of four places:
 
 - a package of the environment that ships real weights (`BACKBONES`), read by checksum;
+- a file that its publisher offers (`PRESETS`), fetched once and only when asked for;
 - any timm model, with weights from the Hugging Face hub or at a seeded random initialisation;
 - a local checkpoint for a timm architecture.
 
@@ -15,18 +16,28 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import math
-import pickle
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pai_utils.checkpoints import (
+    SUFFIXES,
+    CheckpointReport,
+    check_digest,
+    fetch,
+    load_checkpoint,
+    load_state,
+    may_download,
+    read_checkpoint,
+    resample_position,
+    sha256_of,
+    weights_root,
+)
 from pai_utils.execution import unknown_name
 
 if TYPE_CHECKING:
@@ -34,10 +45,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKBONES",
+    "PRESETS",
     "Backbone",
     "BackboneSpec",
     "Classifier",
     "ImageTransform",
+    "PresetSpec",
     "Provenance",
     "load_backbone",
     "prunable_parameters",
@@ -47,7 +60,12 @@ _INTERPOLATIONS = ("bilinear", "bicubic")
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_LISTED_NAMES = 5
+_HUB_FILE = "model.safetensors"
+
+
+def _check_image_size(image_size: int) -> None:
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,8 @@ class Backbone(nn.Module):
         image_size: side S of the images it takes, in pixels.
         transform: the preprocessing its weights expect.
         provenance: where its weights come from.
+        checkpoint: what the file of its weights held and what was left out of it; `None` unless
+            they come from a checkpoint.
     """
 
     def __init__(
@@ -188,6 +208,7 @@ class Backbone(nn.Module):
         feature_dim: int,
         transform: ImageTransform,
         provenance: Provenance,
+        checkpoint: CheckpointReport | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -195,6 +216,7 @@ class Backbone(nn.Module):
         self.feature_dim = feature_dim
         self.transform = transform
         self.provenance = provenance
+        self.checkpoint = checkpoint
         self.train(encoder.training)
 
     @property
@@ -325,7 +347,7 @@ class BackboneSpec:
 
 def _read_efficientnet_lite0(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
     """Map the checkpoint's tensors onto timm's names by their order, checking each one."""
-    stored = _read_checkpoint(path)
+    stored = read_checkpoint(path)
     # The classifier comes last in both; the encoder has none.
     stored = {name: value for name, value in stored.items() if not name.startswith("_fc.")}
     target = encoder.state_dict()
@@ -369,7 +391,7 @@ def _read_vit_small_saliency(path: Path, encoder: nn.Module) -> dict[str, Tensor
         "cls_token": tensors[f"{prefix}cls_token"],
         # Fine-tuned with an interpolation that does not antialias; with it, the tokens are those
         # of the graph to rounding, and with timm's default they correlate at 0.9988 only.
-        "pos_embed": _resample_position(position, encoder, antialias=False),
+        "pos_embed": resample_position(position, encoder, antialias=False),
     }
     renamed = {
         "patch_embed.proj": f"{prefix}patch_embeddings.projection",
@@ -425,6 +447,128 @@ BACKBONES: dict[str, BackboneSpec] = {
 """Backbones whose weights come with the environment, by name."""
 
 
+@dataclass(frozen=True)
+class PresetSpec:
+    """A backbone whose weights their publisher offers as a file."""
+
+    description: str
+    architecture: str
+    """timm model name."""
+    transform: ImageTransform
+    """Preprocessing at the default size, as the publisher evaluates."""
+    licence: str
+    address: str
+    """Where the publisher offers the file, or `hub:` and a model of the Hugging Face hub."""
+    digest: str | None = None
+    """First digits of a digest that the publisher gives, as `check_digest` takes them."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return _HUB_FILE if self._hub_model else self.address.rpartition("/")[2]
+
+    @property
+    def folder(self) -> Path:
+        """Where the file is kept: the hub's own cache, or the folder of fetched weights."""
+        if self._hub_model:
+            from huggingface_hub import constants
+
+            return Path(constants.HF_HUB_CACHE)
+        return weights_root()
+
+    @property
+    def path(self) -> Path | None:
+        """Path of the file on disk, not yet checked; `None` if it is not there."""
+        if self._hub_model:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(self._hub_model, self.file)
+            return Path(found) if isinstance(found, str) else None
+        path = self.folder / self.file
+        return path if path.is_file() else None
+
+    def fetch(self) -> Path:
+        """Download the file and check it.
+
+        Raises:
+            ConnectionError: its address cannot be read.
+            ValueError: what came is not the expected file; nothing is kept of it.
+        """
+        if not self._hub_model:
+            path = self.folder / self.file
+            fetch(self.address, path, self.digest)
+            return path
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self._hub_model, self.file))
+        except OSError as error:
+            raise ConnectionError(
+                f"{self.file} of {self._hub_model} could not be fetched from the Hugging Face hub "
+                f"({type(error).__name__}); download it elsewhere and load it as "
+                f"file:<path>@{self.architecture}"
+            ) from error
+
+    @property
+    def _hub_model(self) -> str:
+        """Name of the model on the hub; empty for a file of another publisher."""
+        return self.address.removeprefix("hub:") if self.address.startswith("hub:") else ""
+
+
+# The publishers' evaluations: torchvision's and MoCo's resize bilinearly, DINO's bicubically.
+_BILINEAR = ImageTransform(224, _IMAGENET_MEAN, _IMAGENET_STD, "bilinear")
+_BICUBIC = ImageTransform(224, _IMAGENET_MEAN, _IMAGENET_STD, "bicubic")
+_META = "https://dl.fbaipublicfiles.com"
+
+PRESETS: dict[str, PresetSpec] = {
+    "resnet50.in1k": PresetSpec(
+        description="ResNet-50, supervised on ImageNet-1k (torchvision's first weights)",
+        architecture="resnet50",
+        transform=_BILINEAR,
+        licence="BSD-3-Clause",
+        address="https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        digest="sha256:0676ba61",
+    ),
+    "resnet50.mocov2": PresetSpec(
+        description="ResNet-50, MoCo v2 on ImageNet-1k without labels, 800 epochs",
+        architecture="resnet50",
+        transform=_BILINEAR,
+        licence="CC-BY-NC-4.0",
+        address=f"{_META}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+        digest="md5:a04e12f8",
+    ),
+    "resnet50.dino": PresetSpec(
+        description="ResNet-50, DINO on ImageNet-1k without labels",
+        architecture="resnet50",
+        transform=_BICUBIC,
+        licence="Apache-2.0",
+        address=f"{_META}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+    ),
+    "vit_small.dino": PresetSpec(
+        description="ViT-S/16, DINO on ImageNet-1k without labels",
+        architecture="vit_small_patch16_224",
+        transform=_BICUBIC,
+        licence="Apache-2.0",
+        address=f"{_META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    ),
+    "vit_base.dino": PresetSpec(
+        description="ViT-B/16, DINO on ImageNet-1k without labels",
+        architecture="vit_base_patch16_224",
+        transform=_BICUBIC,
+        licence="Apache-2.0",
+        address=f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ),
+    "vit_small.in1k": PresetSpec(
+        description="ViT-S/16, supervised on ImageNet-1k (AugReg)",
+        architecture="vit_small_patch16_224",
+        transform=ImageTransform(224, _HALF, _HALF, "bicubic"),
+        licence="Apache-2.0",
+        address="hub:timm/vit_small_patch16_224.augreg_in1k",
+    ),
+}
+"""Backbones whose weights are fetched on request, by name."""
+
+
 def load_backbone(
     name: str = "efficientnet_lite0",
     image_size: int | None = None,
@@ -433,6 +577,7 @@ def load_backbone(
     pretrained: bool = True,
     seed: int = 0,
     checksum: str | None = None,
+    download: bool | None = None,
 ) -> Backbone:
     """Load an encoder in evaluation mode.
 
@@ -440,36 +585,50 @@ def load_backbone(
         name: one of
 
             - a key of `BACKBONES`, weights shipped by a package of the environment;
+            - a key of `PRESETS`, a published file that is looked for in `PAI_WEIGHTS_ROOT`
+              (default: torchvision's folder) or in the hub's cache;
             - `timm:<model>` or a bare timm model name, weights from the Hugging Face hub;
-            - `file:<path>@<timm model>`, a local checkpoint: `.safetensors`, or `.pth`/`.pt`
-              holding a state dict (possibly under the key `state_dict` or `model`). Keys of the
-              classifier are ignored; all others must match.
+            - `file:<path>@<timm model>`, a local checkpoint in any of the layouts that
+              `pai_utils.checkpoints` lists: `.safetensors`, `.pth`, `.pt` or `.pth.tar`. The
+              head's tensors are left out; all others must match.
         image_size: side of the square images, in pixels. Default: 64 for `efficientnet_lite0`,
             84 for `vit_small_saliency`, the model's own otherwise. A vision transformer needs a
             multiple of its patch size; its position embedding is interpolated to the new grid.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
         pretrained: `False` gives the same architecture at random weights.
         seed: of the random weights; the global random state is left as it was.
-        checksum: SHA-256 that a local checkpoint must have, as hexadecimal digits.
+        checksum: SHA-256 that a local checkpoint or a preset's file must have, as hexadecimal
+            digits; `provenance.checksum` of an earlier load, for example.
+        download: fetch a preset's file if it is not there; `None` does so if the environment
+            says `PAI_DOWNLOAD=1`.
 
     Raises:
         ValueError: an unknown name, size or device; a file whose checksum, format, names or
             shapes are not what they should be.
         ModuleNotFoundError: the package that ships the weights is not installed.
-        FileNotFoundError: the local checkpoint does not exist.
-        ConnectionError: the hub cannot be reached and holds no copy on this machine.
+        FileNotFoundError: the local checkpoint does not exist, or a preset's file is not there
+            and may not be fetched.
+        ConnectionError: the publisher or the hub cannot be reached.
     """
     target = _resolve_device(device)
     _check_seed(seed)
     if image_size is not None:
         _check_image_size(image_size)
-    if checksum is not None and not (name.startswith("file:") and pretrained):
-        raise ValueError("checksum is for local checkpoints (file:<path>@<timm model>) only")
-    spec = BACKBONES.get(name)
+    spec, preset = BACKBONES.get(name), PRESETS.get(name)
     path: Path | None = None
+    if checksum is not None and not (pretrained and (preset or name.startswith("file:"))):
+        raise ValueError(
+            "checksum is for local checkpoints (file:<path>@<timm model>) and published files "
+            f"({', '.join(PRESETS)}) only"
+        )
     if spec is not None:
         architecture = spec.architecture
         image_size = image_size or spec.image_size
+    elif preset is not None:
+        architecture = preset.architecture
+        image_size = image_size or preset.transform.image_size
+        if pretrained:
+            path = _find_preset(name, preset, may_download(download))
     elif name.startswith("file:"):
         path, architecture = _split_file_name(name)
     else:
@@ -478,15 +637,19 @@ def load_backbone(
 
     from_hub = pretrained and spec is None and path is None
     encoder = _build(architecture, image_size, seed=seed, from_hub=from_hub)
-    transform = _transform_of(encoder, spec, image_size)
+    transform = _transform_of(encoder, spec or preset, image_size)
     _check_patches(encoder, transform.image_size, name)
+    report: CheckpointReport | None = None
     if not pretrained:
         source = f"random initialisation of {architecture}, seed {seed}"
         provenance = Provenance(source, "not applicable", None)
     elif spec is not None:
         provenance = _load_packaged(encoder, spec)
     elif path is not None:
-        provenance = _load_file(encoder, path, architecture, checksum)
+        if checksum is not None:
+            check_digest(path, checksum, "fetch it again or correct the checksum")
+        report = load_checkpoint(encoder, path, architecture)
+        provenance = _file_provenance(path, preset)
     else:
         provenance = _hub_provenance(encoder)
     return Backbone(
@@ -495,6 +658,7 @@ def load_backbone(
         feature_dim=_probe_feature_dim(encoder, name, transform.image_size),
         transform=transform,
         provenance=provenance,
+        checkpoint=report,
     ).to(target)
 
 
@@ -523,11 +687,6 @@ def _check_seed(seed: int) -> None:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
 
 
-def _check_image_size(image_size: int) -> None:
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
-
-
 def _split_file_name(name: str) -> tuple[Path, str]:
     """Take `file:<path>@<timm model>` apart."""
     text, separator, architecture = name.removeprefix("file:").rpartition("@")
@@ -539,19 +698,38 @@ def _split_file_name(name: str) -> tuple[Path, str]:
     path = Path(text).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"{path.name}: a checkpoint must end in .safetensors, .pth or .pt")
+    if not path.name.endswith(SUFFIXES):
+        endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise ValueError(f"{path.name}: a checkpoint must end in {endings}")
     return path, architecture
+
+
+def _find_preset(name: str, preset: PresetSpec, download: bool) -> Path:
+    """Find a preset's file, or fetch it if that is allowed, and check it."""
+    path = preset.path
+    if path is None:
+        if download:
+            return preset.fetch()
+        raise FileNotFoundError(
+            f"the weights of {name} ({preset.file}) are not in {preset.folder}; pass "
+            f'download=True, or run PAI_DOWNLOAD=1 python -c "import pai_utils; '
+            f"pai_utils.load_backbone('{name}')\", to fetch them from {preset.address}"
+        )
+    if preset.digest is not None:
+        check_digest(path, preset.digest, f"remove it from {path.parent} and fetch it again")
+    return path
 
 
 def _check_architecture(architecture: str) -> None:
     """Refuse a model that timm does not know, with the nearest name."""
     import timm
 
-    if timm.is_model(architecture):
+    base, _, tag = architecture.partition(".")
+    tagged = timm.models.get_arch_pretrained_cfgs(base) if timm.is_model(base) else {}
+    if timm.is_model(base) and (not tag or architecture in tagged):
         return
-    valid = [*BACKBONES, "timm:<model>", "file:<path>@<timm model>"]
-    raise unknown_name("backbone", architecture, valid, unlisted=timm.list_models())
+    valid = [*BACKBONES, "timm:<model>", "file:<path>@<timm model>", *PRESETS]
+    raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
 
 
 def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bool) -> nn.Module:
@@ -592,9 +770,11 @@ def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bo
 
 
 def _transform_of(
-    encoder: nn.Module, spec: BackboneSpec | None, image_size: int | None
+    encoder: nn.Module, spec: BackboneSpec | PresetSpec | None, image_size: int | None
 ) -> ImageTransform:
-    """Preprocessing of an encoder: the package's, or what timm records for the model."""
+    """Preprocessing of an encoder: its table's, or what timm records for the model."""
+    if isinstance(spec, PresetSpec):
+        return replace(spec.transform, image_size=image_size or spec.transform.image_size)
     config: dict[str, Any] = dict(encoder.pretrained_cfg)  # type: ignore[arg-type]
     known = config["interpolation"] in _INTERPOLATIONS
     return ImageTransform(
@@ -635,25 +815,11 @@ def _probe_feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
     return int(features.shape[1])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_sha256(path: Path, expected: str, advice: str) -> None:
-    found = _sha256(path)
-    if found != expected.lower().removeprefix("sha256:"):
-        raise ValueError(
-            f"{path.name} is damaged or not the expected file: its SHA-256 is {found}, expected "
-            f"{expected}; {advice}"
-        )
-
-
 def _load_packaged(encoder: nn.Module, spec: BackboneSpec) -> Provenance:
     """Load the weights a package ships."""
     path = spec.path
-    _check_sha256(path, spec.sha256, f"reinstall the package {spec.package}")
-    _load_state(encoder, spec.read(path, encoder), path.name, spec.architecture)
+    check_digest(path, spec.sha256, f"reinstall the package {spec.package}")
+    load_state(encoder, spec.read(path, encoder), path.name, spec.architecture)
     version = importlib.metadata.version(spec.package)
     return Provenance(
         f"{spec.description}; package {spec.package} {version}, file {path.name}",
@@ -662,137 +828,13 @@ def _load_packaged(encoder: nn.Module, spec: BackboneSpec) -> Provenance:
     )
 
 
-def _load_file(
-    encoder: nn.Module, path: Path, architecture: str, checksum: str | None
-) -> Provenance:
-    """Load a local checkpoint."""
-    if checksum is not None:
-        _check_sha256(path, checksum, "fetch it again or correct the checksum")
-    state = _read_checkpoint(path)
-    config = getattr(encoder, "default_cfg", {})
-    heads = config.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    expected = encoder.state_dict()
-    state = {
-        name: value
-        for name, value in state.items()
-        if name in expected or not name.startswith(tuple(f"{head}." for head in heads))
-    }
-    _load_state(encoder, state, path.name, architecture)
-    return Provenance(f"local file {path.name}", "unknown", f"sha256:{_sha256(path)}")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from a file without running any code it may hold.
-
-    A `.pth` file stores a CRC of each tensor, which `torch.load` does not compare; it is compared
-    here. A `.safetensors` file stores none: only a given checksum finds a flipped bit in it.
-
-    Raises:
-        ValueError: the file is cut short, altered, or holds anything but named tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    content: object
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-                if damaged is not None:
-                    raise ValueError(f"the CRC of {damaged} does not match")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path.name} is damaged, or holds objects other than tensors, which are not loaded"
-        ) from error
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-    ) as error:
-        raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path.name} holds no state dict")
-    strangers = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise ValueError(f"{path.name} holds entries that are not tensors: {_listed(strangers)}")
-    return dict(content)
-
-
-def _load_state(encoder: nn.Module, state: dict[str, Tensor], file: str, architecture: str) -> None:
-    """Load a state dict that must fit exactly, apart from the grid of position embeddings."""
-    state = _fit_position_embedding(encoder, state)
-    expected = encoder.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_listed(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit {architecture}: {'; '.join(problems)}")
-    broken = [
-        name
-        for name, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if broken:
-        raise ValueError(f"{file} holds weights that are not finite: {_listed(broken)}")
-    encoder.load_state_dict(state, strict=True)
-
-
-def _resample_position(position: Tensor, encoder: nn.Module, *, antialias: bool) -> Tensor:
-    """Interpolate a position embedding [1, tokens, dim] of a square grid to the encoder's grid."""
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    embedding = encoder.get_parameter("pos_embed")
-    height, width = cast(tuple[int, int], encoder.get_submodule("patch_embed").grid_size)
-    prefix = embedding.shape[1] - height * width
-    resampled: Tensor = resample_abs_pos_embed(
-        position, new_size=[height, width], num_prefix_tokens=prefix, antialias=antialias
-    )
-    return resampled
-
-
-def _fit_position_embedding(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Interpolate the position embedding of a checkpoint made at another image size."""
-    embedding = getattr(encoder, "pos_embed", None)
-    stored = state.get("pos_embed")
-    grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    if stored is None or grid is None or not isinstance(embedding, Tensor):
-        return state
-    patches = stored.shape[-2] - (embedding.shape[-2] - grid[0] * grid[1]) if stored.ndim > 1 else 0
-    resizable = (
-        stored.ndim == embedding.ndim == 3
-        and stored.shape[2] == embedding.shape[2]
-        and stored.shape[1] != embedding.shape[1]
-        and patches > 0
-        and math.isqrt(patches) ** 2 == patches
-    )
-    if not resizable:
-        return state
-    return {**state, "pos_embed": _resample_position(stored, encoder, antialias=True)}
+def _file_provenance(path: Path, preset: PresetSpec | None) -> Provenance:
+    """Describe weights that a local or a fetched file holds, with the digest of all of it."""
+    checksum = f"sha256:{sha256_of(path)}"
+    if preset is None:
+        return Provenance(f"local file {path.name}", "unknown", checksum)
+    source = f"{preset.description}; {path.name} from {preset.address}"
+    return Provenance(source, preset.licence, checksum)
 
 
 def _hub_provenance(encoder: nn.Module) -> Provenance:
@@ -804,10 +846,3 @@ def _hub_provenance(encoder: nn.Module) -> Provenance:
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     source = f"Hugging Face hub, {config.get('hf_hub_id') or config.get('architecture')}"
     return Provenance(source, str(config.get("license", "unknown")), f"sha256:{digest.hexdigest()}")
-
-
-def _listed(names: list[str]) -> str:
-    """Join the first few names and count the rest."""
-    shown = ", ".join(names[:_LISTED_NAMES])
-    rest = len(names) - _LISTED_NAMES
-    return f"{shown} and {rest} more" if rest > 0 else shown

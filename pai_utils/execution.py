@@ -221,10 +221,14 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     """
     from tqdm import tqdm
 
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    hidden = not watched or os.environ.get("PAI_PROGRESS") == "0"
-    bar: Any = tqdm(items, desc=description, total=total, leave=False, disable=hidden)
+    bar: Any = tqdm(items, desc=description, total=total, leave=False, disable=not watched())
     return cast(Iterable[T], bar)
+
+
+def watched() -> bool:
+    """Whether to show progress: a person may watch stderr, and ``PAI_PROGRESS=0`` is not set."""
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return seen and os.environ.get("PAI_PROGRESS") != "0"
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

@@ -95,6 +95,8 @@ def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
     for name, spec in backbones.BACKBONES.items():
         assert spec.description in lines[name]
+    for name, preset in backbones.PRESETS.items():
+        assert f"{preset.description}; 224 px, {preset.licence}" in lines[name]
     for name, task in pai.TASKS.items():
         assert lines[name].endswith(task.description)
     for name, scorer in pai.SCORERS.items():
@@ -255,6 +257,34 @@ def test_the_doctor_finds_versions_device_weights_and_data() -> None:
         f"weights {name}" for name in backbones.BACKBONES
     ]
     assert [n for n in names if n.startswith("data")] == [f"data {name}" for name in pai.TASKS]
+
+
+def test_the_doctor_says_which_published_weights_are_there_and_that_one_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PAI_WEIGHTS_ROOT", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(command_line, "_packages", list)
+    monkeypatch.setattr(command_line, "_embedded", list)
+    result = call("doctor")
+    assert result.exit_code == 0
+    assert (
+        f"ok       presets: none found in {tmp_path} or the hub's cache; resnet50" in result.stdout
+    )
+    (tmp_path / "dino_resnet50_pretrain.pth").touch()
+    result = call("doctor")
+    assert result.exit_code == 0
+    *_, line = result.stdout.splitlines()
+    assert line.startswith("ok       presets: resnet50.dino found in ")
+    assert line.endswith(
+        "; resnet50.in1k, resnet50.mocov2, vit_small.dino, vit_base.dino, vit_small.in1k: fetched "
+        "by load_backbone(name, download=True)"
+    )
+    (tmp_path / "resnet50-0676ba61.pth").write_bytes(b"half a file")
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "missing  preset resnet50.in1k: resnet50-0676ba61.pth is damaged" in result.stdout
+    assert "presets: resnet50.dino found" in result.stdout
 
 
 def test_the_doctor_says_what_to_do_about_what_is_missing(
