@@ -209,13 +209,16 @@ def _explained(
     cure = _how_to_fetch(name, spec, root)
     if isinstance(error, URLError):
         return ConnectionError(f"{name} could not be fetched: {error}")
+    archives = sorted(root.glob(spec.archives)) if spec.archives else []
     if isinstance(error, _BROKEN_ARCHIVE):
-        archives = root.glob(spec.archives) if spec.archives else ()
         archive = next(_broken_archives(archives), root / spec.place)
         return ValueError(f"{archive} of {name} is corrupt ({error}); delete it. {cure}")
     place = root / spec.place
-    if not place.exists():
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         if download and not spec.by_hand:
+            if archives:
+                last = max(archives, key=lambda path: path.stat().st_mtime)
+                return ValueError(f"{last} of {name} is corrupt ({error}); delete it. {cure}")
             return ConnectionError(f"{name} could not be fetched: {error}")
         return FileNotFoundError(f"{name} is not at {place}. {cure}")
     for file, md5 in spec.checksums(getattr(datasets, spec.kind or name), split):
@@ -246,7 +249,7 @@ def _broken_archives(paths: Iterable[Path]) -> Iterator[Path]:
         ".bz2": bz2.open,
         ".xz": lzma.open,
     }
-    for path in sorted(paths):
+    for path in paths:
         try:
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path) as archive:

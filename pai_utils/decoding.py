@@ -6,10 +6,13 @@ kept in memory. Others go to a file that is memory-mapped and found again by the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import struct
 import tempfile
 import zlib
@@ -262,6 +265,7 @@ def decode(
 
     Raises:
         ValueError: a file cannot be read, and `on_error` is "raise".
+        OSError: the pixels fit neither the budget nor the disk.
     """
     side = transform.image_size
     shape = (len(positions), 3, side, side)
@@ -343,6 +347,15 @@ def _through_cache(
         return found
     cache.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
+    # A full disk would end the process while it writes to mapped memory.
+    needed, free = math.prod(shape), shutil.disk_usage(cache).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the decoded images of {name} take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
+            "GiB are free; make room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
+            str(cache),
+        )
     handle, temporary = tempfile.mkstemp(dir=cache, prefix=f".{path.name}.")
     os.close(handle)
     try:

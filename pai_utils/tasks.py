@@ -173,8 +173,12 @@ def check_task_name(name: str) -> None:
     Raises:
         ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
     """
-    if name not in TASKS and name not in DATASETS and not name.startswith(FOLDER):
-        raise unknown_name("task", name, TASKS, unlisted=DATASETS)
+    if name in TASKS or name in DATASETS or name.startswith(FOLDER):
+        return
+    for known in DATASETS:
+        if known.casefold() == name.casefold():
+            raise ValueError(f"unknown task {name!r}; did you mean {known!r}?")
+    raise unknown_name("task", name, TASKS, unlisted=DATASETS)
 
 
 def load_task(

@@ -3,10 +3,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import struct
 import threading
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,6 +291,16 @@ def test_an_interrupted_decoding_leaves_nothing(
 
 
 @pytest.mark.usefixtures("_mapped")
+def test_a_disk_without_room_is_told_before_decoding(
+    folder: Path, opened: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match=r"train take .* GiB are free.*raise PAI_DATA_MEMORY"):
+        load(folder)
+    assert not opened
+
+
+@pytest.mark.usefixtures("_mapped")
 def test_changing_mapped_images_does_not_change_the_cache(folder: Path) -> None:
     first = load(folder)
     before = images_of(first)
@@ -429,6 +441,18 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(
     else:
         Image.fromarray(np.full((4, 4), value, np.uint16)).save(path)
     assert pixel(open_image(path)) == (level,) * 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bit_grey_of_either_byte_order_is_read(order: str, tmp_path: Path) -> None:
+    # A TIFF of one 2 x 1 strip, by hand: Pillow writes its own order only.
+    tags = [(256, 2), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (279, 4)]
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 12)
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    strip = struct.pack(f"{order}HH", 257 * 100, 65535)
+    path = tmp_path / "x.tif"
+    path.write_bytes(start + strip + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+    assert np.asarray(open_image(path))[0, :, 0].tolist() == [100, 255]
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

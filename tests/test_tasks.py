@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from pai_utils import tasks
 from pai_utils.backbones import ImageTransform
-from pai_utils.tasks import TASKS, ImageDataset, Task, load_task
+from pai_utils.tasks import TASKS, ImageDataset, Task, check_task_name, load_task
 
 TRANSFORM = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SPLITS = ("train", "validation", "test")
@@ -233,6 +233,14 @@ def test_an_unknown_task_is_refused_with_the_choices() -> None:
     )
 
 
+def test_data_sets_and_folders_are_known_by_name() -> None:
+    for name in ("digits", "FashionMNIST", "ImageNet", "folder:photos"):
+        check_task_name(name)
+    for wrong, meant in (("FashionMNST", "FashionMNIST"), ("cifar10", "CIFAR10")):
+        with pytest.raises(ValueError, match=f"unknown task '{wrong}'; did you mean '{meant}'"):
+            check_task_name(wrong)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     getattr(TASKS["mnist5k"].read, "cache_clear")()  # noqa: B009
@@ -300,6 +308,12 @@ def test_changing_a_dataset_does_not_change_the_next_load() -> None:
     second = load_task("digits", ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     assert torch.equal(second.test.images, before)
     assert int(second.test.labels.max()) == 9
+
+
+def test_images_of_the_right_size_are_not_copied() -> None:
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    data = ImageDataset(images, torch.zeros(4, dtype=torch.int64), TRANSFORM)
+    assert data.images.data_ptr() == images.data_ptr()
 
 
 def test_any_callable_on_pil_images_can_be_the_transform() -> None:
