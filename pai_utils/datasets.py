@@ -28,7 +28,7 @@ from urllib.error import URLError
 import numpy as np
 
 from pai_utils.decoding import ImageArrays, ImageFiles, Source
-from pai_utils.execution import unknown_name
+from pai_utils.execution import logger, unknown_name
 
 __all__ = ["DATASETS", "FOLDER", "DatasetSpec", "OpenDataset", "data_root", "fetch", "open_dataset"]
 
@@ -172,6 +172,15 @@ def open_dataset(
             f"incomplete. {_how_to_fetch(name, spec, place)}"
         )
     _check_classes(names, parts, name)
+    count = sum(len(source.labels) for source in parts.values())
+    if count != spec.images:
+        logger.warning(
+            "%s under %s has %d images, %d are published; was it unpacked to the end?",
+            name,
+            place / spec.place,
+            count,
+            spec.images,
+        )
     return OpenDataset(names, parts, _cache_folder(place))
 
 

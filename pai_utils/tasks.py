@@ -191,6 +191,7 @@ def load_task(
     seed: int = 0,
     download: bool | None = None,
     on_error: OnError = "raise",
+    validation_size: int | None = None,
 ) -> Task:
     """Load a task, with its images prepared for one encoder.
 
@@ -210,10 +211,12 @@ def load_task(
         train_size: number of training items to keep. Default: all. The choice keeps the
             proportions of the classes, and a smaller one is contained in a larger one.
         test_size: the same for the test items.
-        seed: of these choices; the validation part is always whole.
+        seed: of these choices.
         download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
         on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
             of its part, logged, and listed in `Task.skipped`.
+        validation_size: as `train_size`, for the validation items; a large data set takes long to
+            decode.
 
     Raises:
         ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
@@ -228,7 +231,7 @@ def load_task(
     _check_seed(seed)
     if on_error not in get_args(OnError):
         raise unknown_name("on_error", on_error, get_args(OnError))
-    sizes = {"train": train_size, "validation": None, "test": test_size}
+    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     if name not in TASKS:
         opened = open_dataset(name, root, download=download)
         return _decoded_task(name, opened, transform, sizes, seed, on_error)

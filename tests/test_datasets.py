@@ -7,11 +7,13 @@ its own label.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import importlib.machinery
 import io
 import json
+import logging
 import pickle
 import sys
 import tarfile
@@ -632,6 +634,22 @@ def test_a_file_list_that_is_missing_is_named(root: Path) -> None:
     (root / "dtd/dtd/labels/val1.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"DTD at .*val1\.txt.*fetch"):
         load_task("DTD", TRANSFORM, root)
+
+
+def test_a_data_set_with_fewer_images_than_published_is_reported(
+    root: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_eurosat(root)
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        load_task("EuroSAT", TRANSFORM, root)
+    assert "EuroSAT" in caplog.text
+    assert "has 40 images, 27000 are published; was it unpacked to the end?" in caplog.text
+    caplog.clear()
+    whole = dataclasses.replace(DATASETS["EuroSAT"], images=40)
+    monkeypatch.setitem(DATASETS, "EuroSAT", whole)
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        load_task("EuroSAT", TRANSFORM, root)
+    assert not caplog.text
 
 
 def test_splits_of_different_classes_are_refused(root: Path) -> None:

@@ -187,6 +187,14 @@ def test_a_subset_keeps_the_proportions_of_the_classes(size: int) -> None:
     assert float((part - size * full / full.sum()).abs().max()) <= 1
 
 
+def test_the_validation_part_is_whole_unless_a_size_is_asked_for() -> None:
+    whole = load_task("digits", TRANSFORM, train_size=10, seed=3).validation
+    part = load_task("digits", TRANSFORM, validation_size=30, seed=3).validation
+    assert len(whole) == 270
+    assert part.labels.bincount().tolist() == [3] * 10
+    assert set(fingerprints(part.images.numpy())) < set(fingerprints(whole.images.numpy()))
+
+
 def test_a_smaller_subset_is_contained_in_a_larger_one() -> None:
     small, large = (
         set(fingerprints(load_task("glyphs", TRANSFORM, train_size=n).train.images.numpy()))
@@ -211,6 +219,7 @@ def test_chance_is_the_share_of_the_most_frequent_test_class() -> None:
     ("options", "message"),
     [
         ({"train_size": 989}, "train_size must be between 1 and 988.*digits; got 989"),
+        ({"validation_size": 271}, "validation_size must be between 1 and 270"),
         ({"test_size": 540}, "test_size must be between 1 and 539"),
         ({"train_size": 0}, "got 0"),
         ({"test_size": -5}, "got -5"),
