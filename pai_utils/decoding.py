@@ -356,16 +356,12 @@ def _through_cache(
             "GiB are free; make room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
             str(cache),
         )
-    handle, temporary = tempfile.mkstemp(dir=cache, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         decoded = _fill(out, source, positions, transform, name, on_error)
         out.flush()
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
     facts = {
         "key": key,
         "sha256": _digest(path),

@@ -213,6 +213,9 @@ def test_a_cache_holds_the_same_images_and_spares_decoding(
     assert opened.total() == 40
     assert same(first, again)
     assert torch.equal(first.test.labels, again.test.labels)
+    kinds = Counter(path.suffix for path in (folder / ".decoded").iterdir())
+    assert kinds == {".npy": 3, ".json": 3}
+    assert all(path.stat().st_mode & 0o044 for path in (folder / ".decoded").iterdir())
     monkeypatch.setenv("PAI_DATA_MEMORY", "1G")
     assert same(first, load(folder))
     assert opened.total() == 80
