@@ -31,7 +31,7 @@ from pydantic import (
 
 from pai_utils.execution import unknown_name, write_atomically
 from pai_utils.scorers import SCORERS
-from pai_utils.tasks import TASKS
+from pai_utils.tasks import check_task_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 def _known_tasks(names: str | list[str]) -> str | list[str]:
     for name in [names] if isinstance(names, str) else names:
-        if name not in TASKS:
-            raise unknown_name("task", name, TASKS)
+        check_task_name(name)
     return names
 
 

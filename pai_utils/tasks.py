@@ -1,4 +1,4 @@
-"""Image classification tasks made of real images that packages of the environment ship.
+"""Image classification tasks: images that packages of the environment ship, and data sets on disk.
 
 Every task has three fixed parts that share nothing: `train`, `validation` (chooses
 hyper-parameters) and `test` (read once for a reported number). The parts never depend on a seed;
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,18 +23,30 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pai_utils.backbones import ImageTransform, _check_seed
+from pai_utils.datasets import DATASETS, FOLDER, OpenDataset, open_dataset
+from pai_utils.decoding import (
+    Decoded,
+    ImageArrays,
+    MemoryBudget,
+    OnError,
+    Pixels,
+    Positions,
+    Source,
+    decode,
+    to_channels,
+)
 from pai_utils.execution import unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["TASKS", "ImageDataset", "Task", "TaskSpec", "load_task"]
+__all__ = ["TASKS", "ImageDataset", "Task", "TaskSpec", "check_task_name", "load_task"]
 
 _SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 20250924
 _FRACTIONS = {"train": 0.55, "validation": 0.15, "test": 0.30}
-
-Pixels = NDArray[np.uint8]
+# Of a published training split, where no validation split is published.
+_VALIDATION_FRACTION = 0.10
 
 
 class _Part(NamedTuple):
@@ -136,6 +148,8 @@ class Task:
     """Chooses hyper-parameters."""
     test: ImageDataset
     """Read once, for the reported number."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read and were left out."""
 
     @property
     def chance(self) -> float:
@@ -153,6 +167,20 @@ class TaskSpec:
     """Gives the raw images of each split."""
 
 
+def check_task_name(name: str) -> None:
+    """Refuse a name that `load_task` does not know.
+
+    Raises:
+        ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
+    """
+    if name in TASKS or name in DATASETS or name.startswith(FOLDER):
+        return
+    for known in DATASETS:
+        if known.casefold() == name.casefold():
+            raise ValueError(f"unknown task {name!r}; did you mean {known!r}?")
+    raise unknown_name("task", name, TASKS, unlisted=DATASETS)
+
+
 def load_task(
     name: str,
     transform: ImageTransform | Callable[[Image], Tensor],
@@ -161,44 +189,167 @@ def load_task(
     train_size: int | None = None,
     test_size: int | None = None,
     seed: int = 0,
+    download: bool | None = None,
+    on_error: OnError = "raise",
+    validation_size: int | None = None,
 ) -> Task:
     """Load a task, with its images prepared for one encoder.
 
+    Data sets on disk keep their published splits. Where no validation split is published, a tenth
+    of the training split becomes it; a set published whole is cut into three parts. Both choices
+    are fixed and keep the proportions of the classes. Each image is decoded once. Where the
+    decoded images do not fit `PAI_DATA_MEMORY`, they lie in memory-mapped files beside the data.
+
     Args:
-        name: a key of `TASKS`.
+        name: a key of `TASKS` (shipped by packages) or of `datasets.DATASETS` (on disk), or
+            `folder:<path>` for class folders with images, alone or under `train`, `val` (or
+            `validation`) and `test`; without `test`, `val` is the test.
         transform: `backbone.transform`, or any callable from a PIL image to a float tensor
-            [3, H, W].
-        root: folder of data sets kept on disk. The tasks that packages ship do not use it.
+            [3, H, W]; image files of any size need the former.
+        root: folder of data sets kept on disk. Default: `PAI_DATA_ROOT`, then
+            `~/.cache/pai_utils/data`. The tasks that packages ship do not use it.
         train_size: number of training items to keep. Default: all. The choice keeps the
             proportions of the classes, and a smaller one is contained in a larger one.
         test_size: the same for the test items.
-        seed: of these choices; the validation part is always whole.
+        seed: of these choices.
+        download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
+        on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
+            of its part, logged, and listed in `Task.skipped`.
+        validation_size: as `train_size`, for the validation items; a large data set takes long to
+            decode.
 
     Raises:
-        ValueError: an unknown task, or a size below 1 or above what there is.
-        ModuleNotFoundError: the package that ships the images is not installed.
+        ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
+            folder with fewer than two classes or a class without images.
+        FileNotFoundError: the data set is not on disk; the message says what fetches it.
+        ConnectionError: it was to be fetched and its publisher cannot be reached.
+        ModuleNotFoundError: the package that ships or reads the images is not installed.
     """
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
-    spec = TASKS[name]
+    check_task_name(name)
     if not callable(transform):
         raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")
     _check_seed(seed)
+    if on_error not in get_args(OnError):
+        raise unknown_name("on_error", on_error, get_args(OnError))
+    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+    if name not in TASKS:
+        opened = open_dataset(name, root, download=download)
+        return _decoded_task(name, opened, transform, sizes, seed, on_error)
+    spec = TASKS[name]
     parts = spec.read()
-    sizes = {"train": train_size, "validation": None, "test": test_size}
     datasets = {}
-    for offset, split in enumerate(_SPLITS):
+    for split in _SPLITS:
         images, labels = parts[split]
-        size = sizes[split]
-        chosen = np.arange(len(labels))
-        if size is not None:
-            _check_size(size, len(labels), split, name)
-            generator = np.random.default_rng([seed, offset])
-            chosen = np.sort(_stratified_order(labels, generator)[:size])
+        chosen = _choose(labels, split, sizes[split], seed, name)
         datasets[split] = ImageDataset(
-            _to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
+            to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
         )
-    return Task(name, spec.class_names, **datasets)
+    train, validation, test = (datasets[split] for split in _SPLITS)
+    return Task(name, spec.class_names, train, validation, test)
+
+
+def _choose(
+    labels: NDArray[np.int64], split: str, size: int | None, seed: int, name: str
+) -> Positions:
+    """Positions of the items of one part to keep, increasing."""
+    if size is None:
+        return np.arange(len(labels))
+    _check_size(size, len(labels), split, name)
+    generator = np.random.default_rng([seed, _SPLITS.index(split)])
+    return np.sort(_stratified_order(labels, generator)[:size])
+
+
+def _decoded_task(
+    name: str,
+    opened: OpenDataset,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    sizes: dict[str, int | None],
+    seed: int,
+    on_error: OnError,
+) -> Task:
+    """Cut a data set on disk into parts, choose items of each, and decode those only."""
+    chosen: dict[str, tuple[str, Positions]] = {}
+    for split, (published, members) in _parts_of(opened).items():
+        labels = opened.parts[published].labels[members]
+        absent = set(range(len(opened.class_names))) - set(labels.tolist())
+        if absent and split != "validation":
+            raise ValueError(
+                f"the {split} part of {name} has no images of the class "
+                f"{opened.class_names[min(absent)]!r}; each class needs several"
+            )
+        if not len(labels):
+            raise ValueError(f"{name} has too few images to carve a validation part from them")
+        picked = _choose(labels, split, sizes[split], seed, name)
+        chosen[split] = published, members[picked]
+    budget = MemoryBudget()
+    datasets = {}
+    skipped: list[str] = []
+    for split in _SPLITS:
+        published, positions = chosen.pop(split)
+        source = opened.parts[published]
+        # Arrays that no other part needs make room for its images.
+        if published not in {other for other, _ in chosen.values()}:
+            del opened.parts[published]
+        decoded = _decode_part(
+            source, positions, transform, f"{name} {split}", opened, budget, on_error
+        )
+        labels = source.labels[decoded.kept]
+        lost = set(source.labels[positions].tolist()) - set(labels.tolist())
+        if lost:
+            raise ValueError(
+                f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
+                f"{name} can be read"
+            )
+        del source
+        skipped += decoded.skipped
+        datasets[split] = ImageDataset(decoded.images, torch.from_numpy(labels), transform)
+    train, validation, test = (datasets[split] for split in _SPLITS)
+    return Task(name, opened.class_names, train, validation, test, tuple(skipped))
+
+
+def _decode_part(
+    source: Source,
+    positions: Positions,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    name: str,
+    opened: OpenDataset,
+    budget: MemoryBudget,
+    on_error: OnError,
+) -> Decoded:
+    """Images as the transform takes them: resized, or as they are for any other callable."""
+    if isinstance(transform, ImageTransform):
+        return decode(
+            source,
+            positions,
+            transform,
+            name=name,
+            cache=opened.cache,
+            budget=budget,
+            on_error=on_error,
+        )
+    if isinstance(source, ImageArrays):
+        return Decoded(source.raw(positions).contiguous(), positions, ())
+    raise ValueError(
+        f"the images of {name} are files of any size, which an ImageTransform brings to one; pass "
+        "backbone.transform"
+    )
+
+
+def _parts_of(opened: OpenDataset) -> dict[str, tuple[str, Positions]]:
+    """The published split of each part, and the positions there that belong to it."""
+    if "all" in opened.parts:
+        cut = _cut(opened.parts["all"].labels, _FRACTIONS)
+        return {split: ("all", np.sort(positions)) for split, positions in cut.items()}
+    whole = {split: np.arange(len(source.labels)) for split, source in opened.parts.items()}
+    if "validation" in whole:
+        return {split: (split, whole[split]) for split in _SPLITS}
+    carved = {"validation": _VALIDATION_FRACTION, "train": 1 - _VALIDATION_FRACTION}
+    cut = _cut(opened.parts["train"].labels, carved)
+    return {
+        "train": ("train", np.sort(cut["train"])),
+        "validation": ("train", np.sort(cut["validation"])),
+        "test": ("test", whole["test"]),
+    }
 
 
 def _check_size(size: int, available: int, split: str, name: str) -> None:
@@ -207,13 +358,6 @@ def _check_size(size: int, available: int, split: str, name: str) -> None:
             f"{split}_size must be between 1 and {available}, the number of {split} items of "
             f"{name}; got {size!r}"
         )
-
-
-def _to_channels(images: Pixels) -> Tensor:
-    """Turn grey [N, H, W] or colour [N, H, W, 3] pixels into uint8 [N, 3, H, W]."""
-    if images.ndim == 3:
-        return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def _stratified_order(
@@ -228,14 +372,18 @@ def _stratified_order(
     return np.argsort(position, kind="stable")
 
 
-def _split(images: Pixels, labels: NDArray[np.int64]) -> dict[str, _Part]:
-    """Cut one pool into the three fixed parts, each with the proportions of the classes."""
+def _cut(labels: NDArray[np.int64], fractions: dict[str, float]) -> dict[str, Positions]:
+    """Cut one pool into fixed parts, each with the proportions of the classes."""
     order = _stratified_order(labels, np.random.default_rng(_SPLIT_SEED))
-    edges = [round(edge * len(order)) for edge in itertools.accumulate(_FRACTIONS.values())]
-    parts = np.split(order, edges[:-1])
+    edges = [round(edge * len(order)) for edge in itertools.accumulate(fractions.values())]
+    return dict(zip(fractions, np.split(order, edges[:-1]), strict=True))
+
+
+def _split(images: Pixels, labels: NDArray[np.int64]) -> dict[str, _Part]:
+    """Cut one pool of images into the three fixed parts."""
     return {
         split: _Part(images[chosen], labels[chosen])
-        for split, chosen in zip(_SPLITS, parts, strict=True)
+        for split, chosen in _cut(labels, _FRACTIONS).items()
     }
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from pai_utils import tasks
 from pai_utils.backbones import ImageTransform
-from pai_utils.tasks import TASKS, ImageDataset, Task, load_task
+from pai_utils.tasks import TASKS, ImageDataset, Task, check_task_name, load_task
 
 TRANSFORM = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SPLITS = ("train", "validation", "test")
@@ -187,6 +187,14 @@ def test_a_subset_keeps_the_proportions_of_the_classes(size: int) -> None:
     assert float((part - size * full / full.sum()).abs().max()) <= 1
 
 
+def test_the_validation_part_is_whole_unless_a_size_is_asked_for() -> None:
+    whole = load_task("digits", TRANSFORM, train_size=10, seed=3).validation
+    part = load_task("digits", TRANSFORM, validation_size=30, seed=3).validation
+    assert len(whole) == 270
+    assert part.labels.bincount().tolist() == [3] * 10
+    assert set(fingerprints(part.images.numpy())) < set(fingerprints(whole.images.numpy()))
+
+
 def test_a_smaller_subset_is_contained_in_a_larger_one() -> None:
     small, large = (
         set(fingerprints(load_task("glyphs", TRANSFORM, train_size=n).train.images.numpy()))
@@ -211,6 +219,7 @@ def test_chance_is_the_share_of_the_most_frequent_test_class() -> None:
     ("options", "message"),
     [
         ({"train_size": 989}, "train_size must be between 1 and 988.*digits; got 989"),
+        ({"validation_size": 271}, "validation_size must be between 1 and 270"),
         ({"test_size": 540}, "test_size must be between 1 and 539"),
         ({"train_size": 0}, "got 0"),
         ({"test_size": -5}, "got -5"),
@@ -231,6 +240,14 @@ def test_an_unknown_task_is_refused_with_the_choices() -> None:
     assert str(error.value) == (
         "unknown task 'digit'; did you mean 'digits'? Choose from: digits, mnist5k, photos, glyphs"
     )
+
+
+def test_data_sets_and_folders_are_known_by_name() -> None:
+    for name in ("digits", "FashionMNIST", "ImageNet", "folder:photos"):
+        check_task_name(name)
+    for wrong, meant in (("FashionMNST", "FashionMNIST"), ("cifar10", "CIFAR10")):
+        with pytest.raises(ValueError, match=f"unknown task '{wrong}'; did you mean '{meant}'"):
+            check_task_name(wrong)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +317,12 @@ def test_changing_a_dataset_does_not_change_the_next_load() -> None:
     second = load_task("digits", ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     assert torch.equal(second.test.images, before)
     assert int(second.test.labels.max()) == 9
+
+
+def test_images_of_the_right_size_are_not_copied() -> None:
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    data = ImageDataset(images, torch.zeros(4, dtype=torch.int64), TRANSFORM)
+    assert data.images.data_ptr() == images.data_ptr()
 
 
 def test_any_callable_on_pil_images_can_be_the_transform() -> None:
