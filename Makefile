@@ -78,6 +78,7 @@ check-book: $(READY) ## check the book that `make smoke` rendered, in a browser 
 bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diagonal" measures less
 	$(BENCH_PY) -m pytest --quiet tests/benchmarks
 	$(BENCH_PY) -m benchmarks.run $(BENCH)
+	$(BENCH_PY) -m benchmarks.throughput
 
 # An environment of its own: the other packages are for comparison, and nothing else needs them.
 $(BENCH_READY): $(READY) requirements-bench.lock
@@ -86,12 +87,17 @@ $(BENCH_READY): $(READY) requirements-bench.lock
 	@$(UV) pip install --quiet --python $(BENCH_PY) --no-deps --no-build-isolation --editable .
 	@touch $(BENCH_READY)
 
-results: $(READY) ## run the larger grids and store their tables in results/
+results: $(READY) ## run the larger grids and store their tables in results/; PAI_DATA_ROOT adds real data
 	$(PY) workflow/build.py atlas --target executed
 	$(PY) workflow/store.py atlas
+	@if [ -z "$$PAI_DATA_ROOT" ]; then \
+	  echo "make results: PAI_DATA_ROOT is not set, so the grid on real data is left out"; \
+	else \
+	  set -x; $(PY) workflow/build.py real --target executed && $(PY) workflow/store.py real; \
+	fi
 
 lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
-	$(COMPILE) --extra book --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra book --extra clip --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
 	  --output-file requirements-bench.lock pyproject.toml
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pai_utils import atlas, evaluation, finetuning, landscape, plots, runs
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
+    from pai_utils.clip import zero_shot_head
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.finetuning import finetune
-    from pai_utils.heads import fit_head
+    from pai_utils.heads import fit_head, make_heads
     from pai_utils.masks import Mask, describe_weights, make_mask
     from pai_utils.pruning import Pruned, prune, select_parameters
     from pai_utils.scorers import SCORERS, Scores, score
@@ -28,6 +29,8 @@ _HOMES = {
     "Task": "tasks",
     "load_task": "tasks",
     "fit_head": "heads",
+    "make_heads": "heads",
+    "zero_shot_head": "clip",
     "SCORERS": "scorers",
     "Scores": "scorers",
     "score": "scorers",
@@ -63,6 +66,7 @@ __all__ = [
     "landscape",
     "load_backbone",
     "load_task",
+    "make_heads",
     "make_mask",
     "plots",
     "prunable_parameters",
@@ -70,6 +74,7 @@ __all__ = [
     "runs",
     "score",
     "select_parameters",
+    "zero_shot_head",
 ]
 
 

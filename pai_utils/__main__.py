@@ -45,6 +45,7 @@ def main() -> None:
 def list_names() -> None:
     """Name the backbones, tasks and scorers, with a line on each."""
     from pai_utils.backbones import BACKBONES, PRESETS
+    from pai_utils.datasets import DATASETS
     from pai_utils.scorers import SCORERS
     from pai_utils.tasks import TASKS
 
@@ -61,8 +62,15 @@ def list_names() -> None:
         | {
             "timm:<model>": "any model of timm, with its weights from the Hugging Face hub",
             "file:<path>@<timm model>": "a local checkpoint of that model",
+            "clip:<model>@<weights>": "a CLIP image tower of open_clip, fetched on request",
         },
-        "Tasks": {name: spec.description for name, spec in TASKS.items()},
+        "Tasks": {name: spec.description for name, spec in TASKS.items()}
+        | {
+            name: f"{spec.description}; {spec.megabytes:,} MB, licence: {spec.licence}"
+            + ("" if spec.by_hand else ", fetched on request")
+            for name, spec in DATASETS.items()
+        }
+        | {"folder:<path>": "any folder of class folders with images"},
         "Scorers": {name: scorer.summary for name, scorer in SCORERS.items()},
     }
     width = max(len(name) for rows in tables.values() for name in rows)
@@ -111,6 +119,51 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
         )
     copy = _execute(path, {name: getattr(config, name) for name in values}, Path(config.out))
     click.echo(f"{copy} and its results are in {copy.parent}")
+
+
+@main.command()
+@click.argument("grid", type=click.Path(path_type=Path))
+@click.option(
+    "--tflops",
+    type=float,
+    help="What the device sustains, in 10^12 floating-point operations a second.",
+)
+def plan(grid: Path, tflops: float | None) -> None:
+    """Estimate GPU hours and disk of every row of GRID, before anything runs.
+
+    GRID is a file such as workflow/grids/paper.yaml. Nothing is fetched.
+    """
+    from pai_utils import planning
+    from pai_utils.grids import read_grid
+
+    speed = planning.DEFAULT_TFLOPS if tflops is None else tflops
+    try:
+        cells = {
+            name: _validate(_find_notebook(cell.notebook), cell.parameters)
+            for name, cell in read_grid(grid).items()
+        }
+        table = planning.plan(cells, tflops=speed)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    shown = table[["cell", "images", "pflop", "hours", "results_mib", "pixels_mib"]]
+    shown = shown.set_axis(
+        ["cell", "forwards", "PFLOP", "GPU hours", "results, MiB", "pixels, MiB"], axis=1
+    )
+    click.echo(shown.to_string(index=False, float_format="{:,.3g}".format))
+    needed = planning.downloads(cells.values())
+    click.echo(
+        f"\n{len(table)} rows, {table.hours.sum():,.1f} hours on a device that sustains "
+        f"{speed:g} TFLOP/s (--tflops), {table.results_mib.sum() / 1024:,.1f} GiB of results."
+    )
+    click.echo(
+        "Decoded images are shared by the rows of one task and size; the largest row needs "
+        f"{table.pixels_mib.max() / 1024:,.1f} GiB of them, in memory or beside the data."
+    )
+    if needed:
+        listed = ", ".join(f"{name} {size:,}" for name, size in needed.items())
+        click.echo(
+            f"Data sets to have on disk, in MB: {listed}; {sum(needed.values()):,} together."
+        )
 
 
 @main.command()
@@ -295,9 +348,10 @@ def _embedded() -> Iterator[_Check]:
 
 
 def _fetched() -> Iterator[_Check]:
-    """Published weights on disk: those that are altered one by one, the others in one line."""
+    """Published weights and data sets on disk: weights that are altered one by one."""
     from pai_utils.backbones import PRESETS
     from pai_utils.checkpoints import check_digest, weights_root
+    from pai_utils.datasets import DATASETS, data_root
 
     found, absent = [], []
     for name, preset in PRESETS.items():
@@ -315,6 +369,14 @@ def _fetched() -> Iterator[_Check]:
     if absent:
         text += f"; {', '.join(absent)}: fetched by load_backbone(name, download=True)"
     yield _Check("presets", True, text)
+    root = data_root()
+    there = [name for name, spec in DATASETS.items() if (root / spec.place).exists()]
+    yield _Check(
+        "data sets",
+        True,
+        f"{', '.join(there) or 'none'} found in {root} (PAI_DATA_ROOT); others are fetched by "
+        "load_task(..., download=True)",
+    )
 
 
 if __name__ == "__main__":

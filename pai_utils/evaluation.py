@@ -23,6 +23,7 @@ from pai_utils.execution import (
     clock,
     device_of,
     fitting_batches,
+    in_precision,
     progress,
     undisturbed,
     unknown_name,
@@ -44,18 +45,27 @@ class Evaluation:
     correct: Tensor  # [count] bool, in the order of the data
 
 
-def evaluate(model: nn.Module, data: Samples, *, batch_size: int = 128) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Samples, *, batch_size: int = 128, precision: str = "float32"
+) -> Evaluation:
     """Accuracy and mean cross-entropy of ``model`` on all of ``data``, in evaluation mode.
 
+    Args:
+        model: from images to logits.
+        data: labelled images.
+        batch_size: images a forward.
+        precision: of the forward's products, a key of `pai_utils.execution.PRECISIONS`.
+
     Raises:
-        ValueError: if the labels go beyond the model's classes, the loss is not finite, or
-            ``data`` is empty.
+        ValueError: if the labels go beyond the model's classes, the loss is not finite, ``data``
+            is empty, or the precision is unknown.
     """
+    device = device_of(model)
 
     def compute(size: int) -> list[tuple[Tensor, Tensor]]:
-        return [(model(x), y) for x, y in batches(data, size, device_of(model))]
+        return [(model(x), y) for x, y in batches(data, size, device)]
 
-    with undisturbed(model), torch.inference_mode():
+    with undisturbed(model), torch.inference_mode(), in_precision(device, precision):
         pairs = fitting_batches(compute, batch_size)
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return _evaluation(logits, labels)
@@ -67,8 +77,16 @@ def evaluate_heads(
     data: Mapping[str, Samples],
     *,
     batch_size: int = 128,
+    precision: str = "float32",
 ) -> dict[str, Evaluation]:
     """Evaluate one encoder on several tasks, each with its own frozen head.
+
+    Args:
+        backbone: the encoder.
+        heads: a head for each task.
+        data: labelled images by task.
+        batch_size: images a forward.
+        precision: of the encoder's products, as in :func:`evaluate`.
 
     Raises:
         ValueError: as :func:`evaluate`, or if a task has no head.
@@ -76,7 +94,7 @@ def evaluate_heads(
     _check_names("head of task", data, heads)
     results = {}
     for name, samples in data.items():
-        values, labels = features(backbone, samples, batch_size=batch_size)
+        values, labels = features(backbone, samples, batch_size=batch_size, precision=precision)
         with torch.inference_mode():
             logits = heads[name](values.to(device_of(heads[name]))).cpu()
         results[name] = _evaluation(logits, labels)
@@ -231,6 +249,7 @@ def retention_sweep(
     samples: int | None = 256,
     scope: str = "global",
     batch_size: int = 64,
+    precision: str = "float32",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     observe: Callable[[SweepMask], None] | None = None,
 ) -> pd.DataFrame:
@@ -251,6 +270,8 @@ def retention_sweep(
         samples: images a score; ``None`` for all.
         scope: as in :func:`~pai_utils.masks.make_mask`.
         batch_size: images a forward.
+        precision: of the forwards that measure accuracy, as in :func:`evaluate`; scores are
+            computed in the encoder's own.
         options: for a scorer, keywords of its own, or others for its ``samples`` and
             ``batch_size``.
         observe: is handed every mask before it is evaluated.
@@ -261,7 +282,7 @@ def retention_sweep(
         loss, count, chance, correct`` (the last one ``[count]`` bool).
 
     Raises:
-        ValueError: for an unknown source, scorer or scope, or an impossible sparsity.
+        ValueError: for an unknown source, scorer, scope or precision, or an impossible sparsity.
     """
     _check_names("source", sources, tasks)
     _check_names("scorer", scorers, SCORERS)
@@ -274,7 +295,7 @@ def retention_sweep(
     weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
 
     def rows(source: str, scorer: str, sparsity: float, seed: int) -> Iterator[dict[str, object]]:
-        results = evaluate_heads(pruned, heads, tests, batch_size=batch_size)
+        results = evaluate_heads(pruned, heads, tests, batch_size=batch_size, precision=precision)
         for target, result in results.items():
             yield {
                 "source": source,

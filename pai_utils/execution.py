@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,6 +23,9 @@ from torch.utils.data import Dataset, default_collate
 
 Samples = Dataset[tuple[Tensor, int]]
 """A map-style dataset of ``(image [3, H, W], class index)``."""
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that a forward's products are computed in, by name; `None` is the model's own."""
 
 T = TypeVar("T")
 logger = logging.getLogger("pai_utils")
@@ -72,8 +75,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ``(images [B, 3, H, W], labels [B])`` on ``device``, in the order of ``indices``.
 
-    A dataset with a ``batch(indices)`` method is asked for whole batches; any other map-style
-    dataset is read item by item.
+    A dataset with a ``batch(indices, device)`` method is asked for whole batches; any other
+    map-style dataset is read item by item.
 
     Raises:
         ValueError: if ``batch_size`` is below one or there is no sample.
@@ -86,13 +89,26 @@ def batches(
     whole = getattr(data, "batch", None)
     for rows in indices.split(batch_size):
         if whole is not None:
-            images, labels = whole(rows)
+            images, labels = whole(rows, device)
         else:
             images, labels = default_collate([data[int(row)] for row in rows])
         if images.dim() == 4 and len(images) > 1:
             # Convolutions run up to twice as fast so; see `paired` for why not for one image.
             images = images.contiguous(memory_format=torch.channels_last)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision inside: products in ``precision``, sums and normalisations in float32.
+
+    Raises:
+        ValueError: if ``precision`` is no key of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
+    # A caller's own autocast stays in force unless another precision is asked for.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def share_of_work(count: int) -> Tensor:
@@ -227,7 +243,9 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
 
 def watched() -> bool:
     """Whether to show progress: a person may watch stderr, and ``PAI_PROGRESS=0`` is not set."""
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    # Only a running kernel: other code may import its package.
+    ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    seen = sys.stderr.isatty() or hasattr(ipython, "kernel")
     return seen and os.environ.get("PAI_PROGRESS") != "0"
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone
+from pai_utils.clip import zero_shot_head
 from pai_utils.execution import (
     Samples,
     batches,
     device_of,
     fitting_batches,
+    in_precision,
     undisturbed,
     unknown_name,
 )
@@ -19,18 +23,49 @@ from pai_utils.tasks import Task
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
 
+HEADS = ("linear", "text")
+"""What heads are made of: labelled features, or class names."""
 
-def features(backbone: nn.Module, data: Samples, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Features ``[N, feature_dim]`` and labels ``[N]`` of all of ``data``, in order, on the CPU."""
+
+def features(
+    backbone: nn.Module, data: Samples, *, batch_size: int = 64, precision: str = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Features ``[N, feature_dim]`` and labels ``[N]`` of all of ``data``, in order, on the CPU.
+
+    ``precision`` is that of the forward's products (`pai_utils.execution.PRECISIONS`); features
+    are float32 at least.
+    """
     device = device_of(backbone)
 
     def compute(size: int) -> tuple[Tensor, Tensor]:
         pairs = [(backbone(x).cpu(), y.cpu()) for x, y in batches(data, size, device)]
         return torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
 
-    with undisturbed(backbone), torch.inference_mode():
+    with undisturbed(backbone), torch.inference_mode(), in_precision(device, precision):
         values, labels = fitting_batches(compute, batch_size)
-    return values.clone(), labels.clone()
+    return (values.float() if precision != "float32" else values).clone(), labels.clone()
+
+
+def make_heads(
+    backbone: Backbone, tasks: Mapping[str, Task], kind: str = "linear", *, batch_size: int = 64
+) -> dict[str, nn.Linear]:
+    """A frozen head for each task.
+
+    Args:
+        backbone: the dense encoder.
+        tasks: by name.
+        kind: ``"linear"`` fits each on the task's training images (:func:`fit_head`); ``"text"``
+            makes it of the class names (:func:`pai_utils.clip.zero_shot_head`), for CLIP only.
+        batch_size: images a forward.
+
+    Raises:
+        ValueError: for an unknown kind, and as these functions.
+    """
+    if kind not in HEADS:
+        raise unknown_name("kind of head", kind, HEADS)
+    if kind == "text":
+        return {name: zero_shot_head(backbone, task.class_names) for name, task in tasks.items()}
+    return {name: fit_head(backbone, task, batch_size=batch_size) for name, task in tasks.items()}
 
 
 def fit_head(

@@ -29,7 +29,8 @@ from pydantic import (
     model_validator,
 )
 
-from pai_utils.execution import unknown_name, write_atomically
+from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
+from pai_utils.heads import HEADS
 from pai_utils.scorers import SCORERS
 from pai_utils.tasks import check_task_name
 
@@ -46,6 +47,18 @@ def _known_tasks(names: str | list[str]) -> str | list[str]:
     return names
 
 
+def _known_precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise unknown_name("precision", name, PRECISIONS)
+    return name
+
+
+def _known_head(kind: str) -> str:
+    if kind not in HEADS:
+        raise unknown_name("kind of head", kind, HEADS)
+    return kind
+
+
 def _known_scorer(name: str) -> str:
     if name not in SCORERS:
         raise unknown_name("scorer", name, SCORERS)
@@ -55,6 +68,7 @@ def _known_scorer(name: str) -> str:
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, AfterValidator(_known_tasks)]
 ScorerName = Annotated[str, AfterValidator(_known_scorer)]
+Precision = Annotated[str, AfterValidator(_known_precision)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -199,6 +213,8 @@ class ZeroShotRetentionConfig(NotebookConfig):
     scorers: list[ScorerName] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    heads: Annotated[str, AfterValidator(_known_head)] = "linear"  # or "text", of class names
+    precision: Precision = "float32"  # of the forwards that measure accuracy
 
     @property
     def sources(self) -> list[str]:

@@ -57,7 +57,7 @@ class _Part(NamedTuple):
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Labelled images kept decoded in memory.
+    """Labelled images kept decoded: in memory, or in a memory-mapped file.
 
     Attributes:
         images: uint8 [N, 3, S, S]. With an `ImageTransform`, S is its size and only the
@@ -89,6 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.images = images
         self.labels = labels
         self.transform = transform
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,18 +107,42 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"transform must give a float tensor [3, H, W], got {what}")
         return result, int(self.labels[index])
 
-    def batch(self, indices: Sequence[int] | Tensor | slice) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Sequence[int] | Tensor | slice, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Several items at once: float [B, 3, S, S] and int64 [B].
+
+        With an `ImageTransform`, pixels are moved to a GPU once, as uint8, and normalised there;
+        more than one image comes in channels-last order, in which convolutions run faster.
 
         Args:
             indices: positions in the dataset, in the order wanted, or a slice.
+            device: where the batch is wanted. Default: where the images are.
         """
         chosen = _positions(indices)
         labels = self.labels[chosen]
         if isinstance(self.transform, ImageTransform):
-            return self.transform.normalize(self.images[chosen]), labels
-        each = torch.arange(len(self))[chosen].tolist()
-        return torch.stack([self[index][0] for index in each]), labels
+            pixels = self._pixels(device)[chosen].to(device or self.images.device)
+            if len(pixels) > 1:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            images = self.transform.normalize(pixels)
+        else:
+            each = torch.arange(len(self))[chosen].tolist()
+            images = torch.stack([self[index][0] for index in each])
+        return images.to(device or images.device), labels.to(device or labels.device)
+
+    def _pixels(self, device: torch.device | None) -> Tensor:
+        """The images on ``device``, moved there once; where they are if they would not fit."""
+        if device is None or device.type == self.images.device.type:
+            return self.images
+        source, copied = self._copies.get(device, (None, self.images))
+        if source is self.images:  # and not others, which were put in their place since
+            return copied
+        # A memory-mapped file is larger than memory, a GPU's memory is needed for activations.
+        fits = device.type != "cuda" or 2 * self.images.nbytes < torch.cuda.mem_get_info(device)[0]
+        copied = self.images.to(device) if fits else self.images
+        self._copies[device] = self.images, copied
+        return copied
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
         """Keep the given items, in the given order."""
@@ -207,7 +232,8 @@ def load_task(
         transform: `backbone.transform`, or any callable from a PIL image to a float tensor
             [3, H, W]; image files of any size need the former.
         root: folder of data sets kept on disk. Default: `PAI_DATA_ROOT`, then
-            `~/.cache/pai_utils/data`. The tasks that packages ship do not use it.
+            `~/.cache/pai_utils/data`. The tasks that packages ship do not use it; a relative
+            `folder:` that is not in the working directory is looked for there.
         train_size: number of training items to keep. Default: all. The choice keeps the
             proportions of the classes, and a smaller one is contained in a larger one.
         test_size: the same for the test items.
@@ -246,6 +272,34 @@ def load_task(
         )
     train, validation, test = (datasets[split] for split in _SPLITS)
     return Task(name, spec.class_names, train, validation, test)
+
+
+@cache
+def part_sizes(name: str) -> dict[str, int]:
+    """Number of images in each part of a task, without decoding any.
+
+    Data sets on disk are not looked at: their published sizes are known.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load_task`.
+    """
+    check_task_name(name)
+    if name in TASKS:
+        return {split: len(part.labels) for split, part in TASKS[name].read().items()}
+    if name not in DATASETS:
+        opened = open_dataset(name)
+        return {split: len(positions) for split, (_, positions) in _parts_of(opened).items()}
+    published = DATASETS[name].images
+    if "all" in published:
+        edges = [round(e * published["all"]) for e in itertools.accumulate(_FRACTIONS.values())]
+        return {
+            split: end - start
+            for split, start, end in zip(_FRACTIONS, [0, *edges], edges, strict=False)
+        }
+    if "validation" in published:
+        return dict(published)
+    carved = round(_VALIDATION_FRACTION * published["train"])
+    return {**published, "train": published["train"] - carved, "validation": carved}
 
 
 def _choose(

@@ -41,8 +41,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images[rows], self.labels[rows]
+    def batch(self, rows: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        return self.images[rows].to(device), self.labels[rows].to(device)
 
 
 class Head(nn.Module):
@@ -520,11 +520,10 @@ def tiny_dataset(count: int, classes: int, seed: int) -> ImageDataset:
 
 def tiny_task(name: str = "spots", *, classes: int = 3, train: int = 30, test: int = 24) -> Task:
     """A task that a random encoder with a fitted head does well on, but not perfectly."""
-    sizes = {"train": train, "validation": classes, "test": test}
-    parts = {
-        part: tiny_dataset(size, classes, seed) for seed, (part, size) in enumerate(sizes.items())
-    }
-    return Task(name=name, class_names=tuple("abcdefgh"[:classes]), **parts)
+    fitted, chosen, reported = (
+        tiny_dataset(size, classes, seed) for seed, size in enumerate((train, classes, test))
+    )
+    return Task(name, tuple("abcdefgh"[:classes]), fitted, chosen, reported)
 
 
 def tiny_classifier(classes: int = 3) -> Classifier:

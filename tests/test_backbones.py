@@ -68,16 +68,32 @@ def photograph(name: str) -> Image.Image:
     ("photo", "classes"),
     [("chelsea.png", {281, 282, 285}), ("coffee.png", {967, 504}), ("motorcycle_left.png", {665})],
 )
+@pytest.mark.parametrize("name", [f"efficientnet_lite{number}" for number in range(3)])
 def test_efficientnet_features_name_the_object_through_the_imagenet_classifier(
-    photo: str, classes: set[int]
+    name: str, photo: str, classes: set[int]
 ) -> None:
-    backbone = load_backbone("efficientnet_lite0", image_size=224, device="cpu")
-    stored = torch.load(BACKBONES["efficientnet_lite0"].path, weights_only=True)
+    backbone = load_backbone(name, image_size=224, device="cpu")
+    stored = torch.load(BACKBONES[name].path, weights_only=True)
     head = nn.Linear(backbone.feature_dim, 1000)
     head.load_state_dict({"weight": stored["_fc.weight"], "bias": stored["_fc.bias"]})
     with torch.no_grad():
         logits = Classifier(backbone, head)(backbone.transform(photograph(photo))[None])
     assert int(logits.argmax()) in classes
+
+
+def test_mobilenet_features_are_those_of_torchvisions_architecture() -> None:
+    from torchvision.models import mobilenet_v2
+
+    backbone = load_backbone("mobilenetv2", image_size=96, device="cpu")
+    published = mobilenet_v2().eval()
+    stored = torch.load(BACKBONES["mobilenetv2"].path, weights_only=True)
+    # The packaged file names blocks as torchvision did at first: convolutions by number.
+    own = {n: v for n, v in published.state_dict().items() if n.startswith("features.")}
+    published.load_state_dict(dict(zip(own, stored.values(), strict=True)), strict=False)
+    image = backbone.transform(photograph("chelsea.png"))[None]
+    with torch.no_grad():
+        expected = published.features(image).mean((2, 3))
+        torch.testing.assert_close(backbone(image), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vit_tokens_equal_those_of_the_onnx_graph() -> None:
@@ -231,7 +247,8 @@ def test_an_impossible_image_size_is_refused(name: str, size: Any, message: str)
         (
             "efficientnet_lit0",
             r"'efficientnet_lit0'; did you mean 'efficientnet_lite0'\? "
-            "Choose from: efficientnet_lite0, vit_small_saliency, timm:<model>, file:<path>@<timm",
+            "Choose from: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, mobilenetv2, "
+            "vit_small_saliency, timm:<model>, file:<path>@<timm model>, clip:<model>@<weights>",
         ),
         ("timm:test_resnett", r"unknown backbone 'test_resnett'; did you mean 'test_resnet'\?"),
         ("", "unknown backbone ''"),

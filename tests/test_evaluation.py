@@ -1,16 +1,20 @@
 import copy
 import logging
 import math
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
+from pai_utils import decoding
 from pai_utils.evaluation import (
     evaluate_heads,
     gain_replicates,
@@ -45,6 +49,33 @@ def test_accuracy_and_loss_are_those_of_the_logits(case: Case, batch_size: int) 
     assert torch.equal(result.correct, right)
     assert result.accuracy == int(right.sum()) / 10
     assert result.count == 10
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_changes_logits_by_its_rounding_only(precision: str) -> None:
+    model, task = tiny_classifier(), tiny_task()
+    exact = pai.evaluate(model, task.test)
+    rounded = pai.evaluate(model, task.test, precision=precision)
+    digits = torch.finfo(getattr(torch, precision)).eps
+    assert rounded.loss != exact.loss
+    assert rounded.loss == pytest.approx(exact.loss, abs=20 * digits)
+    heads = {"mine": model.head}
+    (again,) = evaluate_heads(
+        model.backbone, heads, {"mine": task.test}, precision=precision
+    ).values()
+    assert again.loss == pytest.approx(exact.loss, abs=20 * digits)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown precision 'float61'; did you mean 'float16'"):
+        pai.evaluate(tiny_classifier(), tiny_task().test, precision="float61")
+
+
+def test_a_callers_own_autocast_stays_in_force() -> None:
+    model, task = tiny_classifier(), tiny_task()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = pai.evaluate(model, task.test).loss
+    assert inside == pai.evaluate(model, task.test, precision="bfloat16").loss
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -166,13 +197,38 @@ class Counting(ImageDataset):
 
     reads = 0
 
-    def batch(self, indices: Any) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         self.reads += len(indices)
-        return super().batch(indices)
+        return super().batch(indices, device)
 
 
 def counted(data: ImageDataset) -> Counting:
     return Counting(data.images, data.labels, data.transform)
+
+
+def test_a_sweep_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[Path] = Counter()
+    read = decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda path: (opened.update([path]), read(path))[1])
+    backbone = tiny_backbone()
+    tasks = {}
+    for name in ("one", "two", "three", "four"):
+        for label in range(2):
+            folder = tmp_path / name / str(label)
+            folder.mkdir(parents=True)
+            for number in range(12):
+                level = 10 * number + 120 * label
+                Image.new("L", (20, 20), min(level, 255)).save(folder / f"{number}.png")
+        tasks[name] = pai.load_task(f"folder:{tmp_path / name}", backbone.transform)
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    sparsities = [0.1, 0.2, 0.3, 0.4, 0.5]
+    table = retention_sweep(
+        backbone, tasks, heads, ["one"], scorers=["snip"], sparsities=sparsities, seeds=[0],
+        samples=None,
+    )  # fmt: skip
+    assert len(table) == 4 * (1 + len(sparsities))
+    assert len(opened) == 4 * 2 * 12
+    assert set(opened.values()) == {1}
 
 
 def sweep_inputs() -> tuple[Any, Any, Any]:

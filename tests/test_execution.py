@@ -1,3 +1,4 @@
+import io
 import logging
 import os
 import signal
@@ -6,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from pai_utils.execution import (
     progress,
     undisturbed,
     unknown_name,
+    watched,
     write_atomically,
 )
 from tests.cases import Case, Images, fingerprint
@@ -139,10 +142,24 @@ def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
 def test_progress_yields_the_items_and_writes_nothing_unwatched(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     items: Iterable[int] = progress([1, 2, 3], "counting")
     assert list(items) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_person_may_watch_a_kernel_but_not_a_package_that_lies_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shell = SimpleNamespace()
+    fake = SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not watched()
+    shell.kernel = object()
+    assert watched()
+    monkeypatch.setenv("PAI_PROGRESS", "0")
+    assert not watched()
 
 
 def test_a_write_replaces_the_file_with_usual_permissions(tmp_path: Path) -> None:

@@ -287,6 +287,33 @@ def test_a_batch_is_its_items(indices: Any, dataset: ImageDataset) -> None:
         assert int(labels[row]) == dataset[index][1]
 
 
+def test_pixels_are_moved_to_a_device_once_and_normalised_there(dataset: ImageDataset) -> None:
+    # The device "meta" has shapes and no values; any other than the CPU is treated like it.
+    device = torch.device("meta")
+    images, labels = dataset.batch([3, 1], device)
+    assert images.device.type == labels.device.type == "meta"
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    copy = dataset._pixels(device)
+    assert copy.dtype == torch.uint8
+    assert dataset._pixels(device) is copy
+    dataset.images = dataset.images.clone()
+    assert dataset._pixels(device) is not copy
+    assert dataset._pixels(torch.device("cpu")) is dataset.images
+
+
+def test_pixels_that_would_fill_a_gpu_stay_and_are_moved_by_batches(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (dataset.images.nbytes, 0))
+    assert dataset._pixels(torch.device("cuda")) is dataset.images
+
+
+def test_a_batch_is_in_channels_last_order(dataset: ImageDataset) -> None:
+    images, _ = dataset.batch([4, 0, 4])
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_data_loader_gives_the_same_batches(dataset: ImageDataset) -> None:
     images, labels = next(iter(DataLoader(dataset, batch_size=5)))
     expected = dataset.batch(slice(0, 5))

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from cells import BOOK_GRID, Layout, last_error, read_grid
+from cells import BOOK_GRID, Layout, last_error
+
+from pai_utils.grids import read_grid
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("rendered", "executed")

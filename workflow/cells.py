@@ -1,35 +1,17 @@
-"""The cells of a grid, where each one's files are, and what is wrong with an executed copy.
+"""Where the files of a grid's cells are, and what is wrong with an executed copy.
 
-A *grid* is a file `workflow/grids/<name>.yaml` that lists *cells*: one notebook with one set of
-parameters each. A *site* is the folder that Jupyter Book renders.
+A *grid* is a file `workflow/grids/<name>.yaml` (see `pai_utils.grids`). A *site* is the folder that
+Jupyter Book renders.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 BOOK_GRID = "book"
 SITE_SOURCES = ("_config.yml", "_toc.yml", "book", "results")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One notebook with one set of parameters."""
-
-    name: str
-    notebook: str
-    parameters: Mapping[str, Any]
-
-    @property
-    def parameters_json(self) -> str:
-        """The parameters as text that is equal when they are."""
-        return json.dumps(self.parameters, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -62,35 +44,6 @@ class Layout:
     def logs(self) -> Path:
         """The folder of running and failed copies and of the renderer's log."""
         return Path("build") / "logs" / self.grid
-
-
-def read_grid(path: Path) -> dict[str, Cell]:
-    """Return a grid's cells by name.
-
-    Raises:
-        ValueError: The file is missing or is not a grid; the message names what is wrong.
-    """
-    if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ValueError(f"there is no grid {path.stem!r}; there are: {', '.join(names)}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) != {"cells"} or not content["cells"]:
-        raise ValueError(f"{path}: expected the one key 'cells' with at least one cell")
-    return {name: _read_cell(path, name, entry) for name, entry in content["cells"].items()}
-
-
-def _read_cell(path: Path, name: object, entry: object) -> Cell:
-    where = f"{path}: cell {name!r}"
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: a name consists of letters, digits, '_', '-' and '.'")
-    if not isinstance(entry, dict) or set(entry) != {"notebook", "parameters"}:
-        raise ValueError(f"{where}: expected the keys 'notebook' and 'parameters'")
-    notebook, parameters = entry["notebook"], entry["parameters"]
-    if not isinstance(parameters, dict):
-        raise ValueError(f"{where}: 'parameters' must map names to values")
-    if "out" in parameters:
-        raise ValueError(f"{where}: 'out' is set by the workflow")
-    return Cell(name, notebook, parameters)
 
 
 def last_error(notebook: Path) -> str | None:

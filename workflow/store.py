@@ -8,7 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from cells import Layout, problems, read_grid
+from cells import Layout, problems
+
+from pai_utils.grids import read_grid
 
 KEPT = (".csv", ".json", ".png")
 

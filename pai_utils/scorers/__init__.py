@@ -38,6 +38,8 @@ class Scorer:
     summary: str
     needs_data: bool = True
     seeded: bool = True  # false where no seed changes the scores
+    passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
+    """Forwards and backwards over the samples that it takes with these options; for estimates."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,20 +52,59 @@ class Scorer:
         }
 
 
+def _none(options: Mapping[str, Any]) -> float:
+    """No pass over any sample."""
+    return 0.0
+
+
 SCORERS: dict[str, Scorer] = {
-    "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False),
-    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False, seeded=False),
-    "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
-    "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on"),
-    "synflow": Scorer(
-        synflow, "|w ⊙ ∂R/∂w|, R the flow through all |weights|", needs_data=False, seeded=False
+    "random": Scorer(
+        random, "U(0, 1), the floor of every comparison", needs_data=False, passes=_none
     ),
-    "px": Scorer(px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths"),
-    "ntk_sap": Scorer(ntk_sap, "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum"),
-    "fisher_diag": Scorer(fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)"),
-    "ggn_diag": Scorer(ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)"),
-    "block_fisher": Scorer(block_fisher, "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)"),
-    "hessian_diag": Scorer(hessian_diag, "½ w² · diagonal of the Hessian (Hutchinson), signed"),
+    "magnitude": Scorer(
+        magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=_none
+    ),
+    "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
+    "grasp": Scorer(
+        grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=lambda options: 3.1
+    ),
+    "synflow": Scorer(
+        synflow,
+        "|w ⊙ ∂R/∂w|, R the flow through all |weights|",
+        needs_data=False,
+        seeded=False,
+        passes=_none,
+    ),
+    "px": Scorer(
+        px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=lambda o: 2.0
+    ),
+    "ntk_sap": Scorer(
+        ntk_sap,
+        "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum",
+        # In float64, which costs twice on a CPU and more on most GPUs.
+        passes=lambda options: 4.0 * options["perturbations"],
+    ),
+    "fisher_diag": Scorer(
+        fisher_diag,
+        "½ w² · diagonal of the empirical Fisher (true labels)",
+        passes=lambda options: 1.4,
+    ),
+    "ggn_diag": Scorer(
+        ggn_diag,
+        "½ w² · diagonal of the Gauss-Newton matrix (model's labels)",
+        passes=lambda options: 1.4,
+    ),
+    "block_fisher": Scorer(
+        block_fisher,
+        "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)",
+        # The blocks' products and inverses, by what the atlas in results/ took.
+        passes=lambda options: 1.4 + options["block_size"] / 4,
+    ),
+    "hessian_diag": Scorer(
+        hessian_diag,
+        "½ w² · diagonal of the Hessian (Hutchinson), signed",
+        passes=lambda options: 1.0 + 2.1 * options["probes"],
+    ),
 }
 
 

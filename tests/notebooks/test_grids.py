@@ -5,7 +5,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cells import Cell, read_grid
+
+from pai_utils.grids import Cell, read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = [

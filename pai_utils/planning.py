@@ -1,0 +1,238 @@
+"""What runs of notebooks will cost before they start: arithmetic, hours on a GPU, and disk.
+
+**Estimator.** Every notebook's work is counted from its parameters in passes of one image through
+the encoder; a forward and backward counts as three forwards, a scorer as `Scorer.passes` of those.
+A forward's floating-point operations are counted on tensors without values
+(`torch.utils.flop_counter`). Hours follow from a speed that the device sustains, in TFLOP/s.
+
+**Error.** Left out are decoding, fitting of heads on the CPU, and whatever a scorer does beyond
+forwards and backwards, such as inverting blocks. Small batches and memory traffic are in the
+sustained speed, which is far below what the maker of a GPU states and differs by encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from pai_utils import runs
+from pai_utils.datasets import DATASETS
+from pai_utils.execution import progress
+from pai_utils.runs import NotebookConfig
+from pai_utils.scorers import SCORERS
+from pai_utils.tasks import part_sizes
+
+__all__ = ["DEFAULT_TFLOPS", "downloads", "plan"]
+
+DEFAULT_TFLOPS = 20.0
+"""Sustained by a data-centre GPU in float32 with TensorFloat-32, by order of magnitude."""
+
+_BACKWARD = 2  # forwards
+_FIGURES_MIB = 2.0
+_TABLE_ROW_BYTES = 120
+_HVP, _GGN = 3.1, 2.5  # forwards and backwards of a product
+
+
+@dataclass
+class _Work:
+    """What a cell does, counted in images."""
+
+    forwards: float = 0.0
+    rows: int = 0  # of tables
+    masks: int = 0  # kept as files
+
+    def train(self, images: float) -> None:
+        """Forward and backward."""
+        self.forwards += (1 + _BACKWARD) * images
+
+
+def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS) -> pd.DataFrame:
+    """Estimate every cell of a grid.
+
+    Args:
+        cells: the validated parameters of each notebook to run, by the cell's name.
+        tflops: 10¹² floating-point operations a second that the device sustains.
+
+    Returns:
+        One row a cell: `cell`, `backbone`, `images` (passes of one image, in forwards), `pflop`
+        (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks) and `pixels_mib`
+        (decoded images, shared by the cells of one task and size).
+
+    Raises:
+        ValueError: parameters of a notebook that has no estimate, an unknown encoder, or `tflops`
+            not above 0.
+        FileNotFoundError: a folder of images that does not exist.
+    """
+    if not tflops > 0:
+        raise ValueError(f"tflops must be above 0, got {tflops}")
+    rows = []
+    for name, config in progress(cells.items(), "planning", total=len(cells)):
+        if type(config) not in _COUNTS:
+            raise ValueError(f"cell {name!r}: no estimate for {type(config).__name__}")
+        work = _COUNTS[type(config)](config)
+        encoder = _encoder(config.backbone, config.image_size)
+        flop = work.forwards * encoder.forward_flop
+        images = sum(sum(_sizes(task, config).values()) for task in _tasks(config))
+        rows.append(
+            {
+                "cell": name,
+                "backbone": config.backbone,
+                "images": work.forwards,
+                "pflop": flop / 1e15,
+                "hours": flop / (tflops * 1e12) / 3600,
+                "results_mib": _FIGURES_MIB
+                + (work.rows * _TABLE_ROW_BYTES + work.masks * encoder.prunable) / 2**20,
+                "pixels_mib": images * 3 * encoder.side**2 / 2**20,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def downloads(cells: Iterable[NotebookConfig]) -> dict[str, int]:
+    """The data sets on disk that runs need, each once, with the megabytes to download."""
+    names = dict.fromkeys(name for config in cells for name in _tasks(config))
+    return {name: DATASETS[name].megabytes for name in names if name in DATASETS}
+
+
+# --- encoders and tasks ---
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    side: int
+    forward_flop: float
+    prunable: int
+
+
+@cache
+def _encoder(name: str, image_size: int | None) -> _Encoder:
+    """Count a forward of one image; random weights do, since values do not matter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pai_utils.backbones import load_backbone, prunable_parameters
+
+    if name.startswith("file:"):
+        name = name.rpartition("@")[2]
+    backbone = load_backbone(name, image_size=image_size, device="cpu", pretrained=False)
+    side = backbone.image_size
+    backbone = backbone.to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.empty(1, 3, side, side, device="meta"))
+    prunable = sum(backbone.get_parameter(n).numel() for n in prunable_parameters(backbone))
+    return _Encoder(side, float(counter.get_total_flops()), prunable)
+
+
+def _sizes(name: str, config: Any) -> dict[str, int]:
+    counts = part_sizes(name)
+    wanted = {"train": config.train_size, "test": config.test_size}
+    return {split: min(wanted.get(split) or n, n) for split, n in counts.items()}
+
+
+def _tasks(config: Any) -> list[str]:
+    names: list[str] = config.sources if not hasattr(config, "targets") else config.tasks
+    return list(dict.fromkeys(names))
+
+
+# --- what the notebooks do ---
+
+
+def _total(config: Any, split: str) -> int:
+    return sum(_sizes(name, config)[split] for name in _tasks(config))
+
+
+def _drawn(source: str, config: Any, samples: int | None) -> int:
+    available = _sizes(source, config)["train"]
+    return min(samples or available, available)
+
+
+def _score(work: _Work, config: Any, scorer: str, source: str, **options: Any) -> None:
+    samples = options.pop("samples", config.samples)
+    passes = SCORERS[scorer].passes({**SCORERS[scorer].options, **options})
+    work.train(passes * _drawn(source, config, samples))
+
+
+def _draws(config: Any, scorers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Scorers and sources of a sweep, once a seed."""
+    for scorer in scorers:
+        spec = SCORERS[scorer]
+        for source in config.sources if spec.needs_data else config.sources[:1]:
+            for _ in config.seeds if spec.seeded else config.seeds[:1]:
+                yield scorer, source
+
+
+def _sweep(work: _Work, config: Any, scorers: Iterable[str], seeds: int | None = None) -> None:
+    draws = list(_draws(config, scorers))
+    if seeds is not None:  # the encoder without pre-training: one seed
+        draws = list(dict.fromkeys(draws))
+    for scorer, source in draws:
+        _score(work, config, scorer, source, **getattr(config, "options", {}).get(scorer, {}))
+    masks = len(draws) * len(config.sparsities)
+    work.forwards += (1 + masks) * _total(config, "test")
+    work.rows += 2 * (1 + masks) * len(_tasks(config))
+
+
+def _prune_per_task(config: runs.PrunePerTaskConfig) -> _Work:
+    work = _Work(forwards=_total(config, "train") + _total(config, "test"))
+    for scorer in config.scorers:
+        for source in config.sources if SCORERS[scorer].needs_data else config.sources[:1]:
+            _score(work, config, scorer, source)
+            work.forwards += _sizes(source, config)["test"]
+            work.masks += 1
+    work.rows = 60 * work.masks
+    return work
+
+
+def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
+    work = _Work()
+    train, test = _total(config, "train"), _total(config, "test")
+    # Heads, the gap of the protocols, and heads of the encoder without pre-training.
+    work.forwards += (train if config.heads == "linear" else 0) + (train + 2 * test) + train
+    _sweep(work, config, config.scorers)
+    _sweep(work, config, config.scorers[:1], seeds=1)
+    return work
+
+
+def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
+    train, test = _total(config, "train"), _total(config, "test")
+    work = _Work(forwards=train + test)
+    _score(work, config, config.scorer, config.source)
+    for _ in config.learning_rates:
+        work.train(max(config.steps) * config.finetune_batch_size)
+        # The last step again, with heads fitted anew.
+        work.forwards += (len(config.steps) + 1) * test + train
+        work.rows += (len(config.steps) + 1) * len(config.tasks)
+    return work
+
+
+def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
+    work = _Work(forwards=_total(config, "train"))
+    for target in config.tasks:
+        _score(work, config, "ggn_diag", target)
+    for scorer in config.scorers:
+        _score(work, config, scorer, config.source)
+        for target in config.tasks:
+            images = len(config.sparsities) * _drawn(target, config, config.samples)
+            work.train((_HVP + _GGN) * images)
+            work.forwards += (1 + len(config.fractions)) * images
+            work.rows += len(config.sparsities) * len(config.fractions)
+    return work
+
+
+def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:
+    work = _Work(forwards=_total(config, "train"))
+    _sweep(work, config, config.scorers)
+    return work
+
+
+_COUNTS: dict[type[NotebookConfig], Callable[[Any], _Work]] = {
+    runs.PrunePerTaskConfig: _prune_per_task,
+    runs.ZeroShotRetentionConfig: _zero_shot_retention,
+    runs.FinetuneRecoveryConfig: _finetune_recovery,
+    runs.LandscapeAnalysisConfig: _landscape_analysis,
+    runs.ScorerAtlasConfig: _scorer_atlas,
+}

@@ -1,0 +1,88 @@
+"""What a grid may say, and what it is read as."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pai_utils.grids import read_grid
+
+
+def test_parameters_in_another_order_are_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    texts = []
+    for parameters in ("{a: 1, b: [2]}", "{b: [2], a: 1}"):
+        path.write_text(f"cells: {{one: {{notebook: n, parameters: {parameters}}}}}")
+        texts.append(read_grid(path)["one"].parameters_json)
+    assert texts[0] == texts[1] == '{"a": 1, "b": [2]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected the one key 'cells' with at least one cell"),
+        ({"cells": {}}, "expected the one key 'cells' with at least one cell"),
+        (
+            {"cells": {"a/b": {"notebook": "n", "parameters": {}}}},
+            "cell 'a/b': a name consists of",
+        ),
+        ({"cells": {"a": {"notebook": "n"}}}, "cell 'a': expected the keys"),
+        ({"cells": {"a": {"notebook": "n", "parameters": []}}}, "cell 'a': 'parameters' must map"),
+        (
+            {"cells": {"a": {"notebook": "n", "parameters": {"out": "x"}}}},
+            "cell 'a': 'out' is set by the workflow",
+        ),
+        (
+            {"cells": {"a": {"notebook": "n", "parameters": {}, "over": {"b": 1}}}},
+            "cell 'a': 'over' must map names of parameters to lists",
+        ),
+        (
+            {"cells": {"a-{b}": {"notebook": "n", "parameters": {}, "over": {"b": [1], "c": [2]}}}},
+            "cell 'a-{b}': its name lacks {c}",
+        ),
+        (
+            {"cells": {"a-{b}": {"notebook": "n", "parameters": {}, "over": {"b": ["x:", "x@"]}}}},
+            "two cells have the name 'a-x_'",
+        ),
+    ],
+)
+def test_malformed_grid_is_refused_with_the_place(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_grid(path)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there.yaml").write_text("cells: [")
+    with pytest.raises(ValueError, match="no grid 'gone'; there are: there"):
+        read_grid(tmp_path / "gone.yaml")
+    with pytest.raises(ValueError, match=r"there\.yaml is no YAML"):
+        read_grid(tmp_path / "there.yaml")
+
+
+def test_a_cell_over_lists_is_one_for_each_combination(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        """
+cells:
+  n-{task}-{rate}:
+    notebook: n
+    over: {task: [digits, "folder:my birds"], rate: [1, 2]}
+    parameters: {seeds: [0]}
+  n-alone: {notebook: n, parameters: {}}
+"""
+    )
+    cells = read_grid(path)
+    assert list(cells) == [
+        "n-digits-1", "n-digits-2", "n-folder_my_birds-1", "n-folder_my_birds-2", "n-alone"
+    ]  # fmt: skip
+    assert cells["n-folder_my_birds-2"].parameters == {
+        "seeds": [0],
+        "task": "folder:my birds",
+        "rate": 2,
+    }
+    assert all(cell.notebook == "n" and cell.name == name for name, cell in cells.items())

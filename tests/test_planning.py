@@ -1,0 +1,145 @@
+"""Estimates of grids: counts by hand, published sizes, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pai_utils import runs
+from pai_utils.backbones import load_backbone
+from pai_utils.datasets import DATASETS
+from pai_utils.planning import downloads, plan
+from pai_utils.tasks import part_sizes
+
+COMMON: dict[str, Any] = {
+    "backbone": "timm:test_resnet",
+    "image_size": 32,
+    "train_size": 100,
+    "test_size": 40,
+    "samples": 10,
+    "out": "out",
+}
+
+
+def retention(**changes: Any) -> runs.ZeroShotRetentionConfig:
+    values = {
+        "source": ["digits", "photos"],
+        "targets": ["digits", "photos", "glyphs"],
+        "scorers": ["snip", "magnitude", "random"],
+        "sparsities": [0.2, 0.4],
+        "seeds": [0, 1, 2],
+    }
+    return runs.ZeroShotRetentionConfig(**{**COMMON, **values, **changes})
+
+
+def test_a_sweep_is_counted_as_it_runs() -> None:
+    (row,) = plan({"mine": retention()}).to_dict("records")
+    train, test = 3 * 100, 3 * 40
+    draws = 2 * 3 + 1 + 3  # snip on two sources, magnitude once, random with each seed
+    heads = train + (train + 2 * test) + train
+    scores = 3 * 10 * (2 * 3)
+    sweep = (1 + 2 * draws) * test
+    untrained = 3 * 10 * 2 + (1 + 2 * 2) * test
+    assert row["images"] == heads + scores + sweep + untrained
+    assert row["cell"] == "mine"
+    assert row["pixels_mib"] == pytest.approx(
+        sum(100 + 40 + part_sizes(name)["validation"] for name in ("digits", "photos", "glyphs"))
+        * 3
+        * 32**2
+        / 2**20
+    )
+
+
+def test_heads_of_class_names_need_no_images() -> None:
+    linear, text = (plan({"a": retention(heads=h)}).images[0] for h in ("linear", "text"))
+    assert linear - text == 300
+
+
+def test_operations_are_those_of_the_encoders_forward() -> None:
+    # A linear-algebra count by hand of every convolution.
+    backbone = load_backbone("timm:test_resnet", image_size=32, device="cpu", pretrained=False)
+    flop = 0
+
+    def count(module: torch.nn.Conv2d, _: Any, output: torch.Tensor) -> None:
+        nonlocal flop
+        flop += 2 * module.weight.numel() * output.shape[2] * output.shape[3]
+
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        backbone(torch.zeros(1, 3, 32, 32))
+    (row,) = plan({"a": retention()}, tflops=2).to_dict("records")
+    assert row["pflop"] == pytest.approx(row["images"] * flop / 1e15)
+    assert row["hours"] == pytest.approx(row["pflop"] / 2 * 1e3 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("config", "images"),
+    [
+        (
+            runs.PrunePerTaskConfig(
+                **COMMON, sources=["digits", "photos"], scorers=["snip", "random"], sparsity=0.5
+            ),
+            2 * 140 + 2 * (3 * 10 + 40) + 40,
+        ),
+        (
+            runs.FinetuneRecoveryConfig(
+                **COMMON, source="digits", targets=["photos"], scorer="snip", sparsity=0.5,
+                learning_rates=[1e-5, 1e-4], steps=[0, 2, 6], finetune_batch_size=4,
+            ),
+            2 * 140 + 3 * 10 + 2 * (3 * 6 * 4 + 4 * 80 + 200),
+        ),
+        (
+            runs.LandscapeAnalysisConfig(
+                **COMMON, source="digits", targets=["photos"], scorers=["snip"],
+                sparsities=[0.2, 0.4], fractions=[0.5, 1.0],
+            ),
+            200 + 2 * 3 * 14 + 3 * 10 + 2 * 20 * (3 * (3.1 + 2.5) + 3),
+        ),
+        (
+            runs.ScorerAtlasConfig(
+                **COMMON, sources=["digits", "photos"], scorers=["hessian_diag", "random"],
+                sparsities=[0.5], seeds=[0, 1],
+                options={"hessian_diag": {"probes": 5, "samples": 7}},
+            ),
+            200 + 4 * 3 * 7 * (1 + 2.1 * 5) + (1 + 4 + 2) * 80,
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, (int, float)) else "",
+)  # fmt: skip
+def test_every_notebook_is_counted(config: runs.NotebookConfig, images: float) -> None:
+    assert plan({"a": config}).images[0] == pytest.approx(images)
+
+
+def test_parts_are_those_that_loading_makes(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(20):
+            Image.new("L", (8, 8), number).save(tmp_path / label / f"{number}.png")
+    assert part_sizes(f"folder:{tmp_path}") == {"train": 22, "validation": 6, "test": 12}
+    assert part_sizes("MNIST") == {"train": 54_000, "validation": 6_000, "test": 10_000}
+    assert part_sizes("DTD") == {"train": 1_880, "validation": 1_880, "test": 1_880}
+    assert part_sizes("EuroSAT") == {"train": 14_850, "validation": 4_050, "test": 8_100}
+    assert part_sizes("digits") == {"train": 988, "validation": 270, "test": 539}
+    with pytest.raises(ValueError, match="unknown task 'digitz'"):
+        part_sizes("digitz")
+
+
+def test_data_sets_to_fetch_are_named_once() -> None:
+    configs = [retention(source="MNIST", targets=["MNIST", "DTD"]), retention(targets=["DTD"])]
+    assert downloads(configs) == {
+        "MNIST": DATASETS["MNIST"].megabytes,
+        "DTD": DATASETS["DTD"].megabytes,
+    }
+
+
+def test_what_cannot_be_estimated_is_refused() -> None:
+    with pytest.raises(ValueError, match="tflops must be above 0, got 0"):
+        plan({}, tflops=0)
+    with pytest.raises(ValueError, match="cell 'a': no estimate for NotebookConfig"):
+        plan({"a": runs.NotebookConfig(**COMMON)})
+    with pytest.raises(ValueError, match="unknown backbone 'test_resnett'"):
+        plan({"a": retention(backbone="timm:test_resnett")})
