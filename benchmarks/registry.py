@@ -20,8 +20,9 @@ def _problem(network: Network, classes: int, count: int) -> Problem:
 _PROBLEMS = {name: partial(_problem, network, 1000) for name, network in NETWORKS.items()}
 
 # A ReLU or max-pooling whose inputs lie within float32's rounding of each other may switch, and
-# the gradients of its sample with it: right results differ from float64 by up to some 1e-3.
-_TOLERANCE = 1e-2
+# the gradients of its sample with it: right results, a plain double backward's too, differ from
+# float64 by up to 2e-2 on a deep network. Another quantity differs by tens of percent.
+_TOLERANCE = 5e-2
 
 TASKS: dict[str, Task[Any]] = {
     "diagonal": Task(diagonals.CONTENDERS, _PROBLEMS, diagonals.REFERENCES, _TOLERANCE),
