@@ -622,8 +622,9 @@ def load_backbone(
               `pai_utils.checkpoints` lists: `.safetensors`, `.pth`, `.pt` or `.pth.tar`. The
               head's tensors are left out; all others must match.
         image_size: side of the square images, in pixels. Default: 84 for `vit_small_saliency`, 64
-            for the other keys of `BACKBONES`, the model's own otherwise. A vision transformer needs a
-            multiple of its patch size; its position embedding is interpolated to the new grid.
+            for the other keys of `BACKBONES`, the model's own otherwise. A vision transformer
+            needs a multiple of its patch size; its position embedding is interpolated to the new
+            grid.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
         pretrained: `False` gives the same architecture at random weights.
         seed: of the random weights; the global random state is left as it was.
@@ -711,8 +712,9 @@ def _load_clip(
         provenance = Provenance(f"random initialisation of {model}, seed {seed}", _NONE, None)
     else:
         licence = "MIT" if tag == "openai" else "unknown"
+        where = towers.path.name if Path(tag).name == towers.path.name else f"weights {tag}"
         provenance = Provenance(
-            f"CLIP {model} through open_clip; {towers.path.name} of {Path(tag).name}",
+            f"CLIP {model} through open_clip; {where}",
             licence,
             f"sha256:{sha256_of(towers.path)}",
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +117,8 @@ def load_towers(
                 weights_only=True,
                 **options,
             )
-        except (RuntimeError, KeyError, OSError, EOFError) as error:
+        # open_clip asserts shapes.
+        except (SafetensorError, RuntimeError, AssertionError, KeyError, OSError) as error:
             raise ValueError(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.backbones import Backbone, Classifier
+from pai_utils.compensation import compensate_, parse_compensation
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
@@ -251,6 +252,7 @@ def retention_sweep(
     batch_size: int = 64,
     precision: str = "float32",
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    compensations: Sequence[str] = ("none",),
     observe: Callable[[SweepMask], None] | None = None,
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
@@ -274,6 +276,10 @@ def retention_sweep(
             computed in the encoder's own.
         options: for a scorer, keywords of its own, or others for its ``samples`` and
             ``batch_size``.
+        compensations: what is done to the surviving weights of every mask, each in turn
+            (:mod:`pai_utils.compensation`), on the source's training images. A scorer with a
+            compensation is named ``"scorer + compensation"`` in the table, and a mask that looked
+            at no data is compensated on every source.
         observe: is handed every mask before it is evaluated.
 
     Returns:
@@ -282,7 +288,8 @@ def retention_sweep(
         loss, count, chance, correct`` (the last one ``[count]`` bool).
 
     Raises:
-        ValueError: for an unknown source, scorer, scope or precision, or an impossible sparsity.
+        ValueError: for an unknown source, scorer, scope, precision or compensation, or an
+            impossible sparsity.
     """
     _check_names("source", sources, tasks)
     _check_names("scorer", scorers, SCORERS)
@@ -290,6 +297,8 @@ def retention_sweep(
     _check_names("scorer of options", options, scorers)
     for sparsity in sparsities:
         check_sparsity(sparsity, scope)
+    for compensation in compensations:
+        parse_compensation(compensation)
     tests = {name: task.test for name, task in tasks.items()}
     pruned = copy.deepcopy(backbone)
     weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
@@ -325,14 +334,29 @@ def retention_sweep(
         scores = score(scorer, model, data, seed=seed, **keywords)
         seconds = clock(device_of(model)) - begin
         for sparsity in sparsities:
-            mask = _encoder_part(make_mask(scores, sparsity, scope))
+            whole = make_mask(scores, sparsity, scope)
+            mask = _encoder_part(whole)
             if observe is not None:
                 observe(SweepMask(scorer, source, seed, sparsity, scores, seconds, mask))
-            mask.apply_(pruned)
-            table += rows(source, scorer, sparsity, seed)
-            with torch.no_grad():
-                for name, parameter in pruned.named_parameters():
-                    parameter.copy_(weights[name])
+            for compensation in compensations:
+                repaired = compensation != "none"
+                for place in sources if repaired and source == "none" else [source]:
+                    mask.apply_(pruned)
+                    if repaired:
+                        compensate_(
+                            Classifier(pruned, heads[place]),
+                            Classifier(backbone, heads[place]),
+                            whole,
+                            tasks[place].train,
+                            compensation,
+                            batch_size=batch_size,
+                            seed=seed,
+                        )
+                    label = f"{scorer} + {compensation}" if repaired else scorer
+                    table += rows(place, label, sparsity, seed)
+                    with torch.no_grad():
+                        for name, parameter in pruned.named_parameters():
+                            parameter.copy_(weights[name])
     return pd.DataFrame(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from pai_utils.backbones import prunable_parameters
+from pai_utils.compensation import compensate_, parse_compensation
 from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.scorers import score
 
-COMPENSATIONS = ("none",)
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda sparsity, progress: (1 - sparsity) ** progress,
     "linear": lambda sparsity, progress: 1 - sparsity * progress,
@@ -62,6 +62,7 @@ def prune(
     exclude: str | Sequence[str] = (),
     source: str | None = None,
     compensation: str = "none",
+    compensation_options: Mapping[str, Any] | None = None,
     samples: int | None = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -87,7 +88,10 @@ def prune(
             ``None`` for all prunable ones.
         exclude: patterns of the weights to spare, by :func:`select_parameters`.
         source: name of the source task, for the mask's metadata.
-        compensation: what is done to the surviving weights; only ``"none"`` so far.
+        compensation: what is done to the surviving weights after the last round: ``"none"``, or
+            parts joined by ``+`` of ``moments``, ``layerwise`` and ``obs``
+            (:mod:`pai_utils.compensation`).
+        compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
         seed: seed of every draw.
@@ -97,8 +101,9 @@ def prune(
         ValueError: for an unknown scorer, scope, schedule, option or compensation, an impossible
             sparsity, a pattern without a match, or fewer rounds than one.
     """
-    if compensation not in COMPENSATIONS:
-        raise unknown_name("compensation", compensation, COMPENSATIONS)
+    parts = parse_compensation(compensation)
+    if parts and data is None:
+        raise ValueError(f"compensation {compensation!r} needs samples of the source task")
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
     if rounds < 1:
@@ -116,6 +121,7 @@ def prune(
         "scope": scope,
         "rounds": str(rounds),
         "schedule": schedule,
+        "compensation": compensation,
         "samples": str(samples),
         "seed": str(seed),
     }
@@ -143,6 +149,15 @@ def prune(
         # Not strict: after the first round these are no longer the dense weights.
         mask.apply_(pruned, strict=False)
     assert mask is not None
+    if parts and data is not None:
+        compensate_(
+            pruned,
+            model,
+            mask,
+            data,
+            compensation,
+            **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
+        )
     if mask.empty_layers:
         logger.warning("pruned to nothing: %s", ", ".join(mask.empty_layers))
     report = PruningReport(

@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from pai_utils.compensation import parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
 from pai_utils.heads import HEADS
 from pai_utils.scorers import SCORERS
@@ -59,6 +60,11 @@ def _known_head(kind: str) -> str:
     return kind
 
 
+def _known_compensation(text: str) -> str:
+    parse_compensation(text)
+    return text
+
+
 def _known_scorer(name: str) -> str:
     if name not in SCORERS:
         raise unknown_name("scorer", name, SCORERS)
@@ -69,6 +75,7 @@ def _known_scorer(name: str) -> str:
 TaskName = Annotated[str, AfterValidator(_known_tasks)]
 ScorerName = Annotated[str, AfterValidator(_known_scorer)]
 Precision = Annotated[str, AfterValidator(_known_precision)]
+Compensation = Annotated[str, AfterValidator(_known_compensation)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -213,6 +220,7 @@ class ZeroShotRetentionConfig(NotebookConfig):
     scorers: list[ScorerName] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    compensations: list[Compensation] = Field(default=["none"], min_length=1)
     heads: Annotated[str, AfterValidator(_known_head)] = "linear"  # or "text", of class names
     precision: Precision = "float32"  # of the forwards that measure accuracy
 

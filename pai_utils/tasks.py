@@ -217,6 +217,7 @@ def load_task(
     download: bool | None = None,
     on_error: OnError = "raise",
     validation_size: int | None = None,
+    balanced: bool = False,
 ) -> Task:
     """Load a task, with its images prepared for one encoder.
 
@@ -243,6 +244,8 @@ def load_task(
             of its part, logged, and listed in `Task.skipped`.
         validation_size: as `train_size`, for the validation items; a large data set takes long to
             decode.
+        balanced: let smaller sizes hold equally many items of each class, as far as there are,
+            instead of the classes' proportions.
 
     Raises:
         ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
@@ -260,13 +263,13 @@ def load_task(
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     if name not in TASKS:
         opened = open_dataset(name, root, download=download)
-        return _decoded_task(name, opened, transform, sizes, seed, on_error)
+        return _decoded_task(name, opened, transform, sizes, seed, on_error, balanced)
     spec = TASKS[name]
     parts = spec.read()
     datasets = {}
     for split in _SPLITS:
         images, labels = parts[split]
-        chosen = _choose(labels, split, sizes[split], seed, name)
+        chosen = _choose(labels, split, sizes[split], seed, name, balanced)
         datasets[split] = ImageDataset(
             to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
         )
@@ -303,14 +306,14 @@ def part_sizes(name: str) -> dict[str, int]:
 
 
 def _choose(
-    labels: NDArray[np.int64], split: str, size: int | None, seed: int, name: str
+    labels: NDArray[np.int64], split: str, size: int | None, seed: int, name: str, balanced: bool
 ) -> Positions:
     """Positions of the items of one part to keep, increasing."""
     if size is None:
         return np.arange(len(labels))
     _check_size(size, len(labels), split, name)
     generator = np.random.default_rng([seed, _SPLITS.index(split)])
-    return np.sort(_stratified_order(labels, generator)[:size])
+    return np.sort(_stratified_order(labels, generator, balanced=balanced)[:size])
 
 
 def _decoded_task(
@@ -320,6 +323,7 @@ def _decoded_task(
     sizes: dict[str, int | None],
     seed: int,
     on_error: OnError,
+    balanced: bool,
 ) -> Task:
     """Cut a data set on disk into parts, choose items of each, and decode those only."""
     chosen: dict[str, tuple[str, Positions]] = {}
@@ -333,7 +337,7 @@ def _decoded_task(
             )
         if not len(labels):
             raise ValueError(f"{name} has too few images to carve a validation part from them")
-        picked = _choose(labels, split, sizes[split], seed, name)
+        picked = _choose(labels, split, sizes[split], seed, name, balanced)
         chosen[split] = published, members[picked]
     budget = MemoryBudget()
     datasets = {}
@@ -415,14 +419,18 @@ def _check_size(size: int, available: int, split: str, name: str) -> None:
 
 
 def _stratified_order(
-    labels: NDArray[np.int64], generator: np.random.Generator
+    labels: NDArray[np.int64], generator: np.random.Generator, *, balanced: bool = False
 ) -> NDArray[np.int64]:
-    """Order items at random so that every prefix has nearly the proportions of the classes."""
+    """Order items at random so that every prefix has nearly the proportions of the classes.
+
+    With ``balanced``, it has equally many of each class that is not used up.
+    """
     order = generator.permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
+        ranks = np.arange(len(members)) + generator.random()
+        position[members] = ranks if balanced else ranks / len(members)
     return np.argsort(position, kind="stable")
 
 

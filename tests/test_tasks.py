@@ -287,6 +287,24 @@ def test_a_batch_is_its_items(indices: Any, dataset: ImageDataset) -> None:
         assert int(labels[row]) == dataset[index][1]
 
 
+def test_a_balanced_subset_holds_equally_many_of_each_class(tmp_path: Path) -> None:
+    for label, count in (("few", 10), ("many", 60), ("more", 90)):
+        (tmp_path / label).mkdir()
+        for number in range(count):
+            Image.new("L", (8, 8), number).save(tmp_path / label / f"{number}.png")
+
+    def counts(**options: Any) -> list[int]:
+        task = load_task(f"folder:{tmp_path}", TRANSFORM, **options)
+        return torch.bincount(task.train.labels).tolist()
+
+    whole = counts()
+    assert counts(train_size=12, balanced=True) == [4, 4, 4]
+    small = whole[0]  # all there are of the first class
+    assert counts(train_size=small + 20, balanced=True) == [small, 10, 10]
+    assert counts(balanced=True) == whole
+    assert counts(train_size=48) == pytest.approx([w * 48 / sum(whole) for w in whole], abs=1)
+
+
 def test_pixels_are_moved_to_a_device_once_and_normalised_there(dataset: ImageDataset) -> None:
     # The device "meta" has shapes and no values; any other than the CPU is treated like it.
     device = torch.device("meta")

@@ -1,0 +1,481 @@
+"""What is done to the weights that survive pruning, without training.
+
+Removing weights shifts what the next layers receive. Three ways to make good for it, all on images
+of the source task only and without their labels, save for ``obs``:
+
+``moments``
+    Every normalisation gives its channels the mean and standard deviation that they have in the
+    dense network, through its own scale and shift; layers with a bias of their own that no
+    normalisation follows at once are given the dense mean through it.
+``layerwise``
+    Every layer's surviving weights, and its bias, are re-solved by damped least squares: from the
+    inputs of the network pruned so far to the outputs of the dense one (as the reconstruction
+    steps of Dong et al. 2017, "Learning to prune deep neural networks via layer-wise optimal brain
+    surgeon", and Frantar & Alistarh 2022, "Optimal brain compression", here solved exactly).
+``obs``
+    The second-order update that belongs to ``block_fisher``:
+    :meth:`~pai_utils.curvature.blocks.BlockFisher.compensate`.
+
+They combine with a plus, ``"layerwise+moments"``, in any order of words: ``obs`` comes first, then
+one pass through the network repairs layer after layer, each from inputs that earlier repairs made.
+
+**Cost.** ``moments`` and ``layerwise`` take one forward of the dense and one of the pruned network
+on all images at once. ``layerwise`` adds for a layer of K inputs, M outputs and R rows about 2RK²
+operations for the products, and for each output n³/3 for its n surviving weights, in float64.
+``obs`` costs what its blocks cost, a forward and a backward with products of per-sample gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.execution import (
+    Samples,
+    batches,
+    device_of,
+    draw_samples,
+    logger,
+    undisturbed,
+    unknown_name,
+)
+from pai_utils.masks import Mask
+
+__all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
+
+COMPENSATIONS = ("moments", "layerwise", "obs")
+
+_CHUNK_BYTES = 256 * 2**20  # of systems that are factorised together
+_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
+
+
+def parse_compensation(text: str) -> tuple[str, ...]:
+    """The parts of a compensation: of ``"none"`` nothing, of ``"layerwise+moments"`` both.
+
+    Raises:
+        ValueError: for an unknown part, or one that is named twice.
+    """
+    if text == "none":
+        return ()
+    parts = tuple(text.split("+"))
+    for part in parts:
+        if part not in COMPENSATIONS:
+            raise unknown_name("compensation", part, ["none", *COMPENSATIONS])
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"compensation {text!r} names a part twice")
+    return parts
+
+
+def compensate_(
+    model: nn.Module,
+    dense: nn.Module,
+    mask: Mask,
+    data: Samples,
+    compensation: str,
+    *,
+    samples: int | None = 512,
+    seed: int = 0,
+    damping: float = 1e-2,
+    rows: int = 8192,
+    block_size: int = 64,
+    batch_size: int = 64,
+) -> None:
+    """Repair a pruned model in place; pruned weights stay exactly zero.
+
+    Args:
+        model: the pruned model; its parameters and BatchNorm buffers are those of ``dense`` but
+            for the mask.
+        dense: the model before pruning; left as it was.
+        mask: what was pruned.
+        data: samples of the source task.
+        compensation: parts joined by ``+``, of :data:`COMPENSATIONS`.
+        samples: at most so many, by a seeded draw; ``None`` for all. They run through the networks
+            as one batch.
+        seed: of this draw and of the rows.
+        damping: ridge of ``layerwise`` towards the dense weights, over the mean square of a
+            layer's inputs; of ``obs``, over a block's mean diagonal.
+        rows: positions (of images, pixels or tokens) at most that a layer is re-solved on.
+        block_size: of ``obs``.
+        batch_size: of ``obs``, samples a forward.
+
+    Raises:
+        ValueError: for an unknown part, a damping that is not above zero, or fewer rows or samples
+            than one.
+    """
+    parts = parse_compensation(compensation)
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping} must be a finite number above zero")
+    if rows < 1:
+        raise ValueError(f"rows={rows}: at least one row is needed")
+    if samples is not None:
+        samples = min(samples, len(cast(Sized, data)))
+    if "obs" in parts:
+        _follow_fisher_(
+            model, dense, mask, data,
+            samples=samples, seed=seed, damping=damping, block_size=block_size,
+            batch_size=batch_size,
+        )  # fmt: skip
+    if not {"moments", "layerwise"} & set(parts):
+        return
+    indices = draw_samples(data, samples, seed)
+    ((images, _),) = batches(data, len(indices), device_of(dense), indices)
+    masked = {name.rpartition(".")[0] for name in mask if name.endswith(".weight")}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if name in masked and isinstance(module, _Layer)
+    }
+    repair = _Repair(parts, mask, damping, rows, seed)
+    with undisturbed(dense), torch.inference_mode(), _watched(dense, layers, repair.record):
+        dense(images)
+    originals = {name: p.detach() for name, p in dense.named_parameters()}
+    with undisturbed(model), torch.no_grad(), repair.acting_on(model, layers, originals):
+        model(images)
+    for name in set(layers) - set(repair.done):
+        logger.warning("%s is not called as a layer; its weights are not compensated", name)
+
+
+@dataclass
+class _Target:
+    """What the dense network had at one layer or normalisation."""
+
+    mean: Tensor  # [channels] of its outputs; of a normalisation's inputs
+    std: Tensor
+    outputs: Tensor | None = None  # [rows, channels] of a layer to re-solve
+
+
+Observer = Callable[[str, nn.Module, Tensor, Tensor], None]
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: dict[str, Any], observe: Observer) -> Iterator[None]:
+    """Show inputs and outputs of the layers and normalisations, at their first call."""
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            observe(name, module, inputs[0], output)
+
+        handles.append(module.register_forward_hook(hook))
+
+    for name, module in model.named_modules():
+        if name in layers or isinstance(module, _Norm):
+            watch(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Repair:
+    """Repairs layer after layer while images run through the pruned network."""
+
+    parts: tuple[str, ...]
+    mask: Mask
+    damping: float
+    rows: int
+    seed: int
+    targets: dict[str, _Target] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+
+    def record(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """Keep what the dense network gives at one place."""
+        if name in self.targets:
+            return
+        if isinstance(module, _Norm):
+            values = _channels_last(_standardised(module, inputs), module)
+            outputs = None
+        else:
+            values = _channels_last(output, module)
+            outputs = None
+            if "layerwise" in self.parts:
+                outputs = values[self._chosen(len(values), values.device)].clone()
+        values = values.double()
+        self.targets[name] = _Target(values.mean(0), values.std(0, correction=0), outputs)
+
+    @contextmanager
+    def acting_on(
+        self, model: nn.Module, layers: dict[str, Any], originals: dict[str, Tensor]
+    ) -> Iterator[None]:
+        """Repair each place before its own output is computed, so that all later ones see it."""
+        handles = []
+
+        def add(name: str, module: nn.Module) -> None:
+            def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                if name in self.done:
+                    return
+                self.done.append(name)
+                if isinstance(module, _Norm):
+                    if "moments" in self.parts:
+                        self._repair_norm_(name, module, inputs[0])
+                    return
+                if "layerwise" in self.parts:
+                    original = originals[f"{name}.weight"]
+                    self._solve_(name, module, inputs[0], original)
+
+            def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+                bias = cast(Tensor | None, module.bias)
+                if "moments" not in self.parts or bias is None:
+                    return None
+                values = _channels_last(output, module).double()
+                shift = (self.targets[name].mean - values.mean(0)).to(output.dtype)
+                bias += shift
+                axis = _channel_axis(module, output)
+                return output + shift.view([-1 if i == axis else 1 for i in range(output.ndim)])
+
+            handles.append(module.register_forward_pre_hook(before))
+            if not isinstance(module, _Norm):
+                handles.append(module.register_forward_hook(after))
+
+        for name, module in model.named_modules():
+            if name in layers or isinstance(module, _Norm):
+                add(name, module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _chosen(self, count: int, device: torch.device) -> Tensor:
+        """The rows of a layer to re-solve it on: the same in both networks."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(count, generator=generator)[: self.rows]
+        return drawn.sort().values.to(device)
+
+    def _repair_norm_(self, name: str, module: Any, inputs: Tensor) -> None:
+        target = self.targets[name]
+        values = _channels_last(_standardised(module, inputs), module).double()
+        mean, std = values.mean(0), values.std(0, correction=0)
+        if module.weight is None or module.bias is None:
+            return
+        scale, shift = module.weight.double(), module.bias.double()
+        # A channel that the pruned network holds constant has no spread to restore.
+        alive = std > 1e-6 * target.std
+        ratio = torch.where(alive, target.std / torch.where(alive, std, 1), 1.0)
+        # scale' z + shift' has the moments that scale z + shift had in the dense network.
+        restored = scale * target.mean + shift - scale * ratio * mean
+        module.weight.copy_(scale * ratio)
+        module.bias.copy_(restored)
+
+    def _solve_(self, name: str, module: Any, inputs: Tensor, original: Tensor) -> None:
+        target = self.targets[name].outputs
+        assert target is not None
+        keep = self.mask[f"{name}.weight"].to(inputs.device)
+        solved, bias = solve_layer(
+            _rows_of(module, inputs, self._chosen(_count(module, inputs), inputs.device)),
+            target,
+            _by_group(module, original),
+            _by_group(module, keep),
+            # A mean that no bias can carry is left to the normalisation's, if those are repaired.
+            centred=module.bias is not None or "moments" in self.parts,
+            damping=self.damping,
+        )
+        module.weight.copy_(solved.reshape(module.weight.shape))
+        if module.bias is not None:
+            module.bias.copy_(bias)
+
+
+def solve_layer(
+    inputs: Tensor,
+    outputs: Tensor,
+    original: Tensor,
+    keep: Tensor,
+    *,
+    centred: bool,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    """Least squares for the surviving weights of one layer, each output for itself.
+
+    Minimises ‖y − X w − b‖²/R + λ‖w − w₀‖² over the kept entries of w and over b, with
+    λ = damping · mean square of the group's inputs, less their mean if ``centred``.
+
+    Args:
+        inputs: X, ``[groups, R, K]``.
+        outputs: y, ``[R, groups · M]``.
+        original: w₀, ``[groups, M, K]``.
+        keep: boolean, of the same shape.
+        centred: whether b is free; it is zero otherwise.
+        damping: relative ridge.
+
+    Returns:
+        float64 weights ``[groups, M, K]``, zero where ``keep`` is false, and b ``[groups · M]``.
+    """
+    groups, count, size = inputs.shape
+    x = inputs.double()
+    y = outputs.double().unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, R, M]
+    x_mean = x.mean(1, keepdim=True) if centred else x.new_zeros(groups, 1, size)
+    y_mean = y.mean(1, keepdim=True) if centred else y.new_zeros(groups, 1, y.shape[2])
+    x, y = x - x_mean, y - y_mean
+    gram = torch.bmm(x.mT, x) / count  # [groups, K, K]
+    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = torch.where(ridge > 0, ridge, 1.0)  # no input at all: the weights stay
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    start = original.double()
+    right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
+    solved = torch.zeros_like(start)
+    flat, rights, kept = solved.flatten(0, 1), right.flatten(0, 1), keep.flatten(0, 1).bool()
+    owner = torch.arange(groups, device=x.device).repeat_interleave(start.shape[1])
+    # Outputs with about as many survivors together, so that little is filled up.
+    order = kept.sum(1).argsort()
+    position = 0
+    while position < len(order):
+        most = int(kept[order[position]].sum())
+        step = max(1, _CHUNK_BYTES // (16 * max(1, most) ** 2))
+        chosen = order[position : position + step]
+        position += len(chosen)
+        largest = int(kept[chosen].sum(1).max())
+        if largest == 0:
+            continue
+        # Survivors first, in their order; the places after them are filled with the identity.
+        places = kept[chosen].to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        places = places[:, :largest]
+        real = kept[chosen].gather(1, places)
+        owners = owner[chosen]
+        system = gram[owners[:, None, None], places[:, :, None], places[:, None, :]]
+        both = real[:, :, None] & real[:, None, :]
+        system = torch.where(both, system, torch.eye(largest, dtype=x.dtype, device=x.device))
+        given = torch.where(real, rights[chosen].gather(1, places), 0.0)
+        factor = torch.linalg.cholesky(system)
+        found = torch.cholesky_solve(given[:, :, None], factor).squeeze(2)
+        flat[chosen] = flat[chosen].scatter(1, places, torch.where(real, found, 0.0))
+    bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]
+    return solved, bias.flatten()
+
+
+# --- layouts ---
+
+
+def _channel_axis(module: nn.Module, values: Tensor) -> int:
+    """Where a layer's or normalisation's channels are."""
+    last = isinstance(module, nn.Linear) or (
+        isinstance(module, nn.LayerNorm) and not _is_channels_first(module)
+    )
+    return values.ndim - 1 if last else 1
+
+
+def _is_channels_first(module: nn.Module) -> bool:
+    """Whether it is timm's LayerNorm over the channels of feature maps."""
+    from timm.layers.norm import LayerNorm2d
+
+    return isinstance(module, LayerNorm2d)
+
+
+def _channels_last(values: Tensor, module: nn.Module) -> Tensor:
+    """Values ``[rows, channels]``."""
+    return values.movedim(_channel_axis(module, values), -1).flatten(0, -2)
+
+
+def _standardised(module: Any, inputs: Tensor) -> Tensor:
+    """What a normalisation multiplies by its scale."""
+    if isinstance(module, nn.LayerNorm):
+        axis = _channel_axis(module, inputs)
+        moved = inputs.movedim(axis, -1)
+        return F.layer_norm(moved, module.normalized_shape, eps=module.eps).movedim(-1, axis)
+    return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
+
+
+def _count(module: Any, inputs: Tensor) -> int:
+    """Rows of a layer's output."""
+    if isinstance(module, nn.Linear):
+        return inputs.numel() // inputs.shape[-1]
+    return len(inputs) * math.prod(_output_sides(module, inputs))
+
+
+def _output_sides(module: Any, inputs: Tensor) -> list[int]:
+    padded = _padded(module, inputs)
+    return [
+        (side - dilation * (kernel - 1) - 1) // stride + 1
+        for side, kernel, stride, dilation in zip(
+            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
+
+
+def _padded(module: Any, inputs: Tensor) -> Tensor:
+    """Images with the margin that the convolution adds."""
+    from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.padding import pad_same
+
+    if isinstance(module, Conv2dSame):
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        return cast(Tensor, pad_same(inputs, list(kernel), list(stride), list(dilation)))
+    if isinstance(module.padding, str):
+        raise ValueError(f"padding={module.padding!r} is not supported by layerwise compensation")
+    margins = [m for m in reversed(module.padding) for _ in range(2)]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(inputs, margins, mode=mode)
+
+
+def _rows_of(module: Any, inputs: Tensor, chosen: Tensor) -> Tensor:
+    """What the chosen outputs are computed from: ``[groups, R, K]``."""
+    if isinstance(module, nn.Linear):
+        return inputs.flatten(0, -2)[chosen][None]
+    sides = _output_sides(module, inputs)
+    padded = _padded(module, inputs)
+    image = chosen // math.prod(sides)
+    rest = chosen % math.prod(sides)
+    index: list[Tensor] = []
+    for axis in reversed(range(len(sides))):
+        first = rest % sides[axis] * module.stride[axis]
+        rest = rest // sides[axis]
+        taps = torch.arange(module.kernel_size[axis], device=chosen.device) * module.dilation[axis]
+        shape = [-1, *(1 for _ in sides)]
+        shape[axis + 1] = len(taps)
+        index.insert(0, first.view(-1, *(1 for _ in sides)) + taps.view([1, *shape[1:]]))
+    where = image.view(-1, *(1 for _ in sides))
+    # The channels' slice between advanced indices comes last: [R, *kernel, channels].
+    at: tuple[Any, ...] = (where, slice(None), *index)
+    patches = padded[at].movedim(-1, 1)
+    by_group = patches.reshape(len(chosen), module.groups, -1)
+    return by_group.transpose(0, 1)
+
+
+def _by_group(module: Any, weight: Tensor) -> Tensor:
+    """A weight as ``[groups, outputs of one, inputs of one]``."""
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _follow_fisher_(
+    model: nn.Module,
+    dense: nn.Module,
+    mask: Mask,
+    data: Samples,
+    *,
+    samples: int | None,
+    seed: int,
+    damping: float,
+    block_size: int,
+    batch_size: int,
+) -> None:
+    """Move surviving weights by the second-order update of the dense network's Fisher blocks."""
+    targets = dict(model.named_parameters())
+    originals = dict(dense.named_parameters())
+    blocks = fisher_blocks(
+        dense,
+        list(mask),
+        data,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        block_size=block_size,
+        damping=damping,
+    )
+    with torch.no_grad():
+        for block in blocks:
+            part = slice(block.start, block.stop)
+            weights = originals[block.name].detach().flatten()[part]
+            keep = mask[block.name].flatten()[part].to(weights.device)
+            moved = block.compensate(weights, keep)
+            targets[block.name].view(-1)[part].copy_(moved)
