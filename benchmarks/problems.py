@@ -60,7 +60,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images ``[B, 3, H, W]`` and labels ``[B]`` of these rows."""
         return self.images[rows], self.labels[rows]
 

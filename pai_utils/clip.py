@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +34,16 @@ CLIP = "clip:"
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
 """Sentences that name a class; their embeddings are averaged."""
 
+# What open_clip, torch and safetensors raise for other or damaged files; shapes are asserted.
+_UNREADABLE = (
+    AssertionError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -117,8 +128,7 @@ def load_towers(
                 weights_only=True,
                 **options,
             )
-        # open_clip asserts shapes.
-        except (SafetensorError, RuntimeError, AssertionError, KeyError, OSError) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error

@@ -27,6 +27,7 @@ operations for the products, and for each output n³/3 for its n surviving weigh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -53,7 +54,6 @@ __all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
 
 COMPENSATIONS = ("moments", "layerwise", "obs")
 
-_CHUNK_BYTES = 256 * 2**20  # of systems that are factorised together
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
 
@@ -324,31 +324,15 @@ def solve_layer(
     start = original.double()
     right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
     solved = torch.zeros_like(start)
-    flat, rights, kept = solved.flatten(0, 1), right.flatten(0, 1), keep.flatten(0, 1).bool()
-    owner = torch.arange(groups, device=x.device).repeat_interleave(start.shape[1])
-    # Outputs with about as many survivors together, so that little is filled up.
-    order = kept.sum(1).argsort()
-    position = 0
-    while position < len(order):
-        most = int(kept[order[position]].sum())
-        step = max(1, _CHUNK_BYTES // (16 * max(1, most) ** 2))
-        chosen = order[position : position + step]
-        position += len(chosen)
-        largest = int(kept[chosen].sum(1).max())
-        if largest == 0:
+    survivors = keep.bool().cpu()
+    for group, output in itertools.product(range(groups), range(start.shape[1])):
+        chosen = survivors[group, output].nonzero()[:, 0].to(x.device)
+        if len(chosen) == 0:
             continue
-        # Survivors first, in their order; the places after them are filled with the identity.
-        places = kept[chosen].to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        places = places[:, :largest]
-        real = kept[chosen].gather(1, places)
-        owners = owner[chosen]
-        system = gram[owners[:, None, None], places[:, :, None], places[:, None, :]]
-        both = real[:, :, None] & real[:, None, :]
-        system = torch.where(both, system, torch.eye(largest, dtype=x.dtype, device=x.device))
-        given = torch.where(real, rights[chosen].gather(1, places), 0.0)
+        system = gram[group].index_select(0, chosen).index_select(1, chosen)
         factor = torch.linalg.cholesky(system)
-        found = torch.cholesky_solve(given[:, :, None], factor).squeeze(2)
-        flat[chosen] = flat[chosen].scatter(1, places, torch.where(real, found, 0.0))
+        found = torch.cholesky_solve(right[group, output, chosen, None], factor)
+        solved[group, output, chosen] = found[:, 0]
     bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]
     return solved, bias.flatten()
 

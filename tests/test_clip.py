@@ -157,6 +157,23 @@ def test_a_file_of_another_model_is_refused(weights: Path, tmp_path: Path) -> No
         load_backbone(f"clip:tiny@{cut}")
 
 
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("harm"),))
+
+
+def test_a_pickle_that_runs_code_is_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pt")
+    with pytest.raises(ValueError, match=r"cannot be loaded from .*harmful\.pt"):
+        load_backbone(f"clip:tiny@{tmp_path / 'harmful.pt'}")
+    assert not (tmp_path / "harm").exists()
+
+
 @pytest.mark.parametrize(
     ("names", "templates", "message"),
     [

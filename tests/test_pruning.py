@@ -58,6 +58,7 @@ def test_the_mask_says_what_it_was_made_for_and_how() -> None:
     assert mask.metadata == {
         "encoder": model.backbone.name,
         "provenance": model.backbone.provenance.source,
+        "compensation": "none",
         "source": "spots",
         "scorer": "ggn_diag",
         "scorer.estimator": "exact",

@@ -34,6 +34,25 @@ GIVEN: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("precision", "float61", "precision: unknown precision 'float61'; did you mean 'float16'"),
+        ("heads", "texts", "heads: unknown kind of head 'texts'; did you mean 'text'"),
+        (
+            "compensations",
+            ["none", "layerwize"],
+            "compensations.1: unknown compensation 'layerwize'; did you mean 'layerwise'",
+        ),
+    ],
+)
+def test_choices_of_the_sweep_are_looked_up_before_it_runs(
+    name: str, value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ZeroShotRetentionConfig.from_notebook({**GIVEN, name: value})
+
+
 def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     namespace = GIVEN | {
         "pai": pai,
@@ -49,6 +68,9 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     }
     config = ZeroShotRetentionConfig.from_notebook(namespace)
     assert config.model_dump() == GIVEN | {
+        "compensations": ["none"],
+        "heads": "linear",
+        "precision": "float32",
         "image_size": None,
         "pretrained": True,
         "train_size": None,
