@@ -134,6 +134,7 @@ def plan(grid: Path, tflops: float | None) -> None:
     GRID is a file such as workflow/grids/paper.yaml. Nothing is fetched.
     """
     from pai_utils import planning
+    from pai_utils.datasets import DATASETS
     from pai_utils.grids import read_grid
 
     speed = planning.DEFAULT_TFLOPS if tflops is None else tflops
@@ -164,6 +165,9 @@ def plan(grid: Path, tflops: float | None) -> None:
         click.echo(
             f"Data sets to have on disk, in MB: {listed}; {sum(needed.values()):,} together."
         )
+        for name in needed:
+            if DATASETS[name].by_hand:
+                click.echo(f"{name} cannot be downloaded. {DATASETS[name].by_hand}.")
 
 
 @main.command()
@@ -265,8 +269,14 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
             str(partial),
             parameters=dict(parameters),
             progress_bar=sys.stderr.isatty(),
-            # The channel to a kernel is open to every user of the computer unless encrypted.
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            config=Config(
+                {
+                    # The channel to a kernel is open to every user of the computer otherwise.
+                    "KernelManager": {"transport_encryption": "auto"},
+                    # A kernel is interrupted before it is ended, and reports that as an error.
+                    "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
+                }
+            ),
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         what = (
@@ -370,12 +380,13 @@ def _fetched() -> Iterator[_Check]:
         text += f"; {', '.join(absent)}: fetched by load_backbone(name, download=True)"
     yield _Check("presets", True, text)
     root = data_root()
+    by_hand = [name for name, spec in DATASETS.items() if spec.by_hand]
     there = [name for name, spec in DATASETS.items() if (root / spec.place).exists()]
     yield _Check(
         "data sets",
         True,
         f"{', '.join(there) or 'none'} found in {root} (PAI_DATA_ROOT); others are fetched by "
-        "load_task(..., download=True)",
+        f"load_task(..., download=True), {', '.join(by_hand)} by hand",
     )
 
 

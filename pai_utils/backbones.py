@@ -63,6 +63,7 @@ _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _HUB_FILE = "model.safetensors"
+_TIMM_FILES = (_HUB_FILE, "pytorch_model.bin")
 _NONE = "not applicable"
 
 
@@ -630,14 +631,14 @@ def load_backbone(
         seed: of the random weights; the global random state is left as it was.
         checksum: SHA-256 that a local checkpoint or a preset's file must have, as hexadecimal
             digits; `provenance.checksum` of an earlier load, for example.
-        download: fetch the file of a preset or of a CLIP model if it is not there; `None` does
-            so if the environment says `PAI_DOWNLOAD=1`.
+        download: fetch weights that are not on this computer; `None` does so if the environment
+            says `PAI_DOWNLOAD=1`.
 
     Raises:
         ValueError: an unknown name, size or device; a file whose checksum, format, names or
             shapes are not what they should be.
         ModuleNotFoundError: the package that ships the weights is not installed.
-        FileNotFoundError: the local checkpoint does not exist, or a preset's file is not there
+        FileNotFoundError: the local checkpoint does not exist, or published weights are not there
             and may not be fetched.
         ConnectionError: the publisher or the hub cannot be reached.
     """
@@ -669,6 +670,8 @@ def load_backbone(
     _check_architecture(architecture)
 
     from_hub = pretrained and spec is None and path is None
+    if from_hub and not may_download(download):
+        _check_cached(name, architecture)
     encoder = _build(architecture, image_size, seed=seed, from_hub=from_hub)
     transform = _transform_of(encoder, spec or preset, image_size)
     _check_patches(encoder, transform.image_size, name)
@@ -801,6 +804,24 @@ def _check_architecture(architecture: str) -> None:
         *PRESETS,
     ]
     raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
+
+
+def _check_cached(name: str, architecture: str) -> None:
+    """Refuse weights of the hub that are not on this computer."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        return  # there are none, as timm will say
+    files = [config.hf_hub_filename] if config.hf_hub_filename else _TIMM_FILES
+    model = config.hf_hub_id.partition("@")[0]
+    if not any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
+        raise FileNotFoundError(
+            f"the weights of {name} are not on this computer; pass download=True, or set "
+            f"PAI_DOWNLOAD=1, to fetch them from {model} of the Hugging Face hub, or "
+            f"pretrained=False for random weights; {', '.join(BACKBONES)} need no network"
+        )
 
 
 def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bool) -> nn.Module:

@@ -91,7 +91,8 @@ def load_towers(
         ValueError: an unknown model or tag, or a file of another architecture.
         FileNotFoundError: the weights are not there and may not be fetched.
         ConnectionError: they cannot be fetched.
-        ModuleNotFoundError: open_clip is not installed.
+        ModuleNotFoundError: open_clip is not installed, or transformers, which some models' text
+            towers need.
     """
     if importlib.util.find_spec("open_clip") is None:
         raise ModuleNotFoundError(
@@ -103,6 +104,7 @@ def load_towers(
     model, _, tag = name.removeprefix(CLIP).partition("@")
     if model not in open_clip.list_models():
         raise unknown_name("CLIP model", model, open_clip.list_models())
+    _check_text_package(name, "hf_model_name")
     options: dict[str, Any] = {}
     path = None
     if pretrained:
@@ -133,6 +135,21 @@ def load_towers(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error
     return Towers(towers.eval(), open_clip.get_model_preprocess_cfg(towers), path)
+
+
+def _check_text_package(name: str, key: str) -> str | None:
+    """What open_clip takes from transformers for a model's text; that package must be there."""
+    import open_clip
+
+    model = name.removeprefix(CLIP).partition("@")[0]
+    text: dict[str, str] = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    if text.get(key) and importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            f"{name} reads text with {text[key]} of the package transformers, which is not "
+            "installed; pip install transformers",
+            name="transformers",
+        )
+    return text.get(key)
 
 
 def _find(name: str, tag: str, config: dict[str, Any], download: bool) -> Path:
@@ -191,6 +208,9 @@ def zero_shot_head(
     Raises:
         ValueError: another kind of backbone or one without pre-training, no class names or
             templates, names that repeat, or a template without `{}`.
+        ModuleNotFoundError: the model's tokenizer needs transformers, which is not installed.
+        FileNotFoundError: its tokenizer is not on this computer and may not be fetched.
+        ConnectionError: it cannot be fetched.
     """
     if not backbone.name.startswith(CLIP) or backbone.provenance.checksum is None:
         raise ValueError(
@@ -203,12 +223,12 @@ def zero_shot_head(
         raise ValueError(f"templates need {{}} where the class name goes, got {list(templates)}")
     import open_clip
 
+    tokenizer = _load_tokenizer(backbone.name, may_download(download))
     towers = load_towers(backbone.name, download=download)
     assert towers.path is not None
     if f"sha256:{sha256_of(towers.path)}" != backbone.provenance.checksum:
         raise ValueError(f"{towers.path} changed since {backbone.name} was loaded; load it again")
     model: Any = towers.model
-    tokenizer = open_clip.get_tokenizer(backbone.name.removeprefix(CLIP).partition("@")[0])
     with torch.inference_mode():
         embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
         weight = model.logit_scale.exp() * embeddings.T
@@ -218,3 +238,21 @@ def zero_shot_head(
         head.weight.copy_(weight)
         head.bias.fill_(0.0 if bias is None else float(bias))
     return head.requires_grad_(False).to(device_of(backbone)).eval()
+
+
+def _load_tokenizer(name: str, download: bool) -> Any:
+    """What turns sentences into tokens; most models use the one that open_clip brings."""
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    published = _check_text_package(name, "hf_tokenizer_name")
+    found = published and try_to_load_from_cache(published, "tokenizer_config.json")
+    if published and not download and not isinstance(found, str):
+        raise FileNotFoundError(
+            f"the tokenizer of {name} is not on this computer; pass download=True, or set "
+            f"PAI_DOWNLOAD=1, to fetch {published} from the Hugging Face hub"
+        )
+    try:
+        return open_clip.get_tokenizer(name.removeprefix(CLIP).partition("@")[0])
+    except OSError as error:
+        raise ConnectionError(f"the tokenizer of {name} could not be fetched: {error}") from error

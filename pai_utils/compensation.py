@@ -52,6 +52,7 @@ from pai_utils.masks import Mask
 
 __all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
 
+COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -82,7 +83,7 @@ def compensate_(
     data: Samples,
     compensation: str,
     *,
-    samples: int | None = 512,
+    samples: int | None = COMPENSATION_SAMPLES,
     seed: int = 0,
     damping: float = 1e-2,
     rows: int = 8192,

@@ -20,12 +20,14 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+from filelock import FileLock
 
 from pai_utils.checkpoints import may_download
 from pai_utils.decoding import ImageArrays, ImageFiles, Source
@@ -200,10 +202,17 @@ def _read_split(
         (root / spec.base).mkdir(parents=True, exist_ok=True)
         keywords["download"] = True
     try:
-        published = kind(str(root / spec.base), **keywords)
+        with _fetching_alone(name, root) if "download" in keywords else nullcontext():
+            published = kind(str(root / spec.base), **keywords)
         return tuple(spec.class_names(published)), spec.read(published)
     except (*_UNREADABLE, MatReadError) as error:
         raise _explained(error, name, spec, spec.splits[part], root, download) from error
+
+
+def _fetching_alone(name: str, root: Path) -> AbstractContextManager[object]:
+    """Of several processes that want a set, one downloads and the others wait for it."""
+    writable = os.access(root, os.W_OK)  # otherwise it can only be there already
+    return FileLock(root / f".{name}.lock") if writable else nullcontext()
 
 
 def _explained(

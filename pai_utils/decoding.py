@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -197,25 +198,41 @@ def to_rgb(image: Image) -> Image:
 
 
 class MemoryBudget:
-    """How many more bytes of pixels may be kept in memory.
+    """How many bytes of pixels may be kept in memory; they count for as long as they are used.
 
     Args:
         limit: bytes. Default: `PAI_DATA_MEMORY`, such as `8G` or a number of bytes, then a quarter
             of the machine's memory.
-
-    Raises:
-        ValueError: `PAI_DATA_MEMORY` is neither.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.left = _memory_limit() if limit is None else limit
+        self._limit = limit
+        self._taken = 0
 
-    def take(self, size: int) -> bool:
-        """Whether `size` bytes still fit; if so, they are taken."""
+    @property
+    def left(self) -> int:
+        """Bytes that may still be taken.
+
+        Raises:
+            ValueError: `PAI_DATA_MEMORY` is no amount of memory.
+        """
+        return (_memory_limit() if self._limit is None else self._limit) - self._taken
+
+    def empty(self, shape: tuple[int, ...]) -> Pixels | None:
+        """An array for pixels, or `None` if it does not fit."""
+        size = math.prod(shape)
         if size > self.left:
-            return False
-        self.left -= size
-        return True
+            return None
+        pixels: Pixels = np.empty(shape, np.uint8)
+        self._taken += size
+        weakref.finalize(pixels, self._give_back, size)
+        return pixels
+
+    def _give_back(self, size: int) -> None:
+        self._taken -= size
+
+
+_OF_PROCESS = MemoryBudget()  # all tasks share the machine's memory
 
 
 def _memory_limit() -> int:
@@ -260,7 +277,7 @@ def decode(
         transform: whose `resize` is applied.
         name: of the data set and its part, for messages and the cache's files.
         cache: folder of memory-mapped pixels, used when they do not fit the budget.
-        budget: what may still be kept in memory.
+        budget: of what may be kept in memory. Default: one that all calls share.
         on_error: "raise" at the first file that cannot be read, or "skip" and count them.
 
     Raises:
@@ -269,8 +286,9 @@ def decode(
     """
     side = transform.image_size
     shape = (len(positions), 3, side, side)
-    if (budget or MemoryBudget()).take(len(positions) * 3 * side**2):
-        decoded = _fill(np.empty(shape, np.uint8), source, positions, transform, name, on_error)
+    pixels = (budget or _OF_PROCESS).empty(shape)
+    if pixels is not None:
+        decoded = _fill(pixels, source, positions, transform, name, on_error)
     else:
         decoded = _through_cache(shape, source, positions, transform, name, cache, on_error)
     if decoded.skipped:

@@ -97,7 +97,8 @@ def evaluate_heads(
     for name, samples in data.items():
         values, labels = features(backbone, samples, batch_size=batch_size, precision=precision)
         with torch.inference_mode():
-            logits = heads[name](values.to(device_of(heads[name]))).cpu()
+            head = heads[name]
+            logits = head(values.to(head.weight)).cpu()
         results[name] = _evaluation(logits, labels)
     return results
 

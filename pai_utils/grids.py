@@ -49,10 +49,11 @@ def read_grid(path: Path) -> dict[str, Cell]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or set(content) != {"cells"} or not content["cells"]:
-        raise ValueError(f"{path}: expected the one key 'cells' with at least one cell")
+    entries = content.get("cells") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or set(content) != {"cells"} or not entries:
+        raise ValueError(f"{path}: expected the one key 'cells', a mapping with at least one cell")
     cells: dict[str, Cell] = {}
-    for name, entry in content["cells"].items():
+    for name, entry in entries.items():
         for cell in _read_cells(path, name, entry):
             if cell.name in cells:
                 raise ValueError(f"{path}: two cells have the name {cell.name!r}")

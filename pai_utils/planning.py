@@ -20,11 +20,12 @@ from typing import Any
 import pandas as pd
 
 from pai_utils import runs
+from pai_utils.compensation import COMPENSATION_SAMPLES, parse_compensation
 from pai_utils.datasets import DATASETS
 from pai_utils.execution import progress
 from pai_utils.runs import NotebookConfig
 from pai_utils.scorers import SCORERS
-from pai_utils.tasks import part_sizes
+from pai_utils.tasks import check_size, part_sizes
 
 __all__ = ["DEFAULT_TFLOPS", "downloads", "plan"]
 
@@ -63,8 +64,8 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
         (decoded images, shared by the cells of one task and size).
 
     Raises:
-        ValueError: parameters of a notebook that has no estimate, an unknown encoder, or `tflops`
-            not above 0.
+        ValueError: parameters of a notebook that has no estimate, an unknown encoder, more images
+            than a part of a task has, or `tflops` not above 0.
         FileNotFoundError: a folder of images that does not exist.
     """
     if not tflops > 0:
@@ -73,7 +74,10 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
     for name, config in progress(cells.items(), "planning", total=len(cells)):
         if type(config) not in _COUNTS:
             raise ValueError(f"cell {name!r}: no estimate for {type(config).__name__}")
-        work = _COUNTS[type(config)](config)
+        try:
+            work = _COUNTS[type(config)](config)
+        except ValueError as error:
+            raise ValueError(f"cell {name!r}: {error}") from error
         encoder = _encoder(config.backbone, config.image_size)
         flop = work.forwards * encoder.forward_flop
         images = sum(sum(_sizes(task, config).values()) for task in _tasks(config))
@@ -93,7 +97,7 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
 
 
 def downloads(cells: Iterable[NotebookConfig]) -> dict[str, int]:
-    """The data sets on disk that runs need, each once, with the megabytes to download."""
+    """The data sets on disk that runs need, each once, with their megabytes."""
     names = dict.fromkeys(name for config in cells for name in _tasks(config))
     return {name: DATASETS[name].megabytes for name in names if name in DATASETS}
 
@@ -128,9 +132,12 @@ def _encoder(name: str, image_size: int | None) -> _Encoder:
 
 
 def _sizes(name: str, config: Any) -> dict[str, int]:
-    counts = part_sizes(name)
-    wanted = {"train": config.train_size, "test": config.test_size}
-    return {split: min(wanted.get(split) or n, n) for split, n in counts.items()}
+    sizes = part_sizes(name)
+    for split, wanted in (("train", config.train_size), ("test", config.test_size)):
+        if wanted is not None:
+            check_size(wanted, sizes[split], split, name)
+            sizes = {**sizes, split: wanted}
+    return sizes
 
 
 def _tasks(config: Any) -> list[str]:
@@ -147,7 +154,11 @@ def _total(config: Any, split: str) -> int:
 
 def _drawn(source: str, config: Any, samples: int | None) -> int:
     available = _sizes(source, config)["train"]
-    return min(samples or available, available)
+    if samples is not None and samples > available:
+        raise ValueError(
+            f"samples={samples} is more than the {available} images that {source} trains on"
+        )
+    return samples or available
 
 
 def _score(work: _Work, config: Any, scorer: str, source: str, **options: Any) -> None:
@@ -165,13 +176,34 @@ def _draws(config: Any, scorers: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield scorer, source
 
 
-def _sweep(work: _Work, config: Any, scorers: Iterable[str], seeds: int | None = None) -> None:
+def _sweep(
+    work: _Work,
+    config: Any,
+    scorers: Iterable[str],
+    seeds: int | None = None,
+    compensations: Iterable[str] = (),
+) -> None:
     draws = list(_draws(config, scorers))
     if seeds is not None:  # the encoder without pre-training: one seed
         draws = list(dict.fromkeys(draws))
     for scorer, source in draws:
         _score(work, config, scorer, source, **getattr(config, "options", {}).get(scorer, {}))
     masks = len(draws) * len(config.sparsities)
+    places = [
+        place
+        for scorer, source in draws
+        for place in ([source] if SCORERS[scorer].needs_data else config.sources)
+    ]
+    for compensation in compensations:
+        parts = parse_compensation(compensation)
+        for place in places if parts else []:
+            images = min(COMPENSATION_SAMPLES, _sizes(place, config)["train"])
+            # The dense and the pruned network see the images; blocks need gradients besides.
+            work.forwards += 2 * images * len(config.sparsities)
+            if "obs" in parts:
+                for _ in config.sparsities:
+                    _score(work, config, "block_fisher", place, samples=images)
+            masks += len(config.sparsities)
     work.forwards += (1 + masks) * _total(config, "test")
     work.rows += 2 * (1 + masks) * len(_tasks(config))
 
@@ -192,7 +224,7 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     # Heads, the gap of the protocols, and heads of the encoder without pre-training.
     work.forwards += (train if config.heads == "linear" else 0) + (train + 2 * test) + train
-    _sweep(work, config, config.scorers)
+    _sweep(work, config, config.scorers, compensations=config.compensations)
     _sweep(work, config, config.scorers[:1], seeds=1)
     return work
 

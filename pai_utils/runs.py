@@ -224,6 +224,19 @@ class ZeroShotRetentionConfig(NotebookConfig):
     heads: Annotated[str, AfterValidator(_known_head)] = "linear"  # or "text", of class names
     precision: Precision = "float32"  # of the forwards that measure accuracy
 
+    @field_validator("compensations")
+    @classmethod
+    def _plain_masks_too(cls, compensations: list[str]) -> list[str]:
+        if "none" not in compensations:
+            raise ValueError("masks without compensation are what others are seen beside; add none")
+        return compensations
+
+    @model_validator(mode="after")
+    def _unseen_tasks(self) -> Self:
+        if len(self.tasks) < 2:
+            raise ValueError(f"the only target is the source {self.tasks[0]}; add an unseen task")
+        return self
+
     @property
     def sources(self) -> list[str]:
         """The source tasks, always as a list."""
@@ -340,7 +353,7 @@ def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in (*_RECORDED_PACKAGES, *packages)},
         "commit": commit,

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import string
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,6 @@ from pai_utils.datasets import DATASETS, FOLDER, OpenDataset, open_dataset
 from pai_utils.decoding import (
     Decoded,
     ImageArrays,
-    MemoryBudget,
     OnError,
     Pixels,
     Positions,
@@ -138,11 +138,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         source, copied = self._copies.get(device, (None, self.images))
         if source is self.images:  # and not others, which were put in their place since
             return copied
-        # A memory-mapped file is larger than memory, a GPU's memory is needed for activations.
-        fits = device.type != "cuda" or 2 * self.images.nbytes < torch.cuda.mem_get_info(device)[0]
-        copied = self.images.to(device) if fits else self.images
+        copied = self.images
+        if device.type != "cuda" or self._leaves_room(device):
+            with suppress(torch.OutOfMemoryError):  # others may have taken what was free
+                copied = self.images.to(device)
         self._copies[device] = self.images, copied
         return copied
+
+    def _leaves_room(self, device: torch.device) -> bool:
+        """Whether half of a GPU's memory stays free for activations beside these images."""
+        free, total = torch.cuda.mem_get_info(device)
+        return free - self.images.nbytes > total / 2
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
         """Keep the given items, in the given order."""
@@ -311,7 +317,7 @@ def _choose(
     """Positions of the items of one part to keep, increasing."""
     if size is None:
         return np.arange(len(labels))
-    _check_size(size, len(labels), split, name)
+    check_size(size, len(labels), split, name)
     generator = np.random.default_rng([seed, _SPLITS.index(split)])
     return np.sort(_stratified_order(labels, generator, balanced=balanced)[:size])
 
@@ -339,7 +345,6 @@ def _decoded_task(
             raise ValueError(f"{name} has too few images to carve a validation part from them")
         picked = _choose(labels, split, sizes[split], seed, name, balanced)
         chosen[split] = published, members[picked]
-    budget = MemoryBudget()
     datasets = {}
     skipped: list[str] = []
     for split in _SPLITS:
@@ -348,9 +353,7 @@ def _decoded_task(
         # Arrays that no other part needs make room for its images.
         if published not in {other for other, _ in chosen.values()}:
             del opened.parts[published]
-        decoded = _decode_part(
-            source, positions, transform, f"{name} {split}", opened, budget, on_error
-        )
+        decoded = _decode_part(source, positions, transform, f"{name} {split}", opened, on_error)
         labels = source.labels[decoded.kept]
         lost = set(source.labels[positions].tolist()) - set(labels.tolist())
         if lost:
@@ -371,7 +374,6 @@ def _decode_part(
     transform: ImageTransform | Callable[[Image], Tensor],
     name: str,
     opened: OpenDataset,
-    budget: MemoryBudget,
     on_error: OnError,
 ) -> Decoded:
     """Images as the transform takes them: resized, or as they are for any other callable."""
@@ -382,7 +384,6 @@ def _decode_part(
             transform,
             name=name,
             cache=opened.cache,
-            budget=budget,
             on_error=on_error,
         )
     if isinstance(source, ImageArrays):
@@ -410,7 +411,12 @@ def _parts_of(opened: OpenDataset) -> dict[str, tuple[str, Positions]]:
     }
 
 
-def _check_size(size: int, available: int, split: str, name: str) -> None:
+def check_size(size: int, available: int, split: str, name: str) -> None:
+    """Refuse a number of items that a part does not have.
+
+    Raises:
+        ValueError: it is no whole number from 1 to ``available``.
+    """
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= available:
         raise ValueError(
             f"{split}_size must be between 1 and {available}, the number of {split} items of "

@@ -267,7 +267,33 @@ def test_an_unreachable_hub_says_what_to_do_instead(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConnectionError, match=r"file:<path>@test_resnet.*pretrained=False"):
-        load_backbone("test_resnet", image_size=32)
+        load_backbone("test_resnet", image_size=32, download=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "timm:"])
+def test_weights_of_the_hub_are_fetched_only_when_asked_for(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+    import timm
+
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.delenv("PAI_DOWNLOAD", raising=False)
+    monkeypatch.setattr(timm, "create_model", fetched)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"download=True.*timm/test_resnet.*pretrained=Fal"):
+        load_backbone(f"{prefix}test_resnet", image_size=32)
+    # What is there needs no asking.
+    place = tmp_path / "models--timm--test_resnet.r160_in1k"
+    file = place / "snapshots/abc/model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("abc")
+    with pytest.raises(AssertionError, match="asked the network"):
+        load_backbone(f"{prefix}test_resnet", image_size=32)
 
 
 def test_a_model_without_published_weights_says_so() -> None:
@@ -288,11 +314,13 @@ def test_hub_weights_carry_a_digest_of_their_tensors(
         return model
 
     monkeypatch.setattr(timm, "create_model", fetched)
-    provenance = load_backbone("test_resnet", image_size=32, device="cpu").provenance
+    provenance = load_backbone("test_resnet", image_size=32, device="cpu", download=True).provenance
     assert provenance.source == "Hugging Face hub, timm/test_resnet.r160_in1k"
     assert provenance.licence == "apache-2.0"
-    again = load_backbone("test_resnet", image_size=32, device="cpu").provenance
-    other = load_backbone("test_resnet", image_size=32, device="cpu", seed=1).provenance
+    again = load_backbone("test_resnet", image_size=32, device="cpu", download=True).provenance
+    other = load_backbone(
+        "test_resnet", image_size=32, device="cpu", seed=1, download=True
+    ).provenance
     assert provenance == again
     assert provenance.checksum is not None
     assert len(provenance.checksum) == len("sha256:") + 64

@@ -1,6 +1,7 @@
 """CLIP's towers: a tiny model of open_clip's own kind, its files, and heads of class names."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,34 @@ def test_unknown_or_absent_weights_are_named(
     monkeypatch.setenv("PAI_WEIGHTS_ROOT", str(tmp_path))
     with pytest.raises(error, match=message):
         load_backbone(name)
+
+
+def test_a_text_tower_of_another_package_is_named(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"roberta-base of .*pip install transformers"):
+        load_backbone("clip:coca_roberta-ViT-B-32", pretrained=False)
+    config = {**CONFIG, "text_cfg": {"hf_tokenizer_name": "someone/tokens"}}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    with pytest.raises(ModuleNotFoundError, match=r"someone/tokens of .*pip install transformers"):
+        pai.zero_shot_head(backbone, NAMES)
+
+
+def test_a_tokenizer_is_fetched_only_when_asked_for(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetch(name: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.delenv("PAI_DOWNLOAD", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip, "_check_text_package", lambda name, key: "someone/tokens")
+    monkeypatch.setattr(open_clip, "get_tokenizer", fetch)
+    with pytest.raises(FileNotFoundError, match=r"download=True.* fetch someone/tokens from"):
+        pai.zero_shot_head(backbone, NAMES)
+    with pytest.raises(ConnectionError, match=r"tokenizer of clip:tiny.*: no network"):
+        pai.zero_shot_head(backbone, NAMES, download=True)
 
 
 def test_a_file_of_another_model_is_refused(weights: Path, tmp_path: Path) -> None:

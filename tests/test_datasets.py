@@ -17,8 +17,10 @@ import logging
 import pickle
 import sys
 import tarfile
+import time
 import types
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +511,28 @@ def test_a_publisher_that_cannot_be_reached_is_a_connection_error(
     for name in ("DTD", "MNIST"):
         with pytest.raises(ConnectionError, match=f"(?s){name} could not be fetched.*no route"):
             load_task(name, TRANSFORM, root, download=True)
+
+
+def test_of_several_that_want_a_set_one_downloads_it(root: Path, monkeypatch: Patch) -> None:
+    download = published.MNIST.download
+    inside, most = [], []
+
+    def slow(self: published.MNIST) -> None:
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(0.2)
+        download(self)
+        inside.pop()
+
+    write_mnist_archives(root, monkeypatch)
+    monkeypatch.setattr(published.MNIST, "download", slow)
+    with ThreadPoolExecutor(3) as pool:
+        tasks = list(
+            pool.map(lambda _: load_task("MNIST", TRANSFORM, root, download=True), range(3))
+        )
+    assert [sizes(task) for task in tasks] == [(54, 6, 20)] * 3
+    assert len(most) == 6  # two published splits each
+    assert max(most) == 1
 
 
 def test_a_download_that_is_not_the_published_file_is_named(root: Path, monkeypatch: Patch) -> None:

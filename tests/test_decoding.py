@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 import struct
 import threading
 import tracemalloc
@@ -29,6 +30,7 @@ COLOURS = ((250, 10, 10), (10, 250, 10))
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PAI_DATA_MEMORY", raising=False)
+    monkeypatch.setattr(decoding, "_OF_PROCESS", MemoryBudget())
 
 
 @pytest.fixture
@@ -181,7 +183,34 @@ def test_the_budget_is_read_from_the_environment(
 def test_a_budget_that_is_no_amount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAI_DATA_MEMORY", "plenty")
     with pytest.raises(ValueError, match="PAI_DATA_MEMORY='plenty' is no amount of memory"):
-        MemoryBudget()
+        MemoryBudget().empty((1,))
+
+
+def test_a_budget_counts_pixels_while_they_are_used() -> None:
+    budget = MemoryBudget(1000)
+    pixels = budget.empty((30, 20))
+    assert budget.left == 400
+    assert budget.empty((401,)) is None
+    assert pixels is not None
+    part = torch.from_numpy(pixels[:10])  # what a task keeps of it
+    del pixels
+    assert budget.left == 400
+    del part
+    assert budget.left == 1000
+
+
+def test_all_tasks_share_one_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Room for the 40 images once.
+    monkeypatch.setenv("PAI_DATA_MEMORY", str(40 * 3 * 8 * 8))
+    first = load(folder)
+    assert not (folder / ".decoded").exists()
+    second = load(folder)
+    assert list((folder / ".decoded").glob("*.npy"))
+    assert same(first, second)
+    del first, second
+    shutil.rmtree(folder / ".decoded")
+    load(folder)
+    assert not (folder / ".decoded").exists()
 
 
 def test_the_parts_of_a_task_share_one_budget(

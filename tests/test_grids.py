@@ -21,8 +21,10 @@ def test_parameters_in_another_order_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "expected the one key 'cells' with at least one cell"),
-        ({"cells": {}}, "expected the one key 'cells' with at least one cell"),
+        ({}, "expected the one key 'cells', a mapping with at least one cell"),
+        ({"cells": {}}, "expected the one key 'cells', a mapping with at least one cell"),
+        ({"cells": ["a"]}, "expected the one key 'cells', a mapping with at least one cell"),
+        (["cells"], "expected the one key 'cells', a mapping with at least one cell"),
         (
             {"cells": {"a/b": {"notebook": "n", "parameters": {}}}},
             "cell 'a/b': a name consists of",

@@ -10,7 +10,9 @@ from PIL import Image
 from pai_utils import runs
 from pai_utils.backbones import load_backbone
 from pai_utils.datasets import DATASETS
+from pai_utils.grids import read_grid
 from pai_utils.planning import downloads, plan
+from pai_utils.scorers import SCORERS
 from pai_utils.tasks import part_sizes
 
 COMMON: dict[str, Any] = {
@@ -134,6 +136,44 @@ def test_data_sets_to_fetch_are_named_once() -> None:
         "MNIST": DATASETS["MNIST"].megabytes,
         "DTD": DATASETS["DTD"].megabytes,
     }
+
+
+def test_compensations_are_counted_with_the_masks_they_repair() -> None:
+    configs = {
+        "plain": retention(),
+        "moments": retention(compensations=["none", "moments"]),
+        "obs": retention(compensations=["none", "obs"]),
+    }
+    plain, moments, obs = plan(configs).images
+    # snip on two sources with three seeds; magnitude, and random three times, on each source
+    repaired = 2 * (2 * 3 + 2 * (1 + 3))
+    assert moments - plain == repaired * (2 * 100 + 3 * 40)
+    blocks = SCORERS["block_fisher"]
+    assert obs - moments == pytest.approx(repaired * 3 * 100 * blocks.passes(blocks.options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 101}, "cell 'a': samples=101 is more than the 100 images that digits trains"),
+        (
+            {"train_size": 1000},
+            "cell 'a': train_size must be between 1 and 988, the number of train items of digits",
+        ),
+        ({"test_size": 513}, "cell 'a': test_size must be between 1 and 512, .* of photos"),
+    ],
+)
+def test_more_images_than_there_are_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan({"a": retention(**changes)})
+
+
+def test_the_grid_of_the_paper_asks_for_no_more_than_there_is() -> None:
+    path = Path(__file__).parents[1] / "workflow/grids/paper.yaml"
+    for cell in read_grid(path).values():
+        samples, tasks = cell.parameters["samples"], cell.parameters.get("targets")
+        for name in tasks or cell.parameters["sources"]:
+            assert samples <= part_sizes(name)["train"]
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:

@@ -130,6 +130,11 @@ def test_lists_of_names_may_go_without_quotes() -> None:
         ({"source": ["digits", "mnist"]}, "source: unknown task 'mnist'"),
         ({"targets": ["digits", "photo"]}, r"targets\.1: unknown task 'photo'"),
         ({"scorers": ["magnitud"]}, r"scorers\.0: unknown scorer 'magnitud'; did you mean"),
+        ({"compensations": ["moments"]}, "compensations: masks without compensation .*add none"),
+        (
+            {"source": ["digits"], "targets": ["digits"]},
+            "the only target is the source digits; add an unseen task",
+        ),
         ({"backbone": None}, "backbone: .*not None"),
         ({"out": ""}, "out: .*not ''"),
     ],

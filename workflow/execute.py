@@ -21,8 +21,14 @@ from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
-# The channel to a kernel is open to every user of the computer unless it is encrypted.
-KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+KERNEL = Config(
+    {
+        # The channel to a kernel is open to every user of the computer unless it is encrypted.
+        "KernelManager": {"transport_encryption": "auto"},
+        # A kernel is interrupted before it is ended, and reports that as an error.
+        "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
+    }
+)
 
 
 def _stop_with_parent() -> None:
