@@ -189,6 +189,7 @@ class _Repair:
     seed: int
     targets: dict[str, _Target] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    shifted: set[str] = field(default_factory=set)
 
     def record(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Keep what the dense network gives at one place."""
@@ -227,8 +228,9 @@ class _Repair:
 
             def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
                 bias = cast(Tensor | None, module.bias)
-                if "moments" not in self.parts or bias is None:
+                if "moments" not in self.parts or bias is None or name in self.shifted:
                     return None
+                self.shifted.add(name)
                 values = _channels_last(output, module).double()
                 shift = (self.targets[name].mean - values.mean(0)).to(output.dtype)
                 bias += shift

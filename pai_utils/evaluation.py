@@ -254,6 +254,7 @@ def retention_sweep(
     precision: str = "float32",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     compensations: Sequence[str] = ("none",),
+    compensation_options: Mapping[str, Any] | None = None,
     observe: Callable[[SweepMask], None] | None = None,
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
@@ -281,6 +282,8 @@ def retention_sweep(
             (:mod:`pai_utils.compensation`), on the source's training images. A scorer with a
             compensation is named ``"scorer + compensation"`` in the table, and a mask that looked
             at no data is compensated on every source.
+        compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`, for all of
+            them; ``samples`` and ``options`` are the scores' own.
         observe: is handed every mask before it is evaluated.
 
     Returns:
@@ -350,8 +353,11 @@ def retention_sweep(
                             whole,
                             tasks[place].train,
                             compensation,
-                            batch_size=batch_size,
-                            seed=seed,
+                            **{
+                                "batch_size": batch_size,
+                                "seed": seed,
+                                **(compensation_options or {}),
+                            },
                         )
                     label = f"{scorer} + {compensation}" if repaired else scorer
                     table += rows(place, label, sparsity, seed)

@@ -10,6 +10,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 import pai_utils as pai
+from pai_utils import evaluation
 from pai_utils.compensation import _count, _rows_of, compensate_, solve_layer
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.masks import Mask
@@ -269,6 +270,68 @@ def test_prune_compensates_on_its_own_samples_and_leaves_the_model() -> None:
     with torch.no_grad():
         dense, left, mended = (m(images) for m in (model, plain.model, repaired.model))
     assert float((mended - dense).square().mean()) < 0.5 * float((left - dense).square().mean())
+
+
+def test_a_sweep_repairs_each_mask_on_its_source_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone()
+    tasks = {name: tiny_task(name) for name in ("first", "second")}
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    seen: list[tuple[object, str, object]] = []
+
+    def watch(
+        model: nn.Module, dense: nn.Module, mask: Mask, data: Any, compensation: str, **options: Any
+    ) -> None:
+        seen.append((data, compensation, options["samples"]))
+        compensate_(model, dense, mask, data, compensation, **options)
+
+    monkeypatch.setattr(evaluation, "compensate_", watch)
+    settings: dict[str, Any] = {"sparsities": [0.5], "seeds": [0], "samples": 12}
+    table = evaluation.retention_sweep(
+        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"],
+        compensations=["none", "layerwise+moments"], compensation_options={"samples": 16},
+        **settings,
+    )  # fmt: skip
+    # A mask that looked at no data is repaired on both.
+    assert [id(data) for data, *_ in seen] == [
+        id(tasks[name].train) for name in ("first", "second", "first", "second")
+    ]
+    assert {entry[1:] for entry in seen} == {("layerwise+moments", 16)}
+    rows = table.groupby(["scorer", "source"]).size().to_dict()
+    assert rows == {
+        ("dense", "none"): 2,
+        ("magnitude", "none"): 2,
+        ("magnitude + layerwise+moments", "first"): 2,
+        ("magnitude + layerwise+moments", "second"): 2,
+        ("snip", "first"): 2,
+        ("snip", "second"): 2,
+        ("snip + layerwise+moments", "first"): 2,
+        ("snip + layerwise+moments", "second"): 2,
+    }
+    plain = evaluation.retention_sweep(
+        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"], **settings
+    )
+    kept = table[~table.scorer.str.contains("+", regex=False)].reset_index(drop=True)
+    assert kept.accuracy.tolist() == plain.accuracy.tolist()
+
+
+def test_a_layer_that_is_called_twice_is_shifted_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.layer(self.layer(x.flatten(1)[:, :6]).relu())
+            return result
+
+    dense = Twice().double()
+    model = copy.deepcopy(dense)
+    mask = random_mask(model)
+    mask.apply_(model)
+    data = Batch()
+    compensate_(model, dense, mask, data, "moments")
+    inputs = data.batch(torch.arange(10))[0].flatten(1)[:, :6]
+    torch.testing.assert_close(model.layer(inputs).mean(0), dense.layer(inputs).mean(0))
 
 
 def test_a_layer_that_is_not_called_is_named(caplog: pytest.LogCaptureFixture) -> None:
