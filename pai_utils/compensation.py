@@ -54,6 +54,10 @@ __all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
+_ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows would be wasted
+
+COMPENSATION_OPTIONS = ("samples", "damping", "rows", "block_size")
+"""Keywords of :func:`compensate_` that change its result."""
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
@@ -85,7 +89,7 @@ def compensate_(
     *,
     samples: int | None = COMPENSATION_SAMPLES,
     seed: int = 0,
-    damping: float = 1e-2,
+    damping: float = 0.1,
     rows: int = 8192,
     block_size: int = 64,
     batch_size: int = 64,
@@ -104,7 +108,8 @@ def compensate_(
         seed: of this draw and of the rows.
         damping: ridge of ``layerwise`` towards the dense weights, over the mean square of a
             layer's inputs; of ``obs``, over a block's mean diagonal.
-        rows: positions (of images, pixels or tokens) at most that a layer is re-solved on.
+        rows: positions (of images, pixels or tokens) at most that a layer is re-solved on, and no
+            more than 64 for each weight of an output.
         block_size: of ``obs``.
         batch_size: of ``obs``, samples a forward.
 
@@ -202,7 +207,7 @@ class _Repair:
             values = _channels_last(output, module)
             outputs = None
             if "layerwise" in self.parts:
-                outputs = values[self._chosen(len(values), values.device)].clone()
+                outputs = values[self._chosen(module, len(values))].clone()
         values = values.double()
         self.targets[name] = _Target(values.mean(0), values.std(0, correction=0), outputs)
 
@@ -250,11 +255,12 @@ class _Repair:
             for handle in handles:
                 handle.remove()
 
-    def _chosen(self, count: int, device: torch.device) -> Tensor:
+    def _chosen(self, module: Any, count: int) -> Tensor:
         """The rows of a layer to re-solve it on: the same in both networks."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(count, generator=generator)[: self.rows]
-        return drawn.sort().values.to(device)
+        drawn = torch.randperm(count, generator=generator)
+        most = min(self.rows, _ROWS_AN_UNKNOWN * module.weight[0].numel())
+        return drawn[:most].sort().values.to(module.weight.device)
 
     def _repair_norm_(self, name: str, module: Any, inputs: Tensor) -> None:
         target = self.targets[name]
@@ -276,7 +282,7 @@ class _Repair:
         assert target is not None
         keep = self.mask[f"{name}.weight"].to(inputs.device)
         solved, bias = solve_layer(
-            _rows_of(module, inputs, self._chosen(_count(module, inputs), inputs.device)),
+            _rows_of(module, inputs, self._chosen(module, _count(module, inputs))),
             target,
             _by_group(module, original),
             _by_group(module, keep),
@@ -326,18 +332,23 @@ def solve_layer(
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     start = original.double()
     right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
-    solved = torch.zeros_like(start)
-    survivors = keep.bool().cpu()
-    for group, output in itertools.product(range(groups), range(start.shape[1])):
-        chosen = survivors[group, output].nonzero()[:, 0].to(x.device)
-        if len(chosen) == 0:
-            continue
-        system = gram[group].index_select(0, chosen).index_select(1, chosen)
-        factor = torch.linalg.cholesky(system)
-        found = torch.cholesky_solve(right[group, output, chosen, None], factor)
-        solved[group, output, chosen] = found[:, 0]
+    solved = _solve(gram, right, keep.bool())
     bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]
     return solved, bias.flatten()
+
+
+def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
+    """The systems of all outputs, each of its surviving weights only."""
+    solved = torch.zeros_like(right)
+    survivors = keep.cpu()
+    for group, output in itertools.product(range(right.shape[0]), range(right.shape[1])):
+        chosen = survivors[group, output].nonzero()[:, 0].to(gram.device)
+        if len(chosen) == 0:
+            continue
+        factor = torch.linalg.cholesky(gram[group][chosen[:, None], chosen])
+        found = torch.cholesky_solve(right[group, output, chosen, None], factor)
+        solved[group, output, chosen] = found[:, 0]
+    return solved
 
 
 # --- layouts ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from pai_utils.execution import (
 from pai_utils.heads import PROTOCOLS, features, fit_head
 from pai_utils.masks import Mask, check_sparsity, make_mask
 from pai_utils.scorers import SCORERS, score
+from pai_utils.sources import IMAGE_SETS, Source, is_held_out, load_source, source_parts
 from pai_utils.tasks import Task
 
 
@@ -187,8 +189,8 @@ def retention_replicates(
 
 
 def gain_replicates(
-    before: Sequence[NDArray[np.bool_]],
-    after: Sequence[NDArray[np.bool_]],
+    before: Sequence[NDArray[Any]],
+    after: Sequence[NDArray[Any]],
     *,
     resamples: int = 1000,
     seed: int = 0,
@@ -196,7 +198,8 @@ def gain_replicates(
     """Bootstrap replicates, over test items, of a gain in accuracy averaged over tasks.
 
     Args:
-        before: for each task ``[items]``, whether the model was right before.
+        before: for each task ``[items]``, whether the model was right before, or the share of
+            several models that were.
         after: the same after, on the same items.
         resamples: number of replicates.
         seed: seed of the bootstrap.
@@ -209,7 +212,7 @@ def gain_replicates(
     for first, second in zip(before, after, strict=True):
         items = len(first)
         counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
-        total += counts @ (second.astype(float) - first) / items
+        total += counts @ (second.astype(float) - first.astype(float)) / items
     return np.asarray(total / len(before))
 
 
@@ -259,15 +262,18 @@ def retention_sweep(
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
-    No data but the source's training split touches a mask. Scores are computed once a source,
-    scorer and seed and shared by all sparsities. A scorer that looks at no data is run once and
-    recorded under the source ``"none"``, and one that draws nothing with the first seed alone.
+    No data but the source's touches a mask, of tasks their training split. Scores are computed once
+    a source, scorer and seed and shared by all sparsities. A scorer that looks at no data is run
+    once and recorded under the source ``"none"``, and one that draws nothing with the first seed
+    alone. Of a source with several parts a scorer that needs a head looks at the first task alone;
+    compensation and the others look at all.
 
     Args:
         backbone: the dense encoder; it is left as it is.
         tasks: by name, the sources among them.
         heads: a frozen head for each task.
-        sources: the tasks to compute masks on.
+        sources: what masks are computed on: a task, or parts joined by ``+`` that may also be
+            images of no task (:mod:`pai_utils.sources`).
         scorers: keys of :data:`~pai_utils.scorers.SCORERS`.
         sparsities: fractions of the prunable weights to remove.
         seeds: of the scores' draws.
@@ -292,10 +298,24 @@ def retention_sweep(
         loss, count, chance, correct`` (the last one ``[count]`` bool).
 
     Raises:
-        ValueError: for an unknown source, scorer, scope, precision or compensation, or an
-            impossible sparsity.
+        ValueError: for an unknown source, scorer, scope, precision or compensation, an impossible
+            sparsity, or a scorer that needs a head, or ``obs``, with a source
+            that is no task.
     """
-    _check_names("source", sources, tasks)
+    for source in sources:
+        parts = source_parts(source, tasks)
+        if all(part in IMAGE_SETS for part in parts):
+            for scorer in scorers:
+                if scorer in SCORERS and SCORERS[scorer].needs_data and SCORERS[scorer].needs_head:
+                    raise ValueError(
+                        f"scorer {scorer!r} needs a task's head, and source {source!r} has none; "
+                        "use feature_ggn_diag, or add a task to the source with a +"
+                    )
+            if any("obs" in parse_compensation(compensation) for compensation in compensations):
+                raise ValueError(
+                    f"compensation 'obs' needs labels, and source {source!r} has none; add a task "
+                    "to the source with a +"
+                )
     _check_names("scorer", scorers, SCORERS)
     options = options or {}
     _check_names("scorer of options", options, scorers)
@@ -330,10 +350,36 @@ def retention_sweep(
         for seed in (seeds if SCORERS[scorer].seeded else seeds[:1])
     ]
     table = list(rows("none", "dense", 0.0, 0))
+    any_head = next(iter(heads.values()))  # for what looks at features only
+
+    @cache
+    def loaded(source: str, seed: int) -> Source:
+        return load_source(source, backbone, tasks, heads, seed=seed)
+
+    def repair_(whole: Mask, source: str, compensation: str, seed: int) -> None:
+        place = loaded(source, seed)
+        head, data = place.head or any_head, place.images
+        if "obs" in parse_compensation(compensation):  # from gradients, hence labels
+            data = place.labelled or data
+        compensate_(
+            Classifier(pruned, head),
+            Classifier(backbone, head),
+            whole,
+            data,
+            compensation,
+            **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
+        )
+
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):
-        head, data = (heads[source], tasks[source].train) if source != "none" else (None, None)
-        model = Classifier(backbone, head or next(iter(heads.values())))
+        head, data = any_head, None
+        if SCORERS[scorer].needs_data:
+            place = loaded(source, seed)
+            head = place.head or any_head
+            data = place.labelled if SCORERS[scorer].needs_head else place.images
+        model = Classifier(backbone, head)
         keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
+        if data is not None and data is not place.images and keywords["samples"] is not None:
+            keywords["samples"] = min(keywords["samples"], len(data))  # of the first part alone
         begin = clock(device_of(model))
         scores = score(scorer, model, data, seed=seed, **keywords)
         seconds = clock(device_of(model)) - begin
@@ -344,23 +390,12 @@ def retention_sweep(
                 observe(SweepMask(scorer, source, seed, sparsity, scores, seconds, mask))
             for compensation in compensations:
                 repaired = compensation != "none"
-                for place in sources if repaired and source == "none" else [source]:
+                for place_name in sources if repaired and source == "none" else [source]:
                     mask.apply_(pruned)
                     if repaired:
-                        compensate_(
-                            Classifier(pruned, heads[place]),
-                            Classifier(backbone, heads[place]),
-                            whole,
-                            tasks[place].train,
-                            compensation,
-                            **{
-                                "batch_size": batch_size,
-                                "seed": seed,
-                                **(compensation_options or {}),
-                            },
-                        )
+                        repair_(whole, place_name, compensation, seed)
                     label = f"{scorer} + {compensation}" if repaired else scorer
-                    table += rows(place, label, sparsity, seed)
+                    table += rows(place_name, label, sparsity, seed)
                     with torch.no_grad():
                         for name, parameter in pruned.named_parameters():
                             parameter.copy_(weights[name])
@@ -417,7 +452,8 @@ def held_out_retention(
     dense = _dense_rows(table)
     summary = []
     for source in sources:
-        seen = table[table.source.isin([source, "none"]) & ((table.target == source) == own)]
+        seen = table[table.source.isin([source, "none"])]
+        seen = seen[[is_held_out(target, source) != own for target in seen.target]]
         for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
             targets = list(dict.fromkeys(group.target))
             correct = [np.stack(list(group[group.target == t].correct)) for t in targets]
@@ -477,6 +513,74 @@ def retention_verdict(
         [table.retention >= threshold, table.high < threshold], ["kept", "lost"], "undecided"
     )
     return table.reset_index()
+
+
+def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
+    """The sparsity up to which retention stays at ``threshold``, for each pair of tasks.
+
+    Found on the straight lines between the sparsities measured, from a retention of 1 at sparsity
+    0, at the first crossing.
+
+    Args:
+        summary: as from :func:`summarise_retention`.
+        threshold: the retention asked for, below 1.
+
+    Returns:
+        One row a source, target and scorer: ``sparsity``, and ``low`` and ``high``, the same on the
+        lower and upper bounds of the retention; the highest sparsity measured where there is no
+        crossing, and then ``crossed`` is false.
+    """
+    rows = []
+    for key, group in summary.groupby(["source", "target", "scorer"], sort=False):
+        curve = group.sort_values("sparsity")
+        at = np.array([0.0, *curve.sparsity])
+        found = {
+            name: _first_crossing(at, np.array([1.0, *curve[column]]), threshold)
+            for name, column in {"sparsity": "retention", "low": "low", "high": "high"}.items()
+        }
+        crossed = bool((curve.retention < threshold).any())
+        key = cast(tuple[str, str, str], key)
+        rows.append(
+            {"source": key[0], "target": key[1], "scorer": key[2], **found, "crossed": crossed}
+        )
+    return pd.DataFrame(rows)
+
+
+def _first_crossing(at: NDArray[Any], values: NDArray[Any], threshold: float) -> float:
+    below = np.flatnonzero(values < threshold)
+    if len(below) == 0:
+        return float(at[-1])
+    i = int(below[0])
+    share = (values[i - 1] - threshold) / (values[i - 1] - values[i])
+    return float(at[i - 1] + share * (at[i] - at[i - 1]))
+
+
+def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataFrame:
+    """Which source's masks serve the others best: retention over that of all sources, by target.
+
+    Every source has other held-out tasks, some of them harder. So each held-out retention is
+    compared with the mean, on the same target, over the sources that held it out.
+
+    Args:
+        summary: as from :func:`summarise_retention`.
+        scorer: the one looked at.
+        sparsity: the one looked at.
+
+    Returns:
+        One row a source, the best first: ``source, advantage, low, high, targets``; the bounds are
+        the standard error over targets times ±1.96, and not a number for a single target.
+    """
+    rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
+    rows = rows[rows.source != "none"]
+    rows = rows[[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)]]
+    advantage = rows.retention - rows.groupby("target").retention.transform("mean")
+    grouped = rows.assign(advantage=advantage).groupby("source").advantage
+    table = pd.DataFrame({"advantage": grouped.mean(), "targets": grouped.count()})
+    error = 1.96 * grouped.sem()
+    table["low"], table["high"] = table.advantage - error, table.advantage + error
+    return table.sort_values("advantage", ascending=False).reset_index()[
+        ["source", "advantage", "low", "high", "targets"]
+    ]
 
 
 def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:

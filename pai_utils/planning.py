@@ -25,6 +25,7 @@ from pai_utils.datasets import DATASETS
 from pai_utils.execution import progress
 from pai_utils.runs import NotebookConfig
 from pai_utils.scorers import SCORERS
+from pai_utils.sources import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
 from pai_utils.tasks import check_size, part_sizes
 
 __all__ = ["DEFAULT_TFLOPS", "downloads", "plan"]
@@ -152,8 +153,19 @@ def _total(config: Any, split: str) -> int:
     return sum(_sizes(name, config)[split] for name in _tasks(config))
 
 
-def _drawn(source: str, config: Any, samples: int | None) -> int:
-    available = _sizes(source, config)["train"]
+def _available(source: str, config: Any, scorer: str | None = None) -> int:
+    """Images of a source; for a scorer that needs a head, those of its first task."""
+    parts = source.split("+")
+    sizes = [_sizes(task_of(p), config)["train"] for p in parts if p not in IMAGE_SETS]
+    if len(parts) == 1 or (scorer is not None and SCORERS[scorer].needs_head):
+        return sizes[0] if sizes else UNLABELLED_IMAGES
+    return len(parts) * (min(MOST_POOLED, *sizes) if sizes else UNLABELLED_IMAGES)
+
+
+def _drawn(source: str, config: Any, samples: int | None, scorer: str | None = None) -> int:
+    available = _available(source, config, scorer)
+    if samples is not None and available < _available(source, config):
+        samples = min(samples, available)  # the first part alone is looked at
     if samples is not None and samples > available:
         raise ValueError(
             f"samples={samples} is more than the {available} images that {source} trains on"
@@ -164,7 +176,7 @@ def _drawn(source: str, config: Any, samples: int | None) -> int:
 def _score(work: _Work, config: Any, scorer: str, source: str, **options: Any) -> None:
     samples = options.pop("samples", config.samples)
     passes = SCORERS[scorer].passes({**SCORERS[scorer].options, **options})
-    work.train(passes * _drawn(source, config, samples))
+    work.train(passes * _drawn(source, config, samples, scorer))
 
 
 def _draws(config: Any, scorers: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -197,7 +209,8 @@ def _sweep(
     for compensation in compensations:
         parts = parse_compensation(compensation)
         for place in places if parts else []:
-            images = min(COMPENSATION_SAMPLES, _sizes(place, config)["train"])
+            wanted = getattr(config, "compensation_options", {}).get("samples")
+            images = min(wanted or COMPENSATION_SAMPLES, _available(place, config))
             # The dense and the pruned network see the images; blocks need gradients besides.
             work.forwards += 2 * images * len(config.sparsities)
             if "obs" in parts:
@@ -232,12 +245,22 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
 def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     work = _Work(forwards=train + test)
-    _score(work, config, config.scorer, config.source)
-    for _ in config.learning_rates:
+    pool = config.prune_by or config.source
+    starts = len(config.starts) * len(config.sparsities)
+    runs_of = (starts + len(config.penalties) - 1) * len(config.seeds) * len(config.learning_rates)
+    for start in config.starts:
+        for _ in range(len(config.sparsities) * len(config.seeds)):
+            if start in ("pruned", "repaired"):
+                _score(work, config, config.scorer, pool)
+            if start == "repaired":
+                wanted = config.compensation_options.get("samples") or COMPENSATION_SAMPLES
+                work.forwards += 2 * min(int(wanted), _available(pool, config))
+    for _ in range(runs_of):
         work.train(max(config.steps) * config.finetune_batch_size)
-        # The last step again, with heads fitted anew.
-        work.forwards += (len(config.steps) + 1) * test + train
-        work.rows += (len(config.steps) + 1) * len(config.tasks)
+        # Validation beside the tests, and the last step again, with heads fitted anew.
+        validation = _sizes(config.source, config)["validation"]
+        work.forwards += len(config.steps) * (test + validation) + test + train
+        work.rows += (len(config.steps) + 1) * (len(config.tasks) + 1)
     return work
 
 

@@ -92,15 +92,54 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
         return _panels(sourced, draw, "mask from", size=(4.2, 3.0), share=False)
 
 
+def recovery_arrows(gains: pd.DataFrame) -> Figure:
+    """What fine-tuning changed, from each start: an arrow from retention before to after.
+
+    Args:
+        gains: as from :func:`~pai_utils.finetuning.recovery_gains` with dense accuracies, one row
+            a start, sparsity and penalty, such as
+            :func:`~pai_utils.finetuning.chosen_on_validation` leaves. One panel a sparsity.
+    """
+    labelled = gains.assign(
+        label=[
+            start if penalty == "none" else f"{start}, penalty: {penalty}"
+            for start, penalty in zip(gains.start, gains.penalty, strict=True)
+        ]
+    )
+    labels = list(dict.fromkeys(labelled.label))[::-1]
+    parts = {"held_out": "held-out tasks", "source": "source"}
+
+    def draw(axes: Axes, sparsity: str) -> None:
+        rows = labelled[labelled.sparsity == float(sparsity)].set_index("label")
+        for index, (part, name) in enumerate(parts.items()):
+            style = {"color": _style(index)["color"], "linestyle": "none"}
+            height = np.array([labels.index(label) for label in rows.index]) + 0.15 - 0.3 * index
+            before, after = rows[f"{part}_retention_before"], rows[f"{part}_retention"]
+            for y, start, end in zip(height, before, after, strict=True):
+                axes.plot([start, end], [y, y], color=style["color"], linewidth=1)
+            axes.plot(before, height, marker="|", markersize=8, label=f"{name}, before", **style)
+            marker = _style(index)["marker"]
+            axes.plot(after, height, marker=marker, label=f"{name}, after", **style)
+        axes.axvline(1, color="0.2", linewidth=0.8)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xlabel("retention")
+        axes.set_title(f"sparsity {float(sparsity):g}")
+
+    with _look():
+        panels = [repr(float(value)) for value in dict.fromkeys(gains.sparsity)]
+        return _panels(panels, draw, "", size=(4.0, 0.42 * len(labels) + 1.4))
+
+
 def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: str) -> Figure:
     """Accuracy over fine-tuning steps, one panel a learning rate, one line a task.
 
     Args:
-        recovery: as from :func:`~pai_utils.finetuning.recovery_sweep`.
+        recovery: as from :func:`~pai_utils.finetuning.recovery_sweep`, of one start and penalty.
         dense: dense accuracy of each task, drawn at the right edge.
         source: the task fine-tuned on, drawn thicker.
     """
     rates = sorted(set(recovery.learning_rate))
+    recovery = recovery[recovery.split == "test"]
     frozen = recovery[recovery["head"] == "frozen"]
     targets = list(dict.fromkeys(frozen.target))
     last = max(frozen.step)

@@ -29,10 +29,12 @@ from pydantic import (
     model_validator,
 )
 
-from pai_utils.compensation import parse_compensation
+from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
+from pai_utils.finetuning import PENALTIES
 from pai_utils.heads import HEADS
 from pai_utils.scorers import SCORERS
+from pai_utils.sources import IMAGE_SETS, is_held_out, task_of
 from pai_utils.tasks import check_task_name
 
 if TYPE_CHECKING:
@@ -42,10 +44,33 @@ if TYPE_CHECKING:
     from pai_utils.masks import Mask
 
 
-def _known_tasks(names: str | list[str]) -> str | list[str]:
+def _known_task(name: str) -> str:
+    check_task_name(name)
+    return name
+
+
+def _known_sources(names: str | list[str]) -> str | list[str]:
     for name in [names] if isinstance(names, str) else names:
-        check_task_name(name)
+        for part in name.split("+"):
+            if part not in IMAGE_SETS:
+                check_task_name(task_of(part))
     return names
+
+
+def _known_pool(name: str | None) -> str | None:
+    return name if name is None else str(_known_sources(name))
+
+
+def _known_start(name: str) -> str:
+    if name not in STARTS:
+        raise unknown_name("start", name, STARTS)
+    return name
+
+
+def _known_penalty(name: str) -> str:
+    if name not in PENALTIES:
+        raise unknown_name("penalty", name, PENALTIES)
+    return name
 
 
 def _known_precision(name: str) -> str:
@@ -65,6 +90,12 @@ def _known_compensation(text: str) -> str:
     return text
 
 
+def _known_compensation_option(name: str) -> str:
+    if name not in COMPENSATION_OPTIONS:
+        raise unknown_name("compensation option", name, COMPENSATION_OPTIONS)
+    return name
+
+
 def _known_scorer(name: str) -> str:
     if name not in SCORERS:
         raise unknown_name("scorer", name, SCORERS)
@@ -72,7 +103,10 @@ def _known_scorer(name: str) -> str:
 
 
 # Names are looked up before a run starts, which would meet the last of them after minutes.
-TaskName = Annotated[str, AfterValidator(_known_tasks)]
+TaskName = Annotated[str, AfterValidator(_known_task)]
+CompensationOption = Annotated[str, AfterValidator(_known_compensation_option)]
+Start = Annotated[str, AfterValidator(_known_start)]
+PenaltyName = Annotated[str, AfterValidator(_known_penalty)]
 ScorerName = Annotated[str, AfterValidator(_known_scorer)]
 Precision = Annotated[str, AfterValidator(_known_precision)]
 Compensation = Annotated[str, AfterValidator(_known_compensation)]
@@ -80,6 +114,9 @@ Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+STARTS = ("pruned", "repaired", "random", "dense")
+"""What is fine-tuned: pruned by a scorer, also compensated, pruned at random, or not pruned."""
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
 # What a kernel puts beside the notebook's own names.
@@ -215,12 +252,14 @@ class ScorerAtlasConfig(NotebookConfig):
 class ZeroShotRetentionConfig(NotebookConfig):
     """Parameters of the notebook ``zero_shot_retention``."""
 
-    source: Annotated[str | list[str], AfterValidator(_known_tasks)]  # one task or several
+    # One or several, as of `pai_utils.sources`.
+    source: Annotated[str | list[str], AfterValidator(_known_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     compensations: list[Compensation] = Field(default=["none"], min_length=1)
+    compensation_options: dict[CompensationOption, float | int] = {}
     heads: Annotated[str, AfterValidator(_known_head)] = "linear"  # or "text", of class names
     precision: Precision = "float32"  # of the forwards that measure accuracy
 
@@ -233,8 +272,9 @@ class ZeroShotRetentionConfig(NotebookConfig):
 
     @model_validator(mode="after")
     def _unseen_tasks(self) -> Self:
-        if len(self.tasks) < 2:
-            raise ValueError(f"the only target is the source {self.tasks[0]}; add an unseen task")
+        for source in self.sources:
+            if not any(is_held_out(task, source) for task in self.tasks):
+                raise ValueError(f"the only target is the source {source}; add an unseen task")
         return self
 
     @property
@@ -244,8 +284,10 @@ class ZeroShotRetentionConfig(NotebookConfig):
 
     @property
     def tasks(self) -> list[str]:
-        """Sources and targets, each once, in that order."""
-        return list(dict.fromkeys([*self.sources, *self.targets]))
+        """Tasks among the sources, and targets, each once, in that order."""
+        parts = [part for source in self.sources for part in source.split("+")]
+        seen = [task_of(part) for part in parts if part not in IMAGE_SETS]
+        return list(dict.fromkeys([*seen, *self.targets]))
 
 
 class FinetuneRecoveryConfig(NotebookConfig):
@@ -254,10 +296,37 @@ class FinetuneRecoveryConfig(NotebookConfig):
     source: TaskName
     targets: list[TaskName] = Field(min_length=1)
     scorer: ScorerName
-    sparsity: Sparsity
+    sparsities: list[Sparsity] = Field(min_length=1)
+    # Images to prune and repair by, as of `pai_utils.sources`; the source's own by default.
+    prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
+    starts: list[Start] = Field(min_length=1)
+    compensation: Compensation = "layerwise+moments"  # of the start "repaired"
+    compensation_options: dict[CompensationOption, float | int] = {}
+    penalties: list[PenaltyName] = Field(default=["none"], min_length=1)
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of the penalties
     learning_rates: list[Rate] = Field(min_length=1)
     steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     finetune_batch_size: Positive = 32
+
+    @field_validator("penalties")
+    @classmethod
+    def _plain_too(cls, penalties: list[str]) -> list[str]:
+        if penalties[0] != "none":
+            raise ValueError(
+                "fine-tuning without penalty is what others are seen beside: none first"
+            )
+        return penalties
+
+    @model_validator(mode="after")
+    def _held_out(self) -> Self:
+        pool = self.prune_by or self.source
+        seen = [t for t in self.targets if t != self.source and not is_held_out(t, pool)]
+        if seen:
+            raise ValueError(f"prune_by={pool} looks at the target {seen[0]}, which is held out")
+        if self.source not in map(task_of, pool.split("+")):
+            raise ValueError(f"prune_by={pool} has no part of the source {self.source}")
+        return self
 
     @property
     def tasks(self) -> list[str]:

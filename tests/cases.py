@@ -406,6 +406,13 @@ def dense_ggn_diagonal(case: Case) -> dict[str, Tensor]:
     return _mean_squares(case, columns)
 
 
+def dense_output_diagonal(case: Case) -> dict[str, Tensor]:
+    """Diagonal of the mean of JᵀJ over samples, J the Jacobian of the outputs."""
+    outputs = logits_of(case.model, case.data.images)
+    columns = [column.expand_as(outputs) for column in torch.eye(outputs.shape[1]).to(outputs)]
+    return _mean_squares(case, columns)
+
+
 def _mean_squares(case: Case, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
     parameters = dict(case.model.named_parameters())
     totals = {name: torch.zeros_like(parameters[name]) for name in case.names}

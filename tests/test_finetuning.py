@@ -10,7 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.finetuning import recovery_sweep
+from pai_utils.finetuning import (
+    Penalty,
+    chosen_on_validation,
+    recovery_gains,
+    recovery_sweep,
+)
 from tests.cases import Images, fingerprint, tiny_classifier, tiny_task
 
 
@@ -182,7 +187,10 @@ def sweep(rates: list[float], *, refit: bool = True) -> Any:
 
 def test_a_recovery_sweep_watches_every_task_at_every_step() -> None:
     table = sweep([1e-3, 1e-1])
-    frozen = table[table["head"] == "frozen"]
+    validation = table[table.split == "validation"]
+    assert set(zip(validation.target, validation["head"], strict=True)) == {("spots", "frozen")}
+    assert len(validation) == 2 * 3
+    frozen = table[(table["head"] == "frozen") & (table.split == "test")]
     assert len(frozen) == 2 * 3 * 2
     assert set(zip(frozen.learning_rate, frozen.step, frozen.target, strict=True)) == {
         (rate, step, target)
@@ -195,7 +203,7 @@ def test_a_recovery_sweep_watches_every_task_at_every_step() -> None:
     assert set(refitted.step) == {5}
     start = frozen[frozen.step == 0]
     assert start.groupby("target").loss.nunique().eq(1).all()
-    assert len(sweep([1e-3], refit=False)) == 6
+    assert len(sweep([1e-3], refit=False)) == 6 + 3
 
 
 def test_a_recovery_sweep_goes_on_after_a_rate_that_diverges(
@@ -206,3 +214,89 @@ def test_a_recovery_sweep_goes_on_after_a_rate_that_diverges(
     assert set(table[table.learning_rate == 1e30].step) == {0}
     assert set(table[table.learning_rate == 1e-3].step) == {0, 2, 5}
     assert any("ends early" in message for message in caplog.messages)
+
+
+def test_the_penalty_is_the_proximal_step_in_closed_form() -> None:
+    model = tiny_classifier().double()
+    name = "backbone.encoder.0.weight"
+    weight = model.get_parameter(name)
+    generator = torch.Generator().manual_seed(0)
+    anchor = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    curvature = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 1e3
+    before = weight.detach().clone()
+    with torch.no_grad():
+        Penalty({name: anchor}, 0.7, {name: curvature}).pull_(dict(model.named_parameters()), 0.1)
+    # The minimiser of ½ (w − before)² / η + ½ λ c (w − a)².
+    expected = (before + 0.07 * curvature * anchor) / (1 + 0.07 * curvature)
+    assert torch.allclose(weight, expected, rtol=1e-12, atol=0)
+
+
+def test_a_penalty_holds_weights_at_their_anchor_and_pruned_ones_at_zero() -> None:
+    def moved(penalty: Penalty | None) -> float:
+        pruned = pruned_classifier()
+        start = {n: p.detach().clone() for n, p in pruned.model.named_parameters()}
+        pai.finetune(
+            pruned.model, tiny_task().train, pruned.mask, steps=6, learning_rate=0.1,
+            penalty=penalty,
+        )  # fmt: skip
+        after = dict(pruned.model.named_parameters())
+        for name, entry in pruned.mask.items():
+            assert not after[name][~entry].any()
+        return max(float((after[n] - start[n]).detach().abs().max()) for n in pruned.mask)
+
+    pruned = pruned_classifier()
+    anchor = {n: pruned.model.get_parameter(n).detach().clone() for n in pruned.mask}
+    free, weak, strong = moved(None), moved(Penalty(anchor, 1.0)), moved(Penalty(anchor, 1e6))
+    assert moved(Penalty(anchor, 0.0)) == free
+    assert strong < 1e-4 < weak < free
+    # Anchored at the dense weights, which are not zero where it was pruned.
+    dense = tiny_classifier()
+    moved(Penalty({n: dense.get_parameter(n).detach() for n in pruned.mask}, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": -1.0}, r"strength=-1\.0 must be"),
+        ({"strength": math.nan}, "strength=nan must be"),
+        ({"anchor": {"other.weight": torch.zeros(1)}}, "penalty's anchor 'other.weight'"),
+        ({"anchor": {"head.bias": torch.zeros(4)}}, r"anchor of 'head\.bias' has shape \[4\]"),
+        ({"curvature": {"head.bias": torch.tensor([1.0, -1, 1])}}, "curvature of 'head.bias' must"),
+        ({"curvature": {"head.bias": torch.tensor([1, math.inf, 1])}}, "must be finite"),
+        ({"curvature": {}}, "no curvature for 'head.bias'"),
+    ],
+)
+def test_an_impossible_penalty_is_refused(changes: dict[str, Any], message: str) -> None:
+    settings = {"anchor": {"head.bias": torch.zeros(3)}, "strength": 1.0, **changes}
+    model = tiny_classifier()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message):
+        pai.finetune(model, tiny_task().train, penalty=Penalty(**settings))
+    assert fingerprint(model) == before
+
+
+def test_gains_by_penalty_and_the_rate_chosen_on_validation() -> None:
+    pruned = pruned_classifier()
+    assert isinstance(pruned.model, pai.Classifier)
+    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
+    heads = {name: pai.fit_head(tiny_classifier().backbone, task) for name, task in tasks.items()}
+    anchor = {n: pruned.model.get_parameter(n).detach().clone() for n in pruned.mask}
+    table = recovery_sweep(
+        pruned.model, pruned.mask, tasks, heads, "spots", learning_rates=[1e-3, 1e-1],
+        at_steps=[0, 5], refit=False, penalties={"none": None, "held": Penalty(anchor, 1e9)},
+    )  # fmt: skip
+    gains = recovery_gains(table.assign(start="pruned"), "spots")
+    assert set(gains.start) == {"pruned"}
+    assert len(gains) == 4
+    rows = table[(table.penalty == "none") & (table.learning_rate == 1e-1)]
+    test = rows[(rows.split == "test") & (rows.target == "spots")].set_index("step").accuracy
+    found = gains[(gains.penalty == "none") & (gains.learning_rate == 1e-1)].iloc[0]
+    assert found.source == test[5]
+    assert found.source_gain == pytest.approx(test[5] - test[0])
+    assert found.source_low <= found.source_gain <= found.source_high
+    validation = rows[(rows.split == "validation") & (rows.step == 5)].accuracy.item()
+    assert found.validation == validation
+    chosen = chosen_on_validation(gains)
+    assert list(chosen.penalty) == ["none", "held"]
+    best = gains.groupby("penalty").validation.max()
+    assert (chosen.set_index("penalty").validation == best[chosen.penalty]).all()

@@ -89,10 +89,13 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
         ),
         (
             runs.FinetuneRecoveryConfig(
-                **COMMON, source="digits", targets=["photos"], scorer="snip", sparsity=0.5,
-                learning_rates=[1e-5, 1e-4], steps=[0, 2, 6], finetune_batch_size=4,
+                **COMMON, source="digits", targets=["photos"], scorer="snip", sparsities=[0.5],
+                starts=["pruned", "repaired"], compensation="moments", penalties=["none", "source"],
+                learning_rates=[1e-5, 1e-4], steps=[0, 2, 6], seeds=[0], finetune_batch_size=4,
             ),
-            2 * 140 + 3 * 10 + 2 * (3 * 6 * 4 + 4 * 80 + 200),
+            # Heads; scores and a repair; six runs, each watched at three steps and fitted anew.
+            2 * 140 + 2 * 3 * 10 + 2 * 100
+            + 6 * (3 * 6 * 4 + 3 * (80 + part_sizes("digits")["validation"]) + 80 + 200),
         ),
         (
             runs.LandscapeAnalysisConfig(

@@ -69,6 +69,7 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     config = ZeroShotRetentionConfig.from_notebook(namespace)
     assert config.model_dump() == GIVEN | {
         "compensations": ["none"],
+        "compensation_options": {},
         "heads": "linear",
         "precision": "float32",
         "image_size": None,
@@ -175,7 +176,7 @@ def test_a_missing_parameter_is_named(name: str) -> None:
 def test_an_infinite_learning_rate_is_refused() -> None:
     given = {
         "backbone": "b", "source": "digits", "targets": ["photos"], "scorer": "ggn_diag",
-        "sparsity": 0.5, "steps": [0, 5], "out": "o",
+        "sparsities": [0.5], "starts": ["pruned"], "seeds": [0], "steps": [0, 5], "out": "o",
     }  # fmt: skip
     config = FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": "[1e-4, 2e-3]"})
     assert config.learning_rates == [1e-4, 2e-3]

@@ -9,6 +9,9 @@ For cross-entropy the GGN is the Fisher information: its diagonal is the expecta
 line with labels drawn from p_n (Monte Carlo), or, with the factor
 diag p − p pᵀ = Σ_c s_c s_cᵀ, s_c = √p_c (e_c − p), the sum over classes of (J_nᵀ s_c)² (exact).
 
+Of the outputs' own squared change, ½‖f(x; w) − f(x; w₀)‖², the Gauss-Newton matrix at w₀ is the
+Hessian, and needs neither labels nor a task: diag = 1/N Σ_n diag(J_nᵀ J_n).
+
 Sources: Martens (2020), "New insights and perspectives on the natural gradient method";
 Kunstner et al. (2019), "Limitations of the empirical Fisher approximation"; Dangel et al. (2020),
 "BackPACK".
@@ -38,6 +41,7 @@ from pai_utils.execution import (
 )
 
 GGN_ESTIMATORS = ("mc", "exact", "batch")
+OUTPUT_ESTIMATORS = ("mc", "exact")
 
 
 def fisher_diagonal(
@@ -119,6 +123,50 @@ def ggn_diagonal(
     return _mean_squares(model, names, data, indices, batch_size, cotangents, sums)
 
 
+def output_diagonal(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    estimator: str = "mc",
+    draws: int = 1,
+) -> dict[str, Tensor]:
+    """Diagonal of 1/N Σ JᵀJ, the Gauss-Newton matrix of half the outputs' mean squared change.
+
+    At the present weights this is the diagonal of the Hessian of 1/N Σ ½‖f(x; w) − f(x; w₀)‖².
+    Without the factor of the loss it is what a Gaussian likelihood of the outputs would give;
+    summed over all weights it is the mean trace of the neural tangent kernel.
+
+    Args:
+        model: images to outputs ``[B, D]``; evaluated in evaluation mode, left as it was.
+        names: the parameters to take.
+        data: samples; their labels are not used.
+        samples: size of the seeded draw without replacement; ``None`` for all.
+        batch_size: samples a forward; the result does not depend on it beyond rounding.
+        seed: seed of the draw of samples and of directions.
+        estimator: ``"mc"`` takes E[(Jᵀv)²] over ``draws`` vectors v of random signs a sample:
+            unbiased, one backward a draw, relative variance of order 1/(samples * draws).
+            ``"exact"`` costs one backward an output and has no error.
+        draws: directions a sample for ``"mc"``.
+
+    Returns:
+        One tensor a name, of the parameter's shape, non-negative.
+
+    Raises:
+        ValueError: if ``estimator`` is unknown or ``draws`` is below one.
+    """
+    if estimator not in OUTPUT_ESTIMATORS:
+        raise unknown_name("estimator", estimator, OUTPUT_ESTIMATORS)
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one direction a sample is needed")
+    indices = draw_samples(data, samples, seed)
+    cotangents = _unit_columns if estimator == "exact" else _RandomSigns(len(indices), draws, seed)
+    return _mean_squares(model, names, data, indices, batch_size, cotangents)
+
+
 def sum_squared_batch_gradients(
     model: nn.Module,
     names: Sequence[str],
@@ -155,6 +203,31 @@ def _factor_columns(logits: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[
         column = -probabilities
         column[:, c] += 1
         yield column * probabilities[:, c : c + 1].sqrt()
+
+
+def _unit_columns(outputs: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[Tensor]:
+    """The columns of the identity, for each sample."""
+    for column in torch.eye(outputs.shape[1]).to(outputs):
+        yield column.expand_as(outputs)
+
+
+class _RandomSigns:
+    """Cotangents of ``draws`` vectors of random signs a sample; each is over √draws."""
+
+    def __init__(self, samples: int, draws: int, seed: int) -> None:
+        self._shape = (draws, samples)
+        self._seed = seed
+        self._positive = torch.empty(0, dtype=torch.bool)
+
+    def __call__(self, outputs: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """One cotangent ``[B, D]`` a draw; ``rows`` say which samples these are."""
+        size = (*self._shape, outputs.shape[1])
+        if self._positive.shape != size:
+            # For all samples at once, so that a sample's signs do not depend on the batches.
+            generator = torch.Generator().manual_seed(self._seed)
+            self._positive = torch.randint(2, size, generator=generator, dtype=torch.bool)
+        for positive in self._positive[:, rows.cpu()].to(outputs.device):
+            yield torch.where(positive, 1.0, -1.0).to(outputs) / self._shape[0] ** 0.5
 
 
 def _mean_squares(

@@ -19,7 +19,7 @@ from pai_utils.backbones import prunable_parameters
 from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.scorers.baselines import magnitude, random
 from pai_utils.scorers.block import block_fisher
-from pai_utils.scorers.diagonal import fisher_diag, ggn_diag
+from pai_utils.scorers.diagonal import feature_ggn_diag, fisher_diag, ggn_diag
 from pai_utils.scorers.gradient import grasp, snip
 from pai_utils.scorers.hessian import EstimatedScores, hessian_diag
 from pai_utils.scorers.ntk import ntk_sap
@@ -37,6 +37,7 @@ class Scorer:
     function: Callable[..., dict[str, Tensor] | EstimatedScores]
     summary: str
     needs_data: bool = True
+    needs_head: bool = True  # false where images alone are enough
     seeded: bool = True  # false where no seed changes the scores
     passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
     """Forwards and backwards over the samples that it takes with these options; for estimates."""
@@ -92,6 +93,12 @@ SCORERS: dict[str, Scorer] = {
     "ggn_diag": Scorer(
         ggn_diag,
         "½ w² · diagonal of the Gauss-Newton matrix (model's labels)",
+        passes=lambda options: 1.4,
+    ),
+    "feature_ggn_diag": Scorer(
+        feature_ggn_diag,
+        "½ w² · diagonal of the Gauss-Newton matrix of the features (no head, no labels)",
+        needs_head=False,
         passes=lambda options: 1.4,
     ),
     "block_fisher": Scorer(

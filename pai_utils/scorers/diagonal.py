@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.backbones import Classifier
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
 from pai_utils.execution import Samples
 
 
@@ -53,6 +55,49 @@ def ggn_diag(
         draws=draws,
     )
     return _saliency(model, diagonal)
+
+
+def feature_ggn_diag(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    *,
+    samples: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    estimator: str = "mc",
+    draws: int = 1,
+) -> dict[str, Tensor]:
+    """½ w² · diagonal of the Gauss-Newton matrix of the features' squared change.
+
+    The features are a :class:`~pai_utils.backbones.Classifier`'s input to its head, and the
+    outputs of any other model. No head and no label matters: what the score guards is the whole
+    representation, of which any later task may use another part. See
+    :func:`~.diagonals.output_diagonal`.
+    """
+    encoder, prefix = (
+        (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
+    )
+    diagonal = output_diagonal(
+        encoder,
+        [name.removeprefix(prefix) for name in names if name.startswith(prefix)],
+        data,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        estimator=estimator,
+        draws=draws,
+    )
+    parameters = dict(model.named_parameters())
+    return _saliency(
+        model,
+        {
+            name: diagonal[name.removeprefix(prefix)]
+            if name.startswith(prefix)
+            else torch.zeros_like(parameters[name])  # no feature depends on the head
+            for name in names
+        },
+    )
 
 
 def _saliency(model: nn.Module, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:

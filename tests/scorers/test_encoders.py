@@ -13,6 +13,7 @@ from tests.cases import Images, fingerprint, flattened, relative_error
 SECOND_ORDER: dict[str, dict[str, Any]] = {
     "fisher_diag": {},
     "ggn_diag": {},
+    "feature_ggn_diag": {},
     "block_fisher": {"block_size": 16},
     "hessian_diag": {"probes": 2},
 }
@@ -51,7 +52,7 @@ def test_every_second_order_score_of_a_whole_encoder(
             scores = pai.score(scorer, model, data, samples=None, **options)
         assert list(scores) == names, scorer
         assert flattened(scores).any(), scorer
-        if scorer in ("fisher_diag", "ggn_diag"):
+        if scorer in ("fisher_diag", "ggn_diag", "feature_ggn_diag"):
             # One backward a sample, through plain autograd.
             each = pai.score(scorer, model, data, samples=None, batch_size=1)
             assert relative_error(flattened(scores), flattened(each)) <= 1e-10, scorer

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
 from pai_utils.curvature.products import directional_terms
 from tests.cases import (
     Case,
@@ -61,7 +61,9 @@ def test_names_that_are_not_there_are_refused() -> None:
         pai.score("magnitude", tiny_classifier(), names=[])
 
 
-@pytest.mark.parametrize("name", ["random", "magnitude", "fisher_diag", "ggn_diag"])
+@pytest.mark.parametrize(
+    "name", ["random", "magnitude", "fisher_diag", "ggn_diag", "feature_ggn_diag"]
+)
 def test_scores_of_a_positive_semi_definite_curvature_are_not_negative(name: str) -> None:
     scores = pai.score(name, tiny_classifier(), tiny_task().train, samples=8)
     assert all(bool((scores[n] >= 0).all()) for n in PRUNED)
@@ -103,12 +105,23 @@ def test_saliency_is_half_the_squared_weight_times_the_diagonal() -> None:
     diagonals = {
         "fisher_diag": fisher_diagonal(case.model, case.names, case.data),
         "ggn_diag": ggn_diagonal(case.model, case.names, case.data),
+        "feature_ggn_diag": output_diagonal(case.model, case.names, case.data),
     }
     for scorer, diagonal in diagonals.items():
         scores = pai.score(scorer, case.model, case.data, samples=None)
         for name in case.names:
             expected = parameters[name].detach().square() / 2 * diagonal[name]
             assert relative_error(scores[name], expected) <= 1e-14
+
+
+def test_the_score_of_features_knows_no_head_and_no_label() -> None:
+    model, task = tiny_classifier(), tiny_task()
+    scores = pai.score("feature_ggn_diag", model, task.train, samples=8)
+    encoder = pai.score("feature_ggn_diag", model.backbone, task.train, samples=8)
+    assert list(scores) == [f"backbone.{name}" for name in encoder]
+    assert all(torch.equal(scores[f"backbone.{n}"], values) for n, values in encoder.items())
+    named = pai.score("feature_ggn_diag", model, task.train, names=["head.weight"], samples=8)
+    assert not named["head.weight"].any()
 
 
 def test_saliency_is_the_increase_of_the_quadratic_loss_when_one_weight_goes() -> None:
