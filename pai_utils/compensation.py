@@ -16,6 +16,11 @@ of the source task only and without their labels, save for ``obs``:
     The second-order update that belongs to ``block_fisher``:
     :meth:`~pai_utils.curvature.blocks.BlockFisher.compensate`.
 
+Where a layer's output is added to a residual stream, what counts is the sum: both ask such a layer
+for its dense output *and* for what the stream has lost on the way to it, so that errors are mended
+at every sum instead of adding up (:mod:`pai_utils.residuals`; ``streams=False`` looks at each layer
+alone, as those methods do).
+
 They combine with a plus, ``"layerwise+moments"``, in any order of words: ``obs`` comes first, then
 one pass through the network repairs layer after layer, each from inputs that earlier repairs made.
 
@@ -49,14 +54,16 @@ from pai_utils.execution import (
     unknown_name,
 )
 from pai_utils.masks import Mask
+from pai_utils.residuals import Residual, find_residuals, shown
 
 __all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
+_IMAGES_TO_LOOK_AT = 8  # ample to tell whether one tensor is an affine map of another
 _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows would be wasted
 
-COMPENSATION_OPTIONS = ("samples", "damping", "rows", "block_size")
+COMPENSATION_OPTIONS = ("samples", "damping", "rows", "streams", "block_size")
 """Keywords of :func:`compensate_` that change its result."""
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -91,6 +98,7 @@ def compensate_(
     seed: int = 0,
     damping: float = 0.1,
     rows: int = 8192,
+    streams: bool = True,
     block_size: int = 64,
     batch_size: int = 64,
 ) -> None:
@@ -110,6 +118,7 @@ def compensate_(
             layer's inputs; of ``obs``, over a block's mean diagonal.
         rows: positions (of images, pixels or tokens) at most that a layer is re-solved on, and no
             more than 64 for each weight of an output.
+        streams: whether layers that end a residual branch also make good what their stream lost.
         block_size: of ``obs``.
         batch_size: of ``obs``, samples a forward.
 
@@ -140,14 +149,41 @@ def compensate_(
         for name, module in model.named_modules()
         if name in masked and isinstance(module, _Layer)
     }
-    repair = _Repair(parts, mask, damping, rows, seed)
-    with undisturbed(dense), torch.inference_mode(), _watched(dense, layers, repair.record):
+    places = {**layers, **{n: m for n, m in model.named_modules() if isinstance(m, _Norm)}}
+    residuals = _residuals(dense, places, images[:_IMAGES_TO_LOOK_AT]) if streams else {}
+    repair = _Repair(parts, mask, damping, rows, seed, residuals, places)
+    with (
+        undisturbed(dense),
+        torch.inference_mode(),
+        shown(dense, residuals, repair.record_stream),
+        _watched(dense, layers, repair.record),
+    ):
         dense(images)
     originals = {name: p.detach() for name, p in dense.named_parameters()}
-    with undisturbed(model), torch.no_grad(), repair.acting_on(model, layers, originals):
+    with (
+        undisturbed(model),
+        torch.no_grad(),
+        shown(model, residuals, repair.compare_stream),
+        repair.acting_on(model, layers, originals),
+    ):
         model(images)
     for name in set(layers) - set(repair.done):
         logger.warning("%s is not called as a layer; its weights are not compensated", name)
+
+
+def _residuals(dense: nn.Module, places: dict[str, Any], images: Tensor) -> dict[str, Residual]:
+    def axis_of(module: Any) -> Callable[[Tensor], int]:
+        return lambda output: _channel_axis(module, output)
+
+    return find_residuals(dense, {n: axis_of(m) for n, m in places.items()}, images)
+
+
+@dataclass
+class _Stream:
+    """A residual stream where a branch is added to it, over the branch's scale."""
+
+    mean: Tensor  # [channels]
+    rows: Tensor | None = None  # [rows, channels], of a layer to re-solve
 
 
 @dataclass
@@ -192,7 +228,11 @@ class _Repair:
     damping: float
     rows: int
     seed: int
+    residuals: dict[str, Residual]
+    modules: dict[str, Any]  # the layers and normalisations, by name
     targets: dict[str, _Target] = field(default_factory=dict)
+    streams: dict[str, _Stream] = field(default_factory=dict)  # of the dense network
+    gaps: dict[str, _Stream] = field(default_factory=dict)  # what the pruned network's lack
     done: list[str] = field(default_factory=list)
     shifted: set[str] = field(default_factory=set)
 
@@ -210,6 +250,27 @@ class _Repair:
                 outputs = values[self._chosen(module, len(values))].clone()
         values = values.double()
         self.targets[name] = _Target(values.mean(0), values.std(0, correction=0), outputs)
+
+    def record_stream(self, name: str, stream: Tensor) -> None:
+        """Keep what the dense network adds the output of a layer or normalisation to."""
+        self.streams[name] = self._stream(name, stream)
+
+    def compare_stream(self, name: str, stream: Tensor) -> None:
+        """Keep what the pruned network's stream lacks of the dense one's."""
+        dense, now = self.streams.pop(name), self._stream(name, stream)
+        rows = None if dense.rows is None or now.rows is None else dense.rows - now.rows
+        self.gaps[name] = _Stream(dense.mean - now.mean, rows)
+
+    def _stream(self, name: str, stream: Tensor) -> _Stream:
+        module, scale = self.modules[name], self.residuals[name].scale
+        values = _channels_last(stream, module)
+        # A channel that the branch does not reach can make nothing good.
+        inverse = torch.where(scale == 0, 0, 1 / scale)
+        mean = values.double().mean(0) * inverse
+        if isinstance(module, _Norm) or "layerwise" not in self.parts:
+            return _Stream(mean)
+        chosen = self._chosen(module, len(values))
+        return _Stream(mean, values[chosen] * inverse.to(values.dtype))
 
     @contextmanager
     def acting_on(
@@ -237,7 +298,10 @@ class _Repair:
                     return None
                 self.shifted.add(name)
                 values = _channels_last(output, module).double()
-                shift = (self.targets[name].mean - values.mean(0)).to(output.dtype)
+                wanted = self.targets[name].mean
+                if name in self.gaps:
+                    wanted = wanted + self.gaps[name].mean
+                shift = (wanted - values.mean(0)).to(output.dtype)
                 bias += shift
                 axis = _channel_axis(module, output)
                 return output + shift.view([-1 if i == axis else 1 for i in range(output.ndim)])
@@ -274,12 +338,16 @@ class _Repair:
         ratio = torch.where(alive, target.std / torch.where(alive, std, 1), 1.0)
         # scale' z + shift' has the moments that scale z + shift had in the dense network.
         restored = scale * target.mean + shift - scale * ratio * mean
+        if (gap := self.gaps.get(name)) is not None:
+            restored += gap.mean
         module.weight.copy_(scale * ratio)
         module.bias.copy_(restored)
 
     def _solve_(self, name: str, module: Any, inputs: Tensor, original: Tensor) -> None:
         target = self.targets[name].outputs
         assert target is not None
+        if (gap := self.gaps.get(name)) is not None and gap.rows is not None:
+            target = target + gap.rows
         keep = self.mask[f"{name}.weight"].to(inputs.device)
         solved, bias = solve_layer(
             _rows_of(module, inputs, self._chosen(module, _count(module, inputs))),

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.backbones import Classifier
+from pai_utils.backbones import Backbone, Classifier, prunable_parameters
 from pai_utils.curvature.diagonals import output_diagonal
 from pai_utils.evaluation import evaluate_heads, gain_replicates, interval, retention
 from pai_utils.execution import (
@@ -29,9 +29,23 @@ from pai_utils.execution import (
     progress,
     unknown_name,
 )
-from pai_utils.heads import fit_head
+from pai_utils.heads import features, fit_head
 from pai_utils.masks import Mask
+from pai_utils.pruning import prune
+from pai_utils.scorers import SCORERS
+from pai_utils.sources import load_source
 from pai_utils.tasks import Task
+
+OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float, float, float], torch.optim.Optimizer]]
+OPTIMISERS = {
+    "sgd": lambda weights, rate, momentum, decay: torch.optim.SGD(
+        weights, lr=rate, momentum=momentum, weight_decay=decay
+    ),
+    "adam": lambda weights, rate, momentum, decay: torch.optim.AdamW(
+        weights, lr=rate, betas=(momentum, 0.99), weight_decay=decay
+    ),
+}
+"""By name; Adam with decoupled weight decay, and a second beta for short runs."""
 
 _SETTINGS = ("start", "sparsity", "penalty", "learning_rate")  # of a run, as columns
 
@@ -61,8 +75,7 @@ class Penalty:
             ValueError: for a strength that is negative or not finite, an anchor or curvature of an
                 unknown parameter or another shape, or a negative or non-finite curvature.
         """
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength={self.strength} must be a finite number, not negative")
+        _check_strength(self.strength)
         parameters = dict(model.named_parameters())
         for kind, tensors in (("anchor", self.anchor), ("curvature", self.curvature or {})):
             for name, tensor in tensors.items():
@@ -89,6 +102,59 @@ class Penalty:
             w.lerp_(a, (share / (1 + share)).to(w))
 
 
+@dataclass(frozen=True)
+class FeaturePenalty:
+    """A pull of a classifier's features to given ones: ½ λ E ‖φ(x; w) − φ₀(x)‖² / V.
+
+    V is the total variance of φ₀, so that the expectation is the share of it that is lost. The
+    images x need no labels and no head, so they may belong to no task. To second order at the
+    dense weights this is ½ λ δᵀGδ / V, G the whole Gauss-Newton matrix whose diagonal is
+    :func:`~pai_utils.curvature.diagonals.output_diagonal`: what :class:`Penalty` approximates by
+    that diagonal, here with all of its terms and of every order (Benjamin et al. 2019, "Measuring
+    and regularizing networks in function space"; as distillation: Romero et al. 2015, "FitNets").
+    """
+
+    images: Samples
+    """x."""
+    targets: Tensor
+    """φ₀, ``[N, D]``, in the order of the images."""
+    strength: float
+    """λ."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a penalty that does not fit.
+
+        Raises:
+            ValueError: for a strength that is negative or not finite, a model without a
+                ``backbone``, or targets of another number or size.
+        """
+        _check_strength(self.strength)
+        if not isinstance(model, Classifier):
+            raise ValueError("a FeaturePenalty needs a Classifier, whose backbone gives features")
+        expected = [len(cast(Sized, self.images)), model.backbone.feature_dim]
+        if list(self.targets.shape) != expected:
+            raise ValueError(
+                f"the penalty's targets have shape {list(self.targets.shape)}, expected "
+                f"{expected}: one row an image, one column a feature"
+            )
+
+    def loss(self, model: Classifier, batch_size: int, seed: int) -> Tensor:
+        """The penalty on a seeded draw of ``batch_size`` images, with replacement."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(self.targets), (batch_size,), generator=generator)
+        ((images, _),) = batches(self.images, batch_size, device_of(model), rows)
+        found = model.backbone(paired(images))
+        targets = paired(self.targets[rows].to(found))
+        variance = self.targets.var(0, correction=0).sum().to(found)
+        change: Tensor = (found - targets).square().sum(1).mean() / variance
+        return 0.5 * self.strength * change
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength={strength} must be a finite number, not negative")
+
+
 def finetune(
     model: nn.Module,
     data: Samples,
@@ -97,13 +163,14 @@ def finetune(
     steps: int = 100,
     learning_rate: float = 1e-4,
     batch_size: int = 64,
+    optimiser: str = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     seed: int = 0,
-    penalty: Penalty | None = None,
+    penalty: Penalty | FeaturePenalty | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` in place by SGD on the mean cross-entropy; pruned weights stay exactly zero.
+    """Train ``model`` in place on the mean cross-entropy; pruned weights stay exactly zero.
 
     The model is kept in evaluation mode (frozen BatchNorm statistics, no dropout), since
     re-estimated statistics on one task destroy the others. Parameters that do not require a
@@ -115,13 +182,15 @@ def finetune(
             replacement, epoch after epoch; the last batch of an epoch may be smaller.
         mask: the pruned model's mask; ``None`` trains densely.
         steps: number of updates.
-        learning_rate: of SGD, constant.
+        learning_rate: constant.
         batch_size: samples an update (not changed when memory runs out: it is part of the result).
-        momentum: of SGD.
-        weight_decay: of SGD.
+        optimiser: a key of :data:`OPTIMISERS`. Frozen heads on standardised features are sharp:
+            plain SGD then needs rates far below those that suit the rest of the network.
+        momentum: of SGD; of Adam the first beta.
+        weight_decay: of the optimiser.
         seed: seed of the order of samples.
-        penalty: a quadratic pull to an anchor, as a proximal step after each update; pruned weights
-            stay zero.
+        penalty: a pull to weights, as a proximal step after each update, or to features, on
+            ``batch_size`` of its images an update; pruned weights stay zero.
         on_step: called with the number of updates made, before the first and after each.
 
     Returns:
@@ -133,6 +202,8 @@ def finetune(
         FloatingPointError: at a non-finite loss or update, naming step and learning rate. The
             model keeps the last weights whose loss was finite (those given, at step 0).
     """
+    if optimiser not in OPTIMISERS:
+        raise unknown_name("optimiser", optimiser, OPTIMISERS)
     if steps < 0:
         raise ValueError(f"steps={steps} must not be negative")
     for name, value in {"learning_rate": learning_rate, "batch_size": batch_size}.items():
@@ -148,9 +219,7 @@ def finetune(
     device = device_of(model)
     removed = _removed(model, mask)
     parameters = dict(model.named_parameters())
-    optimiser = torch.optim.SGD(
-        trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
-    )
+    stepper = OPTIMISERS[optimiser](trained, learning_rate, momentum, weight_decay)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     sound = [p.detach().clone() for p in trained]
@@ -170,18 +239,21 @@ def finetune(
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)
                 value = loss.item()
-                if not math.isfinite(value):
-                    raise _diverged(f"the loss is {value}", len(losses), learning_rate)
+                if isinstance(penalty, FeaturePenalty):
+                    draw = seed * 1_000_003 + len(losses)
+                    loss = loss + penalty.loss(cast(Classifier, model), batch_size, draw)
+                if not math.isfinite(loss.item()):
+                    raise _diverged(f"the loss is {loss.item()}", len(losses), learning_rate)
                 torch._foreach_copy_(sound, [p.detach() for p in trained])
-                optimiser.zero_grad(set_to_none=True)
+                stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 with torch.no_grad():
                     # No gradient, hence no momentum and no decay: the weights stay zero.
                     for parameter, gone in removed:
                         if parameter.grad is not None:
                             parameter.grad.masked_fill_(gone, 0)
-                optimiser.step()
-                if penalty is not None:
+                stepper.step()
+                if isinstance(penalty, Penalty):
                     with torch.no_grad():
                         penalty.pull_(parameters, learning_rate)
                         for parameter, gone in removed:
@@ -197,7 +269,7 @@ def finetune(
         torch._foreach_copy_([p.detach() for p in trained], sound)
         raise
     finally:
-        optimiser.zero_grad(set_to_none=True)
+        stepper.zero_grad(set_to_none=True)
         for module, training in modes.items():
             module.training = training
     return losses
@@ -213,9 +285,10 @@ def recovery_sweep(
     learning_rates: Sequence[float],
     at_steps: Sequence[int],
     batch_size: int = 64,
+    optimiser: str = "sgd",
     seed: int = 0,
     refit: bool = True,
-    penalties: Mapping[str, Penalty | None] | None = None,
+    penalties: Mapping[str, Penalty | FeaturePenalty | None] | None = None,
 ) -> pd.DataFrame:
     """Fine-tune copies of a pruned classifier on the source, watching every task.
 
@@ -228,6 +301,7 @@ def recovery_sweep(
         learning_rates: one run each.
         at_steps: numbers of updates after which all tasks are evaluated; the largest ends a run.
         batch_size: samples an update.
+        optimiser: a key of :data:`OPTIMISERS`.
         seed: seed of the order of samples.
         refit: also fit new heads on the encoder at the last step, which tells lost features
             (a new head does not help) from drifted ones (it does).
@@ -287,6 +361,7 @@ def recovery_sweep(
                 steps=max(at_steps),
                 learning_rate=rate,
                 batch_size=batch_size,
+                optimiser=optimiser,
                 seed=seed,
                 penalty=penalty,
                 on_step=watch,
@@ -300,28 +375,142 @@ def recovery_sweep(
     return pd.DataFrame(table)
 
 
+def recovery_study(
+    encoder: Backbone,
+    tasks: Mapping[str, Task],
+    heads: Mapping[str, nn.Linear],
+    source: str,
+    *,
+    starts: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    scorer: str,
+    scope: str = "global",
+    prune_by: str | None = None,
+    compensation: str = "layerwise+moments",
+    compensation_options: Mapping[str, Any] | None = None,
+    penalties: Mapping[str, float] | None = None,
+    samples: int | None = 256,
+    batch_size: int = 64,
+    **sweep: Any,
+) -> pd.DataFrame:
+    """Recovery from several starts, at several sparsities and seeds.
+
+    Args:
+        encoder: the dense one; left as it was.
+        tasks: by name, the source among them.
+        heads: a frozen head for each.
+        source: the task fine-tuned on.
+        starts: keys of :data:`STARTS`.
+        sparsities: of each start but ``"dense"``, which is run once a seed.
+        seeds: of images, scores, repairs and the order of fine-tuning.
+        scorer: of all starts but ``"random"``.
+        scope: as in :func:`~pai_utils.masks.make_mask`.
+        prune_by: images for scores, repairs and the penalties of a mixture
+            (:mod:`pai_utils.sources`); by default the source's own.
+        compensation: of the start ``"repaired"``.
+        compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
+        penalties: strengths as in :func:`make_penalties`, all of them on the first start and the
+            first sparsity, elsewhere the first alone.
+        samples: images a score, at most all.
+        batch_size: images a forward.
+        sweep: keywords of :func:`recovery_sweep`; its batch size is ``finetune_batch_size``.
+
+    Returns:
+        The rows of :func:`recovery_sweep` with columns ``start`` and ``sparsity``.
+
+    Raises:
+        ValueError: for an unknown start or penalty, and as :func:`~pai_utils.pruning.prune`.
+    """
+    for start in starts:
+        if start not in STARTS:
+            raise unknown_name("start", start, STARTS)
+    model = Classifier(encoder, heads[source])
+    held = prunable_parameters(encoder)
+    sweep["batch_size"] = sweep.pop("finetune_batch_size", 64)
+    strengths = dict(penalties or {"none": 0.0})
+    parts = []
+    for seed, sparsity, start in itertools.product(seeds, sparsities, starts):
+        if start == "dense" and sparsity != sparsities[0]:
+            continue
+        pool = load_source(prune_by or source, encoder, tasks, heads, seed=seed)
+        images = pool.labelled or pool.images if SCORERS[scorer].needs_head else pool.images
+        begun: nn.Module = model
+        mask = None
+        if start != "dense":
+            pruned = prune(
+                model,
+                images,
+                "random" if start == "random" else scorer,
+                sparsity,
+                scope,
+                compensation=compensation if start == "repaired" else "none",
+                compensation_options=compensation_options,
+                samples=min(samples or len(images), len(images)),
+                batch_size=batch_size,
+                seed=seed,
+            )
+            begun, mask = pruned.model, pruned.mask
+        first = start == starts[0] and sparsity == sparsities[0]
+        table = recovery_sweep(
+            cast(Classifier, begun),
+            mask,
+            tasks,
+            heads,
+            source,
+            seed=seed,
+            penalties=make_penalties(
+                encoder,
+                held,
+                strengths if first else dict([next(iter(strengths.items()))]),
+                tasks[source].train,
+                pool.images,
+                samples=samples,
+                batch_size=batch_size,
+                seed=seed,
+            ),
+            **sweep,
+        )
+        parts.append(table.assign(start=start, sparsity=0.0 if start == "dense" else sparsity))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteError:
     return NonFiniteError(
         f"{what} at step {step} with learning_rate={learning_rate}; try a smaller one"
     )
 
 
-PENALTIES = ("none", "unweighted", "source", "pool")
+STARTS = {
+    "pruned": "by a scorer",
+    "repaired": "also compensated",
+    "random": "pruned at random",
+    "dense": "not pruned",
+}
+"""What is fine-tuned, by name."""
+
+PENALTIES = {
+    "none": "cross-entropy alone",
+    "unweighted": "towards the dense weights, all alike (L2-SP)",
+    "source": "towards the dense weights, by the features' curvature on the source's images",
+    "pool": "the same, by their curvature on a mixture of images",
+    "features": "towards the dense features, on the mixture's images",
+}
+"""What fine-tuning is held by, by name."""
 
 
 def make_penalties(
-    encoder: nn.Module,
+    encoder: Backbone,
     names: Sequence[str],
-    strength: float,
+    strengths: Mapping[str, float],
     source: Samples,
     pool: Samples,
     *,
-    penalties: Sequence[str] = PENALTIES,
     samples: int | None = 256,
     batch_size: int = 64,
     seed: int = 0,
-) -> dict[str, Penalty | None]:
-    """Penalties that hold a classifier's encoder at its dense weights, for a comparison.
+) -> dict[str, Penalty | FeaturePenalty | None]:
+    """Penalties that hold a classifier's encoder to the dense one, for a comparison.
 
     Each curvature is the diagonal of the features' Gauss-Newton matrix
     (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
@@ -329,13 +518,11 @@ def make_penalties(
 
     Args:
         encoder: the dense one.
-        names: of its parameters to hold.
-        strength: λ of all of them.
+        names: of its parameters to hold, where weights are held.
+        strengths: λ of each, by a key of :data:`PENALTIES`; of ``"none"`` it is not looked at.
         source: images of the source task.
         pool: images of a mixture.
-        penalties: which: ``"none"``, ``"unweighted"`` (c = 1), ``"source"``, ``"pool"`` (curvature
-            on these images).
-        samples: images a curvature; at most all.
+        samples: images a curvature; at most all. Features are held on all of the pool.
         batch_size: images a forward.
         seed: of their draw.
 
@@ -346,16 +533,16 @@ def make_penalties(
         ValueError: for an unknown penalty.
     """
     anchor = {f"backbone.{name}": encoder.get_parameter(name).detach().clone() for name in names}
-    found: dict[str, Penalty | None] = {}
-    for penalty in penalties:
+
+    def make(penalty: str, strength: float) -> Penalty | FeaturePenalty | None:
+        if penalty == "none":
+            return None
+        if penalty == "unweighted":
+            return Penalty(anchor, strength)
+        if penalty == "features":
+            return FeaturePenalty(pool, features(encoder, pool, batch_size=batch_size)[0], strength)
         if penalty not in PENALTIES:
             raise unknown_name("penalty", penalty, PENALTIES)
-        if penalty == "none":
-            found[penalty] = None
-            continue
-        if penalty == "unweighted":
-            found[penalty] = Penalty(anchor, strength)
-            continue
         data = source if penalty == "source" else pool
         count = len(cast(Sized, data))
         diagonal = output_diagonal(
@@ -368,8 +555,9 @@ def make_penalties(
         )
         mean = float(torch.cat([values.flatten() for values in diagonal.values()]).double().mean())
         curvature = {f"backbone.{name}": values / mean for name, values in diagonal.items()}
-        found[penalty] = Penalty(anchor, strength, curvature)
-    return found
+        return Penalty(anchor, strength, curvature)
+
+    return {penalty: make(penalty, strength) for penalty, strength in strengths.items()}
 
 
 def recovery_gains(

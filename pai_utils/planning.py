@@ -246,8 +246,9 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     work = _Work(forwards=train + test)
     pool = config.prune_by or config.source
-    starts = len(config.starts) * len(config.sparsities)
-    runs_of = (starts + len(config.penalties) - 1) * len(config.seeds) * len(config.learning_rates)
+    pruned = [start for start in config.starts if start != "dense"]
+    begun = len(pruned) * len(config.sparsities) + (len(config.starts) - len(pruned))
+    runs_of = (begun + len(config.penalties) - 1) * len(config.seeds) * len(config.learning_rates)
     for start in config.starts:
         for _ in range(len(config.sparsities) * len(config.seeds)):
             if start in ("pruned", "repaired"):

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +31,9 @@ from pydantic import (
 
 from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
-from pai_utils.finetuning import PENALTIES
+from pai_utils.finetuning import OPTIMISERS, PENALTIES, STARTS
 from pai_utils.heads import HEADS
+from pai_utils.masks import check_sparsity
 from pai_utils.scorers import SCORERS
 from pai_utils.sources import IMAGE_SETS, is_held_out, task_of
 from pai_utils.tasks import check_task_name
@@ -61,28 +62,13 @@ def _known_pool(name: str | None) -> str | None:
     return name if name is None else str(_known_sources(name))
 
 
-def _known_start(name: str) -> str:
-    if name not in STARTS:
-        raise unknown_name("start", name, STARTS)
-    return name
+def _one_of(kind: str, names: Collection[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise unknown_name(kind, name, names)
+        return name
 
-
-def _known_penalty(name: str) -> str:
-    if name not in PENALTIES:
-        raise unknown_name("penalty", name, PENALTIES)
-    return name
-
-
-def _known_precision(name: str) -> str:
-    if name not in PRECISIONS:
-        raise unknown_name("precision", name, PRECISIONS)
-    return name
-
-
-def _known_head(kind: str) -> str:
-    if kind not in HEADS:
-        raise unknown_name("kind of head", kind, HEADS)
-    return kind
+    return AfterValidator(check)
 
 
 def _known_compensation(text: str) -> str:
@@ -90,33 +76,19 @@ def _known_compensation(text: str) -> str:
     return text
 
 
-def _known_compensation_option(name: str) -> str:
-    if name not in COMPENSATION_OPTIONS:
-        raise unknown_name("compensation option", name, COMPENSATION_OPTIONS)
-    return name
-
-
-def _known_scorer(name: str) -> str:
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, SCORERS)
-    return name
-
-
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, AfterValidator(_known_task)]
-CompensationOption = Annotated[str, AfterValidator(_known_compensation_option)]
-Start = Annotated[str, AfterValidator(_known_start)]
-PenaltyName = Annotated[str, AfterValidator(_known_penalty)]
-ScorerName = Annotated[str, AfterValidator(_known_scorer)]
-Precision = Annotated[str, AfterValidator(_known_precision)]
+CompensationOption = Annotated[str, _one_of("compensation option", COMPENSATION_OPTIONS)]
+Start = Annotated[str, _one_of("start", STARTS)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PenaltyName = Annotated[str, _one_of("penalty", PENALTIES)]
+ScorerName = Annotated[str, _one_of("scorer", SCORERS)]
+Precision = Annotated[str, _one_of("precision", PRECISIONS)]
 Compensation = Annotated[str, AfterValidator(_known_compensation)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-
-STARTS = ("pruned", "repaired", "random", "dense")
-"""What is fine-tuned: pruned by a scorer, also compensated, pruned at random, or not pruned."""
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
 # What a kernel puts beside the notebook's own names.
@@ -249,18 +221,30 @@ class ScorerAtlasConfig(NotebookConfig):
         return self
 
 
-class ZeroShotRetentionConfig(NotebookConfig):
+class _Masks(NotebookConfig):
+    """Parameters of masks of several sparsities."""
+
+    sparsities: list[Sparsity] = Field(min_length=1)
+    scope: str = "global"  # as in `pai_utils.make_mask`
+
+    @model_validator(mode="after")
+    def _scope_fits(self) -> Self:
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity, self.scope)
+        return self
+
+
+class ZeroShotRetentionConfig(_Masks):
     """Parameters of the notebook ``zero_shot_retention``."""
 
     # One or several, as of `pai_utils.sources`.
     source: Annotated[str | list[str], AfterValidator(_known_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)
-    sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     compensations: list[Compensation] = Field(default=["none"], min_length=1)
     compensation_options: dict[CompensationOption, float | int] = {}
-    heads: Annotated[str, AfterValidator(_known_head)] = "linear"  # or "text", of class names
+    heads: Annotated[str, _one_of("kind of head", HEADS)] = "linear"  # or "text", of class names
     precision: Precision = "float32"  # of the forwards that measure accuracy
 
     @field_validator("compensations")
@@ -290,20 +274,19 @@ class ZeroShotRetentionConfig(NotebookConfig):
         return list(dict.fromkeys([*seen, *self.targets]))
 
 
-class FinetuneRecoveryConfig(NotebookConfig):
+class FinetuneRecoveryConfig(_Masks):
     """Parameters of the notebook ``finetune_recovery``."""
 
     source: TaskName
     targets: list[TaskName] = Field(min_length=1)
     scorer: ScorerName
-    sparsities: list[Sparsity] = Field(min_length=1)
     # Images to prune and repair by, as of `pai_utils.sources`; the source's own by default.
     prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
     starts: list[Start] = Field(min_length=1)
     compensation: Compensation = "layerwise+moments"  # of the start "repaired"
     compensation_options: dict[CompensationOption, float | int] = {}
-    penalties: list[PenaltyName] = Field(default=["none"], min_length=1)
-    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of the penalties
+    penalties: dict[PenaltyName, Strength] = {"none": 0.0}  # with their strengths
+    optimiser: Annotated[str, _one_of("optimiser", OPTIMISERS)] = "sgd"
     learning_rates: list[Rate] = Field(min_length=1)
     steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
@@ -311,8 +294,8 @@ class FinetuneRecoveryConfig(NotebookConfig):
 
     @field_validator("penalties")
     @classmethod
-    def _plain_too(cls, penalties: list[str]) -> list[str]:
-        if penalties[0] != "none":
+    def _plain_too(cls, penalties: dict[str, float]) -> dict[str, float]:
+        if next(iter(penalties), None) != "none":
             raise ValueError(
                 "fine-tuning without penalty is what others are seen beside: none first"
             )

@@ -205,6 +205,66 @@ def test_layerwise_brings_the_first_layers_outputs_closest(kind: str) -> None:
         assert torch.equal(parameter, parameter * mask[name])
 
 
+class Block(nn.Module):
+    """A layer that is pruned, and a branch that could make good for it."""
+
+    def __init__(self, size: int, hidden: int, normalised: bool) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, size)
+        self.up = nn.Linear(size, hidden)
+        self.down = nn.Linear(hidden, size)
+        self.norm = nn.BatchNorm1d(size) if normalised else nn.Identity()
+        self.gain = nn.Parameter(torch.linspace(0.5, 2, size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = self.stem(images.flatten(1)[:, :6])
+        result: Tensor = stream + self.gain * self.norm(self.down(self.up(stream).tanh()))
+        return result
+
+
+def block(hidden: int, normalised: bool = False) -> tuple[Block, Block, Mask, Batch]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        dense = Block(5, hidden, normalised).double().eval()
+    pruned = copy.deepcopy(dense)
+    mask = random_mask(dense)
+    whole = torch.ones_like(mask["down.weight"])
+    mask = Mask({**mask, "up.weight": torch.ones_like(mask["up.weight"]), "down.weight": whole})
+    mask.apply_(pruned)
+    return dense, pruned, mask, Batch(10)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).detach().abs().max())
+
+
+@pytest.mark.parametrize("compensation", ["layerwise", "layerwise+moments"])
+def test_a_branch_makes_good_what_its_stream_lost(compensation: str) -> None:
+    # More hidden units than images, so that the branch can be anything on these images.
+    dense, pruned, mask, data = block(hidden=40)
+    options: dict[str, Any] = {"samples": None, "damping": 1e-9}
+    alone = copy.deepcopy(pruned)
+    compensate_(pruned, dense, mask, data, compensation, **options)
+    assert distance(pruned(data.images), dense(data.images)) < 1e-5
+    # Looked at each for itself, the stem's loss stays.
+    compensate_(alone, dense, mask, data, compensation, streams=False, **options)
+    inputs = data.images.flatten(1)[:, :6]
+    lost = alone.stem(inputs) - dense.stem(inputs)
+    assert distance(alone(data.images) - dense(data.images), lost) < 1e-5
+    assert float(lost.detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_moments_restores_the_mean_of_the_sum(normalised: bool) -> None:
+    dense, pruned, mask, data = block(hidden=7, normalised=normalised)
+    with torch.no_grad():
+        pruned.stem.bias.add_(1)  # the stem is not repaired below, so that its mean is off
+        mask = Mask({name: entry for name, entry in mask.items() if name != "stem.weight"})
+    compensate_(pruned, dense, mask, data, "moments", samples=None)
+    found, wanted = (model(data.images).mean(0) for model in (pruned, dense))
+    assert distance(found, wanted) < 1e-9
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -89,13 +89,14 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
         ),
         (
             runs.FinetuneRecoveryConfig(
-                **COMMON, source="digits", targets=["photos"], scorer="snip", sparsities=[0.5],
-                starts=["pruned", "repaired"], compensation="moments", penalties=["none", "source"],
+                **COMMON, source="digits", targets=["photos"], scorer="snip",
+                sparsities=[0.5, 0.7], starts=["pruned", "repaired", "dense"],
+                compensation="moments", penalties={"none": 0, "source": 1},
                 learning_rates=[1e-5, 1e-4], steps=[0, 2, 6], seeds=[0], finetune_batch_size=4,
             ),
-            # Heads; scores and a repair; six runs, each watched at three steps and fitted anew.
-            2 * 140 + 2 * 3 * 10 + 2 * 100
-            + 6 * (3 * 6 * 4 + 3 * (80 + part_sizes("digits")["validation"]) + 80 + 200),
+            # Heads; scores and repairs; twelve runs, each watched at three steps and fitted anew.
+            2 * 140 + 4 * 3 * 10 + 2 * 2 * 100
+            + 12 * (3 * 6 * 4 + 3 * (80 + part_sizes("digits")["validation"]) + 80 + 200),
         ),
         (
             runs.LandscapeAnalysisConfig(

@@ -70,6 +70,7 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     assert config.model_dump() == GIVEN | {
         "compensations": ["none"],
         "compensation_options": {},
+        "scope": "global",
         "heads": "linear",
         "precision": "float32",
         "image_size": None,
