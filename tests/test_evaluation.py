@@ -431,3 +431,43 @@ def test_pruning_within_a_sweep_leaves_heads_alone() -> None:
     for name, head in heads.items():
         for key, value in head.state_dict().items():
             assert torch.equal(value, before[name][key])
+
+
+def pairs(**retention: list[float]) -> pd.DataFrame:
+    """A summary of pairs ``source__target``, at sparsities 0.2, 0.4, 0.6."""
+    rows = []
+    for pair, values in retention.items():
+        source, target = pair.split("__")
+        for sparsity, value in zip((0.2, 0.4, 0.6), values, strict=True):
+            rows.append(
+                {
+                    "source": source, "target": target, "scorer": "snip", "sparsity": sparsity,
+                    "retention": value, "low": value - 0.05, "high": value + 0.05,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_sparsity_of_90_percent_lies_on_the_line_of_the_first_crossing() -> None:
+    summary = pairs(a__b=[0.95, 0.83, 0.95], a__c=[0.8, 0.7, 0.6], b__c=[1.0, 0.98, 0.96])
+    found = pai.evaluation.sparsity_kept(summary).set_index(["source", "target"])
+    assert found.loc[("a", "b"), "sparsity"] == pytest.approx(0.2 + 0.2 * 5 / 12)
+    assert found.loc[("a", "b"), "low"] == pytest.approx(0.2)  # 0.90 at 0.2 on the lower bound
+    assert found.loc[("a", "b"), "high"] == pytest.approx(0.2 + 0.2 * 10 / 12)
+    # From a retention of 1 at sparsity 0.
+    assert found.loc[("a", "c"), "sparsity"] == pytest.approx(0.1)
+    assert found.crossed.tolist() == [True, True, False]
+    assert found.loc[("b", "c"), "sparsity"] == 0.6
+
+
+def test_donors_are_compared_on_the_same_targets_and_never_on_their_own() -> None:
+    summary = pairs(
+        easy__easy=[1, 1, 1], easy__hard=[0.5, 0.2, 0], hard__easy=[1, 0.9, 0.8],
+        hard__hard=[0, 0, 0], third__easy=[0.8, 0.7, 0.6], third__hard=[0.7, 0.6, 0.4],
+    )  # fmt: skip
+    found = pai.evaluation.rank_donors(summary, "snip", 0.4).set_index("source")
+    # Means on the same target: 0.8 on easy, 0.4 on hard.
+    assert found.advantage.round(9).to_dict() == {"hard": 0.1, "third": 0.05, "easy": -0.2}
+    assert list(found.index) == ["hard", "third", "easy"]
+    assert found.targets.to_dict() == {"hard": 1, "third": 2, "easy": 1}
+    assert found.loc["third", "low"] == pytest.approx(0.05 - 1.96 * 0.15)
