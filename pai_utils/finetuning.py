@@ -47,6 +47,12 @@ OPTIMISERS = {
 }
 """By name; Adam with decoupled weight decay, and a second beta for short runs."""
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+}
+"""The learning rate, over the first, once a share ``done`` of the updates is made."""
+
 _SETTINGS = ("start", "sparsity", "penalty", "learning_rate")  # of a run, as columns
 
 
@@ -164,6 +170,7 @@ def finetune(
     learning_rate: float = 1e-4,
     batch_size: int = 64,
     optimiser: str = "sgd",
+    schedule: str = "constant",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     seed: int = 0,
@@ -182,10 +189,11 @@ def finetune(
             replacement, epoch after epoch; the last batch of an epoch may be smaller.
         mask: the pruned model's mask; ``None`` trains densely.
         steps: number of updates.
-        learning_rate: constant.
+        learning_rate: of the first update.
         batch_size: samples an update (not changed when memory runs out: it is part of the result).
         optimiser: a key of :data:`OPTIMISERS`. Frozen heads on standardised features are sharp:
             plain SGD then needs rates far below those that suit the rest of the network.
+        schedule: a key of :data:`SCHEDULES`: what the rate is later.
         momentum: of SGD; of Adam the first beta.
         weight_decay: of the optimiser.
         seed: seed of the order of samples.
@@ -204,6 +212,8 @@ def finetune(
     """
     if optimiser not in OPTIMISERS:
         raise unknown_name("optimiser", optimiser, OPTIMISERS)
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
     if steps < 0:
         raise ValueError(f"steps={steps} must not be negative")
     for name, value in {"learning_rate": learning_rate, "batch_size": batch_size}.items():
@@ -252,10 +262,13 @@ def finetune(
                     for parameter, gone in removed:
                         if parameter.grad is not None:
                             parameter.grad.masked_fill_(gone, 0)
+                rate = learning_rate * SCHEDULES[schedule](len(losses) / steps)
+                for group in stepper.param_groups:
+                    group["lr"] = rate
                 stepper.step()
                 if isinstance(penalty, Penalty):
                     with torch.no_grad():
-                        penalty.pull_(parameters, learning_rate)
+                        penalty.pull_(parameters, rate)
                         for parameter, gone in removed:
                             parameter.masked_fill_(gone, 0)
                 losses.append(value)
@@ -286,6 +299,7 @@ def recovery_sweep(
     at_steps: Sequence[int],
     batch_size: int = 64,
     optimiser: str = "sgd",
+    schedule: str = "constant",
     seed: int = 0,
     refit: bool = True,
     penalties: Mapping[str, Penalty | FeaturePenalty | None] | None = None,
@@ -302,6 +316,7 @@ def recovery_sweep(
         at_steps: numbers of updates after which all tasks are evaluated; the largest ends a run.
         batch_size: samples an update.
         optimiser: a key of :data:`OPTIMISERS`.
+        schedule: a key of :data:`SCHEDULES`.
         seed: seed of the order of samples.
         refit: also fit new heads on the encoder at the last step, which tells lost features
             (a new head does not help) from drifted ones (it does).
@@ -362,6 +377,7 @@ def recovery_sweep(
                 learning_rate=rate,
                 batch_size=batch_size,
                 optimiser=optimiser,
+                schedule=schedule,
                 seed=seed,
                 penalty=penalty,
                 on_step=watch,

@@ -31,7 +31,7 @@ from pydantic import (
 
 from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
-from pai_utils.finetuning import OPTIMISERS, PENALTIES, STARTS
+from pai_utils.finetuning import OPTIMISERS, PENALTIES, SCHEDULES, STARTS
 from pai_utils.heads import HEADS
 from pai_utils.masks import check_sparsity
 from pai_utils.scorers import SCORERS
@@ -54,7 +54,7 @@ def _known_sources(names: str | list[str]) -> str | list[str]:
     for name in [names] if isinstance(names, str) else names:
         for part in name.split("+"):
             if part not in IMAGE_SETS:
-                check_task_name(task_of(part))
+                check_task_name(task_of(part), unlisted=IMAGE_SETS)
     return names
 
 
@@ -287,6 +287,7 @@ class FinetuneRecoveryConfig(_Masks):
     compensation_options: dict[CompensationOption, float | int] = {}
     penalties: dict[PenaltyName, Strength] = {"none": 0.0}  # with their strengths
     optimiser: Annotated[str, _one_of("optimiser", OPTIMISERS)] = "sgd"
+    schedule: Annotated[str, _one_of("schedule", SCHEDULES)] = "constant"  # of the rate
     learning_rates: list[Rate] = Field(min_length=1)
     steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)

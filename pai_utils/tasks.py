@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -198,8 +198,12 @@ class TaskSpec:
     """Gives the raw images of each split."""
 
 
-def check_task_name(name: str) -> None:
+def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
     """Refuse a name that `load_task` does not know.
+
+    Args:
+        name: of a task.
+        unlisted: what else may have been meant.
 
     Raises:
         ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
@@ -209,7 +213,7 @@ def check_task_name(name: str) -> None:
     for known in DATASETS:
         if known.casefold() == name.casefold():
             raise ValueError(f"unknown task {name!r}; did you mean {known!r}?")
-    raise unknown_name("task", name, TASKS, unlisted=DATASETS)
+    raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
 
 
 def load_task(

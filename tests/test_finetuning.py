@@ -6,17 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
 from pai_utils.finetuning import (
+    OPTIMISERS,
+    FeaturePenalty,
     Penalty,
     chosen_on_validation,
+    make_penalties,
     recovery_gains,
+    recovery_study,
     recovery_sweep,
 )
-from tests.cases import Images, fingerprint, tiny_classifier, tiny_task
+from pai_utils.heads import features
+from tests.cases import Images, fingerprint, tiny_backbone, tiny_classifier, tiny_task
 
 
 def pruned_classifier(sparsity: float = 0.6) -> pai.Pruned:
@@ -25,9 +30,12 @@ def pruned_classifier(sparsity: float = 0.6) -> pai.Pruned:
     return pai.prune(model, None, "magnitude", sparsity)
 
 
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_pruned_weights_are_zero_after_every_step(momentum: float, weight_decay: float) -> None:
+def test_pruned_weights_are_zero_after_every_step(
+    optimiser: str, momentum: float, weight_decay: float
+) -> None:
     pruned = pruned_classifier()
     steps: list[int] = []
 
@@ -38,7 +46,7 @@ def test_pruned_weights_are_zero_after_every_step(momentum: float, weight_decay:
 
     losses = pai.finetune(
         pruned.model, tiny_task().train, pruned.mask, steps=12, learning_rate=0.1, batch_size=7,
-        momentum=momentum, weight_decay=weight_decay, on_step=check,
+        optimiser=optimiser, momentum=momentum, weight_decay=weight_decay, on_step=check,
     )  # fmt: skip
     assert steps == list(range(13))
     assert len(losses) == 12
@@ -300,3 +308,140 @@ def test_gains_by_penalty_and_the_rate_chosen_on_validation() -> None:
     assert list(chosen.penalty) == ["none", "held"]
     best = gains.groupby("penalty").validation.max()
     assert (chosen.set_index("penalty").validation == best[chosen.penalty]).all()
+
+
+def test_the_pull_to_features_is_half_the_lost_share_of_their_variance() -> None:
+    model, data = tiny_classifier().double(), Images(9, side=tiny_backbone().image_size)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(9, model.backbone.feature_dim, generator=generator, dtype=torch.float64)
+    penalty = FeaturePenalty(data, targets, 3.0)
+    penalty.check(model)
+    # As many draws as make the mean over images, within its standard error.
+    losses = torch.stack([penalty.loss(model, 9, seed).detach() for seed in range(300)])
+    with torch.no_grad():
+        lost = (model.backbone(data.images) - targets).square().sum(1).mean()
+    expected = 1.5 * lost / targets.var(0, correction=0).sum()
+    assert abs(losses.mean() - expected) <= 4 * losses.std() / len(losses) ** 0.5
+    assert torch.equal(penalty.loss(model, 9, 5), penalty.loss(model, 9, 5))
+
+
+def test_a_strong_pull_to_features_keeps_them_and_pruned_weights_stay_zero() -> None:
+    def drift(strength: float) -> float:
+        pruned = pruned_classifier()
+        assert isinstance(pruned.model, pai.Classifier)
+        task = tiny_task()
+        before = features(pruned.model.backbone, task.train)[0]
+        pai.finetune(
+            pruned.model, task.train, pruned.mask, steps=20, learning_rate=3e-3, optimiser="adam",
+            penalty=FeaturePenalty(task.train, before, strength), schedule="linear",
+        )  # fmt: skip
+        for name, entry in pruned.mask.items():
+            assert not pruned.model.get_parameter(name)[~entry].any()
+        return float((features(pruned.model.backbone, task.train)[0] - before).square().mean())
+
+    free, weak, strong = (drift(strength) for strength in (0.0, 0.3, 10.0))
+    assert 10 * strong < weak < free
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": math.inf}, "strength=inf must be"),
+        ({"targets": torch.zeros(5, 6)}, r"targets have shape \[5, 6\], expected \[60, 6\]"),
+        ({"targets": torch.zeros(60, 4)}, r"targets have shape \[60, 4\], expected \[60, 6\]"),
+    ],
+)
+def test_an_impossible_pull_to_features_is_refused(changes: dict[str, Any], message: str) -> None:
+    task = tiny_task(train=60)
+    settings = {"images": task.train, "targets": torch.zeros(60, 6), "strength": 1.0, **changes}
+    with pytest.raises(ValueError, match=message):
+        pai.finetune(tiny_classifier(), task.train, penalty=FeaturePenalty(**settings))
+    settings = {"images": task.train, "targets": torch.zeros(60, 6), "strength": 1.0}
+    with pytest.raises(ValueError, match="needs a Classifier"):
+        pai.finetune(nn.Linear(4, 2), task.train, penalty=FeaturePenalty(**settings))
+
+
+def test_the_rate_falls_in_a_straight_line_to_its_last_step() -> None:
+    # One weight without curvature: every step of plain SGD is the rate times one gradient.
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, images: Tensor) -> Tensor:
+            flat = images.flatten(1)[:, :1].double() * 0 + 1
+            return torch.cat([flat * self.weight, -flat * self.weight], 1)
+
+    model, seen = Slope(), []
+    data = Images(8, classes=1)
+    pai.finetune(
+        model, data, steps=4, learning_rate=1e-7, batch_size=8, momentum=0.0, schedule="linear",
+        on_step=lambda step: seen.append(float(model.weight.detach())),
+    )  # fmt: skip
+    steps = torch.tensor(seen).diff()
+    torch.testing.assert_close(steps / steps[0], torch.tensor([1.0, 0.75, 0.5, 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimiser": "adamw"}, "unknown optimiser 'adamw'; did you mean 'adam'"),
+        ({"schedule": "cosine"}, r"unknown schedule 'cosine'.*constant, linear"),
+    ],
+)
+def test_unknown_settings_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pai.finetune(tiny_classifier(), tiny_task().train, **options)  # type: ignore[arg-type]
+
+
+def test_penalties_are_made_by_name_around_the_dense_encoder() -> None:
+    encoder, task, pool = tiny_classifier().backbone, tiny_task(), tiny_task("other", train=20)
+    names = pai.prunable_parameters(encoder)
+    strengths = {"none": 0.0, "unweighted": 2.0, "source": 3.0, "pool": 4.0, "features": 5.0}
+    made = make_penalties(encoder, names, strengths, task.train, pool.train)
+    assert list(made) == list(strengths)
+    assert made["none"] is None
+    for name, strength in list(strengths.items())[1:]:
+        penalty = made[name]
+        assert penalty is not None
+        assert penalty.strength == strength
+        penalty.check(pai.Classifier(encoder, nn.Linear(6, 3)))
+    source, mixture, held = made["source"], made["pool"], made["features"]
+    assert isinstance(source, Penalty)
+    assert isinstance(mixture, Penalty)
+    assert isinstance(held, FeaturePenalty)
+    for curvature in (source.curvature, mixture.curvature):
+        assert curvature is not None
+        mean = torch.cat([c.flatten() for c in curvature.values()]).mean()
+        assert float(mean) == pytest.approx(1, rel=1e-5)
+    assert torch.equal(held.targets, features(encoder, pool.train)[0])
+    with pytest.raises(ValueError, match="unknown penalty 'sources'; did you mean 'source'"):
+        make_penalties(encoder, names, {"sources": 1.0}, task.train, pool.train)
+
+
+def test_a_study_runs_every_start_and_all_penalties_on_the_first() -> None:
+    encoder = tiny_classifier().backbone
+    tasks = {name: tiny_task(name) for name in ("spots", "other")}
+    heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
+    before = fingerprint(encoder)
+    settings: dict[str, Any] = {
+        "starts": ["repaired", "random", "dense"], "sparsities": [0.5, 0.7], "seeds": [0, 1],
+        "scorer": "feature_ggn_diag", "prune_by": "spots+noise", "samples": 20,
+        "penalties": {"none": 0.0, "features": 1.0}, "learning_rates": [1e-3], "at_steps": [0, 2],
+        "refit": False, "finetune_batch_size": 8,
+    }  # fmt: skip
+    table = recovery_study(encoder, tasks, heads, "spots", **settings)
+    assert fingerprint(encoder) == before
+    keys = ["start", "sparsity", "penalty", "seed"]
+    expected = {
+        *{(start, s, "none", seed) for start in ("repaired", "random") for s in (0.5, 0.7)
+          for seed in (0, 1)},
+        *{("repaired", 0.5, "features", seed) for seed in (0, 1)},
+        *{("dense", 0.0, "none", seed) for seed in (0, 1)},
+    }  # fmt: skip
+    assert set(table[keys].itertuples(index=False, name=None)) == expected
+    start = table[(table.step == 0) & (table.split == "test")].groupby(["start", "target"]).accuracy
+    dense = {n: pai.evaluate(pai.Classifier(encoder, heads[n]), t.test) for n, t in tasks.items()}
+    assert all(start.mean()["dense"][name] == dense[name].accuracy for name in tasks)
+    with pytest.raises(ValueError, match="unknown start 'prunde'; did you mean 'pruned'"):
+        recovery_study(encoder, tasks, heads, "spots", **{**settings, "starts": ["prunde"]})

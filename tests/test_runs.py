@@ -44,6 +44,10 @@ GIVEN: dict[str, Any] = {
             ["none", "layerwize"],
             "compensations.1: unknown compensation 'layerwize'; did you mean 'layerwise'",
         ),
+        ("source", "digits+leafs", "source: unknown task 'leafs'; did you mean 'leaves'"),
+        ("scope", "layers", "unknown scope 'layers'; choose 'global', 'layer'"),
+        ("scope", "2:4", "scope '2:4' keeps 2 of every 4 weights: its sparsity is 0.5, not 0.2"),
+        ("compensation_options", {"damp": 1}, "unknown compensation option 'damp'"),
     ],
 )
 def test_choices_of_the_sweep_are_looked_up_before_it_runs(
@@ -185,6 +189,30 @@ def test_an_infinite_learning_rate_is_refused() -> None:
     for rate in (float("inf"), 0.0, -1.0):
         with pytest.raises(ValueError, match=r"learning_rates\.0"):
             FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": [rate]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("starts", ["dens"], r"starts\.0: unknown start 'dens'; did you mean 'dense'"),
+        ("penalties", {"none": 0, "feature": 1}, "unknown penalty 'feature'"),
+        ("penalties", {"none": 0, "features": -1}, r"penalties\.features"),
+        ("penalties", {"features": 1}, "none first"),
+        ("prune_by", "noise", "prune_by=noise has no part of the source digits"),
+        ("prune_by", "digits+photos", "looks at the target photos, which is held out"),
+        ("optimiser", "lion", r"unknown optimiser 'lion'.*sgd, adam"),
+        ("schedule", "cosine", r"unknown schedule 'cosine'.*constant, linear"),
+    ],
+)
+def test_an_impossible_recovery_is_refused_at_once(name: str, value: object, message: str) -> None:
+    given = {
+        "backbone": "b", "source": "digits", "targets": ["photos"], "scorer": "ggn_diag",
+        "sparsities": [0.5], "starts": ["pruned"], "seeds": [0], "steps": [0, 5], "out": "o",
+        "learning_rates": [1e-4],
+    }  # fmt: skip
+    assert FinetuneRecoveryConfig.from_notebook(given).penalties == {"none": 0}
+    with pytest.raises(ValueError, match=message):
+        FinetuneRecoveryConfig.from_notebook(given | {name: value})
 
 
 def test_the_other_notebooks_have_their_parameters() -> None:
