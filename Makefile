@@ -79,6 +79,7 @@ bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diag
 	$(BENCH_PY) -m pytest --quiet tests/benchmarks
 	$(BENCH_PY) -m benchmarks.run $(BENCH)
 	$(BENCH_PY) -m benchmarks.throughput
+	$(BENCH_PY) -m benchmarks.repairs
 
 # An environment of its own: the other packages are for comparison, and nothing else needs them.
 $(BENCH_READY): $(READY) requirements-bench.lock
@@ -87,14 +88,19 @@ $(BENCH_READY): $(READY) requirements-bench.lock
 	@$(UV) pip install --quiet --python $(BENCH_PY) --no-deps --no-build-isolation --editable .
 	@touch $(BENCH_READY)
 
+# One recipe line a grid, so that a failure stops there and the next call goes on from it.
+RUN_GRID = set -x; $(PY) workflow/build.py $(1) --target executed && $(PY) workflow/store.py $(1)
+
 results: $(READY) ## run the larger grids and store their tables in results/; PAI_DATA_ROOT adds real data
-	$(PY) workflow/build.py atlas --target executed
-	$(PY) workflow/store.py atlas
+	@$(call RUN_GRID,atlas)
+	@$(call RUN_GRID,retention)
+	@$(call RUN_GRID,recovery)
 	@if [ -z "$$PAI_DATA_ROOT" ]; then \
-	  echo "make results: PAI_DATA_ROOT is not set, so the grid on real data is left out"; \
+	  echo "make results: PAI_DATA_ROOT is not set, so the grids on real data are left out"; \
 	else \
-	  set -x; $(PY) workflow/build.py real --target executed && $(PY) workflow/store.py real; \
+	  ($(call RUN_GRID,real)) && ($(call RUN_GRID,retention_real)); \
 	fi
+	$(PY) workflow/summarise.py
 
 lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
 	$(COMPILE) --extra book --extra clip --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml

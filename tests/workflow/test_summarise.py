@@ -1,0 +1,74 @@
+"""Tables over several stored results."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from summarise import gains, levers, repaired, summarise, what_to_use
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """One encoder's masks and repairs from two sources, and the scores of others."""
+    folder = tmp_path / "retention" / "zero_shot_retention-efficientnet_lite0"
+    folder.mkdir(parents=True)
+    columns = ["source", "scorer", "sparsity", "retention", "low", "high", "count"]
+    held_out = pd.DataFrame(
+        [
+            ["a", "ours", 0.5, 0.5, 0.4, 0.6, 9], ["b", "ours", 0.5, 0.7, 0.6, 0.8, 9],
+            ["a", "ours + moments", 0.5, 0.9, 0.8, 1.0, 9],
+            ["b", "ours + moments", 0.5, 0.8, 0.7, 0.9, 9],
+            ["a", "ours, no pre-training", 0.5, 1.4, 0.1, 2.0, 9],
+        ],
+        columns=columns,
+    )  # fmt: skip
+    held_out.to_csv(folder / "held_out.csv", index=False)
+    lever = folder.with_name("zero_shot_retention-efficientnet_lite0-alone")
+    lever.mkdir()
+    held_out.iloc[:1].to_csv(lever / "held_out.csv", index=False)
+    for encoder in ("efficientnet_lite0", "vit_small_saliency"):
+        atlas = tmp_path / "atlas" / f"scorer_atlas-{encoder}"
+        atlas.mkdir(parents=True)
+        pd.DataFrame(
+            [
+                ["snip", 0.3, 0.95, 0.9, 1.0, "held-out"], ["snip", 0.5, 0.3, 0.2, 0.4, "held-out"],
+                ["snip", 0.5, 0.99, 0.9, 1.0, "source"], ["px", 0.5, 0.1, 0.0, 0.2, "held-out"],
+                ["ggn_diag", 0.5, 0.6, 0.5, 0.7, "held-out"],
+            ],
+            columns=["scorer", "sparsity", "retention", "low", "high", "tasks"],
+        ).to_csv(atlas / "left.csv", index=False)  # fmt: skip
+    return tmp_path
+
+
+def test_retention_is_the_mean_over_sources(results: Path) -> None:
+    left = repaired(results).set_index("method")
+    assert left.retention["ours"] == pytest.approx(0.6)
+    assert left.retention["ours + moments"] == pytest.approx(0.85)
+    assert set(left.tasks) == {"embedded"}
+
+
+def test_the_gain_is_over_the_best_published_score_on_held_out_tasks(results: Path) -> None:
+    (row,) = gains(repaired(results), results).to_dict("records")
+    assert (row["encoder"], row["best published"]) == ("EfficientNet-Lite0", "snip")
+    assert row["its retention"] == 0.3
+    # An encoder without pre-training is a control, and no method.
+    assert row["best here"] == "ours + moments"
+    assert row["gain in points"] == pytest.approx(55)
+
+
+def test_what_to_use_is_the_best_of_all_that_was_measured(results: Path) -> None:
+    table = what_to_use(repaired(results), results)
+    first = table[table.encoder == "EfficientNet-Lite0"].set_index("sparsity").method
+    assert first.to_dict() == {0.3: "snip", 0.5: "ours + moments"}
+    second = table[table.encoder != "EfficientNet-Lite0"].set_index("sparsity").method
+    assert second.to_dict() == {0.3: "snip", 0.5: "ggn_diag"}
+
+
+def test_levers_are_the_runs_beside_the_main_ones(results: Path) -> None:
+    assert levers(results).run.tolist() == ["efficientnet_lite0-alone"]
+
+
+def test_every_table_is_written(results: Path) -> None:
+    written = summarise(results)
+    assert sorted(path.stem for path in written) == ["gains", "levers", "repaired", "what_to_use"]
+    assert all(path.read_text().count("\n") > 1 for path in written)

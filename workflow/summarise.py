@@ -1,0 +1,128 @@
+"""Set the stored results side by side: `summarise.py` writes the tables of `results/summary/`.
+
+Every number is read from a table of another folder of `results/`. What is not stored is left out.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from pai_utils.evaluation import retention_verdict
+from pai_utils.execution import write_atomically
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+BACKBONES = {
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "vit_small_saliency": "ViT-S/14 (saliency)",
+}
+TASKS = {"retention": "embedded", "retention_real": "larger"}
+PUBLISHED = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
+
+
+def repaired(results: Path) -> pd.DataFrame:
+    """Retention on held-out tasks of every mask and repair, means over the sources."""
+    rows = []
+    for grid, tasks in TASKS.items():
+        for backbone, label in BACKBONES.items():
+            path = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
+            if not path.is_file():
+                continue
+            table = pd.read_csv(path)
+            for scorer in dict.fromkeys(table.scorer):
+                verdict = retention_verdict(table, scorer, threshold=0.9)
+                for row in verdict.itertuples():
+                    rows.append(
+                        {
+                            "encoder": label,
+                            "tasks": tasks,
+                            "method": scorer,
+                            "sparsity": row.sparsity,
+                            "retention": row.retention,
+                            "low": row.low,
+                            "high": row.high,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def _methods(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the control: an encoder that was not pre-trained."""
+    return table[~table.method.str.contains("no pre-training")]
+
+
+def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
+    """The best repaired mask beside the best published score of the scorer atlas."""
+    rows = []
+    for backbone, label in BACKBONES.items():
+        path = results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv"
+        atlas = pd.read_csv(path)
+        atlas = atlas[(atlas.tasks == "held-out") & atlas.scorer.isin(PUBLISHED)]
+        ours = _methods(left)
+        ours = ours[(ours.encoder == label) & (ours.tasks == "embedded")]
+        for sparsity, group in ours.groupby("sparsity"):
+            other = atlas[atlas.sparsity == sparsity]
+            if other.empty:
+                continue
+            best, peer = (table.sort_values("retention").iloc[-1] for table in (group, other))
+            rows.append(
+                {
+                    "encoder": label,
+                    "sparsity": sparsity,
+                    "best here": best.method,
+                    "retention": best.retention,
+                    "best published": peer.scorer,
+                    "its retention": peer.retention,
+                    "gain in points": 100 * (best.retention - peer.retention),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
+    """The score and repair that kept most at each sparsity, of all that were measured."""
+    parts = [left[left.tasks == "embedded"].drop(columns="tasks")]
+    for backbone, label in BACKBONES.items():
+        atlas = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
+        atlas = atlas[atlas.tasks == "held-out"].rename(columns={"scorer": "method"})
+        parts.append(atlas.assign(encoder=label)[parts[0].columns])
+    table = _methods(pd.concat(parts, ignore_index=True))
+    best = table.loc[table.groupby(["encoder", "sparsity"]).retention.idxmax()]
+    return best.sort_values(["encoder", "sparsity"])[
+        ["encoder", "sparsity", "method", "retention", "low", "high"]
+    ]
+
+
+def levers(results: Path) -> pd.DataFrame:
+    """What one change each gave, on one source and seed."""
+    rows = []
+    for folder in sorted((results / "retention").glob("zero_shot_retention-*-*")):
+        table = pd.read_csv(folder / "held_out.csv").rename(columns={"scorer": "method"})
+        run = folder.name.removeprefix("zero_shot_retention-")
+        rows.append(_methods(table).assign(run=run))
+    if not rows:
+        return pd.DataFrame()
+    return pd.concat(rows)[
+        ["run", "source", "method", "sparsity", "retention", "low", "high", "count"]
+    ]
+
+
+def summarise(results: Path) -> list[Path]:
+    """Write all tables; return their paths."""
+    left = repaired(results)
+    written = []
+    for name, table in {
+        "repaired": left,
+        "gains": gains(left, results),
+        "what_to_use": what_to_use(left, results),
+        "levers": levers(results),
+    }.items():
+        path = results / "summary" / f"{name}.csv"
+        content = table.to_csv(index=False, float_format="%.2f")
+        write_atomically(path, content.encode())
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    for path in summarise(RESULTS):
+        print(path.relative_to(RESULTS.parent))
