@@ -531,7 +531,8 @@ def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFr
         crossing, and then ``crossed`` is false.
     """
     rows = []
-    for key, group in summary.groupby(["source", "target", "scorer"], sort=False):
+    pruned = summary[summary.scorer != "dense"]
+    for key, group in pruned.groupby(["source", "target", "scorer"], sort=False):
         curve = group.sort_values("sparsity")
         at = np.array([0.0, *curve.sparsity])
         found = {

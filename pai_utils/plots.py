@@ -6,6 +6,7 @@ colour; backgrounds are white, so that it reads in light and dark pages alike.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _PANEL = (3.1, 2.9)  # inches
+_TITLE = 32  # characters of a panel's title on one line
 
 
 def retention_curves(held_out: pd.DataFrame) -> Figure:
@@ -45,7 +47,7 @@ def retention_curves(held_out: pd.DataFrame) -> Figure:
             )
         axes.axhline(1, color="0.2", linewidth=0.8)
         axes.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
-        axes.set_title(f"mask from {source}")
+        axes.set_title(_wrapped(f"mask from {source}"))
         axes.set_xlabel("sparsity")
 
     with _look():
@@ -73,6 +75,7 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
         for name in dict.fromkeys(blind.scorer):
             row = blind[blind.scorer == name].set_index("target").retention
             cells.loc[f"({name})"] = row.reindex(targets)
+        cells.index = pd.Index([_wrapped(str(name)) for name in cells.index])
         sns.heatmap(
             cells.astype(float),
             ax=axes,
@@ -84,7 +87,7 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
             cbar=False,
             linewidths=0.5,
         )
-        axes.set_title(f"{scorer}, sparsity {sparsity:g}")
+        axes.set_title(_wrapped(f"{scorer}, sparsity {sparsity:g}"))
         axes.set_xlabel("evaluated on")
         axes.tick_params(axis="y", rotation=0)
 
@@ -399,6 +402,16 @@ def _look() -> Any:
     )
 
 
+def _wrapped(text: str) -> str:
+    """A title over several lines, of which mixtures need some; lines end after a ``+``."""
+    lines = [""]
+    for part in re.split(r"(?<=\+)", text):
+        if len(lines[-1] + part) > _TITLE and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def _style(index: int) -> dict[str, Any]:
     return {
         "color": sns.color_palette("colorblind")[index % 10],
@@ -441,7 +454,8 @@ def _panels(
             labels,
             loc="upper center",
             bbox_to_anchor=(0.5, 0.0),
-            ncols=min(4, len(labels)),
+            # As wide as the panels: long names stand in fewer columns.
+            ncols=max(1, min(4, len(labels), 34 * columns // max(map(len, labels)))),
             frameon=False,
         )
     return _finished(figure)

@@ -1,14 +1,16 @@
-"""Set the stored results side by side: `summarise.py` writes the tables of `results/summary/`.
+"""Set the stored results side by side: `summarise.py` fills `results/summary/`.
 
 Every number is read from a table of another folder of `results/`. What is not stored is left out.
 """
 
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
+from pai_utils.plots import retention_curves
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -106,8 +108,35 @@ def levers(results: Path) -> pd.DataFrame:
     ]
 
 
+def recovery(results: Path) -> pd.DataFrame:
+    """Fine-tuning at the rate that the source's validation part chose."""
+    columns = {
+        "encoder": "encoder",
+        "start": "start",
+        "penalty": "penalty",
+        "sparsity": "sparsity",
+        "learning_rate": "rate",
+        "source_retention_before": "source before",
+        "source_retention": "source after",
+        "held_out_retention_before": "held-out before",
+        "held_out_retention": "held-out after",
+        "held_out_gain": "gain",
+        "held_out_low": "low",
+        "held_out_high": "high",
+    }
+    parts = [
+        pd.read_csv(path).assign(encoder=label)
+        for backbone, label in BACKBONES.items()
+        if (path := results / "recovery" / f"finetune_recovery-{backbone}" / "chosen.csv").is_file()
+    ]
+    if not parts:
+        return pd.DataFrame()
+    table = pd.concat(parts)[list(columns)].rename(columns=columns)
+    return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
+
+
 def summarise(results: Path) -> list[Path]:
-    """Write all tables; return their paths."""
+    """Write all tables and figures; return their paths."""
     left = repaired(results)
     written = []
     for name, table in {
@@ -115,11 +144,22 @@ def summarise(results: Path) -> list[Path]:
         "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
+        "recovery": recovery(results),
     }.items():
         path = results / "summary" / f"{name}.csv"
         content = table.to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
+    for grid in TASKS:
+        for backbone in BACKBONES:
+            held_out = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
+            if held_out.is_file():
+                image = BytesIO()
+                figure = retention_curves(pd.read_csv(held_out))
+                figure.savefig(image, dpi=150, bbox_inches="tight")
+                path = results / "summary" / f"{grid}-{backbone}.png"
+                write_atomically(path, image.getvalue())
+                written.append(path)
     return written
 
 

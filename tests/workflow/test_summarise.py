@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from summarise import gains, levers, repaired, summarise, what_to_use
+from summarise import gains, levers, recovery, repaired, summarise, what_to_use
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def results(tmp_path: Path) -> Path:
             ],
             columns=["scorer", "sparsity", "retention", "low", "high", "tasks"],
         ).to_csv(atlas / "left.csv", index=False)  # fmt: skip
+    tuned = tmp_path / "recovery" / "finetune_recovery-efficientnet_lite0"
+    tuned.mkdir(parents=True)
+    parts = [
+        f"{part}_retention{when}" for part in ("source", "held_out") for when in ("_before", "")
+    ]
+    row = dict.fromkeys([*parts, "held_out_gain", "held_out_low", "held_out_high"], 0.25)
+    row |= {"start": "repaired", "penalty": "none", "sparsity": 0.7, "learning_rate": 3e-6}  # type: ignore[dict-item]
+    pd.DataFrame([row]).to_csv(tuned / "chosen.csv", index=False)
     return tmp_path
 
 
@@ -68,7 +76,18 @@ def test_levers_are_the_runs_beside_the_main_ones(results: Path) -> None:
     assert levers(results).run.tolist() == ["efficientnet_lite0-alone"]
 
 
+def test_recovery_is_that_of_the_chosen_rate(results: Path) -> None:
+    (row,) = recovery(results).to_dict("records")
+    assert (row["encoder"], row["rate"]) == ("EfficientNet-Lite0", "3e-06")
+    assert row["held-out before"] == row["gain"] == 0.25
+
+
 def test_every_table_is_written(results: Path) -> None:
     written = summarise(results)
-    assert sorted(path.stem for path in written) == ["gains", "levers", "repaired", "what_to_use"]
-    assert all(path.read_text().count("\n") > 1 for path in written)
+    tables = [path for path in written if path.suffix == ".csv"]
+    names = ["gains", "levers", "recovery", "repaired", "what_to_use"]
+    assert sorted(path.stem for path in tables) == names
+    assert all(path.read_text().count("\n") > 1 for path in tables)
+    (figure,) = set(written) - set(tables)
+    assert figure.name == "retention-efficientnet_lite0.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
