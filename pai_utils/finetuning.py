@@ -426,8 +426,8 @@ def recovery_study(
             (:mod:`pai_utils.sources`); by default the source's own.
         compensation: of the start ``"repaired"``.
         compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
-        penalties: strengths as in :func:`make_penalties`, all of them on the first start and the
-            first sparsity, elsewhere the first alone.
+        penalties: strengths as in :func:`make_penalties`, on the first start and the first sparsity;
+            elsewhere there is none.
         samples: images a score, at most all.
         batch_size: images a forward.
         sweep: keywords of :func:`recovery_sweep`; its batch size is ``finetune_batch_size``.
@@ -444,7 +444,7 @@ def recovery_study(
     model = Classifier(encoder, heads[source])
     held = prunable_parameters(encoder)
     sweep["batch_size"] = sweep.pop("finetune_batch_size", 64)
-    strengths = dict(penalties or {"none": 0.0})
+    plain = {"none": 0.0}
     parts = []
     for seed, sparsity, start in itertools.product(seeds, sparsities, starts):
         if start == "dense" and sparsity != sparsities[0]:
@@ -478,7 +478,7 @@ def recovery_study(
             penalties=make_penalties(
                 encoder,
                 held,
-                strengths if first else dict([next(iter(strengths.items()))]),
+                penalties if penalties and first else plain,
                 tasks[source].train,
                 pool.images,
                 samples=samples,

@@ -296,11 +296,9 @@ class FinetuneRecoveryConfig(_Masks):
     @field_validator("penalties")
     @classmethod
     def _plain_too(cls, penalties: dict[str, float]) -> dict[str, float]:
-        if next(iter(penalties), None) != "none":
-            raise ValueError(
-                "fine-tuning without penalty is what others are seen beside: none first"
-            )
-        return penalties
+        if "none" not in penalties:
+            raise ValueError("runs without a penalty are what others are seen beside; add none")
+        return {"none": 0.0, **penalties}  # first, whatever order a file gave
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:

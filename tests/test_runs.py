@@ -197,7 +197,7 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         ("starts", ["dens"], r"starts\.0: unknown start 'dens'; did you mean 'dense'"),
         ("penalties", {"none": 0, "feature": 1}, "unknown penalty 'feature'"),
         ("penalties", {"none": 0, "features": -1}, r"penalties\.features"),
-        ("penalties", {"features": 1}, "none first"),
+        ("penalties", {"features": 1}, "add none"),
         ("prune_by", "noise", "prune_by=noise has no part of the source digits"),
         ("prune_by", "digits+photos", "looks at the target photos, which is held out"),
         ("optimiser", "lion", r"unknown optimiser 'lion'.*sgd, adam"),
@@ -211,6 +211,10 @@ def test_an_impossible_recovery_is_refused_at_once(name: str, value: object, mes
         "learning_rates": [1e-4],
     }  # fmt: skip
     assert FinetuneRecoveryConfig.from_notebook(given).penalties == {"none": 0}
+    sorted_by_name = FinetuneRecoveryConfig.from_notebook(
+        given | {"penalties": {"features": 1, "none": 0}}
+    )
+    assert list(sorted_by_name.penalties) == ["none", "features"]
     with pytest.raises(ValueError, match=message):
         FinetuneRecoveryConfig.from_notebook(given | {name: value})
 
