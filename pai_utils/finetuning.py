@@ -426,8 +426,8 @@ def recovery_study(
             (:mod:`pai_utils.sources`); by default the source's own.
         compensation: of the start ``"repaired"``.
         compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
-        penalties: strengths as in :func:`make_penalties`, on the first start and the first sparsity;
-            elsewhere there is none.
+        penalties: strengths as in :func:`make_penalties`, on the first start and the first
+            sparsity; elsewhere there is none.
         samples: images a score, at most all.
         batch_size: images a forward.
         sweep: keywords of :func:`recovery_sweep`; its batch size is ``finetune_batch_size``.
