@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from statistics import median
 
@@ -17,9 +16,9 @@ from torch.nn import functional as F
 
 import pai_utils as pai
 from benchmarks.measuring import in_turns, keep_freed_memory
+from benchmarks.storing import store
 from pai_utils.compensation import compensate_
-from pai_utils.execution import device_of, write_atomically
-from pai_utils.runs import surroundings
+from pai_utils.execution import device_of
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {"efficientnet_lite0": 64, "vit_small_saliency": 56}  # pixels
@@ -80,12 +79,7 @@ def main() -> None:
         for name, size in BACKBONES.items()
         for row in measure(name, size, given.images, budget=given.budget)
     )
-    print(table.round(2).to_string(index=False))
-    content = table.to_csv(index=False, float_format="%.3g").encode()
-    write_atomically(given.out / "repairs.csv", content)
-    record = {"sparsity": SPARSITY, **surroundings("auto")}
-    text = json.dumps(record, indent=2, sort_keys=True)
-    write_atomically(given.out / "record.json", text.encode() + b"\n")
+    store(table, given.out, "repairs", sparsity=SPARSITY)
 
 
 if __name__ == "__main__":

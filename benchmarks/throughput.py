@@ -8,7 +8,6 @@ already, in the layout in which the encoder is fastest; `pai.evaluate` starts fr
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 
@@ -17,8 +16,8 @@ import torch
 
 import pai_utils as pai
 from benchmarks.measuring import in_turns, keep_freed_memory
-from pai_utils.execution import device_of, write_atomically
-from pai_utils.runs import surroundings
+from benchmarks.storing import store
+from pai_utils.execution import device_of
 from pai_utils.tasks import Task
 
 ROOT = Path(__file__).parents[1]
@@ -67,13 +66,7 @@ def main() -> None:
     given = parser.parse_args()
     keep_freed_memory()
     rows = [measure(name, *case, budget=given.budget) for name, case in CASES.items()]
-    table = pd.DataFrame(rows)
-    print(table.round(3).to_string(index=False))
-    content = table.to_csv(index=False, float_format="%.4g").encode()
-    write_atomically(given.out / "throughput.csv", content)
-    record = {"batch_size": BATCH_SIZE, **surroundings("auto")}
-    text = json.dumps(record, indent=2, sort_keys=True)
-    write_atomically(given.out / "record.json", text.encode() + b"\n")
+    store(pd.DataFrame(rows), given.out, "throughput", batch_size=BATCH_SIZE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""Tables of small measurements, and the record of where they were made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from pai_utils.execution import write_atomically
+from pai_utils.runs import surroundings
+
+
+def store(table: pd.DataFrame, out: Path, name: str, **settings: object) -> None:
+    """Print a table, and write it as ``out/name.csv`` with a record of where it was measured."""
+    print(table.round(3).to_string(index=False))
+    content = table.to_csv(index=False, float_format="%.4g").encode()
+    write_atomically(out / f"{name}.csv", content)
+    text = json.dumps({**settings, **surroundings("auto")}, indent=2, sort_keys=True)
+    write_atomically(out / "record.json", text.encode() + b"\n")
