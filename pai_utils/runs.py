@@ -243,7 +243,7 @@ class ZeroShotRetentionConfig(_Masks):
     scorers: list[ScorerName] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     compensations: list[Compensation] = Field(default=["none"], min_length=1)
-    compensation_options: dict[CompensationOption, float | int] = {}
+    compensation_options: dict[CompensationOption, bool | float | int] = {}
     heads: Annotated[str, _one_of("kind of head", HEADS)] = "linear"  # or "text", of class names
     precision: Precision = "float32"  # of the forwards that measure accuracy
 
@@ -284,7 +284,7 @@ class FinetuneRecoveryConfig(_Masks):
     prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
     starts: list[Start] = Field(min_length=1)
     compensation: Compensation = "layerwise+moments"  # of the start "repaired"
-    compensation_options: dict[CompensationOption, float | int] = {}
+    compensation_options: dict[CompensationOption, bool | float | int] = {}
     penalties: dict[PenaltyName, Strength] = {"none": 0.0}  # with their strengths
     optimiser: Annotated[str, _one_of("optimiser", OPTIMISERS)] = "sgd"
     schedule: Annotated[str, _one_of("schedule", SCHEDULES)] = "constant"  # of the rate

@@ -57,6 +57,13 @@ def test_choices_of_the_sweep_are_looked_up_before_it_runs(
         ZeroShotRetentionConfig.from_notebook({**GIVEN, name: value})
 
 
+def test_options_of_a_compensation_keep_their_types() -> None:
+    options = {"samples": 600, "damping": 0.1, "streams": False}
+    config = ZeroShotRetentionConfig.from_notebook({**GIVEN, "compensation_options": options})
+    assert config.compensation_options == options
+    assert [type(v) for v in config.compensation_options.values()] == [int, float, bool]
+
+
 def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     namespace = GIVEN | {
         "pai": pai,
