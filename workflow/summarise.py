@@ -109,13 +109,14 @@ def levers(results: Path) -> pd.DataFrame:
 
 
 def recovery(results: Path) -> pd.DataFrame:
-    """Fine-tuning at the rate that the source's validation part chose."""
+    """Fine-tuning at every rate, and which one the source's validation part chose."""
     columns = {
         "encoder": "encoder",
         "start": "start",
         "penalty": "penalty",
         "sparsity": "sparsity",
         "learning_rate": "rate",
+        "chosen": "chosen",
         "source_retention_before": "source before",
         "source_retention": "source after",
         "held_out_retention_before": "held-out before",
@@ -124,11 +125,15 @@ def recovery(results: Path) -> pd.DataFrame:
         "held_out_low": "low",
         "held_out_high": "high",
     }
-    parts = [
-        pd.read_csv(path).assign(encoder=label)
-        for backbone, label in BACKBONES.items()
-        if (path := results / "recovery" / f"finetune_recovery-{backbone}" / "chosen.csv").is_file()
-    ]
+    parts = []
+    for backbone, label in BACKBONES.items():
+        folder = results / "recovery" / f"finetune_recovery-{backbone}"
+        if (folder / "gains.csv").is_file():
+            table = pd.read_csv(folder / "gains.csv")
+            keys = ["start", "sparsity", "penalty"]
+            best = table.groupby(keys, sort=False).validation.transform("max")
+            chosen = ["yes" if yes else "" for yes in table.validation == best]
+            parts.append(table.assign(encoder=label, chosen=chosen))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
@@ -147,7 +152,8 @@ def summarise(results: Path) -> list[Path]:
         "recovery": recovery(results),
     }.items():
         path = results / "summary" / f"{name}.csv"
-        content = table.to_csv(index=False, float_format="%.2f")
+        numbers = table.select_dtypes("number").round(2) + 0.0  # no "-0.00"
+        content = table.assign(**numbers).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
     for grid in TASKS:

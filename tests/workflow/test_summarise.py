@@ -44,7 +44,9 @@ def results(tmp_path: Path) -> Path:
     ]
     row = dict.fromkeys([*parts, "held_out_gain", "held_out_low", "held_out_high"], 0.25)
     row |= {"start": "repaired", "penalty": "none", "sparsity": 0.7, "learning_rate": 3e-6}  # type: ignore[dict-item]
-    pd.DataFrame([row]).to_csv(tuned / "chosen.csv", index=False)
+    pd.DataFrame(
+        [row | {"validation": 0.9}, row | {"validation": 0.8, "learning_rate": 1e-4}]
+    ).to_csv(tuned / "gains.csv", index=False)
     return tmp_path
 
 
@@ -76,10 +78,11 @@ def test_levers_are_the_runs_beside_the_main_ones(results: Path) -> None:
     assert levers(results).run.tolist() == ["efficientnet_lite0-alone"]
 
 
-def test_recovery_is_that_of_the_chosen_rate(results: Path) -> None:
-    (row,) = recovery(results).to_dict("records")
-    assert (row["encoder"], row["rate"]) == ("EfficientNet-Lite0", "3e-06")
-    assert row["held-out before"] == row["gain"] == 0.25
+def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
+    table = recovery(results)
+    assert list(zip(table.rate, table.chosen, strict=True)) == [("3e-06", "yes"), ("1e-04", "")]
+    assert set(table.encoder) == {"EfficientNet-Lite0"}
+    assert (table["held-out before"] == 0.25).all()
 
 
 def test_every_table_is_written(results: Path) -> None:
