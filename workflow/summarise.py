@@ -95,16 +95,16 @@ def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
 
 
 def levers(results: Path) -> pd.DataFrame:
-    """What one change each gave, on one source and seed."""
+    """What one change each gave, beside the main runs, source by source."""
     rows = []
-    for folder in sorted((results / "retention").glob("zero_shot_retention-*-*")):
+    for folder in sorted((results / "retention").glob("zero_shot_retention-*")):
         table = pd.read_csv(folder / "held_out.csv").rename(columns={"scorer": "method"})
         run = folder.name.removeprefix("zero_shot_retention-")
         rows.append(_methods(table).assign(run=run))
     if not rows:
         return pd.DataFrame()
     return pd.concat(rows)[
-        ["run", "source", "method", "sparsity", "retention", "low", "high", "count"]
+        ["run", "source", "method", "sparsity", "retention", "low", "high", "count", "seeds"]
     ]
 
 
