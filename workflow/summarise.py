@@ -152,7 +152,7 @@ def summarise(results: Path) -> list[Path]:
         "recovery": recovery(results),
     }.items():
         path = results / "summary" / f"{name}.csv"
-        numbers = table.select_dtypes("number").round(2) + 0.0  # no "-0.00"
+        numbers = table.select_dtypes("float").round(2) + 0.0  # no "-0.00"
         content = table.assign(**numbers).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
