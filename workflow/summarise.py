@@ -15,7 +15,7 @@ from pai_utils.plots import retention_curves
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
     "efficientnet_lite0": "EfficientNet-Lite0",
-    "vit_small_saliency": "ViT-S/14 (saliency)",
+    "vit_small_saliency": "ViT-S/14",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
 PUBLISHED = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
@@ -140,6 +140,20 @@ def recovery(results: Path) -> pd.DataFrame:
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
 
 
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Rounded, with the interval beside its value and long names last, for narrow pages."""
+    numbers = table.select_dtypes("float").round(2) + 0.0  # no "-0.00"
+    table = table.assign(**numbers)
+    if {"retention", "low", "high"} <= set(table):
+        table["retention"] = [
+            f"{r:.2f}" if pd.isna(low) else f"{r:.2f} ({low:.2f} to {high:.2f})"
+            for r, low, high in zip(table.retention, table.low, table.high, strict=True)
+        ]
+        table = table.drop(columns=["low", "high"])
+    long = [name for name in ("method", "source") if name in table]
+    return table[[*(name for name in table if name not in long), *long]]
+
+
 def summarise(results: Path) -> list[Path]:
     """Write all tables and figures; return their paths."""
     left = repaired(results)
@@ -152,8 +166,7 @@ def summarise(results: Path) -> list[Path]:
         "recovery": recovery(results),
     }.items():
         path = results / "summary" / f"{name}.csv"
-        numbers = table.select_dtypes("float").round(2) + 0.0  # no "-0.00"
-        content = table.assign(**numbers).to_csv(index=False, float_format="%.2f")
+        content = _shown(table).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
     for grid in TASKS:
