@@ -95,6 +95,7 @@ results: $(READY) ## run the larger grids and store their tables in results/; PA
 	@$(call RUN_GRID,atlas)
 	@$(call RUN_GRID,retention)
 	@$(call RUN_GRID,recovery)
+	@$(call RUN_GRID,landscape)
 	@if [ -z "$$PAI_DATA_ROOT" ]; then \
 	  echo "make results: PAI_DATA_ROOT is not set, so the grids on real data are left out"; \
 	else \

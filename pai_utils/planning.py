@@ -37,6 +37,9 @@ _BACKWARD = 2  # forwards
 _FIGURES_MIB = 2.0
 _TABLE_ROW_BYTES = 120
 _HVP, _GGN = 3.1, 2.5  # forwards and backwards of a product
+_SHARED, _DIRECTION = 3.0, 2.0  # of the terms along several directions, and of each
+_BRIEF_BATCH = 32
+_DENSITY_ROWS = 500
 
 
 @dataclass
@@ -266,17 +269,50 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
 
 
 def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
-    work = _Work(forwards=_total(config, "train"))
-    for target in config.tasks:
-        _score(work, config, "ggn_diag", target)
-    for scorer in config.scorers:
-        _score(work, config, scorer, config.source)
-        for target in config.tasks:
-            images = len(config.sparsities) * _drawn(target, config, config.samples)
-            work.train((_HVP + _GGN) * images)
-            work.forwards += (1 + len(config.fractions)) * images
-            work.rows += len(config.sparsities) * len(config.fractions)
+    work = _Work()
+    _study(work, config, config.scorers, len(config.sparsities), len(config.fractions))
+    for name in config.comparisons:
+        if name == "trained":
+            work.forwards += _sizes(config.source, config)["train"]  # its head
+            work.train(_BRIEF_BATCH * config.brief_steps)
+        _study(work, config, config.scorers[:1], 1, 1)
+    networks = 4  # dense, pruned, repaired, fine-tuned
+    images = _drawn(config.source, config, config.spectrum_samples)
+    work.train(networks * config.probes * config.lanczos_steps * _HVP * images)
+    work.rows += networks * _DENSITY_ROWS
+    for _ in range(2):  # with and without a repair
+        _score(work, config, config.scorers[0], config.source)
+    work.forwards += 2 * min(
+        config.compensation_options.get("samples", COMPENSATION_SAMPLES),
+        _available(config.source, config),
+    )
+    work.train(config.finetune_steps * config.batch_size)
+    path = 2 * config.path_points + 1
+    work.forwards += path * _total(config, "test")
+    shown = [_sizes(task, config)["test"] for task in config.tasks[:2]]
+    points = 2 * config.plane_points**2
+    work.forwards += points * sum(min(config.plane_images or n, n) for n in shown)
+    work.rows += path * len(config.tasks) + points * len(shown)
     return work
+
+
+def _study(
+    work: _Work, config: Any, scorers: Iterable[str], sparsities: int, fractions: int
+) -> None:
+    """Of :func:`pai_utils.landscape.study`."""
+    masks = 0
+    for scorer in scorers:
+        sources = config.tasks if SCORERS[scorer].needs_data else config.tasks[:1]
+        for source in sources:
+            _score(work, config, scorer, source)
+        masks += len(sources) * sparsities
+    work.forwards += _total(config, "train") + (1 + masks) * _total(config, "test")
+    for target in config.tasks:
+        images = _drawn(target, config, config.samples)
+        # Shared by all directions, then of each; per-sample gradients; products for eigenpairs.
+        work.train((_SHARED + _DIRECTION * masks + 2 + _GGN * config.products) * images)
+        work.forwards += (1 + masks * fractions) * images
+    work.rows += masks * len(config.tasks) * (fractions + 2)
 
 
 def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:

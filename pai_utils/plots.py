@@ -6,6 +6,7 @@ colour; backgrounds are white, so that it reads in light and dark pages alike.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,12 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _PANEL = (3.1, 2.9)  # inches
 _TITLE = 32  # characters of a panel's title on one line
+_PREDICTIONS = {
+    "taylor": "gᵀδ + ½ δᵀHδ",
+    "ggn": "½ δᵀGδ",
+    "blocks": "½ δᵀ blocks(G) δ",
+    "diagonal": "½ δᵀ diag(G) δ",
+}
 
 
 def retention_curves(held_out: pd.DataFrame) -> Figure:
@@ -188,22 +195,287 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
             ``panel`` naming task, scorer or sparsity.
     """
     panels = list(dict.fromkeys(table.panel))
-    series = {
-        "measured": "measured",
-        "hessian": "gᵀδ + ½ δᵀHδ",
-        "ggn": "½ δᵀGδ",
-        "diagonal": "½ δᵀ diag(G) δ",
-    }
+    series = {"measured": "measured", **_PREDICTIONS}
 
     def draw(axes: Axes, panel: str) -> None:
         rows = table[table.panel == panel]
         for index, (column, label) in enumerate(series.items()):
             axes.plot([0, *rows.fraction], [0, *rows[column]], label=label, **_style(index))
-        axes.set_title(panel)
+        axes.set_title(_wrapped(panel))
         axes.set_xlabel("fraction α of the pruning step")
 
     with _look():
         return _panels(panels, draw, "loss increase (nats)", share=False)
+
+
+def error_parts(parts: pd.DataFrame) -> Figure:
+    """What the diagonal model drops of the measured increase, part by part.
+
+    Args:
+        parts: as from :func:`~pai_utils.landscape.error_parts`, with a column ``panel``.
+    """
+    names = list(dict.fromkeys(parts.part))[::-1]
+
+    def draw(axes: Axes, panel: str) -> None:
+        rows = parts[parts.panel == panel].set_index("part").nats.reindex(names)
+        hatches = ["///" if name == "diagonal" else None for name in names]
+        axes.barh(
+            range(len(names)), rows, color="0.75", hatch=hatches, edgecolor="black", linewidth=0.6
+        )
+        for place, value in enumerate(rows):
+            axes.annotate(
+                f"{value:+.2g}" if value else "0",
+                (value, place),
+                xytext=(3 if value >= 0 else -3, 0),
+                textcoords="offset points",
+                ha="left" if value >= 0 else "right",
+                va="center",
+                fontsize=7,
+            )
+        axes.margins(x=0.3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(_wrapped(panel))
+        axes.set_xlabel("nats")
+
+    with _look():
+        size = (3.6, 1.0 + 0.28 * len(names))
+        return _panels(list(dict.fromkeys(parts.panel)), draw, "", size=size)
+
+
+def predictions(cells: pd.DataFrame) -> Figure:
+    """Predicted against measured loss increase, one panel a prediction, one marker a scorer.
+
+    Args:
+        cells: of a :class:`~pai_utils.landscape.Study`; filled markers are held-out tasks.
+    """
+    scorers = list(dict.fromkeys(cells.scorer))
+    positive = cells.measured[cells.measured > 0]
+    step = 10.0 ** math.floor(math.log10(float(positive.min()))) if len(positive) else 1.0
+
+    def draw(axes: Axes, label: str) -> None:
+        column = next(name for name, text in _PREDICTIONS.items() if text == label)
+        for index, scorer in enumerate(scorers):
+            for held_out in (True, False):
+                rows = cells[(cells.scorer == scorer) & (cells.held_out == held_out)]
+                style = _style(index)
+                axes.plot(
+                    rows[column],
+                    rows.measured,
+                    linestyle="none",
+                    marker=style["marker"],
+                    color=style["color"],
+                    markerfacecolor=style["color"] if held_out else "white",
+                    label=f"{scorer}, {'held-out task' if held_out else 'own task'}",
+                )
+        for set_scale in (axes.set_xscale, axes.set_yscale):
+            set_scale("symlog", linthresh=step)
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="0.3", linewidth=0.8, linestyle="--")
+        axes.set_xlim(*ends)
+        axes.set_title(label)
+        axes.set_xlabel("predicted (nats)")
+
+    with _look():
+        return _panels([*_PREDICTIONS.values()], draw, "measured increase (nats)")
+
+
+def alignment(table: pd.DataFrame) -> Figure:
+    """How alike the curvature of each two tasks is, one matrix a measure.
+
+    Args:
+        table: as from :func:`~pai_utils.landscape.task_alignment`.
+    """
+    measures = {
+        "eigenspace_overlap": "overlap of top eigenspaces",
+        "rank_correlation": "rank correlation of diagonals",
+        "weighted_correlation": "weighted correlation of diagonals",
+    }
+    tasks = list(dict.fromkeys(table.source))
+
+    def draw(axes: Axes, title: str) -> None:
+        measure = next(name for name, text in measures.items() if text == title)
+        matrix = table.pivot(index="source", columns="target", values=measure)
+        matrix = matrix.reindex(index=tasks, columns=tasks).astype(float)
+        np.fill_diagonal(values := matrix.to_numpy().copy(), 1.0)
+        sns.heatmap(
+            pd.DataFrame(values, index=tasks, columns=tasks),
+            ax=axes,
+            annot=True,
+            fmt=".2f",
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            cbar=False,
+            linewidths=0.5,
+            square=True,
+        )
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=45)
+
+    with _look():
+        return _panels([*measures.values()], draw, "", size=(3.2, 3.0), share=False)
+
+
+def transfer_correlations(table: pd.DataFrame) -> Figure:
+    """Correlation of each predictor with held-out retention, with intervals.
+
+    Args:
+        table: as from :func:`~pai_utils.landscape.transfer_correlations`.
+    """
+    rows = table[::-1]
+    kinds = {
+        "pooled": ("all cells", "o", "black"),
+        "within": ("cells of one scorer and sparsity", "s", "white"),
+    }
+    with _look():
+        figure, axes = plt.subplots(figsize=(6.2, 1.2 + 0.34 * len(rows)))
+        for offset, (kind, (label, marker, face)) in zip((0.15, -0.15), kinds.items(), strict=True):
+            value = rows[kind].to_numpy()
+            low, high = (rows[f"{kind}_{end}"].to_numpy() for end in ("low", "high"))
+            # A percentile interval need not hold the estimate itself.
+            errors = np.nan_to_num(np.clip([value - low, high - value], 0, None))
+            axes.errorbar(
+                value,
+                np.arange(len(rows)) + offset,
+                xerr=errors,
+                linestyle="none",
+                color="black",
+                marker=marker,
+                markerfacecolor=face,
+                markersize=5,
+                elinewidth=1,
+                label=label,
+            )
+        axes.axvline(0, color="0.2", linewidth=0.8)
+        axes.set_xlim(-1.05, 1.05)
+        axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows.predictor])
+        axes.set_xlabel("rank correlation with retention on held-out tasks")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+        figure.tight_layout()
+    return _finished(figure)
+
+
+def weights_compared(table: pd.DataFrame) -> Figure:
+    """One quantity a panel for several weights of one architecture, one marker a pair of tasks.
+
+    Args:
+        table: columns ``weights, quantity, pair, value``.
+    """
+    weights = list(dict.fromkeys(table.weights))
+    pairs = list(dict.fromkeys(table.pair))
+
+    def draw(axes: Axes, quantity: str) -> None:
+        rows = table[table.quantity == quantity]
+        for index, pair in enumerate(pairs):
+            line = rows[rows.pair == pair].set_index("weights").reindex(weights)
+            style = _style(index)
+            axes.plot(range(len(weights)), line.value, label=pair, **style | {"linewidth": 0.8})
+        axes.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(weights)), weights, rotation=20)
+        axes.set_xlim(-0.3, len(weights) - 0.7)
+        axes.set_title(quantity, fontsize=9)
+
+    with _look():
+        return _panels(list(dict.fromkeys(table.quantity)), draw, "", share=False)
+
+
+def spectra(density: pd.DataFrame) -> Figure:
+    """Densities of eigenvalues on a logarithmic axis, one line a network.
+
+    Args:
+        density: second part of :func:`~pai_utils.landscape.spectra`.
+    """
+    with _look():
+        figure, axes = plt.subplots(figsize=(6.4, 3.6))
+        for index, name in enumerate(dict.fromkeys(density.name)):
+            line = density[density.name == name]
+            style = _style(index)
+            places = np.linspace(0, len(line) - 1, 14).astype(int)
+            axes.semilogy(
+                line.eigenvalue,
+                line.density.clip(lower=1e-12),
+                label=name,
+                markevery=places[index % 2 :: 2].tolist(),
+                **style | {"linewidth": 1.1},
+            )
+        visible = density.density[density.density > 1e-12]
+        axes.set_ylim(max(float(visible.quantile(0.02)), 1e-9), float(visible.max()) * 3)
+        axes.set_xlabel("eigenvalue of the Hessian")
+        axes.set_ylabel("density")
+        axes.legend(loc="upper right")
+        figure.tight_layout()
+    return _finished(figure)
+
+
+def path_losses(path: pd.DataFrame, source: str) -> Figure:
+    """Loss and accuracy of every task along the straight lines between networks.
+
+    Args:
+        path: as from :func:`~pai_utils.landscape.losses_on_path`.
+        source: the task pruned and trained on, drawn thicker.
+    """
+    segments = list(dict.fromkeys(path.segment))
+    stations = [segments[0].split(" → ")[0], *(segment.split(" → ")[1] for segment in segments)]
+    panels = {"loss (nats)": "loss", "accuracy": "accuracy"}
+
+    def draw(axes: Axes, title: str) -> None:
+        for index, task in enumerate(dict.fromkeys(path.task)):
+            line = path[path.task == task]
+            axes.plot(
+                line.position,
+                line[panels[title]],
+                label=f"{task} (source)" if task == source else task,
+                **_style(index) | {"linewidth": 2.6 if task == source else 1.5},
+            )
+        for place in range(1, len(stations) - 1):
+            axes.axvline(place, color="0.2", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(stations)), stations)
+        axes.set_title(title)
+
+    with _look():
+        return _panels([*panels], draw, "", size=(3.8, 3.0), share=False)
+
+
+def plane_contours(
+    grid: pd.DataFrame, points: Mapping[str, tuple[float, float]], unit: str
+) -> Figure:
+    """Contours of every task's loss over one plane of weights, side by side.
+
+    Levels are those of each task, evenly spaced in the logarithm of the loss above its least.
+
+    Args:
+        grid: as from :func:`~pai_utils.landscape.losses_on_plane`.
+        points: networks on the plane, by name.
+        unit: of the axes.
+    """
+
+    def draw(axes: Axes, task: str) -> None:
+        own = grid[grid.task == task].pivot(index="y", columns="x", values="loss")
+        loss = own.to_numpy(dtype=float)
+        finite = loss[np.isfinite(loss)]
+        base = float(finite.min())
+        height = np.log10(1 + np.where(np.isfinite(loss), loss, finite.max()) - base)
+        levels = np.linspace(0, max(float(height.max()), 1e-6), 9)
+        axes.contourf(own.columns, own.index, height, levels=levels, cmap="cividis")
+        lines = axes.contour(
+            own.columns, own.index, height, levels=levels[1:-1], colors="white", linewidths=0.7
+        )
+        axes.clabel(lines, fmt=lambda level: f"{base + 10**level - 1:.3g}", fontsize=6)
+        for index, (name, (x, y)) in enumerate(points.items()):
+            axes.plot(
+                x, y,
+                linestyle="none", marker=_MARKERS[index], markersize=7, color="white",
+                markeredgecolor="black", label=name,
+            )  # fmt: skip
+        axes.set_title(f"{task}: loss (nats)", fontsize=9)
+        axes.set_xlabel(f"x ({unit})")
+        axes.set_ylabel(f"y ({unit})")
+        axes.grid(visible=False)
+
+    with _look():
+        return _panels(list(dict.fromkeys(grid.task)), draw, "", size=(3.6, 3.2), share=False)
 
 
 def layer_sparsities(table: pd.DataFrame) -> Figure:
@@ -444,7 +716,7 @@ def _panels(
         draw(axes, name)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
-    for row in grid:
+    for row in grid if ylabel else []:
         row[0].set_ylabel(ylabel)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.tight_layout()

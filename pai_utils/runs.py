@@ -90,6 +90,9 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
+COMPARISONS = ("random", "trained")
+"""Weights to set beside an encoder's: not trained at all, or briefly on the source."""
+
 _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
 # What a kernel puts beside the notebook's own names.
 _KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
@@ -321,9 +324,39 @@ class LandscapeAnalysisConfig(NotebookConfig):
 
     source: TaskName
     targets: list[TaskName] = Field(min_length=1)
-    scorers: list[ScorerName] = Field(min_length=1)
-    sparsities: list[Sparsity] = Field(min_length=1)
-    fractions: list[Fraction] = Field(min_length=2)
+    scorers: list[ScorerName] = Field(min_length=1)  # the first one is looked at closely
+    sparsities: list[Sparsity] = Field(min_length=1)  # as is the last
+    fractions: list[Fraction] = Field(min_length=2)  # of the pruning step
+    block_size: Positive = 64  # weights a block of the Gauss-Newton matrix
+    eigenvectors: Positive = 5  # of each task's, to compare
+    products: Positive = 30  # most to take for them
+    # Weights of the same architecture to set beside the encoder's, and how the last are trained.
+    comparisons: list[Annotated[str, _one_of("comparison", COMPARISONS)]] = []
+    brief_steps: Positive = 30
+    brief_learning_rate: Rate = 1e-3
+    spectrum_samples: Positive | None = 64  # images a Hessian product; None: all
+    probes: Annotated[int, Field(ge=2)] = 2
+    lanczos_steps: Positive = 20
+    compensation: Compensation = "moments"
+    compensation_options: dict[CompensationOption, bool | float | int] = {}
+    finetune_steps: Positive = 10
+    learning_rate: Rate = 1e-5
+    path_points: Positive = 4  # of each line
+    plane_points: Annotated[int, Field(ge=2)] = 9  # of a side
+    plane_images: Positive | None = 60  # a task; None: all test images
+
+    @field_validator("fractions")
+    @classmethod
+    def _whole_step(cls, fractions: list[float]) -> list[float]:
+        if 1 not in fractions:
+            raise ValueError("the full step is what is compared with accuracies; add 1.0")
+        return fractions
+
+    @model_validator(mode="after")
+    def _two_tasks(self) -> Self:
+        if len(self.tasks) < 2:
+            raise ValueError(f"the only target is the source {self.source}; add an unseen task")
+        return self
 
     @property
     def tasks(self) -> list[str]:

@@ -1,14 +1,56 @@
 import copy
+import math
+from collections.abc import Hashable
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.linalg import subspace_angles
+from scipy.stats import spearmanr
 from torch import nn
 
 import pai_utils as pai
-from pai_utils.curvature.diagonals import ggn_diagonal
-from pai_utils.curvature.products import directional_terms
-from pai_utils.landscape import losses_along, predicted_and_measured, pruning_direction
-from tests.cases import Case, Images, build, fingerprint, tiny_classifier, tiny_task
+from pai_utils.backbones import Backbone, Classifier
+from pai_utils.curvature.partial import partial_terms
+from pai_utils.curvature.products import GGNOperator, directional_terms, inner_product
+from pai_utils.curvature.spectra import Eigenpairs
+from pai_utils.evaluation import evaluate_heads
+from pai_utils.landscape import (
+    PARTS,
+    Plane,
+    TaskCurvature,
+    barriers,
+    briefly_trained,
+    difference,
+    error_parts,
+    losses_along,
+    losses_on_path,
+    losses_on_plane,
+    plane_through,
+    predicted_and_measured,
+    principal_angles,
+    pruning_direction,
+    random_plane,
+    rank_agreement,
+    spectra,
+    study,
+    task_alignment,
+    task_curvature,
+    transfer_correlations,
+)
+from pai_utils.masks import make_mask
+from pai_utils.tasks import Task
+from tests.cases import (
+    Case,
+    Images,
+    build,
+    dense_hessian,
+    fingerprint,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_task,
+)
 
 
 def small_direction(case: Case) -> dict[str, torch.Tensor]:
@@ -59,9 +101,9 @@ def test_an_error_on_the_way_restores_the_weights_bit_for_bit() -> None:
 def test_the_quadratic_prediction_is_wrong_by_third_order_only(name: str) -> None:
     case = build(name)
     table = predicted_and_measured(
-        case.model, small_direction(case), case.data, fractions=[1e-4, 2e-4], samples=None
+        case.model, {"v": small_direction(case)}, case.data, fractions=[1e-4, 2e-4], samples=None
     )
-    second = (table.measured - table.hessian).abs()
+    second = (table.measured - table.taylor).abs()
     first = (table.measured - table.gradient).abs()
     assert second[1] / second[0] == pytest.approx(8, rel=0.2)
     assert first[1] / first[0] == pytest.approx(4, rel=0.2)
@@ -70,34 +112,74 @@ def test_the_quadratic_prediction_is_wrong_by_third_order_only(name: str) -> Non
 
 def test_columns_are_the_terms_of_their_definitions() -> None:
     case = build("linear over vectors")
-    direction = small_direction(case)
+    directions = {"v": small_direction(case)}
+    directions["w"] = {name: step.cos() for name, step in directions["v"].items()}
     before = fingerprint(case.model)
     table = predicted_and_measured(
-        case.model, direction, case.data, fractions=[0.25, 1.0], samples=6, batch_size=4, seed=2
-    )
+        case.model, directions, case.data,
+        fractions=[0.25, 1.0], samples=6, batch_size=4, seed=2, block_size=5,
+    )  # fmt: skip
     assert fingerprint(case.model) == before
     assert list(table.columns) == [
-        "fraction", "gradient", "hessian", "ggn", "diagonal", "measured", "dense_loss", "count"
+        "direction", "fraction", "diagonal", "blocks", "tensors", "ggn", "hessian", "gradient",
+        "taylor", "measured", "dense_loss", "count",
     ]  # fmt: skip
+    assert list(table.direction) == ["v", "v", "w", "w"]
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(2))[:6]
     drawn = Images(6)
     drawn.images, drawn.labels = case.data.batch(rows)
-    terms = directional_terms(case.model, direction, drawn)
-    diagonal = ggn_diagonal(case.model, case.names, drawn, seed=2)
-    own = sum(float((diagonal[n] * d**2).sum()) for n, d in direction.items())
+    exact = dict(
+        zip(directions, directional_terms(case.model, [*directions.values()], drawn), strict=True)
+    )
+    parts = dict(
+        zip(
+            directions,
+            partial_terms(case.model, [*directions.values()], drawn, block_size=5, seed=2),
+            strict=True,
+        )
+    )
     for row in table.to_dict("records"):
-        a = row["fraction"]
+        a, name = row["fraction"], row["direction"]
+        terms, part = exact[name], parts[name]
         assert row["gradient"] == pytest.approx(a * terms.gradient)
-        assert row["hessian"] == pytest.approx(a * terms.gradient + a**2 * terms.hessian / 2)
+        assert row["hessian"] == pytest.approx(a**2 * terms.hessian / 2)
+        assert row["taylor"] == pytest.approx(row["gradient"] + row["hessian"])
         assert row["ggn"] == pytest.approx(a**2 * terms.ggn / 2)
-        assert row["diagonal"] == pytest.approx(a**2 * own / 2)
+        assert row["diagonal"] == pytest.approx(a**2 * part.diagonal / 2)
+        assert row["blocks"] == pytest.approx(a**2 * part.blocks / 2)
+        assert row["tensors"] == pytest.approx(a**2 * part.tensors / 2)
         assert row["dense_loss"] == pytest.approx(terms.loss)
         assert row["count"] == 6
-        (loss,) = losses_along(case.model, direction, drawn, [a])
+        (loss,) = losses_along(case.model, directions[name], drawn, [a])
         assert row["measured"] == pytest.approx(loss - terms.loss)
 
 
+def test_the_parts_of_the_error_add_up_to_what_is_measured(case: Case) -> None:
+    table = predicted_and_measured(
+        case.model, {"v": small_direction(case)}, case.data, fractions=[0.1, 0.2], samples=None
+    ).assign(target="here")
+    parts = error_parts(table)
+    assert list(dict.fromkeys(parts.part)) == ["diagonal", *PARTS]
+    assert set(parts.columns) == {
+        "direction", "fraction", "dense_loss", "count", "target", "part", "nats",
+    }  # fmt: skip
+    sums = parts.groupby("fraction").nats.sum()
+    assert sums.to_numpy() == pytest.approx(table.measured.to_numpy(), rel=1e-9, abs=1e-12)
+    gradient = parts[parts.part == "gradient"].nats.to_numpy()
+    assert gradient == pytest.approx(table.gradient.to_numpy(), rel=1e-9, abs=1e-12)
+
+
 def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
+    model, data = logistic_regression()
+    step = {"1.weight": 1e-3 * torch.randn(3, 12, dtype=torch.float64)}
+    row = predicted_and_measured(model, {"v": step}, data, fractions=[1.0], samples=None).iloc[0]
+    assert abs(row.gradient) < 1e-6 * row.ggn
+    assert row.hessian == pytest.approx(row.ggn, rel=1e-4)
+    assert row.measured == pytest.approx(row.ggn, rel=1e-2)
+
+
+def logistic_regression() -> tuple[nn.Module, Images]:
+    """At its minimum."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
     data = Images(40, classes=3, side=2)
     optimiser = torch.optim.LBFGS(
@@ -114,18 +196,393 @@ def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
     for _ in range(3):  # a line search may end early; a restart goes on
         optimiser.step(closure)
     model.zero_grad()
-    step = {"1.weight": 1e-3 * torch.randn(3, 12, dtype=torch.float64)}
-    row = predicted_and_measured(model, step, data, fractions=[1.0], samples=None).iloc[0]
-    assert abs(row.gradient) < 1e-6 * row.ggn
-    assert row.hessian == pytest.approx(row.ggn, rel=1e-4)
-    assert row.measured == pytest.approx(row.ggn, rel=1e-2)
+    return model, data
 
 
 def test_a_classifier_in_float32_measures_what_evaluation_says() -> None:
     model, data = tiny_classifier(), tiny_task().train
     pruned = pai.prune(model, None, "magnitude", 0.7)
     table = predicted_and_measured(
-        model, pruning_direction(model, pruned.mask), data, fractions=[1.0], samples=None
+        model, {"v": pruning_direction(model, pruned.mask)}, data, fractions=[1.0], samples=None
     )
     expected = pai.evaluate(pruned.model, data).loss - pai.evaluate(model, data).loss
     assert table.measured[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rank_agreement_is_that_of_the_full_step() -> None:
+    names = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
+    full = pd.DataFrame({name: [1.0, 2.0, 3.0, 4.0] for name in names}).assign(
+        measured=[1.0, 3.0, 2.0, 9.0], fraction=1.0
+    )
+    full["ggn"] = [4.0, 3.0, 2.0, 1.0]
+    table = pd.concat([full, full.assign(fraction=0.5, measured=[9.0, 1, 1, 1])])
+    ranks = rank_agreement(table).set_index("prediction")
+    assert list(ranks.index) == names
+    assert ranks.correlation["taylor"] == pytest.approx(0.8)
+    assert ranks.correlation["ggn"] == pytest.approx(-0.8)
+    assert (ranks["count"] == 4).all()
+    assert rank_agreement(full[:2]).correlation.isna().all()
+
+
+def orthonormal(count: int, size: int, seed: int) -> torch.Tensor:
+    drawn = torch.randn(
+        size, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    q: torch.Tensor = torch.linalg.qr(drawn).Q
+    return q.T
+
+
+def named(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Vectors ``[k, 20]`` as those of two parameters."""
+    return {"a": rows[:, :12].reshape(-1, 3, 4), "b": rows[:, 12:]}
+
+
+@pytest.mark.parametrize(("left", "right"), [(4, 4), (2, 5), (5, 2)])
+def test_principal_angles_are_those_of_scipy(left: int, right: int) -> None:
+    one, other = orthonormal(left, 20, 0), orthonormal(right, 20, 1)
+    other[0] = one[0]  # one direction in common: an angle of zero
+    other = torch.linalg.qr(other.T).Q.T
+    expected = subspace_angles(one.T.numpy(), other.T.numpy())[::-1]
+    found = principal_angles(named(one), named(other))
+    # scipy's smallest angle is good to half of the digits.
+    assert found.numpy() == pytest.approx(expected, abs=1e-7)
+    assert found[1:].numpy() == pytest.approx(expected[1:], abs=1e-12)
+    assert float(found[0]) < 1e-12
+
+
+def test_tiny_angles_keep_their_digits() -> None:
+    basis = orthonormal(4, 20, 0)
+    one, beside = basis[:3], basis[3]
+    other = one.clone()
+    other[0] = one[0] * math.cos(1e-9) + beside * math.sin(1e-9)
+    found = principal_angles(named(one), named(other))
+    assert float(found[-1]) == pytest.approx(1e-9, rel=1e-5)
+    assert principal_angles(named(one[:1]), named(beside[None])).item() == pytest.approx(
+        math.pi / 2
+    )
+    with pytest.raises(ValueError, match="different parameters"):
+        principal_angles(named(one), {"a": torch.ones(1, 3, 4)})
+
+
+def curvature(diagonal: torch.Tensor, vectors: torch.Tensor) -> TaskCurvature:
+    values = torch.ones(len(vectors))
+    pairs = Eigenpairs(values, named(vectors), 0 * values, 1, converged=True)
+    return TaskCurvature({"a": diagonal[:12].view(3, 4), "b": diagonal[12:]}, pairs)
+
+
+def test_alignment_of_tasks_is_that_of_numpy_and_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, one, other = torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    one, other = one.square(), other.square()
+    one[:5] = 0  # ties
+    table = task_alignment(
+        {
+            "first": curvature(one, orthonormal(2, 20, 0)),
+            "second": curvature(other, orthonormal(2, 20, 1)),
+            "again": curvature(one, orthonormal(2, 20, 0)),
+        },
+        {"a": weights[:12].view(3, 4), "b": weights[12:]},
+    )
+    rows: dict[tuple[str, str], dict[Hashable, float]] = {
+        (row.pop("source"), row.pop("target")): row for row in table.to_dict("records")
+    }
+    assert len(rows) == 6
+    row = rows["first", "second"]
+    assert row == rows["second", "first"]
+    angles = subspace_angles(orthonormal(2, 20, 0).T.numpy(), orthonormal(2, 20, 1).T.numpy())
+    assert row["eigenspace_overlap"] == pytest.approx((np.cos(angles) ** 2).mean())
+    assert (row["smallest_angle"], row["largest_angle"]) == pytest.approx(
+        (np.degrees(angles.min()), np.degrees(angles.max()))
+    )
+    assert row["chance"] == 2 / 20
+    assert row["rank_correlation"] == pytest.approx(spearmanr(one, other).statistic)
+    covariance = np.cov(one, other, aweights=weights.square(), ddof=0)
+    expected = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
+    assert row["weighted_correlation"] == pytest.approx(expected)
+    for column in ("eigenspace_overlap", "rank_correlation", "weighted_correlation"):
+        assert rows["first", "again"][column] == pytest.approx(1)
+    with pytest.raises(ValueError, match="different parameters"):
+        task_alignment({"first": curvature(one, orthonormal(2, 20, 0))}, {"a": weights})
+
+
+def test_the_curvature_of_a_task_is_that_of_the_dense_matrix() -> None:
+    case = build("conv")
+    found = task_curvature(case.model, case.data, eigenvectors=2, products=50, samples=None)
+    assert found.diagonal.keys() == found.eigenpairs.vectors.keys()
+    assert set(found.diagonal) == set(pai.prunable_parameters(case.model))
+    operator = GGNOperator(case.model, list(found.diagonal), case.data)
+    for k, value in enumerate(found.eigenpairs.values):
+        vector = {name: part[k] for name, part in found.eigenpairs.vectors.items()}
+        image = operator(vector)
+        gap = torch.cat([(image[n] - value * vector[n]).flatten() for n in vector]).norm()
+        assert float(gap) <= 1.01e-2 * float(found.eigenpairs.values[0])
+
+
+def cells(count: int = 4) -> pd.DataFrame:
+    """Pairs of tasks at two sparsities; "good" orders the pairs, "level" only the sparsities."""
+    names = [f"task {i}" for i in range(count)]
+    rows = [
+        {
+            "source": one, "target": other, "scorer": "s", "sparsity": sparsity,
+            "held_out": one != other, "retention": 1 - sparsity - 0.01 * (i * count + j),
+            "good": -0.01 * (i * count + j) - 10 * (sparsity - 0.5), "level": -sparsity,
+            "sometimes": float(i) if j else math.nan,
+        }
+        for sparsity in (0.2, 0.8)
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
+    table = transfer_correlations(
+        cells(), predictors=["good", "level", "sometimes"], replicates=200
+    ).set_index("predictor")
+    held = cells()[lambda t: t.source != t.target]
+    assert table.pooled["good"] == pytest.approx(1)
+    assert table.within["good"] == pytest.approx(1)
+    assert table.pooled["level"] == pytest.approx(spearmanr(held.level, held.retention).statistic)
+    assert math.isnan(table.within["level"])
+    assert list(table.cells) == [24, 24, 18]
+    assert list(table.pairs) == [12, 12, 9]
+    one = held[(held.sparsity == 0.2) & held.sometimes.notna()]
+    assert table.within["sometimes"] == pytest.approx(
+        spearmanr(one.sometimes, one.retention).statistic
+    )
+    assert table.within_low["sometimes"] <= table.within["sometimes"]
+    assert table.pooled_low["good"] == pytest.approx(1)
+    few = transfer_correlations(cells(2), predictors=["good"])
+    assert few.pairs[0] == 2
+
+
+def tiny_tasks() -> tuple[Backbone, dict[str, Task], dict[str, nn.Linear]]:
+    backbone = tiny_backbone()
+    tasks = {"one": tiny_task("one"), "two": tiny_task("two", classes=4)}
+    return backbone, tasks, pai.make_heads(backbone, tasks)
+
+
+def test_a_study_holds_predictions_retention_and_alignment() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    before = fingerprint(backbone)
+    found = study(
+        backbone, tasks, heads,
+        sparsities=[0.3, 0.6], fractions=[0.5, 1.0], samples=8, eigenvectors=2, seed=1,
+    )  # fmt: skip
+    assert fingerprint(backbone) == before
+    # Of ggn_diag two sources, of magnitude none; two sparsities and targets, two fractions.
+    assert len(found.losses) == 3 * 2 * 2 * 2
+    assert len(found.cells) == 3 * 2 * 2
+    assert list(found.alignment.source) == ["one", "two"]
+    assert len(found.eigenvalues) == 4
+    cell = found.cells[
+        (found.cells.source == "one")
+        & (found.cells.target == "two")
+        & (found.cells.sparsity == 0.6)
+    ].iloc[0]
+    assert cell.held_out
+    masks = {
+        name: make_mask(
+            pai.score("ggn_diag", Classifier(backbone, heads[name]), task.train, samples=8, seed=1),
+            0.6,
+        )
+        for name, task in tasks.items()
+    }
+    assert cell.mask_overlap == pytest.approx(masks["one"].overlap(masks["two"]))
+    assert cell.mask_overlap_excess == pytest.approx(
+        cell.mask_overlap - masks["one"].expected_overlap(masks["two"])
+    )
+    model = Classifier(copy.deepcopy(backbone), heads["two"])
+    direction = pruning_direction(model, masks["one"])
+    alone = predicted_and_measured(
+        model, {"v": direction}, tasks["two"].train, fractions=[1.0], samples=8, seed=1
+    ).iloc[0]
+    for column in ("taylor", "ggn", "diagonal", "measured"):
+        assert cell[column] == pytest.approx(alone[column], rel=1e-4)
+    masks["one"].apply_(model)
+    assert cell.accuracy == pai.evaluate(model, tasks["two"].test).accuracy
+    own = found.cells[found.cells.source == found.cells.target]
+    assert not own.held_out.any()
+    assert own.mask_overlap.isna().all()
+    assert own.eigenspace_overlap.isna().all()
+    blind = found.cells[found.cells.scorer == "magnitude"]
+    assert (blind.source == "none").all()
+    assert blind.held_out.all()
+
+
+def test_a_study_needs_two_tasks_and_the_full_step() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    with pytest.raises(ValueError, match="at least two tasks"):
+        study(backbone, {"one": tasks["one"]}, heads)
+    with pytest.raises(ValueError, match=r"fractions=\[0\.5\] must hold 1"):
+        study(backbone, tasks, heads, fractions=[0.5])
+
+
+def test_a_brief_training_leaves_the_encoder_and_lowers_the_loss() -> None:
+    backbone, tasks, _ = tiny_tasks()
+    before = fingerprint(backbone)
+    trained = briefly_trained(backbone, tasks["one"], steps=30, learning_rate=1e-2)
+    assert fingerprint(backbone) == before
+    head = pai.fit_head(backbone, tasks["one"])
+    losses = [
+        pai.evaluate(Classifier(encoder, head), tasks["one"].train).loss
+        for encoder in (backbone, trained)
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_spectra_of_a_quadratic_loss_are_its_eigenvalues() -> None:
+    model, data = logistic_regression()
+    hessian = dense_hessian(model, ["1.weight"], data)
+    values = torch.linalg.eigvalsh(hessian)
+    summary, density = spectra({"here": model}, data, probes=6, steps=36, samples=None)
+    row = summary.iloc[0]
+    assert row.largest == pytest.approx(float(values[-1]), rel=1e-8)
+    assert row.smallest == pytest.approx(float(values[0]), abs=1e-8)
+    # Of a convex loss no eigenvalue is negative, but for rounding.
+    assert 0 <= row.negative_share < 1e-6
+    # Signs as start vectors: each probe's estimate is Hutchinson's.
+    off = hessian - hessian.diag().diag()
+    error = math.sqrt(2 * float(off.square().sum()) / 6)
+    assert abs(row.trace - float(values.sum())) < 4 * error
+    assert 0.2 * error < row.trace_standard_error < 3 * error
+    integral = np.trapezoid(density.density, density.eigenvalue)
+    assert integral == pytest.approx(1, abs=1e-6)
+    assert set(density.name) == {"here"}
+
+
+def shifted(backbone: Backbone, amount: float) -> Backbone:
+    moved = copy.deepcopy(backbone)
+    with torch.no_grad():
+        moved.get_parameter("encoder.0.weight").add_(amount)
+        moved.get_parameter("encoder.3.bias").sub_(amount)
+    return moved
+
+
+def test_a_path_visits_its_stations() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    stations = {"dense": backbone, "moved": shifted(backbone, 0.1), "far": shifted(backbone, 0.3)}
+    tests = {name: task.test for name, task in tasks.items()}
+    before = [fingerprint(station) for station in stations.values()]
+    path = losses_on_path(stations, heads, tests, points=4)
+    assert [fingerprint(station) for station in stations.values()] == before
+    assert len(path) == 9 * 2
+    for place, station in enumerate(stations.values()):
+        expected = evaluate_heads(station, heads, tests)
+        here = path[path.position == place].set_index("task")
+        for name, found in expected.items():
+            assert here.loss[name] == pytest.approx(found.loss, rel=1e-5)
+            assert here.accuracy[name] == pytest.approx(found.accuracy)
+            assert here["count"][name] == found.count
+    assert list(dict.fromkeys(path.segment)) == ["dense → moved", "moved → far"]
+    assert (path[path.position == 1].segment == "dense → moved").all()
+    # The stations lie on one line, so that the middle of the second segment is known.
+    middle = evaluate_heads(shifted(backbone, 0.2), heads, tests)
+    here = path[path.position == 1.5].set_index("task")
+    assert here.loss["one"] == pytest.approx(middle["one"].loss, rel=1e-5)
+
+
+def test_paths_that_lead_nowhere_are_refused() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    tests = {name: task.test for name, task in tasks.items()}
+    with pytest.raises(ValueError, match="two stations and a point, got 1"):
+        losses_on_path({"dense": backbone}, heads, tests)
+    other = copy.deepcopy(backbone)
+    other.get_buffer("encoder.1.running_mean").add_(1)
+    with pytest.raises(ValueError, match=r"'encoder\.1\.running_mean' differs"):
+        losses_on_path({"dense": backbone, "other": other}, heads, tests)
+    with pytest.raises(ValueError, match="different parameters"):
+        difference(backbone, nn.Linear(2, 2))
+
+
+def test_barriers_are_above_the_line_between_the_ends() -> None:
+    path = pd.DataFrame(
+        {
+            "position": [0, 0.5, 1, 1.5, 2],
+            "segment": ["a → b"] * 3 + ["b → c"] * 2,
+            "task": "t",
+            "loss": [1.0, 4.0, 3.0, 1.0, 2.0],
+        }
+    )
+    found = barriers(path)
+    assert found.to_dict("records") == [
+        {"segment": "a → b", "task": "t", "start": 1, "end": 3, "barrier": 2},
+        {"segment": "b → c", "task": "t", "start": 3, "end": 2, "barrier": 0},
+    ]
+
+
+def test_the_plane_through_three_networks_holds_them() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    second = shifted(backbone, 0.2)
+    third = copy.deepcopy(second)
+    with torch.no_grad():
+        third.get_parameter("encoder.0.weight").mul_(1.1)
+    plane = plane_through(backbone, {"second": second, "third": third})
+    u, v = plane.directions
+    for one, other, expected in ((u, u, 1), (v, v, 1), (u, v, 0)):
+        assert float(inner_product(one, other)) == pytest.approx(expected, abs=1e-5)
+    start = dict(backbone.named_parameters())
+    for name, network in {"dense": backbone, "second": second, "third": third}.items():
+        x, y = plane.points[name]
+        for part, values in network.named_parameters():
+            place = start[part] + sum(s * d[part] for s, d in ((x, u), (y, v)) if part in d)
+            assert torch.allclose(place, values, atol=1e-6)
+    before = fingerprint(backbone)
+    tests = {name: task.test for name, task in tasks.items()}
+    grid = losses_on_plane(backbone, plane, heads, tests, points=3, margin=0)
+    assert fingerprint(backbone) == before
+    assert len(grid) == 9 * 2
+    corner = grid[(grid.x == 0) & (grid.y == 0)].set_index("task")
+    for name, found in evaluate_heads(backbone, heads, tests).items():
+        assert corner.loss[name] == found.loss
+    assert grid.x.max() == pytest.approx(max(x for x, _ in plane.points.values()))
+
+
+def test_planes_that_are_none_are_refused() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    second = shifted(backbone, 0.2)
+    with pytest.raises(ValueError, match="three networks; got 1"):
+        plane_through(backbone, {"second": second})
+    with pytest.raises(ValueError, match="'same' has the weights of 'dense'"):
+        plane_through(backbone, {"same": copy.deepcopy(backbone), "second": second})
+    with pytest.raises(ValueError, match="lie on one line"):
+        plane_through(backbone, {"second": second, "third": shifted(backbone, 0.4)})
+    tests = {name: task.test for name, task in tasks.items()}
+    plane = random_plane(backbone)
+    with pytest.raises(ValueError, match="points=1"):
+        losses_on_plane(backbone, plane, heads, tests, points=1)
+    with pytest.raises(ValueError, match="margin=0 must be positive"):
+        losses_on_plane(backbone, plane, heads, tests, margin=0)
+
+
+def test_random_directions_have_the_filters_norms_and_spare_pruned_weights() -> None:
+    backbone = tiny_backbone()
+    mask = pai.prune(backbone, None, "magnitude", 0.5).mask
+    pruned = copy.deepcopy(backbone)
+    mask.apply_(pruned)
+    plane = random_plane(pruned, mask, seed=3)
+    for direction in plane.directions:
+        assert set(direction) == {"encoder.0.weight", "encoder.3.weight"}
+        for name, values in direction.items():
+            weight = pruned.get_parameter(name)
+            assert (values[~mask[name]] == 0).all()
+            assert torch.allclose(
+                values.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5
+            )
+    assert not torch.equal(*(d["encoder.0.weight"] for d in plane.directions))
+    drawn = torch.cat([d.flatten() for d in random_plane(backbone).directions[0].values()])
+    assert abs(float(drawn.mean())) < 4 * float(drawn.std()) / len(drawn) ** 0.5
+
+
+def test_where_the_loss_is_not_finite_the_plane_goes_on() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    huge = {"encoder.0.weight": torch.full((8, 3, 3, 3), 3e38)}
+    plane = Plane((huge, huge), {"weights": (0, 0)}, "far")
+    before = fingerprint(backbone)
+    tests = {name: task.test for name, task in tasks.items()}
+    grid = losses_on_plane(backbone, plane, heads, tests, points=3, margin=1)
+    assert fingerprint(backbone) == before
+    middle = (grid.x == 0) & (grid.y == 0)
+    assert np.isfinite(grid.loss[middle]).all()
+    assert (np.isinf(grid.loss) == grid.accuracy.isna()).all()
+    assert np.isinf(grid.loss[(grid.x == 1) & (grid.y == 1)]).all()

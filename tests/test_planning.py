@@ -101,9 +101,17 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
         (
             runs.LandscapeAnalysisConfig(
                 **COMMON, source="digits", targets=["photos"], scorers=["snip"],
-                sparsities=[0.2, 0.4], fractions=[0.5, 1.0],
+                sparsities=[0.2, 0.4], fractions=[0.5, 1.0], products=4,
+                comparisons=["random", "trained"], brief_steps=5, spectrum_samples=6, probes=2,
+                lanczos_steps=3, finetune_steps=2, path_points=2, plane_points=3, plane_images=7,
             ),
-            200 + 2 * 3 * 14 + 3 * 10 + 2 * 20 * (3 * (3.1 + 2.5) + 3),
+            # Scores, heads and accuracies, terms and products, losses; the same for one sparsity
+            # of two other weights, one of them trained; spectra, repair, fine-tuning, path, planes.
+            2 * 3 * 10 + 200 + 5 * 80 + 2 * 10 * (3 * (3 + 2 * 4 + 2 + 2.5 * 4) + 9)
+            + 2 * (2 * 3 * 10 + 200 + 3 * 80 + 2 * 10 * (3 * (3 + 2 * 2 + 2 + 2.5 * 4) + 3))
+            + 100 + 3 * 32 * 5
+            + 3 * 4 * 2 * 3 * 3.1 * 6 + 2 * 3 * 10 + 2 * 100 + 3 * 2 * 64 + 5 * 80
+            + 2 * 9 * (7 + 7),
         ),
         (
             runs.ScorerAtlasConfig(

@@ -3,7 +3,14 @@
 import numpy as np
 import pandas as pd
 
-from pai_utils.plots import recovery_arrows, retention_curves, transfer_heatmap
+from pai_utils.plots import (
+    error_parts,
+    plane_contours,
+    predictions,
+    recovery_arrows,
+    retention_curves,
+    transfer_heatmap,
+)
 
 MIXED = "mnist5k+mnist5k:altered+photographs+contours"
 
@@ -50,3 +57,49 @@ def test_arrows_lead_from_before_to_after() -> None:
     assert labels == ["repaired, penalty: features", "repaired"]
     spans = {tuple(np.asarray(line.get_xdata()).tolist()) for line in axes.lines}
     assert {(0.8, 0.6), (0.8, 0.85), (0.9, 1.0)} <= spans
+
+
+def test_the_parts_of_an_error_are_labelled_in_order() -> None:
+    parts = pd.DataFrame(
+        {
+            "panel": ["a", "a", "b", "b"],
+            "part": ["diagonal", "gradient"] * 2,
+            "nats": [0.5, -0.25, 0.0, 3.0],
+        }
+    )
+    first, second = error_parts(parts).axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["gradient", "diagonal"]
+    assert [text.get_text() for text in first.texts] == ["-0.25", "+0.5"]
+    assert [text.get_text() for text in second.texts] == ["+3", "0"]
+
+
+def test_contours_mark_the_networks_and_bear_losses_without_end() -> None:
+    grid = pd.DataFrame(
+        [
+            {"task": task, "x": x, "y": y, "loss": np.inf if x == y == 2 else x + y}
+            for task in ("digits", "photos")
+            for x in (0.0, 1.0, 2.0)
+            for y in (0.0, 1.0, 2.0)
+        ]
+    )
+    figure = plane_contours(grid, {"dense": (0, 0), "pruned": (1, 0)}, "distance")
+    assert [axes.get_title() for axes in figure.axes] == [
+        "digits: loss (nats)", "photos: loss (nats)"
+    ]  # fmt: skip
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["dense", "pruned"]
+
+
+def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
+    cells = pd.DataFrame(
+        {
+            "scorer": "snip", "held_out": [True, False], "measured": [0.1, 2.0], "taylor": 1.0,
+            "ggn": 1.0, "blocks": 0.5, "diagonal": 0.25,
+        }
+    )  # fmt: skip
+    figure = predictions(cells)
+    assert len(figure.axes) == 4
+    held, own = (line for line in figure.axes[0].lines if line.get_marker() == "o")
+    assert held.get_markerfacecolor() != "white"
+    assert own.get_markerfacecolor() == "white"
+    assert list(np.asarray(held.get_ydata())) == [0.1]

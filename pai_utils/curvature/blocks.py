@@ -40,6 +40,7 @@ from pai_utils.curvature.persample import (
     Call,
     Cotangents,
     chunk_bytes,
+    gradient_entries,
     gradient_factors,
     receive_gradients,
 )
@@ -422,7 +423,7 @@ class _Filler:
             dtype = _gradient_dtype(left)
             left, right = left.to(dtype), right.to(dtype)
             for lo, hi in sums.slices(len(left)):
-                sums.add_(lo, _entries(left, right, lo, hi), rows[chosen])
+                sums.add_(lo, gradient_entries(left, right, lo, hi), rows[chosen])
 
     def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         """Keep one sample's gradient: one product for many samples is faster than many."""
@@ -444,20 +445,6 @@ class _Filler:
                     sums.add_(lo, torch.stack([g[part] for g, _ in kept]), rows)
                 kept.clear()
         self.waiting_bytes = 0
-
-
-def _entries(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
-    """Entries ``start`` to ``stop`` of the flattened gradients left @ right, ``[b, n]``."""
-    outputs, width = left.shape[2], right.shape[3]
-    first, last = start // width, -(-stop // width)  # output channels
-    groups = slice(first // outputs, -(-last // outputs))
-    left, right = left[:, groups], right[:, groups]
-    offset = groups.start * outputs
-    if left.shape[1] == 1:
-        left = left[:, :, first - offset : last - offset]
-        offset = first
-    entries = torch.matmul(left, right).flatten(1)
-    return entries[:, start - offset * width : stop - offset * width]
 
 
 def _fill(

@@ -341,6 +341,23 @@ def gradient_factors(
     return left, windows.reshape(len(left), groups, left.shape[-1], -1)
 
 
+def gradient_entries(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
+    """Entries ``start`` to ``stop`` of the flattened gradients ``left @ right``, ``[b, n]``.
+
+    The factors are those of :func:`gradient_factors`; no more rows are formed than are asked for.
+    """
+    outputs, width = left.shape[2], right.shape[3]
+    first, last = start // width, -(-stop // width)  # output channels
+    groups = slice(first // outputs, -(-last // outputs))
+    left, right = left[:, groups], right[:, groups]
+    offset = groups.start * outputs
+    if left.shape[1] == 1:
+        left = left[:, :, first - offset : last - offset]
+        offset = first
+    entries = torch.matmul(left, right).flatten(1)
+    return entries[:, start - offset * width : stop - offset * width]
+
+
 def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
     """Names of the weights that the graph of ``logits`` leads to."""
     names = {id(weight): name for name, weight in weights.items()}

@@ -437,39 +437,44 @@ class DirectionalTerms:
 
 def directional_terms(
     model: nn.Module,
-    direction: Mapping[str, Tensor],
+    directions: Sequence[Mapping[str, Tensor]],
     data: Samples,
     *,
     samples: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-) -> DirectionalTerms:
+) -> list[DirectionalTerms]:
     """Loss, gᵀv, vᵀHv and vᵀGv of the mean cross-entropy at the model's parameters.
 
-    Exact up to rounding for the samples drawn. Costs about five forward and backward passes.
+    Exact up to rounding for the samples drawn. Costs about five forward and backward passes for
+    one direction and two for each more, since all share what does not depend on them.
 
     Args:
         model: images to logits; evaluated in evaluation mode, left as it was.
-        direction: v, one tensor a parameter name, of the parameter's shape.
+        directions: each a v, one tensor a parameter name, of the parameter's shape; all of the
+            same names.
         data: labelled samples.
         samples: size of the seeded draw without replacement; ``None`` for all.
         batch_size: samples a forward; halved when memory runs out.
         seed: seed of the draw.
 
+    Returns:
+        The terms of each direction, in their order.
+
     Raises:
-        ValueError: if a name or shape of ``direction`` does not fit the model, a label goes beyond
-            its classes, or a term is not finite.
+        ValueError: if there is no direction, a name or shape does not fit the model or the other
+            directions, a label goes beyond the model's classes, or a term is not finite.
     """
-    check_direction(model, direction)
+    check_directions(model, directions)
     indices = draw_samples(data, samples, seed)
     share = indices[share_of_work(len(indices))]
 
     def compute(size: int) -> Tensor:
-        total = torch.zeros(4, dtype=torch.float64, device=device_of(model))
+        total = torch.zeros(len(directions), 4, dtype=torch.float64, device=device_of(model))
         if not len(share):  # fewer samples than processes
             return total
         for images, labels in batches(data, size, device_of(model), share):
-            terms = _batch_terms(model, direction, paired(images), paired(labels))
+            terms = _batch_terms(model, directions, paired(images), paired(labels))
             total += terms / len(paired(images)) * len(images)
         return total
 
@@ -477,37 +482,46 @@ def directional_terms(
     with undisturbed(model), sdpa_kernel(SDPBackend.MATH), _own_precision(model):
         total = fitting_batches(compute, batch_size)
     sum_over_processes_(total)
-    loss, gradient, hessian, ggn = (total / len(indices)).tolist()
-    terms = DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
-    if not all(map(math.isfinite, (loss, gradient, hessian, ggn))):
-        raise NonFiniteError(f"{terms}: look for non-finite weights, images or directions")
-    return terms
+    found = [
+        DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
+        for loss, gradient, hessian, ggn in (total / len(indices)).tolist()
+    ]
+    for terms in found:
+        if not all(map(math.isfinite, (terms.loss, terms.gradient, terms.hessian, terms.ggn))):
+            raise NonFiniteError(f"{terms}: look for non-finite weights, images or directions")
+    return found
 
 
-def check_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> None:
-    """Refuse a direction that does not fit the model's parameters.
+def check_directions(model: nn.Module, directions: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse directions that do not fit the model's parameters.
 
     Raises:
-        ValueError: if it is empty, or a name or shape is none of the model's.
+        ValueError: if there are none or one is empty, a name or shape is none of the model's, or
+            they do not all have the same names.
     """
-    if not direction:
-        raise ValueError("the direction names no parameter")
+    if not directions:
+        raise ValueError("at least one direction is needed")
     parameters = dict(model.named_parameters())
-    for name, value in direction.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise ValueError(
-                f"direction {name!r} {tuple(value.shape)} is no parameter of the model"
-            )
+    for direction in directions:
+        if not direction:
+            raise ValueError("the direction names no parameter")
+        for name, value in direction.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(
+                    f"direction {name!r} {tuple(value.shape)} is no parameter of the model"
+                )
+        if different := set(direction) ^ set(directions[0]):
+            raise ValueError(f"only some of the directions have {min(different)!r}")
 
 
 def _batch_terms(
-    model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module, directions: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor
 ) -> Tensor:
-    """Sums over the batch of loss, gᵀv, vᵀHv and vᵀGv, in float64."""
+    """Sums over the batch of loss, gᵀv, vᵀHv and vᵀGv, ``[directions, 4]`` in float64."""
     # Others are detached as well: no gradient is formed that nobody asks for.
     values = {name: p.detach() for name, p in model.named_parameters()}
-    weights = {name: values[name].requires_grad_() for name in direction}
-    leaves, vectors = list(weights.values()), list(direction.values())
+    weights = {name: values[name].requires_grad_() for name in directions[0]}
+    leaves = list(weights.values())
     with torch.enable_grad(), FastSecondDerivatives() as layers:
         logits = functional_call(model, values, (images,))
         check_labels(labels, logits.shape[1])
@@ -515,16 +529,23 @@ def _batch_terms(
         gradients = _gradients(loss, leaves, create_graph=True)
         along = torch.zeros_like(logits, requires_grad=True)
         pulled = _gradients(logits, leaves, along, create_graph=True)
-    products = _backward(gradients, leaves, vectors, keep=True)
-    with layers.only_linear():
-        (tangent,) = _backward(pulled, [along], vectors, keep=False)
     p = logits.detach().softmax(1)
-    # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
-    centred = tangent - (p * tangent).sum(1, keepdim=True)
-    spread = (p * centred.square()).sum(1)
-    slope = (residual(logits.detach(), labels) * tangent).sum()
-    bend = torch.stack([(a * b).sum() for a, b in zip(products, vectors, strict=True)]).sum()
-    return torch.stack([term.double() for term in (loss.detach(), slope, bend, spread.sum())])
+    slopes = residual(logits.detach(), labels)
+    terms: list[Tensor] = []
+    for direction in directions:
+        vectors = [direction[name] for name in weights]
+        keep = len(terms) + 1 < len(directions)
+        # The second graph hangs on parts of the first, so that this one stays for it.
+        products = _backward(gradients, leaves, vectors, keep=True)
+        with layers.only_linear():
+            (tangent,) = _backward(pulled, [along], vectors, keep=keep)
+        # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
+        centred = tangent - (p * tangent).sum(1, keepdim=True)
+        spread = (p * centred.square()).sum()
+        slope = (slopes * tangent).sum()
+        bend = torch.stack([(a * b).sum() for a, b in zip(products, vectors, strict=True)]).sum()
+        terms.append(torch.stack([t.double() for t in (loss.detach(), slope, bend, spread)]))
+    return torch.stack(terms)
 
 
 def _gradients(

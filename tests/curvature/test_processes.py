@@ -35,7 +35,7 @@ def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
         estimate = hutchinson_diagonal(products, probes=4, tolerance=0)
         yield f"{operator.__name__}, diagonal", flattened(estimate.diagonal)
         yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
-    terms = directional_terms(case.model, vector, case.data, samples=samples, batch_size=2)
+    (terms,) = directional_terms(case.model, [vector], case.data, samples=samples, batch_size=2)
     yield (
         "terms",
         torch.tensor([terms.loss, terms.gradient, terms.hessian, terms.ggn], dtype=torch.float64),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.products import directional_terms
+from pai_utils.curvature.products import DirectionalTerms, directional_terms
 from tests.cases import (
     Case,
     Images,
@@ -27,6 +27,13 @@ def direction_for(case: Case) -> dict[str, Tensor]:
         name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
         for name in case.names
     }
+
+
+def terms_along(
+    model: nn.Module, v: dict[str, Tensor], data: Images, *, batch_size: int = 64
+) -> DirectionalTerms:
+    (terms,) = directional_terms(model, [v], data, batch_size=batch_size)
+    return terms
 
 
 def close(value: float, reference: Tensor | float) -> bool:
@@ -52,7 +59,7 @@ def test_terms_equal_those_of_the_dense_matrices(case: Case) -> None:
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     ggn = torch.einsum("nc,ncd,nd->n", tangents, middle, tangents).mean()
     for batch_size in (3, 64):
-        terms = directional_terms(case.model, v, case.data, batch_size=batch_size)
+        terms = terms_along(case.model, v, case.data, batch_size=batch_size)
         assert close(terms.loss, F.cross_entropy(logits, case.data.labels))
         assert close(terms.gradient, along(residual).mean())
         assert close(terms.hessian, flat @ hessian @ flat)
@@ -60,19 +67,27 @@ def test_terms_equal_those_of_the_dense_matrices(case: Case) -> None:
         assert terms.count == 10
 
 
+def test_directions_do_not_disturb_each_other(case: Case) -> None:
+    v = direction_for(case)
+    other = {name: part.cos() for name, part in v.items()}
+    both = directional_terms(case.model, [v, other, v], case.data, batch_size=4)
+    alone = [terms_along(case.model, w, case.data, batch_size=4) for w in (v, other)]
+    assert both == [alone[0], alone[1], alone[0]]
+
+
 def test_nothing_is_left_changed(case: Case) -> None:
     parameters = list(case.model.parameters())
     parameters[0].grad = torch.ones_like(parameters[0])
     before = fingerprint(case.model)
-    directional_terms(case.model, direction_for(case), case.data, batch_size=4)
+    terms_along(case.model, direction_for(case), case.data, batch_size=4)
     assert fingerprint(case.model) == before
 
 
 def test_frozen_models_have_the_same_terms(case: Case) -> None:
-    expected = directional_terms(case.model, direction_for(case), case.data)
+    expected = terms_along(case.model, direction_for(case), case.data)
     case.model.requires_grad_(False)
     with torch.no_grad():
-        found = directional_terms(case.model, direction_for(case), case.data)
+        found = terms_along(case.model, direction_for(case), case.data)
     assert found == expected
 
 
@@ -80,7 +95,7 @@ def test_a_linear_softmax_model_has_its_closed_form() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
     data = Images(7, classes=3, side=2)
     v = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    terms = directional_terms(model, {"1.weight": v}, data)
+    terms = terms_along(model, {"1.weight": v}, data)
     x = data.images.flatten(1)
     p = logits_of(model, data.images).softmax(1)
     t = x @ v.T
@@ -96,9 +111,7 @@ def test_the_ggn_keeps_its_digits_when_all_logits_move_alike() -> None:
     data = Images(7, classes=3, side=2, dtype=torch.float32)
     v = {"1.bias": torch.tensor([1e4, 1e4, 1e4 + 1])}
     p = logits_of(model, data.images).softmax(1)[:, 2]
-    assert directional_terms(model, v, data).ggn == pytest.approx(
-        float((p * (1 - p)).mean()), rel=1e-3
-    )
+    assert terms_along(model, v, data).ggn == pytest.approx(float((p * (1 - p)).mean()), rel=1e-3)
 
 
 def test_a_timm_vision_transformer_matches_finite_differences() -> None:
@@ -109,7 +122,7 @@ def test_a_timm_vision_transformer_matches_finite_differences() -> None:
     parameters = dict(model.named_parameters())
     v = {n: 0.02 * torch.randn_like(parameters[n]) for n in names}
     data = Images(3, side=32)
-    terms = directional_terms(model, v, data, batch_size=2)
+    terms = terms_along(model, v, data, batch_size=2)
 
     def loss(step: float) -> float:
         with torch.no_grad():
@@ -131,7 +144,7 @@ def test_a_timm_vision_transformer_matches_finite_differences() -> None:
 def test_a_direction_of_unused_weights_has_no_slope() -> None:
     case = build("unused weight")
     v = {"1.unused.weight": torch.ones(6, 6, dtype=torch.float64)}
-    terms = directional_terms(case.model, v, case.data)
+    terms = terms_along(case.model, v, case.data)
     assert (terms.gradient, terms.hessian, terms.ggn) == (0, 0, 0)
     assert terms.loss > 0
 
@@ -139,9 +152,9 @@ def test_a_direction_of_unused_weights_has_no_slope() -> None:
 def test_running_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
     case = build("linear over tokens")
     v = direction_for(case)
-    expected = directional_terms(case.model, v, case.data)
+    expected = terms_along(case.model, v, case.data)
     with caplog.at_level(logging.WARNING, "pai_utils"):
-        found = directional_terms(
+        found = terms_along(
             Limited(case.model, 3), {f"model.{n}": d for n, d in v.items()}, case.data
         )
     assert close(found.hessian, expected.hessian)
@@ -151,11 +164,16 @@ def test_running_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture
 def test_directions_that_do_not_fit_are_refused() -> None:
     case = build("linear over vectors")
     with pytest.raises(ValueError, match=r"'2\.wieght' \(6, 48\) is no parameter"):
-        directional_terms(case.model, {"2.wieght": torch.zeros(6, 48)}, case.data)
+        terms_along(case.model, {"2.wieght": torch.zeros(6, 48)}, case.data)
     with pytest.raises(ValueError, match=r"'2\.weight' \(48, 6\) is no parameter"):
-        directional_terms(case.model, {"2.weight": torch.zeros(48, 6)}, case.data)
+        terms_along(case.model, {"2.weight": torch.zeros(48, 6)}, case.data)
     with pytest.raises(ValueError, match="names no parameter"):
-        directional_terms(case.model, {}, case.data)
+        terms_along(case.model, {}, case.data)
+    with pytest.raises(ValueError, match="at least one direction"):
+        directional_terms(case.model, [], case.data)
+    v = direction_for(case)
+    with pytest.raises(ValueError, match=r"only some of the directions have '\d\."):
+        directional_terms(case.model, [v, {"2.bias": torch.zeros(6)}], case.data)
 
 
 @pytest.mark.parametrize("label", [-100, 4])
@@ -163,11 +181,11 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
     case = build("linear over vectors")
     case.data.labels[3] = label
     with pytest.raises(ValueError, match=f"label {label} but the model's classes are 0 to 3"):
-        directional_terms(case.model, direction_for(case), case.data)
+        terms_along(case.model, direction_for(case), case.data)
 
 
 def test_terms_that_are_not_finite_are_refused() -> None:
     case = build("linear over vectors")
     case.data.images[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="non-finite"):
-        directional_terms(case.model, direction_for(case), case.data)
+        terms_along(case.model, direction_for(case), case.data)

@@ -152,7 +152,8 @@ def test_saliency_of_inner_weights_is_the_increase_of_the_quadratic_loss() -> No
         for index in (0, weight.numel() // 2, weight.numel() - 1):
             step = torch.zeros_like(weight).flatten()
             step[index] = -weight.detach().flatten()[index]
-            terms = directional_terms(case.model, {name: step.view_as(weight)}, case.data)
+            direction = {name: step.view_as(weight)}
+            (terms,) = directional_terms(case.model, [direction], case.data)
             assert float(scores[name].flatten()[index]) == pytest.approx(terms.ggn / 2, rel=1e-10)
 
 
