@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ from pai_utils.heads import features, fit_head
 from pai_utils.masks import Mask
 from pai_utils.pruning import prune
 from pai_utils.scorers import SCORERS
-from pai_utils.sources import load_source
+from pai_utils.sources import Source, load_source
 from pai_utils.tasks import Task
 
 OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float, float, float], torch.optim.Optimizer]]
@@ -144,6 +145,11 @@ class FeaturePenalty:
                 f"{expected}: one row an image, one column a feature"
             )
 
+    @cached_property
+    def variance(self) -> Tensor:
+        """V."""
+        return self.targets.var(0, correction=0).sum()
+
     def loss(self, model: Classifier, batch_size: int, seed: int) -> Tensor:
         """The penalty on a seeded draw of ``batch_size`` images, with replacement."""
         generator = torch.Generator().manual_seed(seed)
@@ -151,8 +157,7 @@ class FeaturePenalty:
         ((images, _),) = batches(self.images, batch_size, device_of(model), rows)
         found = model.backbone(paired(images))
         targets = paired(self.targets[rows].to(found))
-        variance = self.targets.var(0, correction=0).sum().to(found)
-        change: Tensor = (found - targets).square().sum(1).mean() / variance
+        change: Tensor = (found - targets).square().sum(1).mean() / self.variance.to(found)
         return 0.5 * self.strength * change
 
 
@@ -446,10 +451,15 @@ def recovery_study(
     sweep["batch_size"] = sweep.pop("finetune_batch_size", 64)
     plain = {"none": 0.0}
     parts = []
+
+    @cache
+    def pool_of(seed: int) -> Source:
+        return load_source(prune_by or source, encoder, tasks, heads, seed=seed)
+
     for seed, sparsity, start in itertools.product(seeds, sparsities, starts):
         if start == "dense" and sparsity != sparsities[0]:
             continue
-        pool = load_source(prune_by or source, encoder, tasks, heads, seed=seed)
+        pool = pool_of(seed)
         images = pool.labelled or pool.images if SCORERS[scorer].needs_head else pool.images
         begun: nn.Module = model
         mask = None

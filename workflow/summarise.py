@@ -10,6 +10,7 @@ import pandas as pd
 
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
+from pai_utils.finetuning import chosen_on_validation
 from pai_utils.plots import retention_curves
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -52,17 +53,25 @@ def _methods(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table.method.str.contains("no pre-training")]
 
 
+def _atlas(results: Path) -> pd.DataFrame:
+    """What every score of the scorer atlas keeps on held-out tasks."""
+    parts = []
+    for backbone, label in BACKBONES.items():
+        table = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
+        parts.append(table[table.tasks == "held-out"].assign(encoder=label))
+    return pd.concat(parts, ignore_index=True).rename(columns={"scorer": "method"})
+
+
 def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
     """The best repaired mask beside the best published score of the scorer atlas."""
     rows = []
-    for backbone, label in BACKBONES.items():
-        path = results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv"
-        atlas = pd.read_csv(path)
-        atlas = atlas[(atlas.tasks == "held-out") & atlas.scorer.isin(PUBLISHED)]
+    atlas = _atlas(results)
+    published = atlas[atlas.method.isin(PUBLISHED)]
+    for label in BACKBONES.values():
         ours = _methods(left)
         ours = ours[(ours.encoder == label) & (ours.tasks == "embedded")]
         for sparsity, group in ours.groupby("sparsity"):
-            other = atlas[atlas.sparsity == sparsity]
+            other = published[(published.encoder == label) & (published.sparsity == sparsity)]
             if other.empty:
                 continue
             best, peer = (table.sort_values("retention").iloc[-1] for table in (group, other))
@@ -72,7 +81,7 @@ def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
                     "sparsity": sparsity,
                     "best here": best.method,
                     "retention": best.retention,
-                    "best published": peer.scorer,
+                    "best published": peer.method,
                     "its retention": peer.retention,
                     "gain in points": 100 * (best.retention - peer.retention),
                 }
@@ -82,12 +91,8 @@ def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
 
 def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
     """The score and repair that kept most at each sparsity, of all that were measured."""
-    parts = [left[left.tasks == "embedded"].drop(columns="tasks")]
-    for backbone, label in BACKBONES.items():
-        atlas = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
-        atlas = atlas[atlas.tasks == "held-out"].rename(columns={"scorer": "method"})
-        parts.append(atlas.assign(encoder=label)[parts[0].columns])
-    table = _methods(pd.concat(parts, ignore_index=True))
+    ours = left[left.tasks == "embedded"].drop(columns="tasks")
+    table = _methods(pd.concat([ours, _atlas(results)[ours.columns]], ignore_index=True))
     best = table.loc[table.groupby(["encoder", "sparsity"]).retention.idxmax()]
     return best.sort_values(["encoder", "sparsity"])[
         ["encoder", "sparsity", "method", "retention", "low", "high"]
@@ -130,10 +135,10 @@ def recovery(results: Path) -> pd.DataFrame:
         folder = results / "recovery" / f"finetune_recovery-{backbone}"
         if (folder / "gains.csv").is_file():
             table = pd.read_csv(folder / "gains.csv")
-            keys = ["start", "sparsity", "penalty"]
-            best = table.groupby(keys, sort=False).validation.transform("max")
-            chosen = ["yes" if yes else "" for yes in table.validation == best]
-            parts.append(table.assign(encoder=label, chosen=chosen))
+            keys = ["start", "sparsity", "penalty", "learning_rate"]
+            best = chosen_on_validation(table)[keys].assign(chosen="yes")
+            marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
+            parts.append(marked.assign(encoder=label))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
