@@ -58,6 +58,7 @@ Direction = Mapping[str, Tensor]
 """A step in weight space: one tensor a parameter name, of the parameter's shape."""
 
 T = TypeVar("T")
+_Values = NDArray[np.float64]
 
 PARTS = {
     "within blocks": ("blocks", "diagonal"),
@@ -218,7 +219,7 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "prediction": name,
-            "correlation": _spearman(full[name].to_numpy(), full.measured.to_numpy()),
+            "correlation": float(_spearman(full[name].to_numpy(), full.measured.to_numpy())[0]),
             "count": len(full),
         }
         for name in predictions
@@ -366,14 +367,25 @@ def _correlation(one: Tensor, other: Tensor, weights: Tensor | None = None) -> f
     return float((share * a * b).sum() / variances.sqrt()) if variances > 0 else math.nan
 
 
-def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Rank correlation; not a number for fewer than three values or where one does not vary."""
-    if len(one) < 3:
-        return math.nan
-    a, b = (rankdata(values) for values in (one, other))
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b) / scale if scale else math.nan
+def _spearman(one: _Values, other: _Values, counts: _Values | None = None) -> _Values:
+    """Rank correlation ``[R]`` of samples in which value i comes ``counts[r, i]`` times.
+
+    Not a number for fewer than three values, or where one does not vary.
+    """
+    counts = np.ones((1, len(one))) if counts is None else counts
+    size = counts.sum(1)
+    share = counts / np.maximum(size, 1)[:, None]
+    a, b = (
+        # Of value i: how many lie below it, and half of its equals.
+        counts @ ((v[:, None] < v) + (v[:, None] == v) / 2)
+        for v in (one, other)
+    )
+    a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (a, b))
+    scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
+    known = (size >= 3) & (scale > 0)
+    found: _Values = np.full(len(counts), math.nan)
+    np.divide((share * a * b).sum(1), scale, out=found, where=known)
+    return found
 
 
 # Both, and what is kept
@@ -569,38 +581,36 @@ def transfer_correlations(
         values, kept = known[predictor].to_numpy(), known.retention.to_numpy()
         alike = known.groupby(["scorer", "sparsity"]).ngroup().to_numpy()
         of_pair = known.groupby(["source", "target"]).ngroup().to_numpy()
-        pairs = [np.flatnonzero(of_pair == pair) for pair in range(len(set(of_pair)))]
+        pairs = len(set(of_pair))
         random = np.random.default_rng(seed)
-        draws = [
-            np.concatenate([pairs[i] for i in random.integers(len(pairs), size=len(pairs))])
-            for _ in range(replicates if len(pairs) > 1 else 0)
-        ]
+        # How often each pair is drawn, and with it all of its cells.
+        drawn = random.multinomial(
+            pairs, np.full(max(pairs, 1), 1 / max(pairs, 1)), size=replicates
+        )
         row: dict[str, object] = {"predictor": predictor}
         for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
-            row[kind] = _within(values, kept, groups)
-            found = [_within(values[drawn], kept[drawn], groups[drawn]) for drawn in draws]
+            row[kind] = float(_within(values, kept, groups, np.ones((1, len(values))))[0])
+            found = _within(values, kept, groups, drawn[:, of_pair].astype(float))
             row[f"{kind}_low"], row[f"{kind}_high"] = (
-                interval(np.array(found), level) if found else (math.nan, math.nan)
+                interval(found, level) if pairs > 1 else (math.nan, math.nan)
             )
-        rows.append(row | {"cells": len(known), "pairs": len(pairs)})
-    columns = [
-        "predictor",
-        *(f"{k}{e}" for k in ("pooled", "within") for e in ("", "_low", "_high")),
-    ]
-    return pd.DataFrame(rows)[[*columns, "cells", "pairs"]]
+        rows.append(row | {"cells": len(known), "pairs": pairs})
+    return pd.DataFrame(rows)
 
 
 def _within(
-    values: NDArray[np.float64], kept: NDArray[np.float64], groups: NDArray[np.integer[Any]]
-) -> float:
-    """Mean rank correlation within groups, weighted by their sizes."""
-    total, count = 0.0, 0
+    values: _Values, kept: _Values, groups: NDArray[np.integer[Any]], counts: _Values
+) -> _Values:
+    """Mean rank correlation within groups, weighted by their sizes, for each row of counts."""
+    total, weight = np.zeros((2, len(counts)))
     for group in np.unique(groups):
         chosen = groups == group
-        found = _spearman(values[chosen], kept[chosen])
-        if not math.isnan(found):
-            total, count = total + found * int(chosen.sum()), count + int(chosen.sum())
-    return total / count if count else math.nan
+        found = _spearman(values[chosen], kept[chosen], counts[:, chosen])
+        size = np.where(np.isnan(found), 0, counts[:, chosen].sum(1))
+        total, weight = total + np.nan_to_num(found) * size, weight + size
+    mean: _Values = np.full(len(counts), math.nan)
+    np.divide(total, weight, out=mean, where=weight > 0)
+    return mean
 
 
 QUANTITIES = {

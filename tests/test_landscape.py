@@ -354,6 +354,38 @@ def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
     assert table.pooled_low["good"] == pytest.approx(1)
     few = transfer_correlations(cells(2), predictors=["good"])
     assert few.pairs[0] == 2
+    blind = cells().assign(good=math.nan)
+    none = transfer_correlations(blind, predictors=["good"])
+    assert none.pairs[0] == 0
+    assert none.pooled.isna().all()
+    assert none.pooled_low.isna().all()
+
+
+def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
+    random = np.random.default_rng(5)
+    table = cells()
+    table["noisy"] = table.retention + 0.3 * random.standard_normal(len(table))
+    table["noisy"] = table.noisy.round(1)  # ties
+    found = transfer_correlations(table, predictors=["noisy"], replicates=50, seed=3).iloc[0]
+    held = table[table.held_out]
+    pairs = [group for _, group in held.groupby(["source", "target"])]
+    drawn = np.random.default_rng(3).multinomial(12, np.ones(12) / 12, size=50)
+    pooled, within = [], []
+    for counts in drawn:
+        sample = pd.concat([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
+        pooled.append(spearmanr(sample.noisy, sample.retention).statistic)
+        within.append(
+            np.mean(
+                [
+                    spearmanr(group.noisy, group.retention).statistic
+                    for _, group in sample.groupby("sparsity")
+                ]
+            )
+        )
+    for kind, values in {"pooled": pooled, "within": within}.items():
+        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx(
+            tuple(np.quantile(values, [0.025, 0.975]))
+        )
 
 
 def tiny_tasks() -> tuple[Backbone, dict[str, Task], dict[str, nn.Linear]]:

@@ -250,7 +250,7 @@ def test_the_other_notebooks_have_their_parameters() -> None:
         LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.25, 0.5]})
     with pytest.raises(ValueError, match="the only target is the source digits"):
         LandscapeAnalysisConfig.from_notebook(landscape | {"targets": ["digits"]})
-    with pytest.raises(ValueError, match="unknown comparison 'brief'.*random, trained"):
+    with pytest.raises(ValueError, match=r"unknown comparison 'brief'.*random, trained"):
         LandscapeAnalysisConfig.from_notebook(landscape | {"comparisons": ["brief"]})
 
 
