@@ -718,9 +718,8 @@ def spectra(
         seed: of the draw and of the start vectors.
 
     Returns:
-        ``name, largest, smallest, trace, trace_standard_error, negative_share`` (of the sum of
-        absolute eigenvalues), one row a model, and ``name, eigenvalue, density``, many rows a
-        model.
+        ``name, largest, smallest, trace, trace_standard_error``, one row a model, and
+        ``name, eigenvalue, density``, many rows a model.
     """
     summary, densities = [], []
     for name, model in models.items():
@@ -730,8 +729,7 @@ def spectra(
         )
         found = spectral_density(operator, probes=probes, steps=steps, seed=seed)
         size = sum(values.numel() for values in operator.parameters.values())
-        parts = found.weights * found.nodes
-        traces = size * parts.sum(1)
+        traces = size * (found.weights * found.nodes).sum(1)
         summary.append(
             {
                 "name": name,
@@ -741,7 +739,6 @@ def spectra(
                 "trace_standard_error": float(traces.std() / probes**0.5)
                 if probes > 1
                 else math.nan,
-                "negative_share": float(-parts.clamp(max=0).sum() / parts.abs().sum()),
             }
         )
         densities.append(
