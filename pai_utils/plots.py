@@ -25,12 +25,13 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _PANEL = (3.1, 2.9)  # inches
 _TITLE = 32  # characters of a panel's title on one line
-_PREDICTIONS = {
+PREDICTIONS = {
     "taylor": "gᵀδ + ½ δᵀHδ",
     "ggn": "½ δᵀGδ",
     "blocks": "½ δᵀ blocks(G) δ",
     "diagonal": "½ δᵀ diag(G) δ",
 }
+"""Columns of :func:`~pai_utils.landscape.predicted_and_measured`, and how figures call them."""
 
 
 def retention_curves(held_out: pd.DataFrame) -> Figure:
@@ -195,7 +196,7 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
             ``panel`` naming task, scorer or sparsity.
     """
     panels = list(dict.fromkeys(table.panel))
-    series = {"measured": "measured", **_PREDICTIONS}
+    series = {"measured": "measured", **PREDICTIONS}
 
     def draw(axes: Axes, panel: str) -> None:
         rows = table[table.panel == panel]
@@ -254,7 +255,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
     step = 10.0 ** math.floor(math.log10(float(positive.min()))) if len(positive) else 1.0
 
     def draw(axes: Axes, label: str) -> None:
-        column = next(name for name, text in _PREDICTIONS.items() if text == label)
+        column = next(name for name, text in PREDICTIONS.items() if text == label)
         for index, scorer in enumerate(scorers):
             for held_out in (True, False):
                 rows = cells[(cells.scorer == scorer) & (cells.held_out == held_out)]
@@ -277,7 +278,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
         axes.set_xlabel("predicted (nats)")
 
     with _look():
-        return _panels([*_PREDICTIONS.values()], draw, "measured increase (nats)")
+        return _panels([*PREDICTIONS.values()], draw, "measured increase (nats)")
 
 
 def alignment(table: pd.DataFrame) -> Figure:

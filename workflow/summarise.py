@@ -11,7 +11,8 @@ import pandas as pd
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
 from pai_utils.finetuning import chosen_on_validation
-from pai_utils.plots import retention_curves
+from pai_utils.landscape import rank_agreement
+from pai_utils.plots import PREDICTIONS, retention_curves
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -145,15 +146,75 @@ def recovery(results: Path) -> pd.DataFrame:
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
 
 
+def _landscape(results: Path, name: str) -> pd.DataFrame:
+    """One table of the landscape analysis, of all encoders."""
+    parts = []
+    for backbone, label in BACKBONES.items():
+        path = results / "landscape" / f"landscape_analysis-{backbone}" / f"{name}.csv"
+        if path.is_file():
+            table = pd.read_csv(path)
+            table.insert(0, "encoder", label)
+            parts.append(table)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def reach(results: Path) -> pd.DataFrame:
+    """How far each quadratic model reaches: its error, and whether it ranks masks."""
+    losses = _landscape(results, "losses")
+    if losses.empty:
+        return losses
+    rows = []
+    keys = ["encoder", "sparsity", "fraction"]
+    for (encoder, sparsity, fraction), cells in losses.groupby(keys, sort=False):
+        if fraction not in (losses.fraction.min(), 1):
+            continue
+        ranks = rank_agreement(cells).set_index("prediction").correlation
+        for column, label in PREDICTIONS.items():
+            error = (cells[column] - cells.measured).abs()
+            rows.append(
+                {
+                    "encoder": encoder,
+                    "sparsity": sparsity,
+                    "share of the step": fraction,
+                    "model": label,
+                    "median predicted": cells[column].median(),
+                    "median measured": cells.measured.median(),
+                    "within half": float((error <= 0.5 * cells.measured.abs()).mean()),
+                    "rank correlation": ranks[column],
+                    "cells": len(cells),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def transfer(results: Path) -> pd.DataFrame:
+    """What correlates with retention on held-out tasks."""
+    table = _landscape(results, "correlations")
+    if table.empty:
+        return table
+    shown = {"encoder": table.encoder, "predictor": table.predictor.str.replace("_", " ")}
+    for kind, label in {"pooled": "all cells", "within": "one scorer and sparsity"}.items():
+        shown[label] = _with_interval(table[kind], table[f"{kind}_low"], table[f"{kind}_high"])
+    return pd.DataFrame(shown | {"cells": table.cells, "pairs": table.pairs})
+
+
+def _with_interval(
+    value: "pd.Series[float]", low: "pd.Series[float]", high: "pd.Series[float]"
+) -> "pd.Series[str]":
+    """Each value with its interval in brackets, where there is one."""
+    texts = [
+        f"{v:.2f}" if pd.isna(a) else f"{v:.2f} ({a:.2f} to {b:.2f})"
+        for v, a, b in zip(value, low, high, strict=True)
+    ]
+    return pd.Series(texts, index=value.index)
+
+
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """Rounded, with the interval beside its value and long names last, for narrow pages."""
     numbers = table.select_dtypes("float").round(2) + 0.0  # no "-0.00"
     table = table.assign(**numbers)
     if {"retention", "low", "high"} <= set(table):
-        table["retention"] = [
-            f"{r:.2f}" if pd.isna(low) else f"{r:.2f} ({low:.2f} to {high:.2f})"
-            for r, low, high in zip(table.retention, table.low, table.high, strict=True)
-        ]
+        table["retention"] = _with_interval(table.retention, table.low, table.high)
         table = table.drop(columns=["low", "high"])
     long = [name for name in ("method", "source") if name in table]
     return table[[*(name for name in table if name not in long), *long]]
@@ -169,7 +230,14 @@ def summarise(results: Path) -> list[Path]:
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
         "recovery": recovery(results),
+        "reach": reach(results),
+        "transfer": transfer(results),
+        "weights": _landscape(results, "compared_means"),
+        "barriers": _landscape(results, "barriers"),
+        "spectra": _landscape(results, "spectra"),
     }.items():
+        if table.empty:
+            continue
         path = results / "summary" / f"{name}.csv"
         content = _shown(table).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())

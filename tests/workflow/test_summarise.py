@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from summarise import gains, levers, recovery, repaired, summarise, what_to_use
+from summarise import (
+    gains,
+    levers,
+    reach,
+    recovery,
+    repaired,
+    summarise,
+    transfer,
+    what_to_use,
+)
 
 
 @pytest.fixture
@@ -47,7 +56,41 @@ def results(tmp_path: Path) -> Path:
     pd.DataFrame(
         [row | {"validation": 0.9}, row | {"validation": 0.8, "learning_rate": 1e-4}]
     ).to_csv(tuned / "gains.csv", index=False)
+    _landscape(tmp_path / "landscape" / "landscape_analysis-efficientnet_lite0")
     return tmp_path
+
+
+def _landscape(folder: Path) -> None:
+    """Four cells at two shares of the step; and what correlates with retention."""
+    folder.mkdir(parents=True)
+    columns = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
+    cells = [
+        {
+            "sparsity": 0.2,
+            "fraction": fraction,
+            "measured": fraction * k,
+            **dict.fromkeys(columns, fraction * k * 2),
+        }
+        for fraction in (0.25, 0.5, 1.0)
+        for k in (1.0, 2.0, 3.0, 4.0)
+    ]
+    table = pd.DataFrame(cells)
+    table["ggn"] = table.measured * 1.25
+    table["diagonal"] = -table.measured
+    table.to_csv(folder / "losses.csv", index=False)
+    pd.DataFrame(
+        [
+            ["mask_overlap_excess", 0.5, 0.25, 0.75, 0.1, float("nan"), float("nan"), 12, 6],
+        ],
+        columns=[
+            "predictor", "pooled", "pooled_low", "pooled_high", "within", "within_low",
+            "within_high", "cells", "pairs",
+        ],
+    ).to_csv(folder / "correlations.csv", index=False)  # fmt: skip
+    for name in ("compared_means", "barriers", "spectra"):
+        pd.DataFrame({"quantity": ["q"], "pre-trained": [0.123]}).to_csv(
+            folder / f"{name}.csv", index=False
+        )
 
 
 def test_retention_is_the_mean_over_sources(results: Path) -> None:
@@ -89,10 +132,41 @@ def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
     assert (table["held-out before"] == 0.25).all()
 
 
+def test_the_reach_of_a_model_is_its_error_and_its_ranks(results: Path) -> None:
+    table = reach(results).set_index(["share of the step", "model"])
+    assert sorted(set(table.index.get_level_values(0))) == [0.25, 1]
+    full = table.loc[1.0]
+    assert full["within half"].to_dict() == {
+        "gᵀδ + ½ δᵀHδ": 0, "½ δᵀGδ": 1, "½ δᵀ blocks(G) δ": 0, "½ δᵀ diag(G) δ": 0
+    }  # fmt: skip
+    assert full["rank correlation"]["½ δᵀGδ"] == pytest.approx(1)
+    assert full["rank correlation"]["½ δᵀ diag(G) δ"] == pytest.approx(-1)
+    assert full["median measured"]["½ δᵀGδ"] == 2.5
+    assert (table.cells == 4).all()
+
+
+def test_correlations_stand_with_their_intervals(results: Path) -> None:
+    (row,) = transfer(results).to_dict("records")
+    assert row["predictor"] == "mask overlap excess"
+    assert row["all cells"] == "0.50 (0.25 to 0.75)"
+    assert row["one scorer and sparsity"] == "0.10"
+    assert (row["encoder"], row["cells"], row["pairs"]) == ("EfficientNet-Lite0", 12, 6)
+
+
+def test_what_is_not_stored_is_left_out(results: Path) -> None:
+    (results / "landscape").rename(results / "elsewhere")
+    written = {path.stem for path in summarise(results)}
+    assert "reach" not in written
+    assert "gains" in written
+
+
 def test_every_table_is_written(results: Path) -> None:
     written = summarise(results)
     tables = [path for path in written if path.suffix == ".csv"]
-    names = ["gains", "levers", "recovery", "repaired", "what_to_use"]
+    names = [
+        "barriers", "gains", "levers", "reach", "recovery", "repaired", "spectra", "transfer",
+        "weights", "what_to_use",
+    ]  # fmt: skip
     assert sorted(path.stem for path in tables) == names
     assert all(path.read_text().count("\n") > 1 for path in tables)
     (figure,) = set(written) - set(tables)
