@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -71,14 +71,20 @@ PARTS = {
 """What a score with the diagonal alone drops of the measured increase: each the difference of two
 columns of :func:`predicted_and_measured`; with the diagonal they add up to what is measured."""
 
-ALIGNMENTS = ("eigenspace_overlap", "rank_correlation", "weighted_correlation")
-"""How alike two tasks' curvature is: columns of :func:`task_alignment`."""
-
-PREDICTORS = (
-    "measured", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal",
-    "mask_overlap_excess", *ALIGNMENTS,
-)  # fmt: skip
-"""What may tell which mask will transfer: columns of :attr:`Study.cells`."""
+PREDICTORS = {
+    "measured": "measured increase",
+    "taylor": "gᵀδ + ½ δᵀHδ",
+    "hessian": "½ δᵀHδ",
+    "ggn": "½ δᵀGδ",
+    "tensors": "½ δᵀ layers(G) δ",
+    "blocks": "½ δᵀ blocks(G) δ",
+    "diagonal": "½ δᵀ diag(G) δ",
+    "mask_overlap_excess": "overlap of masks above chance",
+    "eigenspace_overlap": "overlap of top eigenspaces",
+    "rank_correlation": "rank correlation of diagonals",
+    "weighted_correlation": "weighted correlation of diagonals",
+}
+"""What may tell which mask will transfer: columns of :attr:`Study.cells`, and their labels."""
 
 
 # Prediction and measurement
@@ -551,7 +557,7 @@ def _cells(
 def transfer_correlations(
     cells: pd.DataFrame,
     *,
-    predictors: Sequence[str] = PREDICTORS,
+    predictors: Collection[str] = PREDICTORS,
     level: float = 0.95,
     replicates: int = 1000,
     seed: int = 0,
@@ -617,10 +623,7 @@ QUANTITIES = {
     "retention": "retention on the held-out task",
     "measured": "loss increase (nats)",
     "left_out": "error of the quadratic model, as a share",
-    "mask_overlap_excess": "overlap of masks above chance",
-    "eigenspace_overlap": "overlap of top eigenspaces",
-    "rank_correlation": "rank correlation of diagonals",
-    "weighted_correlation": "weighted correlation of diagonals",
+    **dict(list(PREDICTORS.items())[-4:]),  # of masks and of curvatures
 }
 """What :func:`compared` sets side by side, and how a figure calls it."""
 
@@ -721,28 +724,33 @@ def spectra(
         ``name, largest, smallest, trace, trace_standard_error``, one row a model, and
         ``name, eigenvalue, density``, many rows a model.
     """
-    summary, densities = [], []
-    for name, model in models.items():
+    summary, found = [], {}
+    for name, model in progress(models.items(), "spectra", len(models)):
         names = prunable_parameters(model)
         operator = HessianOperator(
             model, names, data, samples=samples, batch_size=batch_size, seed=seed
         )
-        found = spectral_density(operator, probes=probes, steps=steps, seed=seed)
+        found[name] = here = spectral_density(operator, probes=probes, steps=steps, seed=seed)
         size = sum(values.numel() for values in operator.parameters.values())
-        traces = size * (found.weights * found.nodes).sum(1)
+        traces = size * (here.weights * here.nodes).sum(1)
         summary.append(
             {
                 "name": name,
-                "largest": float(found.nodes.max()),
-                "smallest": float(found.nodes.min()),
+                "largest": float(here.nodes.max()),
+                "smallest": float(here.nodes.min()),
                 "trace": float(traces.mean()),
                 "trace_standard_error": float(traces.std() / probes**0.5)
                 if probes > 1
                 else math.nan,
             }
         )
+    # One kernel for all, so that a line is wide where its spectrum is.
+    width = max(density.width for density in found.values())
+    densities = []
+    for name, density in found.items():
+        smooth = density.smoothed(width)
         densities.append(
-            pd.DataFrame({"name": name, "eigenvalue": found.grid, "density": found.density})
+            pd.DataFrame({"name": name, "eigenvalue": smooth.grid, "density": smooth.density})
         )
     return pd.DataFrame(summary), pd.concat(densities, ignore_index=True)
 

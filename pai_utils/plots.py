@@ -21,17 +21,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pai_utils.landscape import PREDICTORS
+
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _PANEL = (3.1, 2.9)  # inches
 _TITLE = 32  # characters of a panel's title on one line
-PREDICTIONS = {
-    "taylor": "gᵀδ + ½ δᵀHδ",
-    "ggn": "½ δᵀGδ",
-    "blocks": "½ δᵀ blocks(G) δ",
-    "diagonal": "½ δᵀ diag(G) δ",
-}
-"""Columns of :func:`~pai_utils.landscape.predicted_and_measured`, and how figures call them."""
+_PREDICTIONS = ("taylor", "ggn", "blocks", "diagonal")
 
 
 def retention_curves(held_out: pd.DataFrame) -> Figure:
@@ -196,7 +192,7 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
             ``panel`` naming task, scorer or sparsity.
     """
     panels = list(dict.fromkeys(table.panel))
-    series = {"measured": "measured", **PREDICTIONS}
+    series = {name: PREDICTORS[name] for name in ("measured", *_PREDICTIONS)}
 
     def draw(axes: Axes, panel: str) -> None:
         rows = table[table.panel == panel]
@@ -223,13 +219,15 @@ def error_parts(parts: pd.DataFrame) -> Figure:
         axes.barh(
             range(len(names)), rows, color="0.75", hatch=hatches, edgecolor="black", linewidth=0.6
         )
+        visible = 0.02 * float(rows.abs().max())
         for place, value in enumerate(rows):
+            right = value > -visible  # also beside a bar that is too short to be seen
             axes.annotate(
                 f"{value:+.2g}" if value else "0",
                 (value, place),
-                xytext=(3 if value >= 0 else -3, 0),
+                xytext=(3 if right else -3, 0),
                 textcoords="offset points",
-                ha="left" if value >= 0 else "right",
+                ha="left" if right else "right",
                 va="center",
                 fontsize=7,
             )
@@ -255,7 +253,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
     step = 10.0 ** math.floor(math.log10(float(positive.min()))) if len(positive) else 1.0
 
     def draw(axes: Axes, label: str) -> None:
-        column = next(name for name, text in PREDICTIONS.items() if text == label)
+        column = next(name for name in _PREDICTIONS if PREDICTORS[name] == label)
         for index, scorer in enumerate(scorers):
             for held_out in (True, False):
                 rows = cells[(cells.scorer == scorer) & (cells.held_out == held_out)]
@@ -278,7 +276,9 @@ def predictions(cells: pd.DataFrame) -> Figure:
         axes.set_xlabel("predicted (nats)")
 
     with _look():
-        return _panels([*PREDICTIONS.values()], draw, "measured increase (nats)")
+        return _panels(
+            [PREDICTORS[name] for name in _PREDICTIONS], draw, "measured increase (nats)"
+        )
 
 
 def alignment(table: pd.DataFrame) -> Figure:
@@ -287,11 +287,8 @@ def alignment(table: pd.DataFrame) -> Figure:
     Args:
         table: as from :func:`~pai_utils.landscape.task_alignment`.
     """
-    measures = {
-        "eigenspace_overlap": "overlap of top eigenspaces",
-        "rank_correlation": "rank correlation of diagonals",
-        "weighted_correlation": "weighted correlation of diagonals",
-    }
+    names = ("eigenspace_overlap", "rank_correlation", "weighted_correlation")
+    measures = {name: PREDICTORS[name] for name in names}
     tasks = list(dict.fromkeys(table.source))
 
     def draw(axes: Axes, title: str) -> None:
@@ -351,7 +348,7 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
             )
         axes.axvline(0, color="0.2", linewidth=0.8)
         axes.set_xlim(-1.05, 1.05)
-        axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows.predictor])
+        axes.set_yticks(range(len(rows)), [PREDICTORS[name] for name in rows.predictor])
         axes.set_xlabel("rank correlation with retention on held-out tasks")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
         figure.tight_layout()

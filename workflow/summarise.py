@@ -11,8 +11,8 @@ import pandas as pd
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
 from pai_utils.finetuning import chosen_on_validation
-from pai_utils.landscape import rank_agreement
-from pai_utils.plots import PREDICTIONS, retention_curves
+from pai_utils.landscape import PREDICTORS, rank_agreement
+from pai_utils.plots import retention_curves
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -169,14 +169,14 @@ def reach(results: Path) -> pd.DataFrame:
         if fraction not in (losses.fraction.min(), 1):
             continue
         ranks = rank_agreement(cells).set_index("prediction").correlation
-        for column, label in PREDICTIONS.items():
+        for column in ("taylor", "ggn", "blocks", "diagonal"):
             error = (cells[column] - cells.measured).abs()
             rows.append(
                 {
                     "encoder": encoder,
                     "sparsity": sparsity,
                     "share of the step": fraction,
-                    "model": label,
+                    "model": PREDICTORS[column],
                     "median predicted": cells[column].median(),
                     "median measured": cells.measured.median(),
                     "within half": float((error <= 0.5 * cells.measured.abs()).mean()),
@@ -192,7 +192,7 @@ def transfer(results: Path) -> pd.DataFrame:
     table = _landscape(results, "correlations")
     if table.empty:
         return table
-    shown = {"encoder": table.encoder, "predictor": table.predictor.str.replace("_", " ")}
+    shown = {"encoder": table.encoder, "predictor": table.predictor.map(PREDICTORS)}
     for kind, label in {"pooled": "all cells", "within": "one scorer and sparsity"}.items():
         shown[label] = _with_interval(table[kind], table[f"{kind}_low"], table[f"{kind}_high"])
     return pd.DataFrame(shown | {"cells": table.cells, "pairs": table.pairs})

@@ -61,6 +61,15 @@ class SpectralDensity:
     weights: Tensor  # [probes, steps]; each row sums to one
     width: float  # standard deviation of the kernel, in units of eigenvalues
 
+    def smoothed(self, width: float) -> SpectralDensity:
+        """The same quadrature with another kernel, such as a common one for several matrices.
+
+        Raises:
+            ValueError: if ``width`` is not above zero or too small for the range of the spectrum.
+        """
+        _check_width(width)
+        return _smoothed(self.nodes, self.weights, width)
+
 
 def top_eigenpairs(
     operator: Operator,
@@ -150,8 +159,8 @@ def spectral_density(
     for name, value in {"probes": probes, "steps": steps}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: at least one is needed")
-    if width is not None and not 0 < width < math.inf:
-        raise ValueError(f"width={width}: the kernel's standard deviation must be above zero")
+    if width is not None:
+        _check_width(width)
     multiply, size = _flat(operator)
     generator = torch.Generator().manual_seed(seed)
     steps = min(steps, size)
@@ -163,6 +172,15 @@ def spectral_density(
         theta, s = torch.linalg.eigh(step.tridiagonal())
         nodes[probe, : len(theta)], weights[probe, : len(theta)] = theta, s[0].square()
         nodes[probe, len(theta) :] = theta[-1]
+    return _smoothed(nodes, weights, width)
+
+
+def _check_width(width: float) -> None:
+    if not 0 < width < math.inf:
+        raise ValueError(f"width={width}: the kernel's standard deviation must be above zero")
+
+
+def _smoothed(nodes: Tensor, weights: Tensor, width: float | None) -> SpectralDensity:
     low, high = float(nodes.min()), float(nodes.max())
     # For a matrix with one eigenvalue any width serves; one hundredth of it keeps the scale.
     width = width or (high - low) / 100 or abs(high) / 100 or 0.01
@@ -176,7 +194,7 @@ def spectral_density(
         )
     grid = torch.linspace(low - 8 * width, high + 8 * width, points, dtype=torch.float64)
     density = torch.zeros_like(grid)
-    for node, weight in zip(nodes.flatten(), weights.flatten() / probes, strict=True):
+    for node, weight in zip(nodes.flatten(), weights.flatten() / len(nodes), strict=True):
         density += weight * torch.exp(-((grid - node) / width).square() / 2)
     density /= width * math.sqrt(2 * math.pi)
     return SpectralDensity(grid, density, nodes, weights, width)

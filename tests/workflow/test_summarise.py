@@ -147,7 +147,7 @@ def test_the_reach_of_a_model_is_its_error_and_its_ranks(results: Path) -> None:
 
 def test_correlations_stand_with_their_intervals(results: Path) -> None:
     (row,) = transfer(results).to_dict("records")
-    assert row["predictor"] == "mask overlap excess"
+    assert row["predictor"] == "overlap of masks above chance"
     assert row["all cells"] == "0.50 (0.25 to 0.75)"
     assert row["one scorer and sparsity"] == "0.10"
     assert (row["encoder"], row["cells"], row["pairs"]) == ("EfficientNet-Lite0", 12, 6)
