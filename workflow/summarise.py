@@ -12,7 +12,7 @@ from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
 from pai_utils.finetuning import chosen_on_validation
 from pai_utils.landscape import PREDICTORS, rank_agreement
-from pai_utils.plots import retention_curves
+from pai_utils.plots import retention_curves, transfer_correlations
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -242,14 +242,22 @@ def summarise(results: Path) -> list[Path]:
         content = _shown(table).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
-    for grid in TASKS:
-        for backbone in BACKBONES:
-            held_out = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
-            if held_out.is_file():
+    for backbone in BACKBONES:
+        for name, source, draw in (
+            *(
+                (grid, f"{grid}/zero_shot_retention-{backbone}/held_out.csv", retention_curves)
+                for grid in TASKS
+            ),
+            (
+                "transfer",
+                f"landscape/landscape_analysis-{backbone}/correlations.csv",
+                transfer_correlations,
+            ),
+        ):
+            if (results / source).is_file():
                 image = BytesIO()
-                figure = retention_curves(pd.read_csv(held_out))
-                figure.savefig(image, dpi=150, bbox_inches="tight")
-                path = results / "summary" / f"{grid}-{backbone}.png"
+                draw(pd.read_csv(results / source)).savefig(image, dpi=150, bbox_inches="tight")
+                path = results / "summary" / f"{name}-{backbone}.png"
                 write_atomically(path, image.getvalue())
                 written.append(path)
     return written
