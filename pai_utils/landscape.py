@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier, prunable_parameters
@@ -302,16 +301,17 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     if len(next(iter(left.values()))) < len(next(iter(right.values()))):
         return principal_angles(right, left)
 
-    def gram(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return cast(Tensor, sum(a.flatten(1).double() @ b.flatten(1).double().T for a, b in pairs))
-
-    cross = gram([(left[name], right[name]) for name in left])
-    rest = []  # the part of each right vector that the left ones do not span
+    cross = cast(
+        Tensor,
+        sum(left[n].flatten(1).double() @ right[n].flatten(1).double().T for n in left),
+    )
+    # Of the part of the right vectors that the left ones do not span only the triangular factor is
+    # kept: it has the same singular values, and a Gram matrix would lose half of their digits.
+    factor = cross.new_zeros(0, cross.shape[1])
     for name in left:
-        a, b = left[name].flatten(1).double(), right[name].flatten(1).double()
-        rest.append(b - cross.T @ a)
-    # Singular values of the rest, whose square is its Gram matrix, would keep half of the digits.
-    sines = torch.linalg.svdvals(torch.cat(rest, 1)).flip(0).clamp(0, 1)
+        rest = right[name].flatten(1).double() - cross.T @ left[name].flatten(1).double()
+        factor = torch.linalg.qr(torch.cat([factor, rest.T]), mode="r").R
+    sines = torch.linalg.svdvals(factor).flip(0).clamp(0, 1)
     cosines = torch.linalg.svdvals(cross).clamp(0, 1)
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
 
@@ -343,11 +343,11 @@ def task_alignment(
         raise ValueError("the curvatures and weights are of different parameters")
 
     def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([tensors[name].detach().flatten().cpu() for name in names]).double()
+        return torch.cat([tensors[name].detach().flatten().cpu() for name in names])
 
-    importance = flat(weights).square()
+    importance = flat(weights).double().square()
     diagonals = {task: flat(curvature.diagonal) for task, curvature in curvatures.items()}
-    ranks = {task: torch.from_numpy(rankdata(values.numpy())) for task, values in diagonals.items()}
+    ranks = {task: _ranks(values) for task, values in diagonals.items()}
     rows = []
     for one, other in itertools.combinations(curvatures, 2):
         pairs = curvatures[one].eigenpairs, curvatures[other].eigenpairs
@@ -364,8 +364,19 @@ def task_alignment(
     return pd.DataFrame(rows)
 
 
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks in float64; equal values share the mean of theirs. Half the time of scipy's."""
+    ordered, places = values.sort()
+    _, counts = ordered.unique_consecutive(return_counts=True)
+    middle = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    ranks = torch.empty_like(values, dtype=torch.float64)
+    ranks[places] = middle.repeat_interleave(counts)
+    return ranks
+
+
 def _correlation(one: Tensor, other: Tensor, weights: Tensor | None = None) -> float:
     """Pearson correlation; not a number where one does not vary."""
+    one, other = one.double(), other.double()
     share = torch.ones_like(one) if weights is None else weights
     share = share / share.sum()
     a, b = one - (share * one).sum(), other - (share * other).sum()
