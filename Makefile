@@ -100,7 +100,8 @@ results: $(READY) ## run the larger grids and store their tables in results/; PA
 	@if [ -z "$$PAI_DATA_ROOT" ]; then \
 	  echo "make results: PAI_DATA_ROOT is not set, so the grids on real data are left out"; \
 	else \
-	  ($(call RUN_GRID,real)) && ($(call RUN_GRID,retention_real)); \
+	  ($(call RUN_GRID,real)) && ($(call RUN_GRID,retention_real)) && \
+	  ($(call RUN_GRID,recovery_real)); \
 	fi
 	$(PY) workflow/summarise.py
 

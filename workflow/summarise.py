@@ -3,6 +3,7 @@
 Every number is read from a table of another folder of `results/`. What is not stored is left out.
 """
 
+import itertools
 from io import BytesIO
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def recovery(results: Path) -> pd.DataFrame:
     """Fine-tuning at every rate, and which one the source's validation part chose."""
     columns = {
         "encoder": "encoder",
+        "tasks": "tasks",
         "start": "start",
         "penalty": "penalty",
         "sparsity": "sparsity",
@@ -132,14 +134,15 @@ def recovery(results: Path) -> pd.DataFrame:
         "held_out_high": "high",
     }
     parts = []
-    for backbone, label in BACKBONES.items():
-        folder = results / "recovery" / f"finetune_recovery-{backbone}"
-        if (folder / "gains.csv").is_file():
+    for (grid, tasks), (backbone, label) in itertools.product(
+        {"recovery": "embedded", "recovery_real": "larger"}.items(), BACKBONES.items()
+    ):
+        for folder in sorted((results / grid).glob(f"finetune_recovery-{backbone}*")):
             table = pd.read_csv(folder / "gains.csv")
             keys = ["start", "sparsity", "penalty", "learning_rate"]
             best = chosen_on_validation(table)[keys].assign(chosen="yes")
             marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
-            parts.append(marked.assign(encoder=label))
+            parts.append(marked.assign(encoder=label, tasks=tasks))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
