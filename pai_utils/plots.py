@@ -27,6 +27,9 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _PANEL = (3.1, 2.9)  # inches
 _TITLE = 32  # characters of a panel's title on one line
+_MATRIX: dict[str, Any] = {
+    "vmin": 0, "vmax": 1, "cmap": "cividis", "cbar": False, "linewidths": 0.5
+}  # fmt: skip
 _PREDICTIONS = ("taylor", "ggn", "blocks", "diagonal")
 
 
@@ -85,11 +88,7 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
             ax=axes,
             annot=True,
             fmt=".2f",
-            vmin=0,
-            vmax=1,
-            cmap="cividis",
-            cbar=False,
-            linewidths=0.5,
+            **_MATRIX,
         )
         axes.set_title(_wrapped(f"{scorer}, sparsity {sparsity:g}"))
         axes.set_xlabel("evaluated on")
@@ -301,11 +300,7 @@ def alignment(table: pd.DataFrame) -> Figure:
             ax=axes,
             annot=True,
             fmt=".2f",
-            vmin=0,
-            vmax=1,
-            cmap="cividis",
-            cbar=False,
-            linewidths=0.5,
+            **_MATRIX,
             square=True,
         )
         axes.set_title(title, fontsize=9)
@@ -521,11 +516,7 @@ def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> 
             ax=axes,
             annot=labels,
             fmt="",
-            vmin=0,
-            vmax=1,
-            cmap="cividis",
-            cbar=False,
-            linewidths=0.5,
+            **_MATRIX,
             square=True,
         )
         axes.tick_params(axis="y", rotation=0)
