@@ -12,7 +12,7 @@ import pandas as pd
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
 from pai_utils.finetuning import chosen_on_validation
-from pai_utils.landscape import PREDICTORS, rank_agreement
+from pai_utils.landscape import PREDICTORS
 from pai_utils.plots import retention_curves, transfer_correlations
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -162,31 +162,32 @@ def _landscape(results: Path, name: str) -> pd.DataFrame:
 
 
 def reach(results: Path) -> pd.DataFrame:
-    """How far each quadratic model reaches: its error, and whether it ranks masks."""
+    """Median predicted increase of each quadratic model, and in how many cells it is right.
+
+    A prediction is right here if it is within half of what was measured. First and last share of
+    the step; a mask's own task and others apart.
+    """
     losses = _landscape(results, "losses")
     if losses.empty:
         return losses
+    tasks = losses.source.eq(losses.target).map({True: "own", False: "held-out"})
     rows = []
-    keys = ["encoder", "sparsity", "fraction"]
-    for (encoder, sparsity, fraction), cells in losses.groupby(keys, sort=False):
-        if fraction not in (losses.fraction.min(), 1):
+    for (encoder, kind, step, sparsity), cells in losses.groupby(
+        ["encoder", tasks, "fraction", "sparsity"]
+    ):
+        if step not in (losses[losses.encoder == encoder].fraction.min(), 1):
             continue
-        ranks = rank_agreement(cells).set_index("prediction").correlation
+        row: dict[str, object] = {
+            "encoder": encoder,
+            "task": kind,
+            "step": step,
+            "sparsity": sparsity,
+            "measured": f"{cells.measured.median():.3g}",
+        }
         for column in ("taylor", "ggn", "blocks", "diagonal"):
-            error = (cells[column] - cells.measured).abs()
-            rows.append(
-                {
-                    "encoder": encoder,
-                    "sparsity": sparsity,
-                    "share of the step": fraction,
-                    "model": PREDICTORS[column],
-                    "median predicted": cells[column].median(),
-                    "median measured": cells.measured.median(),
-                    "within half": float((error <= 0.5 * cells.measured.abs()).mean()),
-                    "rank correlation": ranks[column],
-                    "cells": len(cells),
-                }
-            )
+            right = (cells[column] - cells.measured).abs() <= 0.5 * cells.measured.abs()
+            row[PREDICTORS[column]] = f"{cells[column].median():.2g} ({right.mean():.0%})"
+        rows.append(row | {"cells": len(cells)})
     return pd.DataFrame(rows)
 
 
