@@ -113,10 +113,12 @@ def predicted_and_measured(
     """Loss increase along directions: predicted by quadratic models and measured.
 
     All quantities are over the same samples. Those with gradient, Hessian and Gauss-Newton matrix
-    are exact up to rounding; the diagonal, blocks and tensors of the latter are unbiased Monte
-    Carlo estimates with ``draws`` labels a sample, the same ones for all three
-    (:func:`~pai_utils.curvature.partial.partial_terms`). Costs about six forward and backward
-    passes, two for each direction, and one forward for each direction and fraction.
+    are exact up to rounding; the diagonal, blocks and tensors of the latter are Monte Carlo
+    estimates with ``draws`` labels a sample, the same ones for all three
+    (:func:`~pai_utils.curvature.partial.partial_terms`): noisy where the model is sure of its
+    labels, and low for a direction that a score chose by the same labels, as ``ggn_diag`` does
+    with the same seed and samples. Costs about five forward and backward passes, two for each
+    direction, and one forward for each direction and fraction.
 
     Args:
         model: the dense model, left as it was.
@@ -271,7 +273,7 @@ def task_curvature(
     names = prunable_parameters(model)
     diagonal = ggn_diagonal(model, names, data, **settings)  # type: ignore[arg-type]
     operator = GGNOperator(model, names, data, **settings)  # type: ignore[arg-type]
-    # A thousandth of the largest eigenvalue leaves angles good to a degree or so.
+    # Angles are good to the residual over the gap to the next eigenvalue, which is not known.
     pairs = top_eigenpairs(operator, eigenvectors, products=products, tolerance=1e-2, seed=seed)
     return TaskCurvature(diagonal, pairs)
 
@@ -280,7 +282,8 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     """Principal angles between two subspaces of weights, in radians, the smallest first.
 
     Small angles come from sines and large ones from cosines, each where it keeps its digits.
-    Exact to the rounding of the vectors; costs 2kl inner products of all weights in float64.
+    Exact to the rounding of the vectors; costs kl inner products of all weights in float64, and a
+    QR decomposition of the smaller set.
 
     Sources: Björck & Golub (1973), "Numerical methods for computing angles between linear
     subspaces"; between tops of Hessians: Gur-Ari et al. (2018), "Gradient descent happens in a
@@ -330,10 +333,10 @@ def task_alignment(
 
     Returns:
         One row an ordered pair of different tasks: ``source, target, eigenspace_overlap`` (mean
-        squared cosine of the principal angles), ``chance`` (that of random subspaces, k over the
-        number of weights), ``smallest_angle, largest_angle`` (degrees), ``rank_correlation``
-        (Spearman, of the diagonals) and ``weighted_correlation`` (Pearson, of the diagonals, each
-        weight counted by its square: what pruning sees).
+        squared cosine of the principal angles), ``chance`` (that of random subspaces, the larger
+        number of eigenvectors over that of weights), ``smallest_angle, largest_angle`` (degrees),
+        ``rank_correlation`` (Spearman, of the diagonals) and ``weighted_correlation`` (Pearson, of
+        the diagonals, each weight counted by its square: what pruning sees).
 
     Raises:
         ValueError: if curvatures and weights are of different parameters.
@@ -354,7 +357,7 @@ def task_alignment(
         angles = principal_angles(pairs[0].vectors, pairs[1].vectors)
         row = {
             "eigenspace_overlap": float(angles.cos().square().mean()),
-            "chance": len(angles) / len(importance),
+            "chance": max(len(pair.values) for pair in pairs) / len(importance),
             "smallest_angle": math.degrees(float(angles.min())),
             "largest_angle": math.degrees(float(angles.max())),
             "rank_correlation": _correlation(ranks[one], ranks[other]),
@@ -387,7 +390,7 @@ def _correlation(one: Tensor, other: Tensor, weights: Tensor | None = None) -> f
 def _spearman(one: _Values, other: _Values, counts: _Values | None = None) -> _Values:
     """Rank correlation ``[R]`` of samples in which value i comes ``counts[r, i]`` times.
 
-    Not a number for fewer than three values, or where one does not vary.
+    Not a number for fewer than three different ones of the values, or where one does not vary.
     """
     counts = np.ones((1, len(one))) if counts is None else counts
     size = counts.sum(1)
@@ -399,7 +402,7 @@ def _spearman(one: _Values, other: _Values, counts: _Values | None = None) -> _V
     )
     a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (a, b))
     scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
-    known = (size >= 3) & (scale > 0)
+    known = ((counts > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
     found: _Values = np.full(len(counts), math.nan)
     np.divide((share * a * b).sum(1), scale, out=found, where=known)
     return found
@@ -421,7 +424,7 @@ class Study:
     alignment: pd.DataFrame
     """Of :func:`task_alignment`."""
     eigenvalues: pd.DataFrame
-    """``task, rank, eigenvalue, residual``."""
+    """``task, rank, eigenvalue, residual, converged``."""
 
 
 def study(
@@ -442,7 +445,9 @@ def study(
     """Predict and measure what each task's mask does to each task, and how alike the tasks are.
 
     Every task is a source in its turn. Predictions and losses are on training images, accuracies
-    on test images.
+    on test images. Scores and predictions of a task use the same draw of images and labels, so that
+    what is predicted for a mask's own task is what its score has minimised. Needs memory for two
+    copies of the prunable weights for each mask, and for each task's eigenvectors.
 
     Args:
         backbone: the dense encoder, left as it was.
@@ -459,12 +464,15 @@ def study(
         seed: of all draws.
 
     Raises:
-        ValueError: for fewer than two tasks, fractions without 1, or as the functions it calls.
+        ValueError: for fewer than two tasks, fractions without 1, more eigenvectors than
+            products, or as the functions it calls.
     """
     if len(tasks) < 2:
         raise ValueError("at least two tasks are needed to compare")
     if 1 not in fractions:
         raise ValueError(f"fractions={list(fractions)} must hold 1, the full step")
+    if eigenvectors > products:
+        raise ValueError(f"eigenvectors={eigenvectors} need as many products; got {products}")
     masks: dict[tuple[str, str, float], Mask] = {}
 
     def observe(step: SweepMask) -> None:
@@ -515,7 +523,13 @@ def study(
         curvatures, {name: parameters[name] for name in prunable_parameters(model)}
     )
     eigenvalues = pd.DataFrame(
-        {"task": task, "rank": rank, "eigenvalue": float(value), "residual": float(residual)}
+        {
+            "task": task,
+            "rank": rank,
+            "eigenvalue": float(value),
+            "residual": float(residual),
+            "converged": curvature.eigenpairs.converged,
+        }
         for task, curvature in curvatures.items()
         for rank, (value, residual) in enumerate(
             zip(curvature.eigenpairs.values, curvature.eigenpairs.residuals, strict=True), 1
@@ -609,7 +623,9 @@ def transfer_correlations(
             row[kind] = float(_within(values, kept, groups, np.ones((1, len(values))))[0])
             found = _within(values, kept, groups, drawn[:, of_pair].astype(float))
             row[f"{kind}_low"], row[f"{kind}_high"] = (
-                interval(found, level) if pairs > 1 else (math.nan, math.nan)
+                interval(found, level)
+                if pairs > 1 and not math.isnan(cast(float, row[kind]))
+                else (math.nan, math.nan)
             )
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
@@ -644,7 +660,7 @@ def compared(studies: Mapping[str, Study], scorer: str, sparsity: float) -> pd.D
 
     Args:
         studies: by the weights' name.
-        scorer: the one compared; it must have looked at data.
+        scorer: the one compared.
         sparsity: the one compared.
 
     Returns:
@@ -682,7 +698,8 @@ def briefly_trained(
 ) -> Backbone:
     """A copy of the encoder after a short training on one task, under a head fitted before.
 
-    The training is that of :func:`~pai_utils.finetuning.finetune` with Adam and a falling rate.
+    The training is that of :func:`~pai_utils.finetuning.finetune` with Adam and a falling rate;
+    BatchNorm keeps the statistics it was given.
 
     Args:
         backbone: left as it was.
@@ -718,7 +735,8 @@ def spectra(
     """Spectrum of the Hessian of the mean cross-entropy for several weights of one network.
 
     Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
-    prunable weights: ``probes`` times ``steps`` Hessian products for each model. The same probes
+    prunable weights, pruned ones among them: ``probes`` times ``steps`` Hessian products for each
+    model. The same probes
     give the trace as the mean of P Σ w θ, with its standard error over probes, and the extreme
     Ritz values, which bound the largest and smallest eigenvalue from inside.
 
@@ -780,9 +798,9 @@ def difference(start: nn.Module, end: nn.Module) -> dict[str, Tensor]:
     here = dict(start.named_parameters())
     if {n: p.shape for n, p in here.items()} != {n: p.shape for n, p in there.items()}:
         raise ValueError("the two networks have different parameters")
-    buffers = dict(end.named_buffers())
-    for name, buffer in start.named_buffers():
-        if not torch.equal(buffer, buffers[name]):
+    buffers, others = dict(start.named_buffers()), dict(end.named_buffers())
+    for name in buffers | others:
+        if name not in buffers or name not in others or not buffers[name].equal(others[name]):
             raise ValueError(f"buffer {name!r} differs: a path through weights does not lead there")
     return {
         name: there[name].detach() - value.detach()
@@ -850,7 +868,7 @@ def barriers(path: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row a segment and task: ``segment, task, start, end, barrier``, in nats; ``barrier`` is
-        at least zero.
+        at least zero, and not a number where the loss at an end is not finite.
     """
     rows = []
     for task, line in path.groupby("task", sort=False):
@@ -864,7 +882,9 @@ def barriers(path: pd.DataFrame) -> pd.DataFrame:
                     "task": task,
                     "start": start,
                     "end": end,
-                    "barrier": max(0.0, float((own.loss - straight).max())),
+                    "barrier": max(0.0, float((own.loss - straight).max()))
+                    if math.isfinite(start) and math.isfinite(end)
+                    else math.nan,
                 }
             )
     return pd.DataFrame(rows).sort_values(["segment", "task"], kind="stable", ignore_index=True)
@@ -911,7 +931,7 @@ def plane_through(
     along = float(inner_product(u, v))
     v = {n: part - along * u[n] for n, part in v.items()}
     height = float(inner_product(v, v)) ** 0.5
-    if height <= 1e-6 * length:
+    if height <= 1e-6 * max(length, abs(along)):
         raise ValueError(f"{name!r} and {', '.join(map(repr, others))} lie on one line: no plane")
     v = {n: part / height for n, part in v.items()}
     first, second = others
@@ -922,22 +942,27 @@ def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -
     """A plane through a network along two Gaussian directions, normalised filter by filter.
 
     Each output channel of a direction has the norm of the weights' channel, so that one unit moves
-    every filter as far as it is long whatever scale its layer has; biases and normalisations stay,
-    and so do pruned weights (Li et al. 2018, "Visualizing the loss landscape of neural nets").
+    every filter as far as it is long whatever scale its layer has; only weights that could be
+    pruned move, and pruned ones stay (Li et al. 2018, "Visualizing the loss landscape of neural
+    nets").
 
     Args:
         model: the network at (0, 0).
         mask: whose pruned entries stay zero.
         seed: of the directions, the same on every device.
+
+    Raises:
+        ValueError: for a mask of another architecture.
     """
+    parameters = dict(model.named_parameters())
+    if mask is not None:
+        mask._check(parameters)
     generator = torch.Generator().manual_seed(seed)
     directions = []
     for _ in range(2):
         direction = {}
-        for name, p in model.named_parameters():
-            if p.dim() < 2:
-                continue
-            weight = p.detach()
+        for name in prunable_parameters(model):
+            weight = parameters[name].detach()
             drawn = torch.randn(weight.shape, generator=generator).to(weight)
             if mask is not None and name in mask:
                 drawn.masked_fill_(~mask[name].to(weight.device), 0)

@@ -256,6 +256,8 @@ def predictions(cells: pd.DataFrame) -> Figure:
         for index, scorer in enumerate(scorers):
             for held_out in (True, False):
                 rows = cells[(cells.scorer == scorer) & (cells.held_out == held_out)]
+                if rows.empty:
+                    continue
                 style = _style(index)
                 axes.plot(
                     rows[column],
@@ -447,7 +449,7 @@ def plane_contours(
     def draw(axes: Axes, task: str) -> None:
         own = grid[grid.task == task].pivot(index="y", columns="x", values="loss")
         loss = own.to_numpy(dtype=float)
-        finite = loss[np.isfinite(loss)]
+        finite = loss[np.isfinite(loss)] if np.isfinite(loss).any() else np.zeros(1)
         base = float(finite.min())
         height = np.log10(1 + np.where(np.isfinite(loss), loss, finite.max()) - base)
         levels = np.linspace(0, max(float(height.max()), 1e-6), 9)

@@ -353,7 +353,11 @@ class LandscapeAnalysisConfig(NotebookConfig):
         return fractions
 
     @model_validator(mode="after")
-    def _two_tasks(self) -> Self:
+    def _possible(self) -> Self:
+        if self.eigenvectors > self.products:
+            raise ValueError(
+                f"{self.eigenvectors} eigenvectors need as many products; got {self.products}"
+            )
         if len(self.tasks) < 2:
             raise ValueError(f"the only target is the source {self.source}; add an unseen task")
         return self

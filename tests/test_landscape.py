@@ -18,10 +18,12 @@ from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.landscape import (
     PARTS,
+    QUANTITIES,
     Plane,
     TaskCurvature,
     barriers,
     briefly_trained,
+    compared,
     difference,
     error_parts,
     losses_along,
@@ -442,12 +444,30 @@ def test_a_study_holds_predictions_retention_and_alignment() -> None:
     assert blind.held_out.all()
 
 
+def test_studies_of_several_weights_are_compared_pair_by_pair() -> None:
+    backbone, tasks, heads = tiny_tasks()
+    settings = {"sparsities": [0.6], "fractions": [1.0], "samples": 8, "eigenvectors": 2}
+    found = study(backbone, tasks, heads, **settings)  # type: ignore[arg-type]
+    table = compared({"given": found, "again": found}, "ggn_diag", 0.6)
+    assert list(dict.fromkeys(table.weights)) == ["given", "again"]
+    assert set(table.pair) == {"one → two", "two → one"}
+    assert list(dict.fromkeys(table.quantity)) == [*QUANTITIES.values()]
+    cell = found.cells.query("source == 'one' and target == 'two'").iloc[0]
+    values = table[(table.weights == "given") & (table.pair == "one → two")]
+    by_name = dict(zip(values.quantity, values.value, strict=True))
+    assert by_name[QUANTITIES["measured"]] == cell.measured
+    error = abs(cell.measured - cell.taylor) / max(abs(cell.measured), abs(cell.taylor))
+    assert by_name[QUANTITIES["left_out"]] == pytest.approx(error)
+
+
 def test_a_study_needs_two_tasks_and_the_full_step() -> None:
     backbone, tasks, heads = tiny_tasks()
     with pytest.raises(ValueError, match="at least two tasks"):
         study(backbone, {"one": tasks["one"]}, heads)
     with pytest.raises(ValueError, match=r"fractions=\[0\.5\] must hold 1"):
         study(backbone, tasks, heads, fractions=[0.5])
+    with pytest.raises(ValueError, match="eigenvectors=4 need as many products; got 3"):
+        study(backbone, tasks, heads, eigenvectors=4, products=3)
 
 
 def test_a_brief_training_leaves_the_encoder_and_lowers_the_loss() -> None:
@@ -523,6 +543,13 @@ def test_paths_that_lead_nowhere_are_refused() -> None:
         losses_on_path({"dense": backbone, "other": other}, heads, tests)
     with pytest.raises(ValueError, match="different parameters"):
         difference(backbone, nn.Linear(2, 2))
+    plain, buffered = nn.Linear(2, 2), nn.Linear(2, 2)
+    buffered.register_buffer("scale", torch.ones(1))
+    for one, two in ((plain, buffered), (buffered, plain)):
+        with pytest.raises(ValueError, match="'scale' differs"):
+            difference(one, two)
+    with pytest.raises(ValueError, match="points=0"):
+        losses_on_path({"dense": backbone, "moved": shifted(backbone, 1)}, heads, tests, points=0)
 
 
 def test_barriers_are_above_the_line_between_the_ends() -> None:
@@ -539,6 +566,8 @@ def test_barriers_are_above_the_line_between_the_ends() -> None:
         {"segment": "a → b", "task": "t", "start": 1, "end": 3, "barrier": 2},
         {"segment": "b → c", "task": "t", "start": 3, "end": 2, "barrier": 0},
     ]
+    path.loc[4, "loss"] = math.inf
+    assert barriers(path).barrier.isna().tolist() == [False, True]
 
 
 def test_the_plane_through_three_networks_holds_them() -> None:
@@ -577,12 +606,18 @@ def test_planes_that_are_none_are_refused() -> None:
         plane_through(backbone, {"same": copy.deepcopy(backbone), "second": second})
     with pytest.raises(ValueError, match="lie on one line"):
         plane_through(backbone, {"second": second, "third": shifted(backbone, 0.4)})
+    with pytest.raises(ValueError, match="lie on one line"):
+        plane_through(backbone, {"second": second, "third": shifted(backbone, 40)})
+    with pytest.raises(ValueError, match="another architecture"):
+        random_plane(backbone, pai.Mask({"other": torch.ones(2)}))
     tests = {name: task.test for name, task in tasks.items()}
     plane = random_plane(backbone)
     with pytest.raises(ValueError, match="points=1"):
         losses_on_plane(backbone, plane, heads, tests, points=1)
     with pytest.raises(ValueError, match="margin=0 must be positive"):
         losses_on_plane(backbone, plane, heads, tests, margin=0)
+    with pytest.raises(ValueError, match="margin=-1 must be positive"):
+        losses_on_plane(backbone, plane, heads, tests, margin=-1)
 
 
 def test_random_directions_have_the_filters_norms_and_spare_pruned_weights() -> None:

@@ -101,7 +101,7 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
         (
             runs.LandscapeAnalysisConfig(
                 **COMMON, source="digits", targets=["photos"], scorers=["snip"],
-                sparsities=[0.2, 0.4], fractions=[0.5, 1.0], products=4,
+                sparsities=[0.2, 0.4], fractions=[0.5, 1.0], products=4, eigenvectors=2,
                 comparisons=["random", "trained"], brief_steps=5, spectrum_samples=6, probes=2,
                 lanczos_steps=3, finetune_steps=2, path_points=2, plane_points=3, plane_images=7,
             ),

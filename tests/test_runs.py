@@ -246,6 +246,8 @@ def test_the_other_notebooks_have_their_parameters() -> None:
     assert LandscapeAnalysisConfig.from_notebook(landscape).tasks == ["digits", "photos"]
     with pytest.raises(ValueError, match=r"fractions\.1"):
         LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.5, 1.5]})
+    with pytest.raises(ValueError, match="9 eigenvectors need as many products; got 5"):
+        LandscapeAnalysisConfig.from_notebook(landscape | {"eigenvectors": 9, "products": 5})
     with pytest.raises(ValueError, match=r"add 1\.0"):
         LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.25, 0.5]})
     with pytest.raises(ValueError, match="the only target is the source digits"):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from pai_utils import plots
 from pai_utils.evaluation import retention_verdict
 from pai_utils.execution import write_atomically
 from pai_utils.finetuning import chosen_on_validation
-from pai_utils.landscape import PREDICTORS
-from pai_utils.plots import retention_curves, transfer_correlations
+from pai_utils.landscape import PREDICTORS, transfer_correlations
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -164,8 +164,8 @@ def _landscape(results: Path, name: str) -> pd.DataFrame:
 def reach(results: Path) -> pd.DataFrame:
     """Median predicted increase of each quadratic model, and in how many cells it is right.
 
-    A prediction is right here if it is within half of what was measured. First and last share of
-    the step; a mask's own task and others apart.
+    A prediction is right here if it is within half of what was measured. All shares of the step at
+    the largest sparsity, all of it at the others; a mask's own task and others apart.
     """
     losses = _landscape(results, "losses")
     if losses.empty:
@@ -175,7 +175,7 @@ def reach(results: Path) -> pd.DataFrame:
     for (encoder, kind, step, sparsity), cells in losses.groupby(
         ["encoder", tasks, "fraction", "sparsity"]
     ):
-        if step not in (losses[losses.encoder == encoder].fraction.min(), 1):
+        if step != 1 and sparsity != losses[losses.encoder == encoder].sparsity.max():
             continue
         row: dict[str, object] = {
             "encoder": encoder,
@@ -184,7 +184,7 @@ def reach(results: Path) -> pd.DataFrame:
             "sparsity": sparsity,
             "measured": f"{cells.measured.median():.3g}",
         }
-        for column in ("taylor", "ggn", "blocks", "diagonal"):
+        for column in ("taylor", "ggn", "tensors", "blocks", "diagonal"):
             right = (cells[column] - cells.measured).abs() <= 0.5 * cells.measured.abs()
             row[PREDICTORS[column]] = f"{cells[column].median():.2g} ({right.mean():.0%})"
         rows.append(row | {"cells": len(cells)})
@@ -193,13 +193,40 @@ def reach(results: Path) -> pd.DataFrame:
 
 def transfer(results: Path) -> pd.DataFrame:
     """What correlates with retention on held-out tasks."""
-    table = _landscape(results, "correlations")
-    if table.empty:
-        return table
+    cells = _landscape(results, "cells")
+    if cells.empty:
+        return cells
+    table = pd.concat(
+        transfer_correlations(own).assign(encoder=encoder)
+        for encoder, own in cells.groupby("encoder", sort=False)
+    )
     shown = {"encoder": table.encoder, "predictor": table.predictor.map(PREDICTORS)}
     for kind, label in {"pooled": "all cells", "within": "one scorer and sparsity"}.items():
         shown[label] = _with_interval(table[kind], table[f"{kind}_low"], table[f"{kind}_high"])
     return pd.DataFrame(shown | {"cells": table.cells, "pairs": table.pairs})
+
+
+def weights(results: Path) -> pd.DataFrame:
+    """Medians over pairs of tasks for the encoder's weights and others of the architecture."""
+    table = _landscape(results, "compared")
+    if table.empty:
+        return table
+    medians = table.pivot_table(
+        index=["encoder", "quantity"],
+        columns="weights",
+        values="value",
+        sort=False,
+        aggfunc="median",
+    )
+    return _significant(medians.reset_index())
+
+
+def _significant(table: pd.DataFrame) -> pd.DataFrame:
+    """Numbers of any size with three digits, as text."""
+    table = table.copy()
+    for name in table.select_dtypes("float"):
+        table[name] = table[name].map("{:.3g}".format)
+    return table
 
 
 def _with_interval(
@@ -236,9 +263,9 @@ def summarise(results: Path) -> list[Path]:
         "recovery": recovery(results),
         "reach": reach(results),
         "transfer": transfer(results),
-        "weights": _landscape(results, "compared_means"),
-        "barriers": _landscape(results, "barriers"),
-        "spectra": _landscape(results, "spectra"),
+        "weights": weights(results),
+        "barriers": _significant(_landscape(results, "barriers")),
+        "spectra": _significant(_landscape(results, "spectra")),
     }.items():
         if table.empty:
             continue
@@ -249,13 +276,17 @@ def summarise(results: Path) -> list[Path]:
     for backbone in BACKBONES:
         for name, source, draw in (
             *(
-                (grid, f"{grid}/zero_shot_retention-{backbone}/held_out.csv", retention_curves)
+                (
+                    grid,
+                    f"{grid}/zero_shot_retention-{backbone}/held_out.csv",
+                    plots.retention_curves,
+                )
                 for grid in TASKS
             ),
             (
                 "transfer",
-                f"landscape/landscape_analysis-{backbone}/correlations.csv",
-                transfer_correlations,
+                f"landscape/landscape_analysis-{backbone}/cells.csv",
+                lambda cells: plots.transfer_correlations(transfer_correlations(cells)),
             ),
         ):
             if (results / source).is_file():

@@ -98,7 +98,8 @@ def ggn_diagonal(
             result, except for ``estimator="batch"``.
         seed: seed of the draw of samples and of labels.
         estimator: ``"mc"`` draws ``draws`` labels a sample from the model: unbiased, one backward
-            a draw, relative variance of order 1/(samples * draws). ``"exact"`` costs one backward
+            a draw, relative variance proportional to 1/(samples * draws), and larger the surer the
+            model is of its labels. ``"exact"`` costs one backward
             a class and has no error. ``"batch"`` squares the gradient of a whole batch: labels are
             drawn independently with zero-mean gradients, so that cross terms vanish in
             expectation. Unbiased and no dearer than training, but its relative variance is of

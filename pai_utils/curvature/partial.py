@@ -69,9 +69,12 @@ def partial_terms(
 ) -> list[PartialTerms]:
     """Quadratic forms with the diagonal, blocks and tensors of the GGN of the mean cross-entropy.
 
-    Unbiased for the samples drawn; the error is that of the drawn labels, a relative variance of
-    order 1/(samples * draws) at most, and common to the three. Costs one forward, ``draws``
-    backwards that form per-sample gradients, and a product of these with each direction.
+    Unbiased for the samples drawn, where the directions do not depend on the same labels; the
+    error is that of the drawn labels, and common to the three. Its relative variance falls as
+    1/(samples * draws) and grows with the model's confidence: with p the probability of the
+    likeliest class it is of the order of 1/(1 − p), since few draws then give another label. Costs
+    one forward, ``draws`` backwards that form per-sample gradients, a product of these with each
+    direction, and memory for a copy of all directions.
 
     Args:
         model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.

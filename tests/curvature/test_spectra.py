@@ -170,8 +170,20 @@ def test_bad_settings_and_products_are_refused() -> None:
         spectral_density(operator, steps=0)
     with pytest.raises(ValueError, match="width=0"):
         spectral_density(operator, width=0)
+    with pytest.raises(ValueError, match="width=-1"):
+        spectral_density(operator).smoothed(-1)
     with pytest.raises(ValueError, match="width=1e-09 is too small"):
         spectral_density(operator, width=1e-9)
     broken = MatrixOperator(torch.full((12, 12), torch.nan))
     with pytest.raises(NonFiniteError, match="Lanczos step 1 is not finite"):
         top_eigenpairs(broken, 2)
+
+
+def test_another_kernel_leaves_the_quadrature() -> None:
+    operator = MatrixOperator(symmetric(50))
+    found = spectral_density(operator, probes=2, steps=20)
+    wide = spectral_density(operator, probes=2, steps=20, width=3 * found.width)
+    smoothed = found.smoothed(3 * found.width)
+    assert torch.equal(smoothed.grid, wide.grid)
+    assert torch.equal(smoothed.density, wide.density)
+    assert torch.equal(smoothed.nodes, found.nodes)

@@ -1,5 +1,6 @@
 """Tables over several stored results."""
 
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,11 @@ from summarise import (
     repaired,
     summarise,
     transfer,
+    weights,
     what_to_use,
 )
+
+from pai_utils.landscape import PREDICTORS
 
 
 @pytest.fixture
@@ -80,17 +84,30 @@ def _landscape(folder: Path) -> None:
     table["ggn"] = table.measured * 1.25
     table["diagonal"] = -table.measured
     table.to_csv(folder / "losses.csv", index=False)
+    names = [name for name in PREDICTORS if name != "measured"]
     pd.DataFrame(
-        [
-            ["mask_overlap_excess", 0.5, 0.25, 0.75, 0.1, float("nan"), float("nan"), 12, 6],
-        ],
-        columns=[
-            "predictor", "pooled", "pooled_low", "pooled_high", "within", "within_low",
-            "within_high", "cells", "pairs",
-        ],
-    ).to_csv(folder / "correlations.csv", index=False)  # fmt: skip
-    for name in ("compared_means", "barriers", "spectra"):
-        pd.DataFrame({"quantity": ["q"], "pre-trained": [0.123]}).to_csv(
+        {
+            "source": source,
+            "target": target,
+            "scorer": "snip",
+            "sparsity": 0.2,
+            "held_out": source != target,
+            "retention": -value,
+            "measured": value,
+            **dict.fromkeys(names, 1.0),
+        }
+        for value, (source, target) in enumerate(itertools.permutations("abcd", 2))
+    ).to_csv(folder / "cells.csv", index=False)
+    pd.DataFrame(
+        {
+            "weights": ["pre-trained", "random"] * 3,
+            "quantity": "retention",
+            "pair": ["a → b"] * 2 + ["b → a"] * 2 + ["b → c"] * 2,
+            "value": [0.5, 0.25, 0.75, 0.001234, 0.9, 0.0001],
+        }
+    ).to_csv(folder / "compared.csv", index=False)
+    for name in ("barriers", "spectra"):
+        pd.DataFrame({"name": ["dense"], "smallest": [-0.0012345]}).to_csv(
             folder / f"{name}.csv", index=False
         )
 
@@ -136,7 +153,7 @@ def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
 
 def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(results: Path) -> None:
     rows = {(row["task"], row["step"]): row for row in reach(results).to_dict("records")}
-    assert sorted(rows) == [("held-out", 0.25), ("held-out", 1.0), ("own", 0.25), ("own", 1.0)]
+    assert set(rows) == {(t, step) for t in ("own", "held-out") for step in (0.25, 0.5, 1.0)}
     full = rows["held-out", 1.0]
     assert full["measured"] == "3"
     assert full["½ δᵀGδ"] == "3.8 (100%)"
@@ -147,11 +164,23 @@ def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(results: Pa
 
 
 def test_correlations_stand_with_their_intervals(results: Path) -> None:
-    (row,) = transfer(results).to_dict("records")
-    assert row["predictor"] == "overlap of masks above chance"
-    assert row["all cells"] == "0.50 (0.25 to 0.75)"
-    assert row["one scorer and sparsity"] == "0.10"
-    assert (row["encoder"], row["cells"], row["pairs"]) == ("EfficientNet-Lite0", 12, 6)
+    rows = {row["predictor"]: row for row in transfer(results).to_dict("records")}
+    row = rows["measured increase"]
+    assert row["all cells"] == "-1.00 (-1.00 to -1.00)"
+    assert row["one scorer and sparsity"] == "-1.00 (-1.00 to -1.00)"
+    assert (row["encoder"], row["cells"], row["pairs"]) == ("EfficientNet-Lite0", 12, 12)
+    assert rows["½ δᵀGδ"]["all cells"] == "nan"
+
+
+def test_weights_are_compared_by_medians_with_all_their_digits(results: Path) -> None:
+    (row,) = weights(results).to_dict("records")
+    assert row == {
+        "encoder": "EfficientNet-Lite0", "quantity": "retention", "pre-trained": "0.75",
+        "random": "0.00123",
+    }  # fmt: skip
+    summarise(results)
+    spectra = pd.read_csv(results / "summary" / "spectra.csv")
+    assert spectra.smallest[0] == -0.00123
 
 
 def test_what_is_not_stored_is_left_out(results: Path) -> None:
