@@ -736,9 +736,9 @@ def spectra(
 
     Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
     prunable weights, pruned ones among them: ``probes`` times ``steps`` Hessian products for each
-    model. The same probes
-    give the trace as the mean of P Σ w θ, with its standard error over probes, and the extreme
-    Ritz values, which bound the largest and smallest eigenvalue from inside.
+    model. The same probes give the trace as the mean of P Σ w θ, with its standard error over
+    probes, and the extreme Ritz values, which bound the largest and smallest eigenvalue from
+    inside.
 
     Args:
         models: by name.

@@ -99,11 +99,11 @@ def ggn_diagonal(
         seed: seed of the draw of samples and of labels.
         estimator: ``"mc"`` draws ``draws`` labels a sample from the model: unbiased, one backward
             a draw, relative variance proportional to 1/(samples * draws), and larger the surer the
-            model is of its labels. ``"exact"`` costs one backward
-            a class and has no error. ``"batch"`` squares the gradient of a whole batch: labels are
-            drawn independently with zero-mean gradients, so that cross terms vanish in
-            expectation. Unbiased and no dearer than training, but its relative variance is of
-            order 1/(batches * draws), and it depends on ``batch_size``.
+            model is of its labels. ``"exact"`` costs one backward a class and has no error.
+            ``"batch"`` squares the gradient of a whole batch: labels are drawn independently with
+            zero-mean gradients, so that cross terms vanish in expectation. Unbiased and no dearer
+            than training, but its relative variance is of order 1/(batches * draws), and it depends
+            on ``batch_size``.
         draws: labels a sample for ``"mc"``.
 
     Returns:
