@@ -105,8 +105,15 @@ results: $(READY) ## run the larger grids and store their tables in results/; PA
 	fi
 	$(PY) workflow/summarise.py
 
+# What SLURM executes here, `make smoke` finds done: the rules are the same.
+cluster-test: $(READY) ## run the smoke grid on a SLURM of this computer (root, slurm-wlm, munge); check Kubernetes
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/cluster
+	$(PY) workflow/slurm_here.py $(PY) workflow/build.py smoke --target executed --profile slurm \
+	  --config gpu=0 gpus=0 tflops=0.1 --slurm-no-account --slurm-status-command squeue \
+	  --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 2 --latency-wait 10
+
 lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
-	$(COMPILE) --extra book --extra clip --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra book --extra clip --extra cluster --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
 	  --output-file requirements-bench.lock pyproject.toml
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from benchmarks.problems import NETWORKS
 from benchmarks.results import read
-from pai_utils.execution import write_atomically
+from pai_utils.files import write_atomically
 from pai_utils.plots import cost_multiples
 
 NOTHING = "–"

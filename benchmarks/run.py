@@ -33,7 +33,8 @@ from benchmarks.registry import TASKS
 from benchmarks.report import write_report
 from benchmarks.results import UNIT, Row, table
 from benchmarks.tasks import Task
-from pai_utils.execution import progress, write_atomically
+from pai_utils.execution import progress
+from pai_utils.files import write_atomically
 from pai_utils.runs import surroundings
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pai_utils.execution import write_atomically
+from pai_utils.files import write_atomically
 from pai_utils.runs import surroundings
 
 

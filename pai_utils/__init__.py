@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pai_utils import atlas, evaluation, finetuning, landscape, plots, runs, sources
+    from pai_utils import atlas, evaluation, finetuning, landscape, plots, runs, shared, sources
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
     from pai_utils.clip import zero_shot_head
     from pai_utils.evaluation import Evaluation, evaluate
@@ -44,7 +44,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "finetune": "finetuning",
 }
-_MODULES = ("atlas", "evaluation", "finetuning", "landscape", "plots", "runs", "sources")
+_MODULES = ("atlas", "evaluation", "finetuning", "landscape", "plots", "runs", "shared", "sources")
 
 __all__ = [
     "SCORERS",
@@ -74,6 +74,7 @@ __all__ = [
     "runs",
     "score",
     "select_parameters",
+    "shared",
     "sources",
     "zero_shot_head",
 ]

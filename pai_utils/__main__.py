@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -209,45 +208,13 @@ def _read_value(text: str) -> Any:
 
 
 def _validate(path: Path, values: Mapping[str, Any]) -> NotebookConfig:
-    """The notebook's parameters with ``values`` in place of its own, by its own schema."""
-    from pai_utils import runs
-    from pai_utils.execution import unknown_name
+    """The notebook's parameters with ``values`` in place of its own."""
+    from pai_utils.runs import read_parameters
 
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-        tagged = [
-            "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is no readable notebook: {error!r}") from error
-    schemas = re.findall(r"\bruns\.(\w+)\.from_notebook\(globals\(\)\)", "\n".join(sources))
-    if len(tagged) != 1 or len(schemas) != 1:
-        raise BadInput(
-            f"{path} has no cell tagged 'parameters', or none that checks them as "
-            "pai_utils.runs.<Name>Config.from_notebook(globals())"
-        )
-    schema = getattr(runs, schemas[0], None)
-    if not (isinstance(schema, type) and issubclass(schema, runs.NotebookConfig)):
-        raise BadInput(f"{path} checks its parameters by {schemas[0]}, which pai_utils lacks")
-    for name in values:
-        if name not in schema.model_fields:
-            raise BadInput(str(unknown_name("parameter", name, schema.model_fields)))
-    try:
-        return schema.from_notebook({**_assignments(tagged[0]), **values})
-    except (ValueError, SyntaxError) as error:
+        return read_parameters(path, values)
+    except ValueError as error:
         raise BadInput(str(error)) from error
-
-
-def _assignments(source: str) -> dict[str, Any]:
-    """The names that a cell of plain assignments defines, without running it."""
-    return {
-        target.id: ast.literal_eval(statement.value)
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
 
 
 def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:

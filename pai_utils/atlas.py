@@ -41,7 +41,7 @@ class Atlas:
         """Take one mask."""
         key = (step.scorer, step.source, step.seed)
         first = self._first.setdefault(step.scorer, (step.source, step.seed))
-        self._seconds[key] = step.seconds
+        self._seconds[key] = step.scores.seconds
         if step.scorer not in self.distributions:
             flat = torch.cat([values.detach().flatten() for values in step.scores.values()])
             self.distributions[step.scorer] = flat[:: -(-len(flat) // _MOST_SCORES)].cpu()

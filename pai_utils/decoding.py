@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pai_utils.backbones import ImageTransform
-from pai_utils.execution import logger, progress, write_atomically
+from pai_utils.execution import logger, progress
+from pai_utils.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,6 @@ from pai_utils.execution import (
     Samples,
     batches,
     check_labels,
-    clock,
     device_of,
     fitting_batches,
     in_precision,
@@ -30,10 +29,17 @@ from pai_utils.execution import (
     undisturbed,
     unknown_name,
 )
-from pai_utils.heads import PROTOCOLS, features, fit_head
+from pai_utils.heads import PROTOCOLS, dense_features, features, fit_head
 from pai_utils.masks import Mask, check_sparsity, make_mask
-from pai_utils.scorers import SCORERS, score
-from pai_utils.sources import IMAGE_SETS, Source, is_held_out, load_source, source_parts
+from pai_utils.scorers import SCORERS, Scores, score
+from pai_utils.sources import (
+    IMAGE_SETS,
+    Source,
+    is_held_out,
+    load_source,
+    score_source,
+    source_parts,
+)
 from pai_utils.tasks import Task
 
 
@@ -46,6 +52,16 @@ class Evaluation:
     count: int
     interval: tuple[float, float]  # 95 % Wilson interval of the accuracy
     correct: Tensor  # [count] bool, in the order of the data
+
+    def row(self, chance: float) -> dict[str, object]:
+        """What a table of accuracies holds of it: ``accuracy, loss, count, chance, correct``."""
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "count": self.count,
+            "chance": chance,
+            "correct": self.correct.numpy(),
+        }
 
 
 def evaluate(
@@ -121,7 +137,7 @@ def protocol_gap(
     """
     rows = []
     for name, task in tasks.items():
-        values, labels = features(backbone, task.test, batch_size=batch_size)
+        values, labels = dense_features(backbone, task.test, batch_size=batch_size)
         clean = float("nan")
         for protocol in PROTOCOLS:
             head = fit_head(backbone, task, protocol=protocol, batch_size=batch_size).cpu()
@@ -237,8 +253,7 @@ class SweepMask:
     source: str  # "none" for a scorer that looks at no data
     seed: int
     sparsity: float
-    scores: Mapping[str, Tensor]
-    seconds: float  # that the scores took, of the processor on a CPU
+    scores: Scores
     mask: Mask
 
 
@@ -294,7 +309,7 @@ def retention_sweep(
 
     Returns:
         One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
-        ``"dense"``, sparsity 0): columns ``source, target, scorer, sparsity, seed, accuracy,
+        ``"dense"``, sparsity 0): columns ``target, source, scorer, sparsity, seed, accuracy,
         loss, count, chance, correct`` (the last one ``[count]`` bool).
 
     Raises:
@@ -330,18 +345,8 @@ def retention_sweep(
     def rows(source: str, scorer: str, sparsity: float, seed: int) -> Iterator[dict[str, object]]:
         results = evaluate_heads(pruned, heads, tests, batch_size=batch_size, precision=precision)
         for target, result in results.items():
-            yield {
-                "source": source,
-                "target": target,
-                "scorer": scorer,
-                "sparsity": sparsity,
-                "seed": seed,
-                "accuracy": result.accuracy,
-                "loss": result.loss,
-                "count": result.count,
-                "chance": tasks[target].chance,
-                "correct": result.correct.numpy(),
-            }
+            mask = {"source": source, "scorer": scorer, "sparsity": sparsity, "seed": seed}
+            yield {"target": target, **mask, **result.row(tasks[target].chance)}
 
     cells = [
         (scorer, source, seed)
@@ -371,23 +376,18 @@ def retention_sweep(
         )
 
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):
-        head, data = any_head, None
+        keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
         if SCORERS[scorer].needs_data:
             place = loaded(source, seed)
-            head = place.head or any_head
-            data = place.labelled if SCORERS[scorer].needs_head else place.images
-        model = Classifier(backbone, head)
-        keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
-        if data is not None and data is not place.images and keywords["samples"] is not None:
-            keywords["samples"] = min(keywords["samples"], len(data))  # of the first part alone
-        begin = clock(device_of(model))
-        scores = score(scorer, model, data, seed=seed, **keywords)
-        seconds = clock(device_of(model)) - begin
+            model = Classifier(backbone, place.head or any_head)
+            scores = score_source(scorer, model, place, seed=seed, **keywords)
+        else:
+            scores = score(scorer, Classifier(backbone, any_head), seed=seed, **keywords)
         for sparsity in sparsities:
             whole = make_mask(scores, sparsity, scope)
             mask = _encoder_part(whole)
             if observe is not None:
-                observe(SweepMask(scorer, source, seed, sparsity, scores, seconds, mask))
+                observe(SweepMask(scorer, source, seed, sparsity, scores, mask))
             for compensation in compensations:
                 repaired = compensation != "none"
                 for place_name in sources if repaired and source == "none" else [source]:

@@ -10,11 +10,9 @@ import difflib
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -249,24 +247,13 @@ def watched() -> bool:
     return seen and os.environ.get("PAI_PROGRESS") != "0"
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` through a temporary file beside it: all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's file is private; a result should be readable like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def hash_tensor(digest: Any, name: str, value: Tensor) -> None:
+    """Add a tensor's name, shape, type and bytes to a digest of `hashlib`, without a copy of them.
+
+    One that lies on a GPU or is not contiguous is copied.
+    """
+    digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def unknown_name(

@@ -18,7 +18,14 @@ from torch.nn import functional as F
 
 from pai_utils.backbones import Backbone, Classifier, prunable_parameters
 from pai_utils.curvature.diagonals import output_diagonal
-from pai_utils.evaluation import evaluate_heads, gain_replicates, interval, retention
+from pai_utils.evaluation import (
+    Evaluation,
+    evaluate_heads,
+    gain_replicates,
+    interval,
+    retention,
+    summarise_retention,
+)
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
@@ -359,12 +366,8 @@ def recovery_sweep(
                         "target": target,
                         "split": split,
                         "head": kind,
-                        "accuracy": result.accuracy,
-                        "loss": result.loss,
-                        "count": result.count,
-                        "chance": tasks[target].chance,
                         "seed": seed,
-                        "correct": result.correct.numpy(),
+                        **result.row(tasks[target].chance),
                     }
                 )
 
@@ -584,6 +587,47 @@ def make_penalties(
         return Penalty(anchor, strength, curvature)
 
     return {penalty: make(penalty, strength) for penalty, strength in strengths.items()}
+
+
+def recovery_results(
+    recovery: pd.DataFrame, dense: Mapping[str, Evaluation], source: str, scorer: str
+) -> pd.DataFrame:
+    """Retention with frozen heads before and after fine-tuning, as rows of ``results.csv``.
+
+    Args:
+        recovery: as from :func:`recovery_study`.
+        dense: each task's accuracy before pruning.
+        source: what masks were computed on.
+        scorer: by which, where the start says no other.
+
+    Returns:
+        As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage``: the start, and what
+        it was fine-tuned by.
+    """
+    frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
+    chances = frozen.groupby("target").chance.first()
+    references = [
+        {"source": "none", "target": t, "scorer": "dense", "sparsity": 0.0, "seed": 0}
+        | dense[t].row(float(chances[t]))
+        for t in chances.index
+    ]
+    first, last = frozen.step.min(), frozen.step.max()
+    by = ["start", "penalty", "learning_rate"]
+    begun = frozen[frozen.step == first].drop_duplicates(["start", "sparsity", "seed", "target"])
+    parts = []
+    for key, group in frozen[frozen.step == last].groupby(by, sort=False):
+        parts.append((key[0], f"{key[0]}, fine-tuned ({key[1]}, {key[2]:g})", group))
+    parts += [
+        (str(start), str(start), group) for start, group in begun.groupby("start", sort=False)
+    ]
+    tables = []
+    for start, stage, group in parts:
+        named = {"random": ("none", "random"), "dense": ("none", "none")}
+        by_source, by_scorer = named.get(start, (source, scorer))
+        rows = group.assign(source=by_source, scorer=by_scorer)
+        summary = summarise_retention(pd.concat([pd.DataFrame(references), rows]))
+        tables.append(summary[summary.scorer != "dense"].assign(stage=stage))
+    return pd.concat(tables, ignore_index=True)
 
 
 def recovery_gains(

@@ -18,7 +18,8 @@ from pai_utils.execution import (
     undisturbed,
     unknown_name,
 )
-from pai_utils.tasks import Task
+from pai_utils.shared import Kept, reused
+from pai_utils.tasks import ImageDataset, Task
 
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
@@ -44,6 +45,20 @@ def features(
     with undisturbed(backbone), torch.inference_mode(), in_precision(device, precision):
         values, labels = fitting_batches(compute, batch_size)
     return (values.float() if precision != "float32" else values).clone(), labels.clone()
+
+
+def dense_features(
+    backbone: nn.Module, data: ImageDataset, *, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """As :func:`features`, of an encoder that other runs may use too (:mod:`pai_utils.shared`)."""
+
+    def compute() -> Kept:
+        values, labels = features(backbone, data, batch_size=batch_size)
+        return Kept({"features": values, "labels": labels}, {})
+
+    parts = {"encoder": backbone, "data": data, "device": device_of(backbone).type}
+    found = reused("features", parts, compute)
+    return found.tensors["features"], found.tensors["labels"]
 
 
 def make_heads(
@@ -96,12 +111,34 @@ def fit_head(
         ValueError: if the protocol is unknown, the features are not finite, or a class has no
             sample in the split.
     """
-    from sklearn.linear_model import LogisticRegression
-
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
-    split = PROTOCOLS[protocol]
-    values, labels = features(backbone, getattr(task, split), batch_size=batch_size)
+    data = getattr(task, PROTOCOLS[protocol])
+
+    def compute() -> Kept:
+        head = _fitted(backbone, task, PROTOCOLS[protocol], inverse_penalty, batch_size)
+        return Kept({"weight": head.weight, "bias": head.bias}, {})
+
+    device = device_of(backbone)
+    parts = {"encoder": backbone, "data": data, "device": device.type}
+    options = {"classes": list(task.class_names), "inverse_penalty": inverse_penalty}
+    found = reused("head", parts | options, compute).tensors
+    classes, width = found["weight"].shape
+    head = nn.Linear(width, classes, dtype=found["weight"].dtype)
+    with torch.no_grad():
+        head.weight.copy_(found["weight"])
+        head.bias.copy_(found["bias"])
+    return head.requires_grad_(False).to(device).eval()
+
+
+def _fitted(
+    backbone: Backbone, task: Task, split: str, inverse_penalty: float, batch_size: int
+) -> nn.Linear:
+    """The head on the CPU."""
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    values, labels = dense_features(backbone, getattr(task, split), batch_size=batch_size)
     if not torch.isfinite(values).all():
         raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
     classes = len(task.class_names)
@@ -115,7 +152,9 @@ def fit_head(
     # A feature that varies by rounding only, such as a bias alone, must not be blown up.
     std[std <= 1e-6 * mean.abs()] = 1
     regression = LogisticRegression(C=inverse_penalty, max_iter=2000)
-    regression.fit(((values.double() - mean) / std).numpy(), labels.numpy())
+    # Of many small products: threads that wait for each other make it dozens of times slower.
+    with threadpool_limits(1, "blas"):
+        regression.fit(((values.double() - mean) / std).numpy(), labels.numpy())
     weight = torch.from_numpy(regression.coef_)
     bias = torch.from_numpy(regression.intercept_)
     if classes == 2:  # scikit-learn gives one row, the difference of the two
@@ -125,4 +164,4 @@ def fit_head(
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias - weight @ mean)
-    return head.requires_grad_(False).to(device_of(backbone)).eval()
+    return head

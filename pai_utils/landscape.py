@@ -350,7 +350,8 @@ def task_alignment(
 
     importance = flat(weights).double().square()
     diagonals = {task: flat(curvature.diagonal) for task, curvature in curvatures.items()}
-    ranks = {task: _ranks(values) for task, values in diagonals.items()}
+    weighted = {task: _standardised(d, importance) for task, d in diagonals.items()}
+    ranked = {task: _standardised(_ranks(d)) for task, d in diagonals.items()}
     rows = []
     for one, other in itertools.combinations(curvatures, 2):
         pairs = curvatures[one].eigenpairs, curvatures[other].eigenpairs
@@ -360,16 +361,16 @@ def task_alignment(
             "chance": max(len(pair.values) for pair in pairs) / len(importance),
             "smallest_angle": math.degrees(float(angles.min())),
             "largest_angle": math.degrees(float(angles.max())),
-            "rank_correlation": _correlation(ranks[one], ranks[other]),
-            "weighted_correlation": _correlation(diagonals[one], diagonals[other], importance),
+            "rank_correlation": float(torch.dot(ranked[one], ranked[other])),
+            "weighted_correlation": float(torch.dot(weighted[one], weighted[other])),
         }
         rows += [{"source": a, "target": b} | row for a, b in ((one, other), (other, one))]
     return pd.DataFrame(rows)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks in float64; equal values share the mean of theirs. Half the time of scipy's."""
-    ordered, places = values.sort()
+    """Ranks in float64; equal values share the mean of theirs. A quarter of scipy's time."""
+    ordered, places = _sorted(values)
     _, counts = ordered.unique_consecutive(return_counts=True)
     middle = counts.cumsum(0).double() - (counts.double() - 1) / 2
     ranks = torch.empty_like(values, dtype=torch.float64)
@@ -377,14 +378,33 @@ def _ranks(values: Tensor) -> Tensor:
     return ranks
 
 
-def _correlation(one: Tensor, other: Tensor, weights: Tensor | None = None) -> float:
-    """Pearson correlation; not a number where one does not vary."""
-    one, other = one.double(), other.double()
-    share = torch.ones_like(one) if weights is None else weights
-    share = share / share.sum()
-    a, b = one - (share * one).sum(), other - (share * other).sum()
-    variances = (share * a.square()).sum() * (share * b.square()).sum()
-    return float((share * a * b).sum() / variances.sqrt()) if variances > 0 else math.nan
+def _sorted(values: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``values.sort()`` on the CPU; numbers of 32 bits in a third of its time."""
+    if values.dtype != torch.float32:
+        return values.sort()
+    # Bits in an order that is that of the numbers, and the places behind them: one plain sort.
+    bits = (values.numpy() + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    bits ^= np.where(bits >> 31 == 1, np.uint32(2**32 - 1), np.uint32(2**31))
+    keys = bits.astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(bits), dtype=np.uint64)
+    keys.sort()
+    places = torch.from_numpy((keys & np.uint64(2**32 - 1)).astype(np.int64))
+    return values[places], places
+
+
+def _standardised(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Numbers in float64 whose inner product with others of the kind is a Pearson correlation.
+
+    Not numbers where the values do not vary.
+    """
+    values = values.double()
+    if weights is None:
+        values = values - values.mean()
+    else:
+        share = weights / weights.sum()
+        values = (values - torch.dot(share, values)).mul_(share.sqrt_())
+    norm = torch.linalg.vector_norm(values)
+    return values.div_(norm if norm > 0 else math.nan)
 
 
 def _spearman(one: _Values, other: _Values, counts: _Values | None = None) -> _Values:
@@ -425,6 +445,8 @@ class Study:
     """Of :func:`task_alignment`."""
     eigenvalues: pd.DataFrame
     """``task, rank, eigenvalue, residual, converged``."""
+    retention: pd.DataFrame
+    """Of :func:`~pai_utils.evaluation.summarise_retention`."""
 
 
 def study(
@@ -536,7 +558,8 @@ def study(
         )
     )
     everything = pd.concat(losses, ignore_index=True)
-    return Study(everything, _cells(everything, kept, masks, alignment), alignment, eigenvalues)
+    cells = _cells(everything, kept, masks, alignment)
+    return Study(everything, cells, alignment, eigenvalues, kept)
 
 
 def _cells(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import write_atomically
+from pai_utils.execution import hash_tensor
+from pai_utils.files import write_atomically
 
 SCOPES = ("global", "layer", "erk", "N:M")
 _BLOCK = 2**22  # scores compared at a time, which bounds the memory of what comparisons return
@@ -471,9 +472,7 @@ def _encoder_name(model: nn.Module) -> str:
 def _checksum_of_weights(parameters: Mapping[str, Tensor], names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(names):
-        weight = parameters[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(weight.view(-1).view(torch.uint8).numpy().data)
+        hash_tensor(digest, name, parameters[name])
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -602,9 +601,7 @@ def _as_boolean(name: str, value: Tensor) -> Tensor:
 def _checksum(entries: Mapping[str, Tensor], metadata: str) -> str:
     digest = hashlib.sha256(f"{metadata}\n".encode())
     for name in sorted(entries):
-        entry = entries[name].contiguous()
-        digest.update(f"{name} {tuple(entry.shape)} {entry.dtype}\n".encode())
-        digest.update(entry.numpy().data)
+        hash_tensor(digest, name, entries[name])
     return digest.hexdigest()
 
 

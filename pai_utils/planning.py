@@ -23,18 +23,22 @@ from pai_utils import runs
 from pai_utils.compensation import COMPENSATION_SAMPLES, parse_compensation
 from pai_utils.datasets import DATASETS
 from pai_utils.execution import progress
+from pai_utils.needs import Need
 from pai_utils.runs import NotebookConfig
 from pai_utils.scorers import SCORERS
 from pai_utils.sources import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
 from pai_utils.tasks import check_size, part_sizes
 
-__all__ = ["DEFAULT_TFLOPS", "downloads", "plan"]
+__all__ = ["DEFAULT_TFLOPS", "downloads", "plan", "plan_need"]
 
 DEFAULT_TFLOPS = 20.0
 """Sustained by a data-centre GPU in float32 with TensorFloat-32, by order of magnitude."""
 
 _BACKWARD = 2  # forwards
 _FIGURES_MIB = 2.0
+_LIBRARIES_MIB = 1200.0
+_PRODUCTS_MIB = 1000.0  # of layers' inputs, to solve for weights
+_BLOCKS_MIB = 4096.0  # at most, of the sums of Fisher blocks
 _TABLE_ROW_BYTES = 120
 _HVP, _GGN = 3.1, 2.5  # forwards and backwards of a product
 _SHARED, _DIRECTION = 3.0, 2.0  # of the terms along several directions, and of each
@@ -49,6 +53,9 @@ class _Work:
     forwards: float = 0.0
     rows: int = 0  # of tables
     masks: int = 0  # kept as files
+    copies: float = 12.0  # of the encoder's weights, at once in memory
+    block_size: int = 0  # of Fisher blocks; 0: none
+    products_mib: float = 0.0  # of other products, beside
 
     def train(self, images: float) -> None:
         """Forward and backward."""
@@ -64,8 +71,9 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
 
     Returns:
         One row a cell: `cell`, `backbone`, `images` (passes of one image, in forwards), `pflop`
-        (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks) and `pixels_mib`
-        (decoded images, shared by the cells of one task and size).
+        (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks), `pixels_mib`
+        (decoded images, shared by the cells of one task and size) and `memory_mib` (of the
+        process, or of a GPU and the process).
 
     Raises:
         ValueError: parameters of a notebook that has no estimate, an unknown encoder, more images
@@ -95,9 +103,31 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
                 "results_mib": _FIGURES_MIB
                 + (work.rows * _TABLE_ROW_BYTES + work.masks * encoder.prunable) / 2**20,
                 "pixels_mib": images * 3 * encoder.side**2 / 2**20,
+                "memory_mib": encoder.memory_mib(work.copies, config.batch_size, images)
+                + work.products_mib
+                + min(8 * work.block_size * encoder.prunable / 2**20, _BLOCKS_MIB),
             }
         )
     return pd.DataFrame(rows)
+
+
+def plan_need(need: Need, *, tflops: float = DEFAULT_TFLOPS) -> dict[str, float]:
+    """Estimate what runs have in common (:mod:`pai_utils.needs`): `hours` and `memory_mib`.
+
+    Args:
+        need: what is to be computed.
+        tflops: as in :func:`plan`.
+    """
+    encoder = _encoder(need.backbone, need.image_size)
+    images = sum(sum(_sizes(task, need).values()) for task in need.tasks)
+    forwards: float = images
+    if need.kind == "scores":
+        passes = SCORERS[need.scorer].passes(SCORERS[need.scorer].options)
+        forwards += 3 * passes * (need.samples or images)
+    return {
+        "hours": forwards * encoder.forward_flop / (tflops * 1e12) / 3600,
+        "memory_mib": encoder.memory_mib(6.0, need.batch_size, images),
+    }
 
 
 def downloads(cells: Iterable[NotebookConfig]) -> dict[str, int]:
@@ -114,6 +144,13 @@ class _Encoder:
     side: int
     forward_flop: float
     prunable: int
+    weights: int
+    activations: int  # numbers that the layers of one image's forward give
+
+    def memory_mib(self, copies: float, batch_size: int, images: int) -> float:
+        """Of a process: libraries, copies of the weights, two batches' activations, and pixels."""
+        numbers = copies * self.weights + 2 * batch_size * self.activations
+        return _LIBRARIES_MIB + (4 * numbers + images * 3 * self.side**2) / 2**20
 
 
 @cache
@@ -129,10 +166,21 @@ def _encoder(name: str, image_size: int | None) -> _Encoder:
     backbone = load_backbone(name, image_size=image_size, device="cpu", pretrained=False)
     side = backbone.image_size
     backbone = backbone.to("meta")
+    given = 0
+
+    def count(_module: object, _inputs: object, output: object) -> None:
+        nonlocal given
+        if isinstance(output, torch.Tensor):
+            given += output.numel()
+
+    for module in backbone.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.empty(1, 3, side, side, device="meta"))
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
     prunable = sum(backbone.get_parameter(n).numel() for n in prunable_parameters(backbone))
-    return _Encoder(side, float(counter.get_total_flops()), prunable)
+    return _Encoder(side, float(counter.get_total_flops()), prunable, weights, given)
 
 
 def _sizes(name: str, config: Any) -> dict[str, int]:
@@ -211,6 +259,8 @@ def _sweep(
     ]
     for compensation in compensations:
         parts = parse_compensation(compensation)
+        if parts:
+            work.copies, work.products_mib = 40, _PRODUCTS_MIB
         for place in places if parts else []:
             wanted = getattr(config, "compensation_options", {}).get("samples")
             images = min(wanted or COMPENSATION_SAMPLES, _available(place, config))
@@ -247,7 +297,7 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
 
 def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
-    work = _Work(forwards=train + test)
+    work = _Work(forwards=train + test, copies=40, products_mib=_PRODUCTS_MIB)
     pool = config.prune_by or config.source
     pruned = [start for start in config.starts if start != "dense"]
     begun = len(pruned) * len(config.sparsities) + (len(config.starts) - len(pruned))
@@ -280,8 +330,7 @@ def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
     images = _drawn(config.source, config, config.spectrum_samples)
     work.train(networks * config.probes * config.lanczos_steps * _HVP * images)
     work.rows += networks * _DENSITY_ROWS
-    for _ in range(2):  # with and without a repair
-        _score(work, config, config.scorers[0], config.source)
+    _score(work, config, config.scorers[0], config.source)
     work.forwards += 2 * min(
         config.compensation_options.get("samples", COMPENSATION_SAMPLES),
         _available(config.source, config),
@@ -306,6 +355,8 @@ def _study(
         for source in sources:
             _score(work, config, scorer, source)
         masks += len(sources) * sparsities
+    # Steps to each mask and their padded copies, beside the scores and the eigenvectors.
+    work.copies = max(work.copies, 16 + 4 * masks + config.products)
     work.forwards += _total(config, "train") + (1 + masks) * _total(config, "test")
     for target in config.tasks:
         images = _drawn(target, config, config.samples)
@@ -317,6 +368,8 @@ def _study(
 
 def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:
     work = _Work(forwards=_total(config, "train"))
+    if "block_fisher" in config.scorers:
+        work.block_size = config.options.get("block_fisher", {}).get("block_size", 64)
     _sweep(work, config, config.scorers)
     return work
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -24,17 +26,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
-from pai_utils.execution import PRECISIONS, unknown_name, write_atomically
+from pai_utils.execution import PRECISIONS, unknown_name
+from pai_utils.files import write_atomically
 from pai_utils.finetuning import OPTIMISERS, PENALTIES, SCHEDULES, STARTS
 from pai_utils.heads import HEADS
 from pai_utils.masks import check_sparsity
 from pai_utils.scorers import SCORERS
+from pai_utils.shared import digest_of, used_files
 from pai_utils.sources import IMAGE_SETS, is_held_out, task_of
 from pai_utils.tasks import check_task_name
 
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
     from pai_utils.masks import Mask
+    from pai_utils.tasks import Task
 
 
 def _known_task(name: str) -> str:
@@ -151,6 +157,53 @@ class NotebookConfig(BaseModel):
             raise ValueError(
                 f"parameters refused: {problems}. Valid parameters: {', '.join(fields)}"
             ) from error
+
+
+def read_parameters(notebook: Path, values: Mapping[str, Any]) -> NotebookConfig:
+    """A notebook's parameters with ``values`` in place of its own, by its own schema; nothing runs.
+
+    Args:
+        notebook: the file, with one cell tagged ``parameters`` that holds plain assignments.
+        values: to set, by name.
+
+    Raises:
+        ValueError: no such notebook, or a value that its schema refuses.
+    """
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        tagged = [
+            "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
+    names = re.findall(r"\bruns\.(\w+)\.from_notebook\(globals\(\)\)", "\n".join(sources))
+    if len(tagged) != 1 or len(names) != 1:
+        raise ValueError(
+            f"{notebook} has no cell tagged 'parameters', or none that checks them as "
+            "pai_utils.runs.<Name>Config.from_notebook(globals())"
+        )
+    schema = globals().get(names[0])
+    if not (isinstance(schema, type) and issubclass(schema, NotebookConfig)):
+        raise ValueError(f"{notebook} checks its parameters by {names[0]}, which pai_utils lacks")
+    for name in values:
+        if name not in schema.model_fields:
+            raise unknown_name("parameter", name, schema.model_fields)
+    try:
+        return schema.from_notebook({**_assignments(tagged[0]), **values})
+    except SyntaxError as error:
+        raise ValueError(f"{notebook}: {error}") from error
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    """The names that a cell of plain assignments defines, without running it."""
+    return {
+        target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def _problem(details: ErrorDetails) -> str:
@@ -368,6 +421,128 @@ class LandscapeAnalysisConfig(NotebookConfig):
         return list(dict.fromkeys([self.source, *self.targets]))
 
 
+class RunRecord(BaseModel):
+    """What ``record.json`` of a run holds; a notebook may add entries."""
+
+    model_config = ConfigDict(extra="allow")
+
+    notebook: str
+    parameters: dict[str, Any]  # seeds among them
+    started: datetime
+    seconds: Annotated[float, Field(ge=0)]
+    peak_memory_mib: Annotated[int, Field(ge=0)]
+    device: str
+    threads: Positive
+    platform: str
+    python: str
+    versions: dict[str, str | None]
+    commit: str | None  # None outside a checkout
+    clean: bool | None
+    inputs: dict[str, Any] = {}  # digests of images and of shared files
+    outputs: dict[str, str]  # SHA-256 by name
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a run, checked by its schema.
+
+    Args:
+        folder: of the run's files.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    path = folder / "record.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(map(_problem, error.errors()))
+        raise ValueError(f"{path} is no record of a run: {problems}") from error
+
+
+def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
+    """Files that a run wrote whose checksum is no longer that of its record.
+
+    Args:
+        folder: of the run's files.
+        absent: whether missing files count.
+
+    Raises:
+        ValueError: as :func:`read_record`.
+    """
+    return [
+        name
+        for name, digest in read_record(folder).outputs.items()
+        if (
+            (folder / name).is_file()
+            and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest
+        )
+        or (absent and not (folder / name).is_file())
+    ]
+
+
+class Result(BaseModel):
+    """A row of ``results.csv``: one task after one pruning; fractions are of one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cell: str  # the run: a cell of a grid, or the folder's name
+    notebook: str
+    backbone: str
+    source: str  # what the mask was computed on, or "none"
+    target: str
+    held_out: bool
+    scorer: str
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    stage: str  # what was done after pruning
+    accuracy: Annotated[float, Field(ge=0, le=1)]  # mean over seeds
+    dense_accuracy: Annotated[float, Field(ge=0, le=1)]
+    chance: Annotated[float, Field(ge=0, le=1)]
+    retention: float | None  # of the dense accuracy above chance; None where that is none
+    low: float | None  # 95 % interval of the retention
+    high: float | None
+    count: Positive  # test images
+    seeds: Positive
+
+
+RESULT_KEY = ("cell", "source", "target", "scorer", "sparsity", "stage")
+_RESULT = list(Result.model_fields)
+_ROWS = TypeAdapter(list[Result])
+
+
+def check_results(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of :class:`Result` rows, each with a key of its own; returned with their columns.
+
+    Raises:
+        ValueError: a column is missing or unknown, a value ill-typed or out of range, or two rows
+            have the same :data:`RESULT_KEY`.
+    """
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    try:
+        _ROWS.validate_python(rows)
+    except ValidationError as error:
+        (first, *others) = error.errors()
+        more = f", and {len(others)} more" if others else ""
+        raise ValueError(f"no table of results: row {_problem(first)}{more}") from error
+    twice = table[table.duplicated(list(RESULT_KEY))]
+    if len(twice):
+        raise ValueError(f"no table of results: two rows of {tuple(twice.iloc[0][[*RESULT_KEY]])}")
+    return table[_RESULT]
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The results in a file, checked by :func:`check_results`.
+
+    Raises:
+        ValueError: as there.
+    """
+    try:
+        return check_results(pd.read_csv(path, keep_default_na=False, na_values=[""]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 class Run:
     """One execution of a notebook: its output folder and its record.
 
@@ -390,6 +565,28 @@ class Run:
         """Write ``<name>.csv`` to the run's folder: all of it or nothing."""
         self._write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
 
+    def write_results(self, table: pd.DataFrame, stage: str = "pruned") -> None:
+        """Write ``results.csv``, checked by :func:`check_results`.
+
+        Args:
+            table: one row a source, target, scorer and sparsity, as from
+                :func:`pai_utils.evaluation.summarise_retention`; rows of the dense encoder are left
+                out, and so are columns that no result has.
+            stage: what was done after pruning, where the table has no such column.
+
+        Raises:
+            ValueError: as :func:`check_results`.
+        """
+        rows = table[table.scorer != "dense"]
+        rows = rows.assign(
+            cell=self.folder.name,
+            notebook=self.name,
+            backbone=self.config.backbone,
+            held_out=[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)],
+            **({} if "stage" in rows else {"stage": stage}),
+        )
+        self.write_table("results", check_results(rows[rows.columns.intersection(_RESULT)]))
+
     def write_figure(self, name: str, figure: Figure) -> None:
         """Write ``<name>.png`` to the run's folder: all of it or nothing."""
         from io import BytesIO
@@ -405,12 +602,20 @@ class Run:
         for file in (path, path.with_suffix(".json")):
             self._outputs[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
+    def finish(self, tasks: Mapping[str, Task] | None = None, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.
 
         Args:
+            tasks: whose images the run took.
             facts: further entries, such as the provenance of weights.
         """
+        inputs = {
+            "tasks": {
+                name: {part: digest_of(getattr(task, part)) for part in ("train", "test")}
+                for name, task in (tasks or {}).items()
+            },
+            "shared": used_files(),
+        }
         record: dict[str, Any] = {
             "notebook": self.name,
             "parameters": self.config.model_dump(),
@@ -418,9 +623,11 @@ class Run:
             "seconds": round(time.perf_counter() - self._clock, 2),
             "peak_memory_mib": _peak_memory_mib(),
             **surroundings(self.config.device),
+            "inputs": inputs,
             "outputs": self._outputs,
             **facts,
         }
+        RunRecord.model_validate(record)
         text = json.dumps(record, indent=2, sort_keys=True, default=str)
         write_atomically(self.folder / "record.json", text.encode() + b"\n")
         return record

@@ -12,18 +12,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pai_utils.backbones import Backbone, ImageTransform
+from pai_utils.backbones import Backbone, Classifier, ImageTransform
 from pai_utils.execution import unknown_name
 from pai_utils.heads import fit_head
+from pai_utils.scorers import SCORERS, Scores, score
 from pai_utils.tasks import ImageDataset, Task
 
-__all__ = ["IMAGE_SETS", "ImageSet", "Source", "load_images", "load_source", "source_parts"]
+__all__ = [
+    "IMAGE_SETS",
+    "ImageSet",
+    "Source",
+    "load_images",
+    "load_source",
+    "score_source",
+    "source_parts",
+]
 
 RANDOM_LABELS = ":random_labels"
 ALTERED = ":altered"
@@ -160,6 +170,32 @@ def load_source(
     images = torch.cat([part.images for part in pooled])
     labels = torch.full((len(images),), UNLABELLED)
     return Source(name, ImageDataset(images, labels, backbone.transform), labelled, head)
+
+
+def score_source(
+    scorer: str, model: Classifier, source: Source, *, samples: int | None = 256, **keywords: Any
+) -> Scores:
+    """Scores by the images of a source that has them for this scorer.
+
+    A scorer that needs a head looks at the first task among the parts, at no more images than that
+    has; the others look at all parts.
+
+    Args:
+        scorer: one that looks at data.
+        model: the encoder with the source's head, or with any where the scorer needs none.
+        source: what to look at.
+        samples: images a score; ``None`` for all.
+        keywords: others of :func:`~pai_utils.scorers.score`.
+
+    Raises:
+        ValueError: as there.
+    """
+    data = source.images
+    if SCORERS[scorer].needs_head and source.labelled is not None:
+        data = source.labelled
+    if data is not source.images and samples is not None:
+        samples = min(samples, len(data))
+    return score(scorer, model, data, samples=samples, **keywords)
 
 
 def _relabelled(task: Task, seed: int) -> Task:

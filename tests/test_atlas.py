@@ -7,6 +7,7 @@ from torch import Tensor
 import pai_utils as pai
 from pai_utils.atlas import Atlas, accuracy_left, forward_backward_seconds, summary_table
 from pai_utils.evaluation import SweepMask, held_out_retention, retention_sweep
+from pai_utils.scorers import Scores
 from tests.cases import fingerprint, tiny_backbone, tiny_classifier, tiny_task
 
 
@@ -20,7 +21,8 @@ def step(
 ) -> SweepMask:
     entry: Tensor = torch.tensor(kept)
     mask = pai.Mask({"encoder.a": entry[:2], "encoder.b": entry[2:]})
-    return SweepMask(scorer, source, seed, sparsity, {"a": entry.double()}, seconds, mask)
+    scores = Scores({"a": entry.double()}, scorer, seconds=seconds)
+    return SweepMask(scorer, source, seed, sparsity, scores, mask)
 
 
 def collected(*steps: SweepMask) -> Atlas:

@@ -22,8 +22,8 @@ from pai_utils.execution import (
     undisturbed,
     unknown_name,
     watched,
-    write_atomically,
 )
+from pai_utils.files import write_atomically
 from tests.cases import Case, Images, fingerprint
 
 CPU = torch.device("cpu")

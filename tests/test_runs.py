@@ -21,7 +21,12 @@ from pai_utils.runs import (
     Run,
     ScorerAtlasConfig,
     ZeroShotRetentionConfig,
+    altered_outputs,
+    check_results,
+    read_record,
+    read_results,
 )
+from tests.cases import tiny_task
 
 GIVEN: dict[str, Any] = {
     "backbone": "efficientnet_lite0",
@@ -364,3 +369,101 @@ def test_a_record_needs_neither_git_nor_an_installed_library(
     record = Run("run", config(tmp_path)).finish()
     assert (record["commit"], record["clean"]) == (None, None)
     assert record["versions"]["pai-utils"] is None
+
+
+def _result(**changed: object) -> pd.DataFrame:
+    row = {
+        "cell": "a",
+        "notebook": "n",
+        "backbone": "b",
+        "source": "digits",
+        "target": "photos",
+        "held_out": True,
+        "scorer": "snip",
+        "sparsity": 0.5,
+        "stage": "pruned",
+        "accuracy": 0.5,
+        "dense_accuracy": 0.9,
+        "chance": 0.1,
+        "retention": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "count": 100,
+        "seeds": 3,
+    }
+    return pd.DataFrame([{**row, **changed}])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sparsity": 1.0}, "0.sparsity: Input should be less than 1"),
+        ({"accuracy": 1.2}, "0.accuracy: Input should be less than or equal to 1"),
+        ({"count": 0}, "0.count: Input should be greater than or equal to 1"),
+        ({"seeds": None}, "0.seeds: Input should be a valid integer"),
+        ({"extra": 1}, "0.extra: Extra inputs are not permitted"),
+    ],
+)
+def test_results_are_refused_with_the_row_and_the_reason(
+    changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_results(_result(**changed))
+
+
+def test_results_have_one_row_a_key() -> None:
+    two = pd.concat([_result(), _result(accuracy=0.4)])
+    with pytest.raises(ValueError, match=r"two rows of .*'digits'.*'snip'"):
+        check_results(two)
+    with pytest.raises(ValueError, match=r"0\.stage: Field required"):
+        check_results(_result().drop(columns="stage"))
+
+
+def test_results_come_back_from_a_file_and_are_checked_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    whole = pd.concat([_result(), _result(source="none", retention=None, low=None, high=None)])
+    whole.to_csv(path, index=False)
+    read = read_results(path)
+    assert read.source.tolist() == ["digits", "none"]
+    assert read.retention.isna().tolist() == [False, True]
+    path.write_text(path.read_text().replace("photos", ""))
+    with pytest.raises(ValueError, match=r"results\.csv: no table of results: row 0\.target"):
+        read_results(path)
+
+
+def test_a_run_writes_results_without_the_dense_rows(tmp_path: Path) -> None:
+    config = PrunePerTaskConfig(
+        backbone="b", sources=["digits", "photos"], scorers=["snip"], sparsity=0.5,
+        out=str(tmp_path / "cell"),
+    )  # fmt: skip
+    run = runs.Run("prune_per_task", config)
+    given = _result().drop(columns=["cell", "notebook", "backbone", "held_out", "stage"])
+    dense = given.assign(scorer="dense", source="none", sparsity=0.0)
+    run.write_results(pd.concat([dense, given]).assign(unknown=1))
+    (row,) = read_results(tmp_path / "cell" / "results.csv").to_dict("records")
+    assert (row["cell"], row["notebook"], row["stage"]) == ("cell", "prune_per_task", "pruned")
+    assert row["held_out"] is True
+
+
+def test_a_record_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    config = PrunePerTaskConfig(
+        backbone="b", sources=["digits", "photos"], scorers=["snip"], sparsity=0.5,
+        out=str(tmp_path),
+    )  # fmt: skip
+    run = runs.Run("prune_per_task", config)
+    run.write_table("t", pd.DataFrame({"a": [1]}))
+    with pytest.raises(ValueError, match=r"record\.json: missing"):
+        read_record(tmp_path)
+    run.finish({"spots": tiny_task()})
+    record = read_record(tmp_path)
+    assert set(record.inputs["tasks"]["spots"]) == {"train", "test"}
+    assert altered_outputs(tmp_path) == []
+    (tmp_path / "t.csv").write_text("a\n2\n")
+    assert altered_outputs(tmp_path) == ["t.csv"]
+    (tmp_path / "t.csv").unlink()
+    assert altered_outputs(tmp_path) == []
+    assert altered_outputs(tmp_path, absent=True) == ["t.csv"]
+    content = json.loads((tmp_path / "record.json").read_text())
+    (tmp_path / "record.json").write_text(json.dumps({**content, "seconds": -1}))
+    with pytest.raises(ValueError, match="no record of a run: seconds: Input should be greater"):
+        read_record(tmp_path)

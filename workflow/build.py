@@ -11,11 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from cells import BOOK_GRID, Layout, last_error
-
-from pai_utils.grids import read_grid
+import yaml
+from attempts import read_attempts
+from cells import BOOK_GRID, KERNEL_DIED, Layout, last_error
+from gpus import gpus
+from planned import read_plan
+from status import write_status
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("rendered", "executed")
@@ -37,15 +40,51 @@ def hold_lock(path: Path) -> TextIO:
     return lock
 
 
-def snakemake(target: str, grid: str, profile: Path, options: list[str], lock: TextIO) -> int:
+def memory_mib() -> int:
+    """Return the memory of this computer, or what a container leaves of it."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return (pages if text == "max" else min(pages, int(text))) // 2**20
+
+
+def settings(profile: Path, given: list[str]) -> list[str]:
+    """Return Snakemake's options for a profile, the computer, and values `name=value` given.
+
+    Raises:
+        ValueError: There is no such profile.
+    """
+    path = profile / "config.yaml"
+    if not path.is_file():
+        names = sorted(p.name for p in profile.parent.glob("*") if p.is_dir())
+        raise ValueError(f"there is no profile {profile.name!r}; there are: {', '.join(names)}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Options of a command take the place of a profile's, so its values are said again.
+    values = dict(entry.split("=", 1) for entry in content.get("config", []))
+    limits = {}
+    if "executor" not in content:
+        count = len(gpus())
+        most = memory_mib() * 9 // 10
+        limits = {"mem_mb": most, "gpu": count}
+        values = {"most_mib": most, "gpus": count, "tflops": 20 if count else 0.1, **values}
+        if count:
+            values |= {"gpu": 1, "hold_gpus": 1}
+    values |= dict(entry.split("=", 1) for entry in given)
+    listed = [f"{name}={value}" for name, value in values.items()]
+    options = ["--profile", str(profile), "--config", *listed]
+    if limits:
+        options += ["--resources", *(f"{name}={value}" for name, value in limits.items())]
+    return options
+
+
+def snakemake(target: str, configured: list[str], options: list[str], lock: TextIO) -> int:
     """Run Snakemake and return its exit status.
 
     Raises:
         KeyboardInterrupt: The run was stopped; Snakemake has ended.
     """
     command = [sys.executable, "-m", "snakemake", target]
-    command += ["--snakefile", str(HERE / "Snakefile"), "--profile", str(profile)]
-    command += ["--config", f"grid={grid}", "--logger", "book"]
+    command += ["--snakefile", str(HERE / "Snakefile"), *configured, "--logger", "book"]
     # Snakemake's own lock outlives a killed run; this command's ends with it.
     command += ["--nolock", *options]
     path = os.pathsep.join(filter(None, [str(HERE / "plugins"), os.environ.get("PYTHONPATH")]))
@@ -61,26 +100,35 @@ def snakemake(target: str, grid: str, profile: Path, options: list[str], lock: T
         raise
 
 
-def failures(layout: Layout) -> list[str]:
-    """Return two lines for each cell that failed: its error and where to read it."""
+def failures(layout: Layout, plan: dict[str, Any]) -> list[str]:
+    """Return two lines for each failure, of cells and what they need: its error, where to read."""
     lines = []
-    for name in read_grid(layout.grid_file):
+    for name, need in plan["needs"].items():
+        log = layout.logs / "shared" / f"{need['kind']}-{name}.log"
+        if (layout.shared / need["kind"] / f"{name}.json").exists() or not log.exists():
+            continue
+        text = log.read_text(encoding="utf-8", errors="replace").strip()
+        lines += [f"{name}: {text.splitlines()[-1] if text else KERNEL_DIED}", f"  read it: {log}"]
+    for name in plan["cells"]:
         log = layout.logs / f"{name}.ipynb"
         if (layout.executed / f"{name}.ipynb").exists() or not log.exists():
             continue
-        error = last_error(log) or "its kernel died or was stopped; was there enough memory?"
+        attempts = read_attempts(layout.attempts, [name])[name]
+        error = last_error(log) or (attempts and attempts[-1].error) or KERNEL_DIED
         lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
     return lines
 
 
-def build(target: str, layout: Layout, profile: Path, options: list[str]) -> int:
+def build(target: str, layout: Layout, configured: list[str], options: list[str]) -> int:
     """Bring a target up to date, say what came of it, and return the exit status."""
-    read_grid(layout.grid_file)
+    plan = read_plan(layout)
     with hold_lock(Path(".snakemake") / f"{layout.grid}.lock") as lock:
         before = _age(layout.index)
-        status = snakemake(target, layout.grid, profile, options, lock)
+        status = snakemake(target, configured, options, lock)
+        table = write_status(layout)
     if status != 0:
-        print(*failures(layout), f"{layout.grid}: failed", sep="\n", file=sys.stderr)
+        print(*failures(layout, plan), f"{layout.grid}: failed", sep="\n", file=sys.stderr)
+        print(f"What ran and what failed: {table}", file=sys.stderr)
         return 1
     what = "book" if layout.grid == BOOK_GRID else f"{layout.grid} book"
     if target == "executed":
@@ -101,10 +149,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a grid's cells and render their book.")
     parser.add_argument("grid", help="the name of a file in workflow/grids")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0])
-    parser.add_argument("--profile", type=Path, default=HERE / "profiles" / "local")
+    parser.add_argument(
+        "--profile",
+        type=lambda name: HERE / "profiles" / name if "/" not in name else Path(name),
+        default="local",
+        help="local, slurm, kubernetes, or the path of a folder",
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what a profile sets under `config`, such as gpu=0 or tflops=50",
+    )
     arguments, options = parser.parse_known_args()
     try:
-        return build(arguments.target, Layout(arguments.grid), arguments.profile, options)
+        configured = settings(arguments.profile, [f"grid={arguments.grid}", *arguments.config])
+        return build(arguments.target, Layout(arguments.grid), configured, options)
     except ValueError as error:
         print(f"{arguments.grid}: {error}", file=sys.stderr)
         return 1

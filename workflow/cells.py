@@ -5,12 +5,17 @@ Jupyter Book renders.
 """
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BOOK_GRID = "book"
+KERNEL_DIED = "its kernel died or was stopped; was there enough memory?"
 SITE_SOURCES = ("_config.yml", "_toc.yml", "book", "results")
 
 
@@ -36,6 +41,11 @@ class Layout:
         return self.site / "book" / "executed"
 
     @property
+    def status(self) -> Path:
+        """The table of what ran, for the book."""
+        return self.executed / "status.csv"
+
+    @property
     def index(self) -> Path:
         """The page to open."""
         return self.site / "_build" / "html" / "index.html"
@@ -44,6 +54,41 @@ class Layout:
     def logs(self) -> Path:
         """The folder of running and failed copies and of the renderer's log."""
         return Path("build") / "logs" / self.grid
+
+    @property
+    def attempts(self) -> Path:
+        """The folder that says of every start of a cell what came of it."""
+        return self.logs / "attempts"
+
+    @property
+    def plan(self) -> Path:
+        """The file of `planned.py`."""
+        return Path("build") / "plans" / f"{self.grid}.json"
+
+    @property
+    def library(self) -> Path:
+        """The file of checksums of all that cells depend on beside their notebook."""
+        return Path("build") / "plans" / f"{self.grid}.library"
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what several cells need."""
+        return Path("build") / "shared" / self.grid
+
+
+def stop_with_parent() -> None:
+    """End this process when its parent dies, so that nothing writes after the workflow."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        # An interrupt can get lost in a callback. A kernel ends by itself without its parent.
+        time.sleep(10)
+        os._exit(128 + signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def last_error(notebook: Path) -> str | None:

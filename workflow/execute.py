@@ -12,11 +12,11 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
-from cells import problems
+from attempts import attempt
+from cells import KERNEL_DIED, last_error, problems, stop_with_parent
+from gpus import held_gpus
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
@@ -29,21 +29,6 @@ KERNEL = Config(
         "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
     }
 )
-
-
-def _stop_with_parent() -> None:
-    """End this process when its parent dies, so that nothing writes after the workflow."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGINT)
-        # An interrupt can get lost in a callback. A kernel ends by itself without its parent.
-        time.sleep(10)
-        os._exit(128 + signal.SIGINT)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path) -> list[str]:
@@ -70,22 +55,38 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--copy", type=Path, required=True)
+    parser.add_argument("--attempts", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, help="folder of what several cells need")
+    parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
 
-    _stop_with_parent()
+    stop_with_parent()
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    if arguments.shared is not None:
+        os.environ["PAI_SHARED"] = str(arguments.shared.resolve())
+    parameters = arguments.parameters
     try:
-        found = execute(arguments.notebook, arguments.parameters, arguments.out, arguments.log)
+        with (
+            attempt(arguments.attempts, arguments.copy.stem) as this,
+            held_gpus(arguments.gpus) as gpus,
+        ):
+            if gpus and parameters.get("device", "auto") == "auto":
+                # A GPU that is lost must end the cell, not leave it to the processor for days.
+                parameters = {**parameters, "device": "cuda"}
+            found = execute(arguments.notebook, parameters, arguments.out, arguments.log)
+            if found:
+                this.outcome = "failed"
+                this.error = last_error(arguments.log) or KERNEL_DIED
+            else:
+                partial = arguments.copy.with_suffix(".partial")
+                shutil.copyfile(arguments.log, partial)
+                partial.replace(arguments.copy)
+                this.outcome = "finished"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if found:
-        return 1
-    partial = arguments.copy.with_suffix(".partial")
-    shutil.copyfile(arguments.log, partial)
-    partial.replace(arguments.copy)
-    return 0
+    return 0 if this.outcome == "finished" else 1
 
 
 if __name__ == "__main__":

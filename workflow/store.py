@@ -1,6 +1,7 @@
 """Keep what a grid's cells wrote: `store.py GRID` copies it to `results/GRID/`.
 
-Tables, figures and records are kept; masks, which are large, are not.
+Tables, figures and records are kept; masks, which are large, are not. The cells' results together
+are `results/GRID/results.csv`, one row a cell, mask and task.
 """
 
 import argparse
@@ -8,9 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 from cells import Layout, problems
 
+from pai_utils.files import write_atomically
 from pai_utils.grids import read_grid
+from pai_utils.runs import altered_outputs, check_results, read_results
 
 KEPT = (".csv", ".json", ".png")
 
@@ -19,12 +23,20 @@ def store(layout: Layout, results: Path) -> list[Path]:
     """Copy every cell's tables, figures and record to a folder of its own; return these folders.
 
     Raises:
-        ValueError: A cell is not executed, or its copy or record is not whole; nothing is copied.
+        ValueError: A cell is not executed, its copy or record is not whole, or a file is not what
+            its record says; nothing is copied.
     """
     cells = read_grid(layout.grid_file)
     found = [p for name in cells for p in problems(layout.executed / f"{name}.ipynb")]
-    records = [layout.executed / name / "record.json" for name in cells]
-    found += [f"{path}: missing" for path in records if not path.is_file()]
+    tables = []
+    for name in cells:
+        folder = layout.executed / name
+        try:
+            found += [f"{folder / file}: altered" for file in altered_outputs(folder, absent=True)]
+            if (folder / "results.csv").is_file():
+                tables.append(read_results(folder / "results.csv"))
+        except ValueError as error:
+            found.append(str(error))
     if found:
         raise ValueError("; ".join(found))
     folders = []
@@ -39,6 +51,10 @@ def store(layout: Layout, results: Path) -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         folders.append(folder)
+    if tables:
+        together = check_results(pd.concat(tables, ignore_index=True))
+        content = together.to_csv(index=False, float_format="%.6g").encode()
+        write_atomically(results / layout.grid / "results.csv", content)
     return folders
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pai_utils import plots
 from pai_utils.evaluation import retention_verdict
-from pai_utils.execution import write_atomically
+from pai_utils.files import write_atomically
 from pai_utils.finetuning import chosen_on_validation
 from pai_utils.landscape import PREDICTORS, transfer_correlations
 

@@ -40,19 +40,18 @@ from pai_utils.curvature.persample import (
     Call,
     Cotangents,
     chunk_bytes,
+    drawn_batches,
     gradient_entries,
     gradient_factors,
     receive_gradients,
+    samples_at_once,
 )
 from pai_utils.execution import (
     Samples,
-    batches,
     device_of,
     draw_samples,
     fitting_batches,
     logger,
-    progress,
-    share_of_work,
     sum_over_processes_,
     undisturbed,
     unknown_name,
@@ -412,11 +411,8 @@ class _Filler:
         """Add a batch: the gradients of a slice of the weight at a time, from their factors."""
         sums = self.sums[call.name]
         samples = len(rows)
-        step = samples
-        if call.convolution is not None:
-            kernel = math.prod(call.convolution["kernel"])
-            patches = call.input.shape[1] * kernel * gradient[0, 0].numel() * len(gradient)
-            step = max(1, self.work * samples // (2 * patches * gradient.element_size()))
+        rows = rows.to(gradient.device)
+        step = samples_at_once(call, gradient, samples, self.work / (2 * gradient.element_size()))
         for first in range(0, samples, step):
             chosen = slice(first, min(first + step, samples))
             left, right = gradient_factors(call, gradient, samples, chosen)
@@ -439,7 +435,7 @@ class _Filler:
         for name, kept in self.waiting.items():
             if kept:
                 sums = self.sums[name]
-                rows = torch.cat([r for _, r in kept])
+                rows = torch.cat([r for _, r in kept]).to(sums.stored.device)
                 for lo, hi in sums.slices(len(kept)):
                     part = slice(lo - sums.start, hi - sums.start)
                     sums.add_(lo, torch.stack([g[part] for g, _ in kept]), rows)
@@ -459,7 +455,6 @@ def _fill(
 ) -> None:
     """One pass over the data; under ``torchrun`` each process takes its share of it."""
     device = device_of(model)
-    share = share_of_work(len(indices))
 
     def compute(size: int) -> None:
         true = TrueLabels(device)
@@ -469,12 +464,8 @@ def _fill(
         for part in sums.values():
             part.stored.zero_()
         filler = _Filler(sums, work)
-        if not len(share):  # fewer samples than processes
-            return
-        rows = share.to(device).split(size)
-        loaded = progress(batches(data, size, device, indices[share]), "Fisher blocks", len(rows))
-        triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
-        receive_gradients(model, list(sums), triples, cotangents, filler)
+        drawn = drawn_batches(data, indices, size, device, "Fisher blocks")
+        receive_gradients(model, list(sums), drawn, cotangents, filler)
         filler.flush()
         if estimator == "empirical":
             true.check()

@@ -25,16 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.labels import DrawnLabels, TrueLabels
-from pai_utils.curvature.persample import Batch, Cotangents, sum_squared_gradients
+from pai_utils.curvature.persample import (
+    Batch,
+    Cotangents,
+    drawn_batches,
+    sum_squared_gradients,
+)
 from pai_utils.execution import (
     Samples,
-    batches,
     device_of,
     draw_samples,
     fitting_batches,
     paired,
-    progress,
-    share_of_work,
     sum_over_processes,
     undisturbed,
     unknown_name,
@@ -241,16 +243,11 @@ def _mean_squares(
     sums: Callable[..., dict[str, Tensor]] = sum_squared_gradients,
 ) -> dict[str, Tensor]:
     """Mean over the samples; under ``torchrun`` each process takes its share of them."""
-    share = share_of_work(len(indices))
+    device = device_of(model)
 
     def compute(size: int) -> dict[str, Tensor]:
-        if len(share) == 0:  # fewer samples than processes
-            return sums(model, names, [], cotangents)
-        rows = share.split(size)
-        read = batches(data, size, device_of(model), indices[share])
-        loaded = progress(read, "curvature diagonal", len(rows))
-        triples = ((x, y, r) for (x, y), r in zip(loaded, rows, strict=True))
-        return sums(model, names, triples, cotangents)
+        drawn = drawn_batches(data, indices, size, device, "curvature diagonal")
+        return sums(model, names, drawn, cotangents)
 
     with undisturbed(model):
         totals = sum_over_processes(fitting_batches(compute, batch_size))

@@ -16,7 +16,6 @@ Sources: LeCun et al. (1990), "Optimal brain damage" (diagonal); Singh & Alistar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,19 +27,18 @@ from pai_utils.curvature.labels import DrawnLabels
 from pai_utils.curvature.persample import (
     Call,
     chunk_bytes,
+    drawn_batches,
     gradient_entries,
     gradient_factors,
     receive_gradients,
+    samples_at_once,
 )
 from pai_utils.curvature.products import check_directions
 from pai_utils.execution import (
     Samples,
-    batches,
     device_of,
     draw_samples,
     fitting_batches,
-    progress,
-    share_of_work,
     sum_over_processes_,
     undisturbed,
 )
@@ -99,7 +97,6 @@ def partial_terms(
         if value < 1:
             raise ValueError(f"{name}={value}: at least one is needed")
     indices = draw_samples(data, samples, seed)
-    share = share_of_work(len(indices))
     device = device_of(model)
     names = list(directions[0])
     # One row a direction, whole blocks.
@@ -110,13 +107,9 @@ def partial_terms(
 
     def compute(size: int) -> Tensor:
         receiver = _Forms(flat, block_size)
-        if len(share):  # else there are fewer samples than processes
-            parts = share.split(size)
-            read = batches(data, size, device, indices[share])
-            loaded = progress(read, "quadratic forms", len(parts))
-            triples = ((x, y, r) for (x, y), r in zip(loaded, parts, strict=True))
-            cotangents = DrawnLabels(len(indices), draws, seed)
-            receive_gradients(model, names, triples, cotangents, receiver)
+        drawn = drawn_batches(data, indices, size, device, "quadratic forms")
+        cotangents = DrawnLabels(len(indices), draws, seed)
+        receive_gradients(model, names, drawn, cotangents, receiver)
         return receiver.sums
 
     with undisturbed(model):
@@ -141,11 +134,7 @@ class _Forms:
         """Add a batch, as many samples and entries at a time as a chunk of memory holds."""
         samples = len(rows)
         room = chunk_bytes(gradient.device) // gradient.element_size()
-        together = samples
-        if call.convolution is not None:  # whose windows are copied
-            kernel = math.prod(call.convolution["kernel"])
-            windows = call.input.shape[1] * kernel * gradient[0, 0].numel() * len(gradient)
-            together = min(samples, max(1, room * samples // windows))
+        together = samples_at_once(call, gradient, samples, room)
         for first in range(0, samples, together):
             chosen = slice(first, min(first + together, samples))
             left, right = gradient_factors(call, gradient, samples, chosen)

@@ -33,7 +33,14 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
-from pai_utils.execution import logger, paired
+from pai_utils.execution import (
+    Samples,
+    batches,
+    logger,
+    paired,
+    progress,
+    share_of_work,
+)
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """``(images [B, 3, H, W], labels [B], rows [B])``; ``rows`` are positions within the draw."""
@@ -314,6 +321,22 @@ def _add_squares_(total: Tensor, each: Tensor) -> None:
         total.add_(each.square_().sum(0))
 
 
+def samples_at_once(call: Call, gradient: Tensor, samples: int, room: float) -> int:
+    """How many samples of a call may go through :func:`gradient_factors` together.
+
+    Args:
+        call: the observed use of a weight.
+        gradient: gradient at the call's output.
+        samples: samples in the batch.
+        room: numbers to copy windows of a convolution's input into; other layers copy nothing.
+    """
+    if call.convolution is None:
+        return samples
+    kernel = math.prod(call.convolution["kernel"])
+    windows = call.input.shape[1] * kernel * gradient[0, 0].numel() * len(gradient)
+    return min(samples, max(1, int(room * samples // windows)))
+
+
 def gradient_factors(
     call: Call, gradient: Tensor, samples: int, rows: slice
 ) -> tuple[Tensor, Tensor]:
@@ -460,6 +483,29 @@ class _SumOfSquares:
     def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         gradient = gradient.to(self.totals[name].dtype)
         self.totals[name].addcmul_(gradient, gradient)
+
+
+def drawn_batches(
+    data: Samples, indices: Tensor, size: int, device: torch.device, title: str
+) -> Iterator[Batch]:
+    """This process's share of a draw, batch by batch, under a progress bar.
+
+    Under ``torchrun`` with fewer samples than processes it may be empty.
+
+    Args:
+        data: samples.
+        indices: the draw, of which positions become the batches' ``rows``.
+        size: samples a batch.
+        device: of the images and labels; rows are on the CPU.
+        title: of the progress bar.
+    """
+    share = share_of_work(len(indices))
+    if len(share) == 0:
+        return
+    parts = share.split(size)
+    loaded = progress(batches(data, size, device, indices[share]), title, len(parts))
+    for (images, labels), rows in zip(loaded, parts, strict=True):
+        yield images, labels, rows
 
 
 def receive_gradients(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import prunable_parameters
-from pai_utils.execution import Samples, logger, unknown_name
+from pai_utils.backbones import Classifier, prunable_parameters
+from pai_utils.execution import Samples, clock, device_of, logger, unknown_name
 from pai_utils.scorers.baselines import magnitude, random
 from pai_utils.scorers.block import block_fisher
 from pai_utils.scorers.diagonal import feature_ggn_diag, fisher_diag, ggn_diag
@@ -24,10 +24,12 @@ from pai_utils.scorers.gradient import grasp, snip
 from pai_utils.scorers.hessian import EstimatedScores, hessian_diag
 from pai_utils.scorers.ntk import ntk_sap
 from pai_utils.scorers.paths import px, synflow
+from pai_utils.shared import Kept, reused
 
 __all__ = ["SCORERS", "Scorer", "Scores", "score"]
 
 _COMMON = ("samples", "batch_size", "seed")
+_ERROR = "standard error of "
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,16 @@ class Scores(dict[str, Tensor]):
     """Scores by parameter name, and the parameters that were left out.
 
     ``standard_error`` holds the sampling error of each score where the scorer knows it (see the
-    scorer for what it covers), and is empty otherwise.
+    scorer for what it covers), and is empty otherwise. ``seconds`` is what the scorer took, of the
+    processor on a CPU; of scores that are read from a folder (:mod:`pai_utils.shared`), what it
+    took when they were computed.
     """
 
     scores: dict[str, Tensor]
     scorer: str
     left_out: list[str] = field(default_factory=list)
     standard_error: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.update(self.scores)
@@ -195,12 +200,28 @@ def score(
     for parameter in chosen:
         if parameter not in parameters:
             raise unknown_name("parameter", parameter, parameters)
-    result = scorer.function(
-        model, chosen, data, samples=samples, batch_size=batch_size, seed=seed, **options
-    )
-    if not isinstance(result, EstimatedScores):
-        result = EstimatedScores(result, standard_error={})
-    scores = result.scores
+    device = device_of(model)
+    keywords = {"samples": samples, "batch_size": batch_size, "seed": seed, **options}
+
+    def compute() -> Kept:
+        begin = clock(device)
+        result = scorer.function(model, chosen, data, **keywords)
+        seconds = clock(device) - begin
+        if not isinstance(result, EstimatedScores):
+            result = EstimatedScores(result, standard_error={})
+        errors = {f"{_ERROR}{name}": error for name, error in result.standard_error.items()}
+        return Kept({**result.scores, **errors}, {"seconds": seconds})
+
+    if scorer.needs_data and not torch.is_autocast_enabled(device.type):
+        # What the scorer does not look at must not tell its scores apart.
+        seen = model if scorer.needs_head or not isinstance(model, Classifier) else model.backbone
+        parts = {"scorer": name, "model": seen, "data": data, "names": chosen, **keywords}
+        found = reused("scores", {**parts, "device": device.type}, compute)
+    else:  # at once, or in a precision that no name says
+        found = compute()
+    tensors = {n: values.to(device) for n, values in found.tensors.items()}
+    scores = {n: tensors[n] for n in chosen}
+    errors = {n.removeprefix(_ERROR): e for n, e in tensors.items() if n.startswith(_ERROR)}
     broken = _non_finite(scores)
     if broken:
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
@@ -215,7 +236,7 @@ def score(
         )
     left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
-    return Scores(scores, scorer=name, left_out=left_out, standard_error=result.standard_error)
+    return Scores(scores, name, left_out, errors, found.facts["seconds"])
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,5 +1,6 @@
 """Small projects with trivial notebooks, built by the real command."""
 
+import csv
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,6 +25,10 @@ quotient = 1 / divisor
 time.sleep(seconds)
 (pathlib.Path(out) / "run.txt").write_text(uuid.uuid4().hex)
 print(os.environ["OMP_NUM_THREADS"], "thread")
+print("sees GPU", os.environ.get("CUDA_VISIBLE_DEVICES"), "as", device)
+if lose:
+    pathlib.Path(lose).write_text("")
+(pathlib.Path(out) / "bulk").write_bytes(b"x" * bulk)
 """
 
 
@@ -63,7 +69,18 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.root / "pai_utils")}
+        path = os.pathsep.join(filter(None, [str(self.root / "bin"), os.environ["PATH"]]))
+        return {**os.environ, "PYTHONPATH": str(self.root / "pai_utils"), "PATH": path}
+
+    def give_gpus(self, count: int) -> Path:
+        """Let a driver's program report so many GPUs: those in the file that is returned."""
+        listed = self.root / "gpus.txt"
+        listed.write_text("".join(f"{index}\n" for index in range(count)))
+        program = self.root / "bin" / "nvidia-smi"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\ncat '{listed}'\n")
+        program.chmod(0o755)
+        return listed
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(BUILD), *arguments]
@@ -93,6 +110,16 @@ class Project:
         log = self.root / "build/logs/book" / f"{cell}.ipynb"
         return log.exists() and '"running"' in log.read_text()
 
+    def attempts(self, cell: str) -> list[dict[str, Any]]:
+        """Return what was recorded of every start of a cell."""
+        paths = sorted((self.root / "build/logs/book/attempts" / cell).glob("*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def status(self) -> dict[str, dict[str, str]]:
+        """Return the rows of what ran and what failed, by cell."""
+        with (self.root / "build/logs/book/status.csv").open(newline="") as file:
+            return {row["cell"]: row for row in csv.DictReader(file)}
+
     def marks(self, executed: str = "book/executed") -> dict[str, str]:
         """Return what the last run of each published cell wrote."""
         folder = self.root / executed
@@ -119,7 +146,7 @@ def _notebook() -> dict[str, object]:
         }
 
     title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# One division"}
-    defaults = "divisor = 1\nseconds = 0\nout = '.'"
+    defaults = "divisor = 1\nseconds = 0\ndevice = 'auto'\nlose = ''\nbulk = 0\nout = '.'"
     return {
         "cells": [title, cell("parameters", defaults, ["parameters"]), cell("run", SOURCE, [])],
         "metadata": {

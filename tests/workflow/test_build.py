@@ -3,10 +3,14 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+
+import pytest
 
 from tests.workflow.conftest import Project
 
@@ -150,6 +154,125 @@ def test_cell_ends_when_snakemake_alone_is_killed(new_project: NewProject) -> No
     assert process.returncode == 1
     _wait_until(lambda: not _living() & set(cell))
     assert project.marks() == {}
+
+
+def test_killed_papermill_fails_its_cell_alone_and_the_next_run_resumes(
+    new_project: NewProject,
+) -> None:
+    project = new_project({"quick": {}, "slow": {"seconds": 60}})
+    with project.start("book", "--target", "executed", "--cores", "2") as process:
+        _wait_until(lambda: project.is_running("slow"))
+        (attempt,) = project.attempts("slow")
+        os.kill(attempt["process"], signal.SIGKILL)
+    assert process.returncode == 1
+    assert "FAILED    slow" in project.progress.read_text()
+    mark = project.marks()["quick"]
+    row = project.status()["slow"]
+    assert (row["state"], row["starts"]) == ("killed", "1")
+
+    project.write_grid("book", {"quick": {}, "slow": {"seconds": 0}})
+    result = project.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    assert project.marks()["quick"] == mark
+    row = project.status()["slow"]
+    assert (row["state"], row["starts"]) == ("finished", "2")
+    assert "killed: its process is gone" in row["what failed"]
+
+
+def test_killed_kernel_fails_its_cell_alone_and_the_next_run_resumes(
+    new_project: NewProject,
+) -> None:
+    project = new_project({"one": {}, "dead": {"divisor": None}})
+    assert project.build("book", "--target", "executed").returncode == 1
+    mark = project.marks()["one"]
+    row = project.status()["dead"]
+    assert row["state"] == "failed"
+    assert "its kernel died" in row["what failed"]
+    project.write_grid("book", {"one": {}, "dead": {"divisor": 2}})
+    result = project.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    assert project.marks()["one"] == mark
+    assert set(project.marks()) == {"one", "dead"}
+
+
+def test_status_is_written_of_a_grid_that_failed(new_project: NewProject) -> None:
+    project = new_project({"one": {}, "zero": {"divisor": 0}})
+    result = project.build("book", "--target", "executed")
+    assert "What ran and what failed: build/logs/book/status.csv" in result.stderr
+    rows = project.status()
+    assert {cell: row["state"] for cell, row in rows.items()} == {
+        "one": "finished",
+        "zero": "failed",
+    }
+    assert "ZeroDivisionError: division by zero" in rows["zero"]["what failed"]
+    assert float(rows["one"]["minutes"]) >= 0
+
+
+def test_full_disk_fails_cells_and_nothing_half_written_is_read(new_project: NewProject) -> None:
+    project = new_project({"one": {}, "large": {"bulk": 30 * 2**20}})
+    disk, kept = project.root.parent / "disk", project.root.parent / "kept"
+    disk.mkdir()
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=24m none '{disk}'"
+    possible = shutil.which("unshare") and not subprocess.run([*mounted, mount]).returncode
+    if not possible:
+        pytest.skip("a small disk cannot be mounted here")
+    there = f"cp -a '{project.root}' '{disk}/project' && cd '{disk}/project'"
+    script = f"{mount} && {there} && \"$@\"; status=$?; cp -a . '{kept}'; exit $status"
+    result = subprocess.run(
+        [*mounted, script, "sh", *project.command("book", "--target", "executed")],
+        env=project.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    full = Project(kept)
+    mark = full.marks()["one"]
+    assert set(full.marks()) == {"one"}
+
+    result = full.build("book", "--target", "executed")  # where there is room
+    assert result.returncode == 0, result.stderr
+    assert set(full.marks()) == {"one", "large"}
+    assert full.marks()["one"] == mark
+
+
+def test_cells_are_spread_over_the_gpus_of_a_computer(new_project: NewProject) -> None:
+    cells = {f"cell{index}": {"seconds": 3} for index in range(4)}
+    project = new_project(cells)
+    project.give_gpus(2)
+    result = project.build("book", "--target", "executed", "--cores", "4")
+    assert result.returncode == 0, result.stderr
+    seen = []
+    for name in cells:
+        copy = (project.root / f"book/executed/{name}.ipynb").read_text()
+        (text,) = re.findall(r"sees GPU (\w+) as (\w+)", copy)
+        seen.append(text)
+    assert sorted(seen) == [("0", "cuda"), ("0", "cuda"), ("1", "cuda"), ("1", "cuda")]
+
+
+def test_lost_gpu_fails_what_comes_after_and_the_next_run_resumes(new_project: NewProject) -> None:
+    project = new_project({"first": {}, "second": {}, "third": {}})
+    listed = project.give_gpus(1)
+    project.write_grid("book", {"first": {"lose": str(listed)}, "second": {}, "third": {}})
+    result = project.build("book", "--target", "executed")
+    assert result.returncode == 1
+    assert set(project.marks()) == {"first"}
+    assert "1 GPUs were to be used and 0 are there: was one lost?" in result.stderr
+    mark = project.marks()["first"]
+
+    listed.write_text("0\n")
+    result = project.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    assert set(project.marks()) == {"first", "second", "third"}
+    assert project.marks()["first"] == mark
+
+
+def test_unknown_profile_is_refused_with_the_known_ones(rendered: Project) -> None:
+    result = rendered.build("book", "--profile", "slrum")
+    assert result.returncode == 1
+    assert "there is no profile 'slrum'; there are: kubernetes, local, slurm" in result.stderr
 
 
 def test_second_run_of_a_grid_at_the_same_time_is_refused(rendered: Project) -> None:

@@ -1,9 +1,33 @@
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from cells import Layout
 from store import store
+
+from pai_utils.runs import read_results
+
+RECORD = {
+    "notebook": "divide",
+    "parameters": {},
+    "started": "2026-01-01T00:00:00+00:00",
+    "seconds": 1.0,
+    "peak_memory_mib": 1,
+    "device": "cpu",
+    "threads": 1,
+    "platform": "Linux",
+    "python": "3.11",
+    "versions": {},
+    "commit": None,
+    "clean": None,
+}
+RESULTS = """\
+cell,notebook,backbone,source,target,held_out,scorer,sparsity,stage,accuracy,dense_accuracy,chance,\
+retention,low,high,count,seeds
+half,divide,tiny,digits,photos,True,snip,0.5,pruned,0.5,0.9,0.1,0.5,0.4,0.6,100,3
+half,divide,tiny,none,photos,True,random,0.5,pruned,0.5,0.9,0.1,,,,100,3
+"""
 
 
 @pytest.fixture
@@ -15,8 +39,12 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     layout.grid_file.write_text("cells: {half: {notebook: divide, parameters: {}}}\n")
     folder = layout.executed / "half"
     folder.mkdir(parents=True)
-    for name in ("table.csv", "record.json", "figure.png", "mask-a.json", "mask-a.safetensors"):
+    names = ("table.csv", "results.csv", "figure.png", "mask-a.json", "mask-a.safetensors")
+    for name in names:
         (folder / name).write_text(name)
+    (folder / "results.csv").write_text(RESULTS)
+    outputs = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "record.json").write_text(json.dumps({**RECORD, "outputs": outputs}))
     copy = {"cells": [], "metadata": {"papermill": {"exception": None}}}
     (layout.executed / "half.ipynb").write_text(json.dumps(copy))
     return layout
@@ -28,7 +56,26 @@ def test_tables_figures_and_records_replace_those_of_an_earlier_run(layout: Layo
     old.write_text("old")
     assert store(layout, Path("results")) == [Path("results/wide/half")]
     kept = sorted(path.name for path in Path("results").rglob("*") if path.is_file())
-    assert kept == ["figure.png", "record.json", "table.csv"]
+    assert kept == ["figure.png", "record.json", "results.csv", "results.csv", "table.csv"]
+    together = read_results(Path("results/wide/results.csv"))
+    assert together.scorer.tolist() == ["snip", "random"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("table.csv", "other", r"table\.csv: altered"),
+        ("record.json", "{}", "no record of a run: notebook: Field required"),
+        ("results.csv", RESULTS.replace("0.5,pruned", "1.5,pruned"), "altered|less than 1"),
+    ],
+)
+def test_nothing_is_stored_that_is_not_what_its_record_says(
+    layout: Layout, file: str, content: str, message: str
+) -> None:
+    (layout.executed / "half" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        store(layout, Path("results"))
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("lacking", ["half.ipynb", "half/record.json"])

@@ -1,0 +1,192 @@
+"""Features, heads and scores that several runs need, computed once and kept in files.
+
+Where the environment variable ``PAI_SHARED`` names a folder, what is found there is read instead of
+computed. A file's name is a digest of all that its content follows from: weights, images, labels,
+options, the kind of device, torch's version, and the library's own code. Nothing can therefore be
+read for what it is not, and nothing is ever stale. Runs only read; a folder is filled inside
+:func:`keeping`, by ``workflow/share.py`` before the runs begin.
+
+Cost: one hash of weights and images a look, about a second a GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pai_utils.execution import hash_tensor, logger
+from pai_utils.files import write_atomically
+
+__all__ = ["FOLDER", "Kept", "digest_of", "ignored", "keeping", "reused", "used_files"]
+
+FOLDER = "PAI_SHARED"
+"""The environment variable that names the folder."""
+
+_FORMAT = "pai_utils.shared/1"
+_keeps: ContextVar[list[str] | None] = ContextVar("_keeps", default=None)
+_ignores: ContextVar[bool] = ContextVar("_ignores", default=False)
+_used: dict[str, str] = {}
+_digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+class Kept(NamedTuple):
+    """What a computation gave: tensors by name, and facts that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+@contextmanager
+def keeping() -> Iterator[list[str]]:
+    """Keep inside what is computed; yields the names of files read and written, as they come."""
+    names: list[str] = []
+    token = _keeps.set(names)
+    try:
+        yield names
+    finally:
+        _keeps.reset(token)
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Compute everything anew inside, to measure what it costs."""
+    token = _ignores.set(True)
+    try:
+        yield
+    finally:
+        _ignores.reset(token)
+
+
+def used_files() -> dict[str, str]:
+    """Files that this process read, with the checksums of their contents."""
+    return dict(_used)
+
+
+def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> Kept:
+    """What is kept of this computation, or else what ``compute`` gives.
+
+    Args:
+        kind: what it is, such as ``"scores"``; begins the file's name.
+        parts: all that the result follows from: modules, datasets, and what JSON can hold, the
+            kind of device among them.
+        compute: the computation.
+
+    Returns:
+        What was computed, or read: then on the CPU.
+    """
+    folder = os.environ.get(FOLDER)
+    if not folder or _ignores.get():
+        return compute()
+    digest = _name_of(parts)
+    if digest is None:
+        return compute()
+    name = f"{kind}-{digest}.safetensors"
+    path = Path(folder) / name
+    found = _read(path)
+    kept = _keeps.get()
+    if kept is not None:
+        kept.append(name)
+    if found is None:
+        result = compute()
+        if kept is not None:
+            _write(path, result)
+        return result
+    return found
+
+
+def _write(path: Path, result: Kept) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
+    facts = json.dumps(result.facts, sort_keys=True)
+    header = {"format": _FORMAT, "facts": facts, "sha256": _checksum(tensors, facts)}
+    write_atomically(path, save(tensors, header))
+
+
+def _read(path: Path) -> Kept | None:
+    """The file's content; ``None`` where there is none, or where it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        logger.warning("computing anew what %s should hold, which cannot be read: %s", path, error)
+        return None
+    facts = header.get("facts", "")
+    if header.get("format") != _FORMAT or header.get("sha256") != _checksum(tensors, facts):
+        logger.warning("computing anew what %s should hold, which was altered", path)
+        return None
+    _used[path.name] = header["sha256"]
+    return Kept(tensors, json.loads(facts))
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        hash_tensor(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def _name_of(parts: Mapping[str, Any]) -> str | None:
+    """Of everything; ``None`` if there is a dataset whose images lie nowhere to be looked at."""
+    digest = hashlib.sha256(f"{_code()} {torch.__version__}\n".encode())
+    for name in sorted(parts):
+        value = parts[name]
+        if isinstance(value, nn.Module):
+            text = _module(value)
+        elif hasattr(value, "images") and hasattr(value, "labels"):
+            text = digest_of(value)
+        elif isinstance(value, Dataset):
+            return None
+        else:
+            text = json.dumps(value, sort_keys=True)
+        digest.update(f"{name}={text}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _module(module: nn.Module) -> str:
+    """Of the architecture and all parameters and buffers: they may have changed since."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, value in sorted(module.state_dict().items()):
+        hash_tensor(digest, name, value)
+    return digest.hexdigest()
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of a dataset's pixels, labels and transform; it is not to change once it is made.
+
+    Args:
+        data: with ``images``, ``labels`` and ``transform``, such as
+            :class:`~pai_utils.tasks.ImageDataset`.
+    """
+    if data not in _digests:
+        digest = hashlib.sha256(repr(data.transform).encode())
+        hash_tensor(digest, "images", data.images)
+        hash_tensor(digest, "labels", data.labels)
+        _digests[data] = digest.hexdigest()
+    return _digests[data]
+
+
+@cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""What runs have in common: foreseen from their parameters, made once, and found by the runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pai_utils as pai
+from pai_utils import shared
+from pai_utils.evaluation import protocol_gap, retention_sweep
+from pai_utils.needs import Need, make, needs
+from pai_utils.runs import NotebookConfig, ZeroShotRetentionConfig, read_parameters
+from pai_utils.shared import keeping, used_files
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def _config(notebook: str, **values: Any) -> NotebookConfig:
+    return read_parameters(NOTEBOOKS / f"{notebook}.ipynb", values)
+
+
+def _listed(config: NotebookConfig, kind: str) -> list[tuple[str, str, int, int | None]]:
+    return [(n.source, n.scorer, n.seed, n.samples) for n in needs(config) if n.kind == kind]
+
+
+def test_everything_made_is_what_a_run_then_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAI_SHARED", str(tmp_path))
+    monkeypatch.setattr(shared, "_used", {})
+    config = _config(
+        "zero_shot_retention",
+        source=["digits", "photos+noise"],
+        targets=["digits", "photos"],
+        scorers=["snip", "feature_ggn_diag", "magnitude"],
+        sparsities=[0.5],
+        seeds=[0],
+        samples=8,
+        train_size=60,
+        test_size=40,
+    )
+    assert isinstance(config, ZeroShotRetentionConfig)
+    made = set()
+    for need in needs(config):
+        with keeping() as names:
+            make(need)
+        made |= set(names)
+    shared._used.clear()
+
+    encoder = pai.load_backbone(config.backbone, device="cpu")
+    tasks = {
+        name: pai.load_task(name, encoder.transform, train_size=60, test_size=40)
+        for name in config.tasks
+    }
+    heads = pai.make_heads(encoder, tasks, batch_size=config.batch_size)
+    protocol_gap(encoder, tasks)
+    retention_sweep(
+        encoder,
+        tasks,
+        heads,
+        config.sources,
+        scorers=config.scorers,
+        sparsities=config.sparsities,
+        seeds=config.seeds,
+        samples=config.samples,
+        batch_size=config.batch_size,
+    )
+    read = set(used_files())
+    # Features of training images serve to make the heads.
+    left = made - read
+    assert sorted(name.split("-")[0] for name in left) == ["features", "features"]
+    assert sum(name.startswith("scores") for name in read) == 4
+
+
+def test_seeds_and_scorers_that_look_at_no_data_are_not_listed_twice() -> None:
+    config = _config(
+        "zero_shot_retention",
+        source=["digits", "photos"],
+        targets=["digits", "photos"],
+        scorers=["fisher_diag", "px", "magnitude", "random"],
+        seeds=[0, 1],
+        samples=8,
+    )
+    listed = _listed(config, "scores")
+    expected = [
+        (source, scorer, seed, 8)
+        for scorer in ("fisher_diag", "px")
+        for source in ("digits", "photos")
+        for seed in ((0, 1) if pai.SCORERS[scorer].seeded else (0,))
+    ]
+    assert listed == expected
+
+
+def test_the_atlas_measures_scores_and_so_shares_none() -> None:
+    config = _config("scorer_atlas")
+    assert not _listed(config, "scores")
+    assert _listed(config, "head")
+
+
+@pytest.mark.parametrize(
+    ("notebook", "values", "scores"),
+    [
+        ("prune_per_task", {"sources": ["digits", "photos"], "scorers": ["snip", "random"]}, 2),
+        ("landscape_analysis", {"targets": ["photos"], "scorers": ["ggn_diag", "magnitude"]}, 2),
+        ("finetune_recovery", {"source": "digits", "prune_by": None, "seeds": [0, 1]}, 2),
+        ("finetune_recovery", {"source": "digits", "prune_by": "noise+digits"}, 0),
+    ],
+)
+def test_each_notebook_lists_its_scores(notebook: str, values: dict[str, Any], scores: int) -> None:
+    assert len(_listed(_config(notebook, **values), "scores")) == scores
+
+
+def test_names_tell_needs_apart_and_say_what_they_are() -> None:
+    small = _config("prune_per_task", scorers=["snip"], sources=["digits", "photos"])
+    other = _config("prune_per_task", scorers=["snip"], sources=["digits", "photos"], seed=1)
+    names = [need.name for config in (small, other) for need in needs(config)]
+    assert len(set(names)) == len(names)
+    assert any(name.startswith("efficientnet_lite0-digits-snip-") for name in names)
+    # The test images are of no matter to what is made of training images.
+    less = _config("prune_per_task", scorers=["snip"], sources=["digits", "photos"], test_size=50)
+    assert [need.name for need in needs(less)] == [need.name for need in needs(small)]
+
+
+def test_scores_are_made_from_heads_and_heads_from_features() -> None:
+    config = _config("prune_per_task", scorers=["snip"], sources=["digits", "photos"])
+    listed = needs(config)
+    names = {need.name for need in listed}
+    for need in listed:
+        assert {before.name for before in need.before} <= names
+    kinds = {need.kind: [before.kind for before in need.before] for need in listed}
+    assert kinds == {"features": [], "head": ["features"], "scores": ["head"]}
+
+
+def test_a_notebook_without_a_list_is_refused() -> None:
+    config = NotebookConfig(backbone="efficientnet_lite0", out="x")
+    with pytest.raises(ValueError, match="no list of needs for NotebookConfig"):
+        needs(config)
+
+
+def test_a_need_survives_json() -> None:
+    import json
+    from dataclasses import asdict
+
+    need = needs(_config("scorer_atlas"))[0]
+    assert Need(**json.loads(json.dumps(asdict(need)))) == need

@@ -1,0 +1,81 @@
+"""What came of every start of a cell, kept when the cell's process is not there any more.
+
+Each start writes a file `ATTEMPTS/CELL/TIME.json`, again when it ends. One whose process was killed
+stays `running`; whoever reads it sees that the process is gone, or that a later attempt began.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from pai_utils.files import write_atomically
+
+Outcome = Literal["running", "finished", "failed", "stopped", "killed"]
+
+
+class Attempt(BaseModel):
+    """One start of a cell."""
+
+    cell: str
+    started: datetime
+    host: str
+    process: int
+    outcome: Outcome = "running"
+    seconds: float | None = None  # None: it never said
+    error: str = ""
+
+
+@contextmanager
+def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
+    """Record an attempt; the caller sets its `outcome` and `error`; an exception is a failure."""
+    begin = time.monotonic()
+    this = Attempt(
+        cell=cell, started=datetime.now(UTC), host=socket.gethostname(), process=os.getpid()
+    )
+    path = folder / cell / f"{this.started:%Y%m%dT%H%M%S.%fZ}.json"
+    write_atomically(path, this.model_dump_json().encode())
+    try:
+        yield this
+    except BaseException as error:
+        this.outcome = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        this.error = this.error or f"{type(error).__name__}: {error}".strip(": ")
+        raise
+    finally:
+        this.seconds = round(time.monotonic() - begin, 1)
+        # A full disk is what may have ended the cell; its own error matters more.
+        with suppress(OSError):
+            write_atomically(path, this.model_dump_json().encode())
+
+
+def read_attempts(folder: Path, cells: Iterable[str]) -> dict[str, list[Attempt]]:
+    """Return each cell's attempts, the earliest first; those whose process is gone are killed."""
+    found: dict[str, list[Attempt]] = {}
+    for cell in cells:
+        paths = sorted((folder / cell).glob("*.json"))
+        attempts = [Attempt(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        for this in attempts:
+            if this.outcome == "running" and (this is not attempts[-1] or not _lives(this)):
+                this.outcome = "killed"
+        found[cell] = attempts
+    return found
+
+
+def _lives(this: Attempt) -> bool:
+    """Whether the process is there, as far as one can see from this computer."""
+    if this.host != socket.gethostname():
+        return True
+    try:
+        os.kill(this.process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

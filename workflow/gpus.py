@@ -1,0 +1,75 @@
+"""One GPU of a computer for each process that asks, for as long as the process lives.
+
+A scheduler such as SLURM gives every job its own GPUs. On one computer without any, a file for each
+GPU is locked by the process that uses it; locks end with their process, however it ends.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def gpus() -> list[str]:
+    """Return the names, for `CUDA_VISIBLE_DEVICES`, of the GPUs that this process may use.
+
+    The driver is asked, not torch, which takes seconds to import.
+    """
+    visible = os.environ.get(VISIBLE)
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return asked.stdout.split() if asked.returncode == 0 else []
+
+
+@contextmanager
+def held_gpus(folder: Path | None, count: int = 1) -> Iterator[list[str]]:
+    """Hold GPUs and let this process and its children see no other; yields their names.
+
+    Without a folder none is held: the computer has none, or a scheduler gives them out. Where
+    others hold them, this waits; the workflow starts no more processes than there are GPUs.
+
+    Raises:
+        OSError: The computer shows fewer GPUs.
+    """
+    if folder is None:
+        yield []
+        return
+    names = gpus()
+    if len(names) < count:
+        raise OSError(f"{count} GPUs were to be used and {len(names)} are there: was one lost?")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        held: list[str] = []
+        while len(held) < count:
+            for name in names:
+                if name not in held and len(held) < count:
+                    lock = (folder / f"{name}.lock").open("w", encoding="utf-8")
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        lock.close()
+                        continue
+                    locks.enter_context(lock)
+                    held.append(name)
+            time.sleep(0.2 if len(held) < count else 0)
+        before = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = ",".join(held)
+        try:
+            yield held
+        finally:
+            os.environ.pop(VISIBLE)
+            if before is not None:
+                os.environ[VISIBLE] = before

@@ -1,0 +1,125 @@
+"""What a grid comes to: its cells, what several of them need, and the resources of each.
+
+It is worked out once and kept in `build/plans/GRID.json`, so that Snakemake, which every job of a
+cluster starts anew, reads a file instead of importing the library.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cells import Layout
+
+from pai_utils.files import write_atomically
+from pai_utils.grids import Cell, read_grid
+
+LIBRARY = Path("pai_utils")
+NOTEBOOKS = Path("notebooks")
+LEAST_MIB = 1500
+LEAST_MINUTES = 30
+SLACK = 10  # over the estimate, which leaves out decoding and all that is no forward or backward
+
+
+def library_files() -> list[str]:
+    """The files that cells depend on, as the workflow tracks them."""
+    return sorted(
+        path.as_posix()
+        for path in LIBRARY.rglob("*.py")
+        if not any(part.startswith((".", "__pycache__")) for part in path.parts)
+    )
+
+
+def read_plan(layout: Layout) -> dict[str, Any]:
+    """Return the grid's plan, worked out anew if the grid, a notebook or the library changed.
+
+    Raises:
+        ValueError: The grid is none, or a cell's parameters are refused.
+    """
+    cells = read_grid(layout.grid_file)
+    key = _key(layout, cells)
+    if layout.plan.is_file():
+        found: dict[str, Any] = json.loads(layout.plan.read_text(encoding="utf-8"))
+        if found.get("key") == key:
+            return found
+    plan = {"key": key, **_plan(cells)}
+    write_atomically(layout.plan, json.dumps(plan, indent=1).encode())
+    return plan
+
+
+def _key(layout: Layout, cells: dict[str, Cell]) -> str:
+    names = {cell.notebook for cell in cells.values()}
+    paths = [layout.grid_file, *map(Path, library_files()), Path(__file__)]
+    paths += [path for name in sorted(names) if (path := NOTEBOOKS / f"{name}.ipynb").is_file()]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
+    planned: dict[str, dict[str, Any]] = {
+        name: {
+            "notebook": cell.notebook,
+            "parameters": cell.parameters_json,
+            "needs": [],
+            "memory_mib": LEAST_MIB,
+            "hours": 0.0,
+        }
+        for name, cell in cells.items()
+    }
+    # A notebook without a schema, of another project, is run without an estimate.
+    configs = {}
+    for name, cell in cells.items():
+        path = NOTEBOOKS / f"{cell.notebook}.ipynb"
+        if path.is_file() and "from_notebook(globals())" in path.read_text(encoding="utf-8"):
+            from pai_utils.runs import read_parameters
+
+            try:
+                configs[name] = read_parameters(path, cell.parameters)
+            except ValueError as error:
+                raise ValueError(f"cell {name!r}: {error}") from error
+    if not configs:
+        return {"cells": planned, "needs": {}}
+    from pai_utils.needs import needs
+    from pai_utils.planning import plan, plan_need
+
+    for row in plan(configs).to_dict("records"):
+        planned[row["cell"]] |= {"memory_mib": math.ceil(row["memory_mib"]), "hours": row["hours"]}
+    wanted = {name: needs(config) for name, config in configs.items()}
+    by_name = {need.name: need for listed in wanted.values() for need in listed}
+    counts = Counter(need.name for listed in wanted.values() for need in listed)
+    # What one cell alone needs is its own affair, and gains nothing by a job of its own.
+    common = {name for name, count in counts.items() if count > 1}
+    for name in list(common):
+        common |= {need.name for need in by_name[name].before}
+        by_name |= {need.name: need for need in by_name[name].before}
+    for name, listed in wanted.items():
+        found = [need.name for need in listed if need.name in common]
+        planned[name]["needs"] = sorted(set(found))
+    return {
+        "cells": planned,
+        "needs": {
+            name: {
+                "kind": by_name[name].kind,
+                "need": json.dumps(asdict(by_name[name]), sort_keys=True),
+                "before": sorted({need.name for need in by_name[name].before}),
+                **plan_need(by_name[name]),
+            }
+            for name in sorted(common)
+        },
+    }
+
+
+def minutes(hours: float, tflops: float, planned_tflops: float = 20.0) -> int:
+    """Minutes to ask a cluster for, on a device that sustains `tflops`."""
+    return LEAST_MINUTES + math.ceil(SLACK * hours * 60 * planned_tflops / tflops)
+
+
+def processes(hours: float, config: Mapping[str, Any]) -> int:
+    """How many processes of `torchrun` compute a score: one an hour, up to a computer's GPUs."""
+    return max(1, min(math.ceil(hours), int(config.get("gpus", 0))))
