@@ -5,6 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready
+CLUSTER_READY := $(VENV)/cluster/.ready
 BENCH_VENV := .venv-bench
 BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
@@ -14,10 +15,11 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
   --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint unit notebooks smoke check-book bench results lock clean
+.PHONY: help env book test lint unit notebooks smoke check-book cluster cluster-test bench results \
+  lock clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(READY) ## make the environment .venv from the lock; PYTHON=python3.12 chooses a Python
 
@@ -105,17 +107,29 @@ results: $(READY) ## run the larger grids and store their tables in results/; PA
 	fi
 	$(PY) workflow/summarise.py
 
+# In a folder of their own: Snakemake imports every engine it finds, which takes seconds a start.
+cluster: $(CLUSTER_READY) ## install the engines of clusters, for the profiles slurm and kubernetes
+
+$(CLUSTER_READY): $(READY) requirements-cluster.lock
+	@$(UV) pip install --quiet --python $(PY) --target $(VENV)/cluster --no-deps --require-hashes \
+	  -r requirements-cluster.lock
+	@touch $(CLUSTER_READY)
+
 # What SLURM executes here, `make smoke` finds done: the rules are the same.
-cluster-test: $(READY) ## run the smoke grid on a SLURM of this computer (root, slurm-wlm, munge); check Kubernetes
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/cluster
+cluster-test: $(CLUSTER_READY) ## run the smoke grid on a SLURM of this computer; it takes root, slurm-wlm and munge
+	$(PY) workflow/build.py smoke --target executed --profile kubernetes --dry-run --quiet \
+	  --container-image example/pai-utils --kubernetes-persistent-volumes checkout:/work
 	$(PY) workflow/slurm_here.py $(PY) workflow/build.py smoke --target executed --profile slurm \
 	  --config gpu=0 gpus=0 tflops=0.1 --slurm-no-account --slurm-status-command squeue \
 	  --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 2 --latency-wait 10
 
-lock: $(READY) ## write both locks again; UPGRADE=--upgrade takes the newest versions
-	$(COMPILE) --extra book --extra clip --extra cluster --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
+lock: $(READY) ## write the locks again; UPGRADE=--upgrade takes the newest versions
+	$(COMPILE) --extra book --extra clip --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
 	  --output-file requirements-bench.lock pyproject.toml
+	$(COMPILE) --extra book --extra cluster $(UPGRADE) --constraint requirements.lock \
+	  `sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package \1/p' requirements.lock` \
+	  --output-file requirements-cluster.lock pyproject.toml
 
 clean: ## remove what the commands made, except environments and results
 	rm -rf build _build out notebooks/out book/executed .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

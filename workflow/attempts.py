@@ -10,18 +10,18 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel
+from typing import Literal, Self
 
 from pai_utils.files import write_atomically
 
 Outcome = Literal["running", "finished", "failed", "stopped", "killed"]
 
 
-class Attempt(BaseModel):
+@dataclass
+class Attempt:
     """One start of a cell."""
 
     cell: str
@@ -32,6 +32,17 @@ class Attempt(BaseModel):
     seconds: float | None = None  # None: it never said
     error: str = ""
 
+    def write(self, path: Path) -> None:
+        """Write it, all of it or nothing."""
+        content = {**asdict(self), "started": self.started.isoformat()}
+        write_atomically(path, json.dumps(content).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what was written."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**content, "started": datetime.fromisoformat(content["started"])})
+
 
 @contextmanager
 def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
@@ -41,7 +52,7 @@ def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
         cell=cell, started=datetime.now(UTC), host=socket.gethostname(), process=os.getpid()
     )
     path = folder / cell / f"{this.started:%Y%m%dT%H%M%S.%fZ}.json"
-    write_atomically(path, this.model_dump_json().encode())
+    this.write(path)
     try:
         yield this
     except BaseException as error:
@@ -52,15 +63,14 @@ def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
         this.seconds = round(time.monotonic() - begin, 1)
         # A full disk is what may have ended the cell; its own error matters more.
         with suppress(OSError):
-            write_atomically(path, this.model_dump_json().encode())
+            this.write(path)
 
 
 def read_attempts(folder: Path, cells: Iterable[str]) -> dict[str, list[Attempt]]:
     """Return each cell's attempts, the earliest first; those whose process is gone are killed."""
     found: dict[str, list[Attempt]] = {}
     for cell in cells:
-        paths = sorted((folder / cell).glob("*.json"))
-        attempts = [Attempt(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        attempts = [Attempt.read(path) for path in sorted((folder / cell).glob("*.json"))]
         for this in attempts:
             if this.outcome == "running" and (this is not attempts[-1] or not _lives(this)):
                 this.outcome = "killed"

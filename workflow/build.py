@@ -6,6 +6,7 @@ name that this command does not know go to Snakemake, such as `--cores 4` or `--
 
 import argparse
 import fcntl
+import importlib.util
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from planned import read_plan
 from status import write_status
 
 HERE = Path(__file__).resolve().parent
+ENGINES = Path(sys.prefix) / "cluster"
 TARGETS = ("rendered", "executed")
 
 
@@ -62,7 +64,9 @@ def settings(profile: Path, given: list[str]) -> list[str]:
     # Options of a command take the place of a profile's, so its values are said again.
     values = dict(entry.split("=", 1) for entry in content.get("config", []))
     limits = {}
-    if "executor" not in content:
+    if "executor" in content:
+        _require_engine(content["executor"])
+    else:
         count = len(gpus())
         most = memory_mib() * 9 // 10
         limits = {"mem_mb": most, "gpu": count}
@@ -77,6 +81,17 @@ def settings(profile: Path, given: list[str]) -> list[str]:
     return options
 
 
+def _require_engine(name: str) -> None:
+    """Refuse a profile whose engine is not installed, after a look where `make cluster` puts it."""
+    if ENGINES.is_dir():
+        sys.path.append(str(ENGINES))
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{name}") is None:
+        raise ValueError(
+            f"the engine {name!r} is not installed: run `make cluster`, or "
+            "pip install 'pai-utils[cluster]'"
+        )
+
+
 def snakemake(target: str, configured: list[str], options: list[str], lock: TextIO) -> int:
     """Run Snakemake and return its exit status.
 
@@ -87,7 +102,10 @@ def snakemake(target: str, configured: list[str], options: list[str], lock: Text
     command += ["--snakefile", str(HERE / "Snakefile"), *configured, "--logger", "book"]
     # Snakemake's own lock outlives a killed run; this command's ends with it.
     command += ["--nolock", *options]
-    path = os.pathsep.join(filter(None, [str(HERE / "plugins"), os.environ.get("PYTHONPATH")]))
+    places = [str(HERE / "plugins"), os.environ.get("PYTHONPATH")]
+    if str(ENGINES) in sys.path:
+        places.append(str(ENGINES))
+    path = os.pathsep.join(filter(None, places))
     environment = {**os.environ, "PYTHONPATH": path}
     # A group of its own, so that one signal stops Snakemake together with its cells.
     process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], process_group=0)
