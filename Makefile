@@ -128,7 +128,7 @@ lock: $(READY) ## write the locks again; UPGRADE=--upgrade takes the newest vers
 	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
 	  --output-file requirements-bench.lock pyproject.toml
 	$(COMPILE) --extra book --extra cluster $(UPGRADE) --constraint requirements.lock \
-	  `sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package \1/p' requirements.lock` \
+	  `sed -n '/pypy/!s/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package \1/p' requirements.lock` \
 	  --output-file requirements-cluster.lock pyproject.toml
 
 clean: ## remove what the commands made, except environments and results
