@@ -118,7 +118,8 @@ $(CLUSTER_READY): $(READY) requirements-cluster.lock
 # What SLURM executes here, `make smoke` finds done: the rules are the same.
 cluster-test: $(CLUSTER_READY) ## run the smoke grid on a SLURM of this computer; it takes root, slurm-wlm and munge
 	$(PY) workflow/build.py smoke --target executed --profile kubernetes --dry-run --quiet \
-	  --container-image example/pai-utils --kubernetes-persistent-volumes checkout:/work
+	  --container-image example/pai-utils --kubernetes-persistent-volumes checkout:"$(CURDIR)" \
+	  --default-storage-prefix "$(CURDIR)"
 	$(PY) workflow/slurm_here.py $(PY) workflow/build.py smoke --target executed --profile slurm \
 	  --config gpu=0 gpus=0 tflops=0.1 --slurm-no-account --slurm-status-command squeue \
 	  --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 2 --latency-wait 10

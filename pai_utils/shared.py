@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -29,7 +29,16 @@ from torch.utils.data import Dataset
 from pai_utils.execution import hash_tensor, logger
 from pai_utils.files import write_atomically
 
-__all__ = ["FOLDER", "Kept", "digest_of", "ignored", "keeping", "reused", "used_files"]
+__all__ = [
+    "FOLDER",
+    "Kept",
+    "digest_of",
+    "gather",
+    "ignored",
+    "keeping",
+    "reused",
+    "used_files",
+]
 
 FOLDER = "PAI_SHARED"
 """The environment variable that names the folder."""
@@ -74,6 +83,24 @@ def used_files() -> dict[str, str]:
     return dict(_used)
 
 
+def gather(files: Iterable[Path], folder: Path) -> None:
+    """Make kept files, moved and renamed since, a folder that runs find them in, by links.
+
+    A file that cannot be read is left out: what it should hold is computed anew.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                name = (content.metadata() or {}).get("name")
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read: %s", file, error)
+            continue
+        if name is not None and not (folder / name).exists():
+            (folder / name).symlink_to(file.resolve())
+
+
 def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> Kept:
     """What is kept of this computation, or else what ``compute`` gives.
 
@@ -111,7 +138,8 @@ def _write(path: Path, result: Kept) -> None:
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
     facts = json.dumps(result.facts, sort_keys=True)
-    header = {"format": _FORMAT, "facts": facts, "sha256": _checksum(tensors, facts)}
+    checksum = _checksum(tensors, facts)
+    header = {"format": _FORMAT, "name": path.name, "facts": facts, "sha256": checksum}
     write_atomically(path, save(tensors, header))
 
 

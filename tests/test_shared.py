@@ -96,6 +96,19 @@ def test_a_change_of_the_library_leaves_nothing_stale(
     assert compute.times == 2
 
 
+def test_files_are_found_under_other_names_too(folder: Path) -> None:
+    compute = _Computed()
+    with keeping() as names:
+        reused("x", {"samples": 4}, compute)
+    moved = folder / "readable.safetensors"
+    (folder / names[0]).rename(moved)
+    broken = folder / "broken.safetensors"
+    broken.write_bytes(b"no tensors")
+    shared.gather([moved, broken, folder / "absent"], folder)
+    reused("x", {"samples": 4}, compute)
+    assert compute.times == 1
+
+
 @pytest.mark.parametrize("harm", ["truncated", "altered"])
 def test_a_broken_file_is_computed_anew_with_a_warning(
     folder: Path, harm: str, caplog: pytest.LogCaptureFixture

@@ -123,7 +123,7 @@ def failures(layout: Layout, plan: dict[str, Any]) -> list[str]:
     lines = []
     for name, need in plan["needs"].items():
         log = layout.logs / "shared" / f"{need['kind']}-{name}.log"
-        if (layout.shared / need["kind"] / f"{name}.json").exists() or not log.exists():
+        if (layout.shared / need["kind"] / f"{name}.safetensors").exists() or not log.exists():
             continue
         text = log.read_text(encoding="utf-8", errors="replace").strip()
         lines += [f"{name}: {text.splitlines()[-1] if text else KERNEL_DIED}", f"  read it: {log}"]
@@ -149,7 +149,9 @@ def build(target: str, layout: Layout, configured: list[str], options: list[str]
         print(f"What ran and what failed: {table}", file=sys.stderr)
         return 1
     what = "book" if layout.grid == BOOK_GRID else f"{layout.grid} book"
-    if target == "executed":
+    if "--dry-run" in options:
+        print(f"Nothing was run: {len(plan['cells'])} cells are planned")
+    elif target == "executed":
         print(f"Every cell is executed: {layout.executed}")
     elif _age(layout.index) == before:
         print(f"Nothing to do: the {what} is up to date at {layout.index.resolve().as_uri()}")

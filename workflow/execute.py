@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from attempts import attempt
 from cells import KERNEL_DIED, last_error, problems, stop_with_parent
@@ -47,6 +49,20 @@ def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path)
     return problems(log)
 
 
+@contextlib.contextmanager
+def found_by_name(files: list[Path]) -> Iterator[None]:
+    """Let the notebook find what was computed for several cells."""
+    if not files:
+        yield
+        return
+    from pai_utils.shared import FOLDER, gather
+
+    with TemporaryDirectory() as folder:
+        gather(files, Path(folder))
+        os.environ[FOLDER] = folder
+        yield
+
+
 def main() -> int:
     """Execute the cell that the command line names; 0 if its copy was published."""
     parser = argparse.ArgumentParser(description="Execute one cell of a grid.")
@@ -56,7 +72,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--copy", type=Path, required=True)
     parser.add_argument("--attempts", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, help="folder of what several cells need")
+    parser.add_argument("--shared", type=Path, nargs="*", default=[], help="files of needs")
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
 
@@ -64,13 +80,12 @@ def main() -> int:
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
-    if arguments.shared is not None:
-        os.environ["PAI_SHARED"] = str(arguments.shared.resolve())
     parameters = arguments.parameters
     try:
         with (
             attempt(arguments.attempts, arguments.copy.stem) as this,
             held_gpus(arguments.gpus) as gpus,
+            found_by_name(arguments.shared),
         ):
             if gpus and parameters.get("device", "auto") == "auto":
                 # A GPU that is lost must end the cell, not leave it to the processor for days.

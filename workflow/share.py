@@ -1,4 +1,4 @@
-"""Compute what several cells need: `share.py NEED --folder DIR --done FILE`.
+"""Compute what several cells need: `share.py NEED --before FILE... --out FILE`.
 
 The need is JSON, as `planned.py` writes it. With `--processes N` the images of a score are shared
 by N processes of `torchrun`, each with a GPU of its own if there are GPUs.
@@ -11,21 +11,27 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cells import stop_with_parent
 from gpus import held_gpus
 
 from pai_utils.files import write_atomically
 from pai_utils.needs import Need, make
-from pai_utils.shared import FOLDER, keeping
+from pai_utils.shared import FOLDER, gather, keeping
 
 
-def share(need: Need, folder: Path) -> list[str]:
-    """Compute a need into a folder and return the names of its files there."""
-    os.environ[FOLDER] = str(folder)
-    with keeping() as names:
-        make(need)
-    return list(dict.fromkeys(names))
+def share(need: Need, before: list[Path], out: Path) -> None:
+    """Compute a need from files of what comes before it, into a file."""
+    with TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder
+        gather(before, Path(folder))
+        with keeping() as names:
+            make(need)
+        # Others, such as the head of a score, are what it was made from.
+        own = [name for name in names if name.startswith(f"{need.kind}-")][-1]
+        if os.environ.get("RANK", "0") == "0":
+            write_atomically(out, (Path(folder) / own).read_bytes())
 
 
 def join_processes() -> None:
@@ -44,8 +50,8 @@ def main() -> int:
     """Compute what the command line names."""
     parser = argparse.ArgumentParser(description="Compute what several cells need.")
     parser.add_argument("need", type=json.loads)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--done", type=Path, required=True)
+    parser.add_argument("--before", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
@@ -53,8 +59,8 @@ def main() -> int:
     if arguments.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={arguments.processes}", __file__]
-        command += [json.dumps(arguments.need), "--folder", str(arguments.folder)]
-        command += ["--done", str(arguments.done)]
+        command += [json.dumps(arguments.need), "--out", str(arguments.out)]
+        command += ["--before", *map(str, arguments.before)]
         with held_gpus(arguments.gpus, arguments.processes):
             return subprocess.run(command).returncode
     need = Need(**arguments.need)
@@ -62,9 +68,7 @@ def main() -> int:
         if gpus and need.device == "auto":
             need = replace(need, device="cuda")
         join_processes()
-        names = share(need, arguments.folder)
-    if os.environ.get("RANK", "0") == "0":
-        write_atomically(arguments.done, json.dumps({"files": names}, indent=1).encode())
+        share(need, arguments.before, arguments.out)
     return 0
 
 
