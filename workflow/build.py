@@ -126,7 +126,10 @@ def failures(layout: Layout, plan: dict[str, Any]) -> list[str]:
         if (layout.shared / need["kind"] / f"{name}.safetensors").exists() or not log.exists():
             continue
         text = log.read_text(encoding="utf-8", errors="replace").strip()
-        lines += [f"{name}: {text.splitlines()[-1] if text else KERNEL_DIED}", f"  read it: {log}"]
+        lines += [
+            f"{name}: {text.splitlines()[-1] if text else 'it ended without a word'}",
+            f"  read it: {log}",
+        ]
     for name in plan["cells"]:
         log = layout.logs / f"{name}.ipynb"
         if (layout.executed / f"{name}.ipynb").exists() or not log.exists():

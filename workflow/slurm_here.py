@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+USUAL = Path("/etc/slurm/slurm.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "squeue")
 CONFIGURATION = """\
 ClusterName=here
@@ -47,8 +48,8 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 @contextmanager
-def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Start a SLURM that keeps everything in `folder`; yields the environment that reaches it.
+def slurm(folder: Path) -> Iterator[None]:
+    """Start a SLURM that keeps everything in `folder`; it runs as long as the context.
 
     Raises:
         OSError: A program is missing, or the node does not come up within half a minute.
@@ -78,7 +79,12 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             memory=memory * 95 // 100,
         )
     )
-    environment = {**os.environ, "SLURM_CONF": str(configuration)}
+    # Jobs look for it at the usual place: the engine takes SLURM's variables from them.
+    if USUAL.exists():
+        raise OSError(f"this computer has a SLURM already, of {USUAL}")
+    USUAL.parent.mkdir(exist_ok=True)
+    USUAL.unlink(missing_ok=True)  # of a run that was killed
+    USUAL.symlink_to(configuration)
     munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
     munge += [f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid"]
     munge += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"]
@@ -86,24 +92,23 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     with (folder / "output.log").open("wb") as output:
         try:
             for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
-                started.append(
-                    subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-                )
+                started.append(subprocess.Popen(command, stdout=output, stderr=output))
                 time.sleep(0.5)  # each asks the one before
             for _ in range(60):
                 asked = ["sinfo", "--noheader", "--format=%T"]
-                found = subprocess.run(asked, env=environment, capture_output=True, text=True)
+                found = subprocess.run(asked, capture_output=True, text=True)
                 if found.stdout.strip() == "idle":
                     break
                 time.sleep(0.5)
             else:
                 log = (folder / "output.log").read_text(errors="replace")
                 raise OSError(f"SLURM did not start:\n{log[-2000:]}")
-            yield environment
+            yield
         finally:
             for process in reversed(started):  # those that need the others first
                 process.terminate()
                 process.wait()
+            USUAL.unlink()
 
 
 def main() -> int:
@@ -114,8 +119,8 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         try:
-            with slurm(Path(folder)) as environment:
-                return subprocess.run(command, env=environment).returncode
+            with slurm(Path(folder)):
+                return subprocess.run(command).returncode
         except OSError as error:
             print(f"slurm_here: {error}", file=sys.stderr)
             return 1

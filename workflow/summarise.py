@@ -14,6 +14,7 @@ from pai_utils.evaluation import retention_verdict
 from pai_utils.files import write_atomically
 from pai_utils.finetuning import chosen_on_validation
 from pai_utils.landscape import PREDICTORS, transfer_correlations
+from pai_utils.runs import read_record
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -22,6 +23,27 @@ BACKBONES = {
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
 PUBLISHED = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
+
+
+def runs(results: Path) -> pd.DataFrame:
+    """When, where and how long every stored run of a notebook took place."""
+    rows = []
+    for path in sorted(results.glob("*/*/record.json")):
+        if path.parts[-3] == "benchmarks":
+            continue
+        record = read_record(path.parent)
+        rows.append(
+            {
+                "run": "/".join(path.parts[-3:-1]),
+                "started": f"{record.started:%Y-%m-%d %H:%M} UTC",
+                "minutes": round(record.seconds / 60, 1),
+                "memory, MiB": record.peak_memory_mib,
+                "device": record.device,
+                "threads": record.threads,
+                "commit": (record.commit or "")[:10] + ("" if record.clean else ", changed"),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def repaired(results: Path) -> pd.DataFrame:
@@ -256,6 +278,7 @@ def summarise(results: Path) -> list[Path]:
     left = repaired(results)
     written = []
     for name, table in {
+        "runs": runs(results),
         "repaired": left,
         "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),

@@ -1,6 +1,7 @@
 """Tables over several stored results."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from summarise import (
     reach,
     recovery,
     repaired,
+    runs,
     summarise,
     transfer,
     weights,
@@ -18,6 +20,24 @@ from summarise import (
 )
 
 from pai_utils.landscape import PREDICTORS
+
+
+def test_runs_are_listed_from_their_records(results: Path) -> None:
+    assert runs(results).empty
+    record = {
+        "notebook": "n", "parameters": {}, "started": "2026-01-02T03:04:05+00:00",
+        "seconds": 90.0, "peak_memory_mib": 700, "device": "cpu", "threads": 1,
+        "platform": "Linux", "python": "3.11", "versions": {}, "commit": "0123456789abcdef",
+        "clean": True, "outputs": {},
+    }  # fmt: skip
+    for name, changed in (("one", {}), ("two", {"clean": False})):
+        folder = results / "grid" / name
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps({**record, **changed}))
+    first, second = runs(results).to_dict("records")
+    assert (first["run"], first["started"]) == ("grid/one", "2026-01-02 03:04 UTC")
+    assert (first["minutes"], first["commit"]) == (1.5, "0123456789")
+    assert second["commit"] == "0123456789, changed"
 
 
 @pytest.fixture
