@@ -61,7 +61,7 @@ lint: $(READY) ## ruff and mypy
 	$(PY) -m mypy
 
 unit: $(READY) ## unit tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests --ignore=tests/notebooks --ignore=tests/book
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests --ignore=tests/notebooks --ignore=tests/book --ignore=tests/cluster
 
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
 	@mkdir -p build
@@ -117,6 +117,7 @@ $(CLUSTER_READY): $(READY) requirements-cluster.lock
 
 # What SLURM executes here, `make smoke` finds done: the rules are the same.
 cluster-test: $(CLUSTER_READY) ## run the smoke grid on a SLURM of this computer; it takes root, slurm-wlm and munge
+	$(PY) -m pytest tests/cluster
 	$(PY) workflow/build.py smoke --target executed --profile kubernetes --dry-run --quiet \
 	  --container-image example/pai-utils --kubernetes-persistent-volumes checkout:"$(CURDIR)" \
 	  --default-storage-prefix "$(CURDIR)"
