@@ -39,7 +39,8 @@ $(READY): requirements.lock pyproject.toml
 	@awk '/^[^ #]/ { own = /^uv==/ } own' requirements.lock > $(VENV)/uv.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
 	  -r $(VENV)/uv.txt
-	@$(UV) pip sync $(if $(MAKE_TERMERR),,--quiet) --python $(PY) --require-hashes requirements.lock
+	@$(UV) pip sync $(if $(MAKE_TERMERR),,--quiet) --compile-bytecode --python $(PY) \
+	  --require-hashes requirements.lock
 	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 	@echo "The environment is ready: $(VENV)"

@@ -49,7 +49,10 @@ def _notebook() -> dict[str, Any]:
             cell("parameters", "seconds = 0\nindex = 0\nout = '.'", ["parameters"]),
             cell("work", WORK, []),
         ],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        },
         "nbformat": 4,
         "nbformat_minor": 5,
     }
@@ -140,7 +143,7 @@ def planning(root: Path, cells: int) -> list[dict[str, object]]:
             "source": sources,
             "seed": list(range(cells // 8)),
         },
-        "parameters": {"targets": sources, "scorers": ["ggn_diag", "magnitude"], "samples": 64},
+        "parameters": {"targets": sources, "scorers": ["ggn_diag", "magnitude"], "samples": 32},
     }
     grid = {"cells": {"retention-{backbone}-{source}-{seed}": entry}}
     (project / "workflow/grids/large.yaml").write_text(yaml.safe_dump(grid))

@@ -93,7 +93,10 @@ def stop_with_parent() -> None:
 
 def last_error(notebook: Path) -> str | None:
     """Return the last error among a notebook's outputs as `name: message`, or None."""
-    errors = _error_outputs(json.loads(notebook.read_text(encoding="utf-8")))
+    try:
+        errors = _error_outputs(json.loads(notebook.read_text(encoding="utf-8")))
+    except ValueError:  # it never began
+        return None
     return errors[-1] if errors else None
 
 
