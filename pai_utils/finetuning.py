@@ -590,7 +590,7 @@ def make_penalties(
 
 
 def recovery_results(
-    recovery: pd.DataFrame, dense: Mapping[str, Evaluation], source: str, scorer: str
+    recovery: pd.DataFrame, dense: Mapping[str, Evaluation], source: str, scorer: str, *, steps: int
 ) -> pd.DataFrame:
     """Retention with frozen heads before and after fine-tuning, as rows of ``results.csv``.
 
@@ -599,10 +599,15 @@ def recovery_results(
         dense: each task's accuracy before pruning.
         source: what masks were computed on.
         scorer: by which, where the start says no other.
+        steps: of a whole run; one that diverged has no row of its end. Before fine-tuning is step
+            0, where it was evaluated.
 
     Returns:
         As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage``: the start, and what
         it was fine-tuned by.
+
+    Raises:
+        ValueError: if there is neither step 0 nor the last one.
     """
     frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
     chances = frozen.groupby("target").chance.first()
@@ -611,23 +616,29 @@ def recovery_results(
         | dense[t].row(float(chances[t]))
         for t in chances.index
     ]
-    first, last = frozen.step.min(), frozen.step.max()
     by = ["start", "penalty", "learning_rate"]
-    begun = frozen[frozen.step == first].drop_duplicates(["start", "sparsity", "seed", "target"])
     parts = []
-    for key, group in frozen[frozen.step == last].groupby(by, sort=False):
-        parts.append((key[0], f"{key[0]}, fine-tuned ({key[1]}, {key[2]:g})", group))
-    parts += [
-        (str(start), str(start), group) for start, group in begun.groupby("start", sort=False)
-    ]
+    for key, group in frozen[frozen.step == steps].groupby(by, sort=False):
+        parts.append((str(key[0]), f"{key[0]}, fine-tuned ({key[1]}, {key[2]:g})", group))
+    begun = frozen[frozen.step == 0].drop_duplicates(["start", "sparsity", "seed", "target"])
+    for start, group in begun.groupby("start", sort=False):
+        parts.append((str(start), str(start), group))
+    if not parts:
+        raise ValueError(f"recovery was evaluated neither at step 0 nor at step {steps}")
     tables = []
     for start, stage, group in parts:
-        named = {"random": ("none", "random"), "dense": ("none", "none")}
-        by_source, by_scorer = named.get(start, (source, scorer))
-        rows = group.assign(source=by_source, scorer=by_scorer)
+        rows = group.assign(
+            scorer={"random": "random", "dense": "none"}.get(start, scorer),
+            source=source if start == "repaired" or _looks(start, scorer) else "none",
+        )
         summary = summarise_retention(pd.concat([pd.DataFrame(references), rows]))
         tables.append(summary[summary.scorer != "dense"].assign(stage=stage))
     return pd.concat(tables, ignore_index=True)
+
+
+def _looks(start: str, scorer: str) -> bool:
+    """Whether the masks of a start look at images."""
+    return start in ("pruned", "repaired") and SCORERS[scorer].needs_data
 
 
 def recovery_gains(

@@ -398,13 +398,14 @@ def _standardised(values: Tensor, weights: Tensor | None = None) -> Tensor:
     Not numbers where the values do not vary.
     """
     values = values.double()
+    varies = bool((values != values[0]).any())
     if weights is None:
         values = values - values.mean()
     else:
         share = weights / weights.sum()
         values = (values - torch.dot(share, values)).mul_(share.sqrt_())
     norm = torch.linalg.vector_norm(values)
-    return values.div_(norm if norm > 0 else math.nan)
+    return values.div_(norm if varies else math.nan)
 
 
 def _spearman(one: _Values, other: _Values, counts: _Values | None = None) -> _Values:

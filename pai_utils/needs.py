@@ -55,7 +55,7 @@ class Need:
         if self.split == "train":
             del matters["test_size"]
         digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
-        return f"{readable}-{digest.hexdigest()[:6]}"
+        return f"{readable}-{digest.hexdigest()[:12]}"
 
     @property
     def tasks(self) -> list[str]:
@@ -96,7 +96,10 @@ def make(need: Need) -> None:
     Raises:
         ValueError: as the functions that compute it.
     """
+    from torch import nn
+
     from pai_utils.backbones import Classifier, load_backbone
+    from pai_utils.execution import device_of
     from pai_utils.heads import dense_features, fit_head
     from pai_utils.sources import load_source, score_source
     from pai_utils.tasks import load_task
@@ -122,14 +125,19 @@ def make(need: Need) -> None:
         task = tasks[need.source]
         dense_features(encoder, getattr(task, need.split), batch_size=need.batch_size)
         return
-    heads = {n: fit_head(encoder, task, batch_size=need.batch_size) for n, task in tasks.items()}
     if need.kind == "head":
+        fit_head(encoder, tasks[need.source], batch_size=need.batch_size)
         return
+    # Without a head of its own, any will do: the score looks at the features alone.
+    heads = {name: nn.Linear(encoder.feature_dim, 2) for name in tasks}
+    if SCORERS[need.scorer].needs_head:
+        first = need.tasks[0]
+        heads[first] = fit_head(encoder, tasks[first], batch_size=need.batch_size)
     place = load_source(need.source, encoder, tasks, heads, seed=need.seed)
-    head = place.head or next(iter(heads.values()))
+    head = place.head or nn.Linear(encoder.feature_dim, 2)
     score_source(
         need.scorer,
-        Classifier(encoder, head),
+        Classifier(encoder, head.to(device_of(encoder))),
         place,
         samples=need.samples,
         batch_size=need.batch_size,
@@ -193,7 +201,9 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> Iterator[Need]
 def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> Iterator[Need]:
     yield from _heads(config, config.tasks)
     pool = config.prune_by or config.source
-    if {"pruned", "repaired"} & set(config.starts) and task_of(pool.split("+")[0]) == config.source:
+    masked = {"pruned", "repaired"} & set(config.starts)
+    # All images are drawn in another order there; and the head is the source's own.
+    if masked and config.samples is not None and pool.split("+")[0] == config.source:
         yield from _scores(config, [config.scorer], [pool], config.seeds)
 
 

@@ -518,6 +518,9 @@ def check_results(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a column is missing or unknown, a value ill-typed or out of range, or two rows
             have the same :data:`RESULT_KEY`.
     """
+    absent = [column for column in _RESULT if column not in table]
+    if absent:
+        raise ValueError(f"no table of results: there is no column {absent[0]!r}")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     try:
         _ROWS.validate_python(rows)
@@ -538,7 +541,8 @@ def read_results(path: Path) -> pd.DataFrame:
         ValueError: as there.
     """
     try:
-        return check_results(pd.read_csv(path, keep_default_na=False, na_values=[""]))
+        texts = {n: str for n, f in Result.model_fields.items() if f.annotation is str}
+        return check_results(pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -579,7 +583,7 @@ class Run:
         """
         rows = table[table.scorer != "dense"]
         rows = rows.assign(
-            cell=self.folder.name,
+            cell=self.folder.resolve().name,
             notebook=self.name,
             backbone=self.config.backbone,
             held_out=[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)],

@@ -2,9 +2,9 @@
 
 Where the environment variable ``PAI_SHARED`` names a folder, what is found there is read instead of
 computed. A file's name is a digest of all that its content follows from: weights, images, labels,
-options, the kind of device, torch's version, and the library's own code. Nothing can therefore be
-read for what it is not, and nothing is ever stale. Runs only read; a folder is filled inside
-:func:`keeping`, by ``workflow/share.py`` before the runs begin.
+options, the kind of device, the versions of the packages that compute, and the library's own code.
+Nothing can therefore be read for what it is not, and nothing goes stale. Runs only read; a folder
+is filled inside :func:`keeping`, by ``workflow/share.py`` before the runs begin.
 
 Cost: one hash of weights and images a look, about a second a GB.
 """
@@ -12,6 +12,7 @@ Cost: one hash of weights and images a look, about a second a GB.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from pai_utils.execution import hash_tensor, logger
 from pai_utils.files import write_atomically
@@ -114,7 +114,9 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
         What was computed, or read: then on the CPU.
     """
     folder = os.environ.get(FOLDER)
-    if not folder or _ignores.get():
+    # Inside `torch.autocast` results are those of a precision that no part names.
+    mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    if not folder or _ignores.get() or mixed:
         return compute()
     digest = _name_of(parts)
     if digest is None:
@@ -172,18 +174,19 @@ def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
 
 
 def _name_of(parts: Mapping[str, Any]) -> str | None:
-    """Of everything; ``None`` if there is a dataset whose images lie nowhere to be looked at."""
-    digest = hashlib.sha256(f"{_code()} {torch.__version__}\n".encode())
+    """Of everything; ``None`` if a part is nothing that can be looked at as a whole."""
+    digest = hashlib.sha256(f"{_code()} {_versions()}\n".encode())
     for name in sorted(parts):
         value = parts[name]
         if isinstance(value, nn.Module):
             text = _module(value)
         elif hasattr(value, "images") and hasattr(value, "labels"):
             text = digest_of(value)
-        elif isinstance(value, Dataset):
-            return None
         else:
-            text = json.dumps(value, sort_keys=True)
+            try:
+                text = json.dumps(value, sort_keys=True)
+            except TypeError:  # a dataset that reads its images when asked, or an object
+                return None
         digest.update(f"{name}={text}\n".encode())
     return digest.hexdigest()[:24]
 
@@ -191,7 +194,12 @@ def _name_of(parts: Mapping[str, Any]) -> str | None:
 def _module(module: nn.Module) -> str:
     """Of the architecture and all parameters and buffers: they may have changed since."""
     digest = hashlib.sha256(repr(module).encode())
-    for name, value in sorted(module.state_dict().items()):
+    for name, part in module.named_modules():
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
+        plain.pop("training", None)  # everything is computed in evaluation mode
+        digest.update(f"{name} {sorted(plain.items())}\n".encode())
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in sorted(tensors.items()):
         hash_tensor(digest, name, value)
     return digest.hexdigest()
 
@@ -209,6 +217,13 @@ def digest_of(data: Any) -> str:
         hash_tensor(digest, "labels", data.labels)
         _digests[data] = digest.hexdigest()
     return _digests[data]
+
+
+@cache
+def _versions() -> str:
+    """Of the packages that compute."""
+    packages = ("numpy", "scikit-learn", "scipy", "timm", "torch", "torchvision")
+    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 @cache

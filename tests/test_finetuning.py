@@ -4,12 +4,14 @@ import math
 import re
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
+from pai_utils.evaluation import Evaluation
 from pai_utils.finetuning import (
     OPTIMISERS,
     FeaturePenalty,
@@ -17,6 +19,7 @@ from pai_utils.finetuning import (
     chosen_on_validation,
     make_penalties,
     recovery_gains,
+    recovery_results,
     recovery_study,
     recovery_sweep,
 )
@@ -445,3 +448,35 @@ def test_a_study_runs_every_start_and_all_penalties_on_the_first() -> None:
     assert all(start.mean()["dense"][name] == dense[name].accuracy for name in tasks)
     with pytest.raises(ValueError, match="unknown start 'prunde'; did you mean 'pruned'"):
         recovery_study(encoder, tasks, heads, "spots", **{**settings, "starts": ["prunde"]})
+
+
+def test_results_of_a_recovery_are_those_before_and_after() -> None:
+    def right(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.bool)
+
+    dense = {"t": Evaluation(1.0, 0.0, 4, (0.5, 1.0), right(1, 1, 1, 1))}
+    common = {"target": "t", "split": "test", "head": "frozen", "penalty": "none", "seed": 0}
+    common |= {"learning_rate": 0.1, "chance": 0.0, "count": 4, "loss": 0.0, "sparsity": 0.5}
+    table = pd.DataFrame(
+        [
+            common | {"start": start, "step": step, "accuracy": found.float().mean().item()}
+            | {"correct": found.numpy()}
+            for start, step, found in (
+                ("pruned", 0, right(1, 0, 0, 0)),
+                ("pruned", 5, right(1, 1, 0, 0)),
+                ("pruned", 9, right(1, 1, 1, 0)),
+                ("random", 0, right(0, 0, 0, 0)),
+                ("random", 5, right(0, 0, 0, 1)),  # and diverged
+            )
+        ]
+    )  # fmt: skip
+    found = recovery_results(table, dense, "pool", "snip", steps=9)
+    rows = found[["stage", "source", "scorer", "accuracy", "retention"]].to_numpy().tolist()
+    assert rows == [
+        ["pruned, fine-tuned (none, 0.1)", "pool", "snip", 0.75, 0.75],
+        ["pruned", "pool", "snip", 0.25, 0.25],
+        ["random", "none", "random", 0.0, 0.0],
+    ]
+    assert recovery_results(table, dense, "pool", "magnitude", steps=9).source.unique() == ["none"]
+    with pytest.raises(ValueError, match="neither at step 0 nor at step 7"):
+        recovery_results(table[table.step == 9], dense, "pool", "snip", steps=7)

@@ -66,13 +66,21 @@ def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
             this.write(path)
 
 
-def read_attempts(folder: Path, cells: Iterable[str]) -> dict[str, list[Attempt]]:
-    """Return each cell's attempts, the earliest first; those whose process is gone are killed."""
+def read_attempts(
+    folder: Path, cells: Iterable[str], *, over: bool = False
+) -> dict[str, list[Attempt]]:
+    """Return each cell's attempts, the earliest first; those whose process is gone are killed.
+
+    Args:
+        folder: of all attempts.
+        cells: to look for.
+        over: whether nothing runs any more, wherever it was started.
+    """
     found: dict[str, list[Attempt]] = {}
     for cell in cells:
         attempts = [Attempt.read(path) for path in sorted((folder / cell).glob("*.json"))]
         for this in attempts:
-            if this.outcome == "running" and (this is not attempts[-1] or not _lives(this)):
+            if this.outcome == "running" and (over or this is not attempts[-1] or not _lives(this)):
                 this.outcome = "killed"
         found[cell] = attempts
     return found

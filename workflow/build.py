@@ -64,16 +64,19 @@ def settings(profile: Path, given: list[str]) -> list[str]:
     # Options of a command take the place of a profile's, so its values are said again.
     values = dict(entry.split("=", 1) for entry in content.get("config", []))
     limits = {}
-    if "executor" in content:
+    if content.get("executor", "local") != "local":
         _require_engine(content["executor"])
     else:
         count = len(gpus())
         most = memory_mib() * 9 // 10
         limits = {"mem_mb": most, "gpu": count}
-        values = {"most_mib": most, "gpus": count, "tflops": 20 if count else 0.1, **values}
-        if count:
-            values |= {"gpu": 1, "hold_gpus": 1}
-    values |= dict(entry.split("=", 1) for entry in given)
+        found = {"most_mib": most, "gpus": count, "tflops": 20 if count else 0.1}
+        values = {**found, **({"gpu": 1, "hold_gpus": 1} if count else {}), **values}
+    for entry in given:
+        name, separator, value = entry.partition("=")
+        if not separator:
+            raise ValueError(f"--config takes NAME=VALUE, not {entry!r}")
+        values[name] = value
     listed = [f"{name}={value}" for name, value in values.items()]
     options = ["--profile", str(profile), "--config", *listed]
     if limits:
@@ -85,7 +88,7 @@ def _require_engine(name: str) -> None:
     """Refuse a profile whose engine is not installed, after a look where `make cluster` puts it."""
     if ENGINES.is_dir():
         sys.path.append(str(ENGINES))
-    if importlib.util.find_spec(f"snakemake_executor_plugin_{name}") is None:
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{name.replace('-', '_')}") is None:
         raise ValueError(
             f"the engine {name!r} is not installed: run `make cluster`, or "
             "pip install 'pai-utils[cluster]'"
@@ -130,12 +133,11 @@ def failures(layout: Layout, plan: dict[str, Any]) -> list[str]:
             f"{name}: {text.splitlines()[-1] if text else 'it ended without a word'}",
             f"  read it: {log}",
         ]
-    for name in plan["cells"]:
-        log = layout.logs / f"{name}.ipynb"
-        if (layout.executed / f"{name}.ipynb").exists() or not log.exists():
+    for name, attempts in read_attempts(layout.attempts, plan["cells"], over=True).items():
+        if (layout.executed / f"{name}.ipynb").exists() or not attempts:
             continue
-        attempts = read_attempts(layout.attempts, [name])[name]
-        error = last_error(log) or (attempts and attempts[-1].error) or KERNEL_DIED
+        log = layout.logs / f"{name}.ipynb"
+        error = attempts[-1].error or (log.is_file() and last_error(log)) or KERNEL_DIED
         lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
     return lines
 
@@ -145,14 +147,16 @@ def build(target: str, layout: Layout, configured: list[str], options: list[str]
     plan = read_plan(layout)
     with hold_lock(Path(".snakemake") / f"{layout.grid}.lock") as lock:
         before = _age(layout.index)
-        status = snakemake(target, configured, options, lock)
-        table = write_status(layout)
+        try:
+            status = snakemake(target, configured, options, lock)
+        finally:
+            table = write_status(layout, over=True)
     if status != 0:
         print(*failures(layout, plan), f"{layout.grid}: failed", sep="\n", file=sys.stderr)
         print(f"What ran and what failed: {table}", file=sys.stderr)
         return 1
     what = "book" if layout.grid == BOOK_GRID else f"{layout.grid} book"
-    if "--dry-run" in options:
+    if {"-n", "--dry-run", "--dryrun"} & set(options):
         print(f"Nothing was run: {len(plan['cells'])} cells are planned")
     elif target == "executed":
         print(f"Every cell is executed: {layout.executed}")
@@ -189,7 +193,7 @@ def main() -> int:
     try:
         configured = settings(arguments.profile, [f"grid={arguments.grid}", *arguments.config])
         return build(arguments.target, Layout(arguments.grid), configured, options)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # of a grid, of a folder of images
         print(f"{arguments.grid}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

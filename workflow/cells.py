@@ -76,6 +76,14 @@ class Layout:
         return Path("build") / "shared" / self.grid
 
 
+def commit_of(record: Mapping[str, Any]) -> str:
+    """Return the commit that a run's record names, in short, and whether there was more."""
+    commit = record.get("commit")
+    if not commit:
+        return ""
+    return str(commit)[:10] + ("" if record.get("clean") else ", changed")
+
+
 def stop_with_parent() -> None:
     """End this process when its parent dies, so that nothing writes after the workflow."""
     parent = os.getppid()

@@ -73,10 +73,12 @@ def main() -> int:
     parser.add_argument("--copy", type=Path, required=True)
     parser.add_argument("--attempts", type=Path, required=True)
     parser.add_argument("--shared", type=Path, nargs="*", default=[], help="files of needs")
+    parser.add_argument("--device", help="in the place of `auto`")
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
 
     stop_with_parent()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what clusters end jobs with
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
@@ -84,12 +86,11 @@ def main() -> int:
     try:
         with (
             attempt(arguments.attempts, arguments.copy.stem) as this,
-            held_gpus(arguments.gpus) as gpus,
+            held_gpus(arguments.gpus),
             found_by_name(arguments.shared),
         ):
-            if gpus and parameters.get("device", "auto") == "auto":
-                # A GPU that is lost must end the cell, not leave it to the processor for days.
-                parameters = {**parameters, "device": "cuda"}
+            if arguments.device and parameters.get("device", "auto") == "auto":
+                parameters = {**parameters, "device": arguments.device}
             found = execute(arguments.notebook, parameters, arguments.out, arguments.log)
             if found:
                 this.outcome = "failed"

@@ -52,19 +52,9 @@ def held_gpus(folder: Path | None, count: int = 1) -> Iterator[list[str]]:
         raise OSError(f"{count} GPUs were to be used and {len(names)} are there: was one lost?")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
-        held: list[str] = []
-        while len(held) < count:
-            for name in names:
-                if name not in held and len(held) < count:
-                    lock = (folder / f"{name}.lock").open("w", encoding="utf-8")
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        lock.close()
-                        continue
-                    locks.enter_context(lock)
-                    held.append(name)
-            time.sleep(0.2 if len(held) < count else 0)
+        while len(held := _free(names, folder, count, locks)) < count:
+            locks.close()  # all or none: two that wait for each other would wait for ever
+            time.sleep(0.2)
         before = os.environ.get(VISIBLE)
         os.environ[VISIBLE] = ",".join(held)
         try:
@@ -73,3 +63,20 @@ def held_gpus(folder: Path | None, count: int = 1) -> Iterator[list[str]]:
             os.environ.pop(VISIBLE)
             if before is not None:
                 os.environ[VISIBLE] = before
+
+
+def _free(names: list[str], folder: Path, count: int, locks: ExitStack) -> list[str]:
+    """Lock up to `count` GPUs that nobody holds and return their names."""
+    held: list[str] = []
+    for name in names:
+        if len(held) == count:
+            break
+        lock = (folder / f"{name}.lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        locks.enter_context(lock)
+        held.append(name)
+    return held

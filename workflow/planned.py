@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pai_utils.grids import Cell, read_grid
 LIBRARY = Path("pai_utils")
 NOTEBOOKS = Path("notebooks")
 LEAST_MIB = 1500
+PLANNED_TFLOPS = 20.0  # that hours are planned with
 LEAST_MINUTES = 30
 SLACK = 10  # over the estimate, which leaves out decoding and all that is no forward or backward
 
@@ -88,19 +88,22 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
     from pai_utils.needs import needs
     from pai_utils.planning import plan, plan_need
 
-    for row in plan(configs).to_dict("records"):
+    for row in plan(configs, tflops=PLANNED_TFLOPS).to_dict("records"):
         planned[row["cell"]] |= {"memory_mib": math.ceil(row["memory_mib"]), "hours": row["hours"]}
-    wanted = {name: needs(config) for name, config in configs.items()}
-    by_name = {need.name: need for listed in wanted.values() for need in listed}
-    counts = Counter(need.name for listed in wanted.values() for need in listed)
+    wanted = {name: {n.name: n for n in needs(config)} for name, config in configs.items()}
+    by_name = {name: need for listed in wanted.values() for name, need in listed.items()}
+    counts = Counter(name for listed in wanted.values() for name in listed)
     # What one cell alone needs is its own affair, and gains nothing by a job of its own.
     common = {name for name, count in counts.items() if count > 1}
-    for name in list(common):
-        common |= {need.name for need in by_name[name].before}
-        by_name |= {need.name: need for need in by_name[name].before}
+    waiting = list(common)
+    while waiting:
+        for need in by_name[waiting.pop()].before:
+            if need.name not in common:
+                by_name[need.name] = need
+                common.add(need.name)
+                waiting.append(need.name)
     for name, listed in wanted.items():
-        found = [need.name for need in listed if need.name in common]
-        planned[name]["needs"] = sorted(set(found))
+        planned[name]["needs"] = sorted(common & set(listed))
     return {
         "cells": planned,
         "needs": {
@@ -108,18 +111,18 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
                 "kind": by_name[name].kind,
                 "need": json.dumps(asdict(by_name[name]), sort_keys=True),
                 "before": sorted({need.name for need in by_name[name].before}),
-                **plan_need(by_name[name]),
+                **plan_need(by_name[name], tflops=PLANNED_TFLOPS),
             }
             for name in sorted(common)
         },
     }
 
 
-def minutes(hours: float, tflops: float, planned_tflops: float = 20.0) -> int:
+def minutes(hours: float, tflops: float) -> int:
     """Minutes to ask a cluster for, on a device that sustains `tflops`."""
-    return LEAST_MINUTES + math.ceil(SLACK * hours * 60 * planned_tflops / tflops)
+    return LEAST_MINUTES + math.ceil(SLACK * hours * 60 * PLANNED_TFLOPS / tflops)
 
 
-def processes(hours: float, config: Mapping[str, Any]) -> int:
+def processes(hours: float, tflops: float, gpus: int) -> int:
     """How many processes of `torchrun` compute a score: one an hour, up to a computer's GPUs."""
-    return max(1, min(math.ceil(hours), int(config.get("gpus", 0))))
+    return max(1, min(math.ceil(hours * PLANNED_TFLOPS / tflops), gpus))

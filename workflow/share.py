@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--before", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", help="in the place of `auto`")
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
     stop_with_parent()
@@ -61,12 +62,13 @@ def main() -> int:
         command += [f"--nproc-per-node={arguments.processes}", __file__]
         command += [json.dumps(arguments.need), "--out", str(arguments.out)]
         command += ["--before", *map(str, arguments.before)]
+        command += ["--device", arguments.device] if arguments.device else []
         with held_gpus(arguments.gpus, arguments.processes):
             return subprocess.run(command).returncode
     need = Need(**arguments.need)
-    with held_gpus(arguments.gpus) as gpus:
-        if gpus and need.device == "auto":
-            need = replace(need, device="cuda")
+    if arguments.device and need.device == "auto":
+        need = replace(need, device=arguments.device)
+    with held_gpus(arguments.gpus):
         join_processes()
         share(need, arguments.before, arguments.out)
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attempts import Attempt, read_attempts
-from cells import KERNEL_DIED, Layout
+from cells import KERNEL_DIED, Layout, commit_of
 from planned import read_plan
 
 from pai_utils.files import write_atomically
@@ -31,10 +31,15 @@ COLUMNS = (
 )
 
 
-def status(layout: Layout) -> list[dict[str, Any]]:
-    """Return one row a cell of the grid, in its order, with keys of `COLUMNS`."""
+def status(layout: Layout, *, over: bool = False) -> list[dict[str, Any]]:
+    """Return one row a cell of the grid, in its order, with keys of `COLUMNS`.
+
+    Args:
+        layout: of the grid.
+        over: whether nothing of it runs any more.
+    """
     cells = list(read_plan(layout)["cells"])
-    attempts = read_attempts(layout.attempts, cells)
+    attempts = read_attempts(layout.attempts, cells, over=over)
     return [_row(layout, cell, attempts[cell]) for cell in cells]
 
 
@@ -52,11 +57,10 @@ def _row(layout: Layout, cell: str, attempts: list[Attempt]) -> dict[str, Any]:
     path = layout.executed / cell / "record.json"
     if finished and path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
-        commit = (record.get("commit") or "")[:10]
         row |= {
             "memory, MiB": record.get("peak_memory_mib"),
             "device": record.get("device", ""),
-            "commit": commit + ("" if record.get("clean") or not commit else ", changed"),
+            "commit": commit_of(record),
         }
     row["what failed"] = "; ".join(
         f"{this.started:%H:%M} {this.outcome}: {_in_short(this)}"
@@ -74,13 +78,13 @@ def _in_short(this: Attempt, most: int = 120) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def write_status(layout: Layout, path: Path | None = None) -> Path:
+def write_status(layout: Layout, path: Path | None = None, *, over: bool = False) -> Path:
     """Write the table, beside the logs unless told where, and return its path."""
     path = layout.logs / "status.csv" if path is None else path
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(status(layout))
+    writer.writerows(status(layout, over=over))
     write_atomically(path, text.getvalue().encode())
     return path
 
@@ -93,7 +97,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         print(write_status(Layout(arguments.grid), arguments.out))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"{arguments.grid}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -51,6 +51,9 @@ def store(layout: Layout, results: Path) -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         folders.append(folder)
+    for path in (results / layout.grid).iterdir():
+        if path.name not in cells:  # of an earlier grid
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if tables:
         together = check_results(pd.concat(tables, ignore_index=True))
         content = together.to_csv(index=False, float_format="%.6g").encode()

@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
+from cells import commit_of
 
 from pai_utils import plots
 from pai_utils.evaluation import retention_verdict
@@ -40,7 +41,7 @@ def runs(results: Path) -> pd.DataFrame:
                 "memory, MiB": record.peak_memory_mib,
                 "device": record.device,
                 "threads": record.threads,
-                "commit": (record.commit or "")[:10] + ("" if record.clean else ", changed"),
+                "commit": commit_of(record.model_dump()),
             }
         )
     return pd.DataFrame(rows)

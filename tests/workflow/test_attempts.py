@@ -54,5 +54,13 @@ def test_one_that_never_said_was_killed_unless_its_process_is_there(tmp_path: Pa
     assert second.outcome == "running"
 
 
+def test_one_on_another_computer_is_running_until_all_is_over(tmp_path: Path) -> None:
+    with attempt(tmp_path, "a") as this:
+        this.host = "elsewhere"
+        this.outcome = "running"
+    assert read_attempts(tmp_path, ["a"])["a"][0].outcome == "running"
+    assert read_attempts(tmp_path, ["a"], over=True)["a"][0].outcome == "killed"
+
+
 def test_cells_that_never_started_have_none(tmp_path: Path) -> None:
     assert read_attempts(tmp_path, ["a", "b"]) == {"a": [], "b": []}

@@ -7,12 +7,16 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from tests.workflow.conftest import Project
+from tests.workflow.conftest import BUILD, Project
 
 NewProject = Callable[..., Project]
 
@@ -195,6 +199,41 @@ def test_killed_kernel_fails_its_cell_alone_and_the_next_run_resumes(
     assert set(project.marks()) == {"one", "dead"}
 
 
+def test_grid_that_grows_leaves_finished_cells_alone(rendered: Project) -> None:
+    before = rendered.marks()
+    cells: dict[str, dict[str, object]] = {
+        "half": {"divisor": 2},
+        "third": {"divisor": 3},
+        "fourth": {"divisor": 4},
+    }
+    rendered.write_grid("book", cells)
+    # What the new cell has in common with the others is made after they finished.
+    plan = read_plan_of(rendered)
+    need = {"kind": "scores", "need": "{}", "before": [], "hours": 0, "memory_mib": 1500}
+    plan["needs"] = {"common": need}
+    for cell in plan["cells"].values():
+        cell["needs"] = ["common"]
+    (rendered.root / "build/plans/book.json").write_text(json.dumps(plan))
+    made = rendered.root / "build/shared/book/scores/common.safetensors"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(save({"w": torch.ones(1)}))
+    result = rendered.build("book", "--target", "executed")
+    assert result.returncode == 0, result.stderr
+    after = rendered.marks()
+    assert set(after) == set(cells)
+    assert all(after[name] == before[name] for name in before)
+
+
+def test_stopped_cell_says_so(new_project: NewProject) -> None:
+    project = new_project({"slow": {"seconds": 60}})
+    with project.start("book", "--target", "executed") as process:
+        _wait_until(lambda: project.is_running("slow"))
+        (attempt,) = project.attempts("slow")
+        os.kill(attempt["process"], signal.SIGTERM)  # as a cluster ends jobs
+    assert process.returncode == 1
+    assert project.status()["slow"]["state"] == "stopped"
+
+
 def test_status_is_written_of_a_grid_that_failed(new_project: NewProject) -> None:
     project = new_project({"one": {}, "zero": {"divisor": 0}})
     result = project.build("book", "--target", "executed")
@@ -287,6 +326,21 @@ def test_unknown_grid_is_refused_with_the_known_ones(rendered: Project) -> None:
     result = rendered.build("bok")
     assert result.returncode == 1
     assert "there is no grid 'bok'; there are: book" in result.stderr
+
+
+def read_plan_of(project: Project) -> dict[str, Any]:
+    """The plan of the grid as it now is, as the build would make it."""
+    code = "import json; from cells import Layout; from planned import read_plan; "
+    code += "print(json.dumps(read_plan(Layout('book'))))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project.root,
+        env={**project.environment, "PYTHONPATH": str(BUILD.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return cast(dict[str, Any], json.loads(result.stdout))
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -96,7 +96,8 @@ def test_run_times_leave_room_and_long_scores_take_several_gpus() -> None:
     assert minutes(0, 20) == 30
     assert minutes(1, 20) == 630
     assert minutes(1, 10) == 1230
-    assert processes(0.1, {"gpus": 4}) == 1
-    assert processes(2.5, {"gpus": 4}) == 3
-    assert processes(50, {"gpus": "4"}) == 4
-    assert processes(50, {}) == 1
+    assert processes(0.1, 20, 4) == 1
+    assert processes(2.5, 20, 4) == 3
+    assert processes(2.5, 40, 4) == 2
+    assert processes(50, 20, 4) == 4
+    assert processes(50, 20, 0) == 1
