@@ -21,7 +21,7 @@ from pai_utils.files import write_atomically
 COLUMNS = (
     "cell",
     "state",
-    "started",
+    "started, UTC",
     "minutes",
     "memory, MiB",
     "device",
@@ -50,7 +50,7 @@ def _row(layout: Layout, cell: str, attempts: list[Attempt]) -> dict[str, Any]:
     row: dict[str, Any] = {"cell": cell, "state": state, "starts": len(attempts)}
     if last is not None:
         row |= {
-            "started": f"{last.started:%Y-%m-%d %H:%M} UTC",
+            "started, UTC": f"{last.started:%Y-%m-%d %H:%M}",
             "minutes": None if last.seconds is None else round(last.seconds / 60, 1),
             "device": last.host if not finished else "",
         }

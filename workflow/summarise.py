@@ -36,7 +36,7 @@ def runs(results: Path) -> pd.DataFrame:
         rows.append(
             {
                 "run": "/".join(path.parts[-3:-1]),
-                "started": f"{record.started:%Y-%m-%d %H:%M} UTC",
+                "started, UTC": f"{record.started:%Y-%m-%d %H:%M}",
                 "minutes": round(record.seconds / 60, 1),
                 "memory, MiB": record.peak_memory_mib,
                 "device": record.device,

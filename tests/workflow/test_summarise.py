@@ -35,7 +35,7 @@ def test_runs_are_listed_from_their_records(results: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(json.dumps({**record, **changed}))
     first, second = runs(results).to_dict("records")
-    assert (first["run"], first["started"]) == ("grid/one", "2026-01-02 03:04 UTC")
+    assert (first["run"], first["started, UTC"]) == ("grid/one", "2026-01-02 03:04")
     assert (first["minutes"], first["commit"]) == (1.5, "0123456789")
     assert second["commit"] == "0123456789, changed"
 
