@@ -84,7 +84,7 @@ bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diag
 	$(BENCH_PY) -m benchmarks.throughput
 	$(BENCH_PY) -m benchmarks.repairs
 	$(BENCH_PY) -m benchmarks.landscape
-	$(BENCH_PY) -m benchmarks.engine
+	$(PY) -m benchmarks.engine
 
 # An environment of its own: the other packages are for comparison, and nothing else needs them.
 $(BENCH_READY): $(READY) requirements-bench.lock

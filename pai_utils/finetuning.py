@@ -463,7 +463,7 @@ def recovery_study(
         if start == "dense" and sparsity != sparsities[0]:
             continue
         pool = pool_of(seed)
-        images = pool.labelled or pool.images if SCORERS[scorer].needs_head else pool.images
+        images = pool.images_for(scorer)
         begun: nn.Module = model
         mask = None
         if start != "dense":

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from pai_utils import runs
@@ -43,7 +44,7 @@ class Need:
     samples: int | None = None
     batch_size: int = 64
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A file's name: readable, and different for different needs."""
         size = f"-{self.image_size}px" if self.image_size else ""

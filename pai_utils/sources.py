@@ -64,6 +64,12 @@ class Source:
     head: nn.Linear | None
     """Of that task."""
 
+    def images_for(self, scorer: str) -> ImageDataset:
+        """What a scorer looks at: the first task's where it needs a head, or else all parts'."""
+        if SCORERS[scorer].needs_head and self.labelled is not None:
+            return self.labelled
+        return self.images
+
 
 def source_parts(name: str, tasks: Sequence[str] | Mapping[str, object]) -> list[str]:
     """The parts of a source's name, each checked.
@@ -190,9 +196,7 @@ def score_source(
     Raises:
         ValueError: as there.
     """
-    data = source.images
-    if SCORERS[scorer].needs_head and source.labelled is not None:
-        data = source.labelled
+    data = source.images_for(scorer)
     if data is not source.images and samples is not None:
         samples = min(samples, len(data))
     return score(scorer, model, data, samples=samples, **keywords)

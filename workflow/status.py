@@ -14,9 +14,9 @@ from typing import Any
 
 from attempts import Attempt, read_attempts
 from cells import KERNEL_DIED, Layout, commit_of
-from planned import read_plan
 
 from pai_utils.files import write_atomically
+from pai_utils.grids import read_grid
 
 COLUMNS = (
     "cell",
@@ -38,7 +38,7 @@ def status(layout: Layout, *, over: bool = False) -> list[dict[str, Any]]:
         layout: of the grid.
         over: whether nothing of it runs any more.
     """
-    cells = list(read_plan(layout)["cells"])
+    cells = read_grid(layout.grid_file)
     attempts = read_attempts(layout.attempts, cells, over=over)
     return [_row(layout, cell, attempts[cell]) for cell in cells]
 
@@ -97,7 +97,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         print(write_status(Layout(arguments.grid), arguments.out))
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         print(f"{arguments.grid}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -212,12 +212,12 @@ def score(
         errors = {f"{_ERROR}{name}": error for name, error in result.standard_error.items()}
         return Kept({**result.scores, **errors}, {"seconds": seconds})
 
-    if scorer.needs_data and not torch.is_autocast_enabled(device.type):
+    if scorer.needs_data:
         # What the scorer does not look at must not tell its scores apart.
         seen = model if scorer.needs_head or not isinstance(model, Classifier) else model.backbone
         parts = {"scorer": name, "model": seen, "data": data, "names": chosen, **keywords}
         found = reused("scores", {**parts, "device": device.type}, compute)
-    else:  # at once, or in a precision that no name says
+    else:  # at once
         found = compute()
     tensors = {n: values.to(device) for n, values in found.tensors.items()}
     scores = {n: tensors[n] for n in chosen}
