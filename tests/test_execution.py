@@ -178,7 +178,7 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     write_atomically(path, b"old")
     script = (
         "import os, sys, time\n"
-        "from pai_utils.execution import write_atomically\n"
+        "from pai_utils.files import write_atomically\n"
         "def wait(handle):\n"
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
