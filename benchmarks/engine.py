@@ -18,8 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
 
 from benchmarks.storing import store
 
@@ -33,36 +35,19 @@ while time.process_time() < end:
 """
 
 
-def _notebook() -> dict[str, Any]:
-    def cell(name: str, source: str, tags: list[str]) -> dict[str, Any]:
-        return {
-            "cell_type": "code",
-            "id": name,
-            "metadata": {"tags": tags},
-            "execution_count": None,
-            "outputs": [],
-            "source": source,
-        }
-
-    return {
-        "cells": [
-            cell("parameters", "seconds = 0\nindex = 0\nout = '.'", ["parameters"]),
-            cell("work", WORK, []),
-        ],
-        "metadata": {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+def _notebook() -> Any:
+    parameters = new_code_cell(
+        "seconds = 0\nindex = 0\nout = '.'", metadata={"tags": ["parameters"]}
+    )
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=[parameters, new_code_cell(WORK)], metadata={"kernelspec": kernel})
 
 
 def _project(root: Path, cells: int, seconds: float) -> Path:
     """A folder with a grid of stubs."""
     for folder in ("notebooks", "pai_utils", "workflow/grids"):
         (root / folder).mkdir(parents=True)
-    (root / "notebooks" / "stub.ipynb").write_text(json.dumps(_notebook()))
+    (root / "notebooks" / "stub.ipynb").write_text(nbformat.writes(_notebook()))
     (root / "requirements.lock").write_text("")
     (root / "pai_utils" / "stub.py").write_text("")
     entry = {
@@ -112,7 +97,7 @@ def resuming(root: Path, cells: int) -> dict[str, object]:
     """Seconds until a finished grid is found finished; its files are made, not run."""
     project = _project(root / "many", cells, 0)
     executed = project / "build/stubs/book/executed"
-    copy = json.dumps({**_notebook(), "metadata": {"papermill": {"exception": None}}})
+    copy = nbformat.writes(_notebook())
     for index in range(cells):
         (executed / f"stub-{index}").mkdir(parents=True)
         (executed / f"stub-{index}.ipynb").write_text(copy)

@@ -7,11 +7,12 @@ functions, so that a seed, a batch split or an out-of-memory retry means the sam
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -247,13 +248,16 @@ def watched() -> bool:
     return seen and os.environ.get("PAI_PROGRESS") != "0"
 
 
-def hash_tensor(digest: Any, name: str, value: Tensor) -> None:
-    """Add a tensor's name, shape, type and bytes to a digest of `hashlib`, without a copy of them.
+def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of tensors: their names, shapes, types and bytes, in order of names.
 
-    One that lies on a GPU or is not contiguous is copied.
+    Nothing is copied but a tensor that lies on a GPU or is not contiguous.
     """
-    digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def unknown_name(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import hash_tensor
+from pai_utils.execution import hash_tensors
 from pai_utils.files import write_atomically
 
 SCOPES = ("global", "layer", "erk", "N:M")
@@ -470,10 +470,7 @@ def _encoder_name(model: nn.Module) -> str:
 
 
 def _checksum_of_weights(parameters: Mapping[str, Tensor], names: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        hash_tensor(digest, name, parameters[name])
-    return f"sha256:{digest.hexdigest()}"
+    return "sha256:" + hash_tensors({name: parameters[name] for name in names})
 
 
 def _check_scores(scores: Mapping[str, Tensor], grouped: bool, within: Mask | None) -> None:
@@ -599,10 +596,7 @@ def _as_boolean(name: str, value: Tensor) -> Tensor:
 
 
 def _checksum(entries: Mapping[str, Tensor], metadata: str) -> str:
-    digest = hashlib.sha256(f"{metadata}\n".encode())
-    for name in sorted(entries):
-        hash_tensor(digest, name, entries[name])
-    return digest.hexdigest()
+    return hash_tensors(entries, f"{metadata}\n")
 
 
 def _some(items: list[Any], most: int = 5) -> str:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -170,29 +171,44 @@ def read_parameters(notebook: Path, values: Mapping[str, Any]) -> NotebookConfig
         ValueError: no such notebook, or a value that its schema refuses.
     """
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        text = notebook.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
+    try:
+        schema, defaults = _schema_and_defaults(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{notebook} {error}") from error
+    for name in values:
+        if name not in schema.model_fields:
+            raise unknown_name("parameter", name, schema.model_fields)
+    return schema.from_notebook({**defaults, **values})
+
+
+@cache  # a grid reads one notebook for thousands of cells
+def _schema_and_defaults(text: str) -> tuple[type[NotebookConfig], dict[str, Any]]:
+    """What checks a notebook's parameters, and the values it sets itself, from its file's text.
+
+    Raises:
+        ValueError, SyntaxError: with what is wrong, to be put after the notebook's name.
+    """
+    try:
+        cells = json.loads(text)["cells"]
         sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
         tagged = [
             "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"is no readable notebook: {error!r}") from error
     names = re.findall(r"\bruns\.(\w+)\.from_notebook\(globals\(\)\)", "\n".join(sources))
     if len(tagged) != 1 or len(names) != 1:
         raise ValueError(
-            f"{notebook} has no cell tagged 'parameters', or none that checks them as "
+            "has no cell tagged 'parameters', or none that checks them as "
             "pai_utils.runs.<Name>Config.from_notebook(globals())"
         )
     schema = globals().get(names[0])
     if not (isinstance(schema, type) and issubclass(schema, NotebookConfig)):
-        raise ValueError(f"{notebook} checks its parameters by {names[0]}, which pai_utils lacks")
-    for name in values:
-        if name not in schema.model_fields:
-            raise unknown_name("parameter", name, schema.model_fields)
-    try:
-        return schema.from_notebook({**_assignments(tagged[0]), **values})
-    except SyntaxError as error:
-        raise ValueError(f"{notebook}: {error}") from error
+        raise ValueError(f"checks its parameters by {names[0]}, which pai_utils lacks")
+    return schema, _assignments(tagged[0])
 
 
 def _assignments(source: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pai_utils.execution import hash_tensor, logger
+from pai_utils.execution import hash_tensors, logger
 from pai_utils.files import write_atomically
 
 __all__ = [
@@ -140,7 +140,7 @@ def _write(path: Path, result: Kept) -> None:
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
     facts = json.dumps(result.facts, sort_keys=True)
-    checksum = _checksum(tensors, facts)
+    checksum = hash_tensors(tensors, facts)
     header = {"format": _FORMAT, "name": path.name, "facts": facts, "sha256": checksum}
     write_atomically(path, save(tensors, header))
 
@@ -159,18 +159,11 @@ def _read(path: Path) -> Kept | None:
         logger.warning("computing anew what %s should hold, which cannot be read: %s", path, error)
         return None
     facts = header.get("facts", "")
-    if header.get("format") != _FORMAT or header.get("sha256") != _checksum(tensors, facts):
+    if header.get("format") != _FORMAT or header.get("sha256") != hash_tensors(tensors, facts):
         logger.warning("computing anew what %s should hold, which was altered", path)
         return None
     _used[path.name] = header["sha256"]
     return Kept(tensors, json.loads(facts))
-
-
-def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        hash_tensor(digest, name, tensors[name])
-    return digest.hexdigest()
 
 
 def _name_of(parts: Mapping[str, Any]) -> str | None:
@@ -193,15 +186,13 @@ def _name_of(parts: Mapping[str, Any]) -> str | None:
 
 def _module(module: nn.Module) -> str:
     """Of the architecture and all parameters and buffers: they may have changed since."""
-    digest = hashlib.sha256(repr(module).encode())
+    lines = [repr(module)]
     for name, part in module.named_modules():
         plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
         plain.pop("training", None)  # everything is computed in evaluation mode
-        digest.update(f"{name} {sorted(plain.items())}\n".encode())
+        lines.append(f"{name} {sorted(plain.items())}\n")
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, value in sorted(tensors.items()):
-        hash_tensor(digest, name, value)
-    return digest.hexdigest()
+    return hash_tensors(tensors, "".join(lines))
 
 
 def digest_of(data: Any) -> str:
@@ -212,10 +203,8 @@ def digest_of(data: Any) -> str:
             :class:`~pai_utils.tasks.ImageDataset`.
     """
     if data not in _digests:
-        digest = hashlib.sha256(repr(data.transform).encode())
-        hash_tensor(digest, "images", data.images)
-        hash_tensor(digest, "labels", data.labels)
-        _digests[data] = digest.hexdigest()
+        content = {"images": data.images, "labels": data.labels}
+        _digests[data] = hash_tensors(content, repr(data.transform))
     return _digests[data]
 
 

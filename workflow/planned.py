@@ -54,7 +54,7 @@ def read_plan(layout: Layout) -> dict[str, Any]:
 def _key(layout: Layout, cells: dict[str, Cell]) -> str:
     names = {cell.notebook for cell in cells.values()}
     paths = [layout.grid_file, *map(Path, library_files()), Path(__file__)]
-    paths += [path for name in sorted(names) if (path := NOTEBOOKS / f"{name}.ipynb").is_file()]
+    paths += [path for name in sorted(names) if (path := _path(name)).is_file()]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + path.read_bytes())
@@ -72,15 +72,14 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
         }
         for name, cell in cells.items()
     }
-    # A notebook without a schema, of another project, is run without an estimate.
+    checked = {name for name in {cell.notebook for cell in cells.values()} if _has_schema(name)}
     configs = {}
     for name, cell in cells.items():
-        path = NOTEBOOKS / f"{cell.notebook}.ipynb"
-        if path.is_file() and "from_notebook(globals())" in path.read_text(encoding="utf-8"):
+        if cell.notebook in checked:
             from pai_utils.runs import read_parameters
 
             try:
-                configs[name] = read_parameters(path, cell.parameters)
+                configs[name] = read_parameters(_path(cell.notebook), cell.parameters)
             except ValueError as error:
                 raise ValueError(f"cell {name!r}: {error}") from error
     if not configs:
@@ -116,6 +115,16 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
             for name in sorted(common)
         },
     }
+
+
+def _path(notebook: str) -> Path:
+    return NOTEBOOKS / f"{notebook}.ipynb"
+
+
+def _has_schema(notebook: str) -> bool:
+    """Whether parameters can be checked: a notebook of another project runs without an estimate."""
+    path = _path(notebook)
+    return path.is_file() and "from_notebook(globals())" in path.read_text(encoding="utf-8")
 
 
 def minutes(hours: float, tflops: float) -> int:

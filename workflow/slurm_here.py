@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from build import memory_mib
+
 USUAL = Path("/etc/slurm/slurm.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "squeue")
 CONFIGURATION = """\
@@ -68,7 +70,6 @@ def slurm(folder: Path) -> Iterator[None]:
         for listener in (first, second):
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     configuration.write_text(
         CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
@@ -76,7 +77,7 @@ def slurm(folder: Path) -> Iterator[None]:
             node_port=ports[1],
             folder=folder,
             cpus=os.cpu_count(),
-            memory=memory * 95 // 100,
+            memory=memory_mib() * 95 // 100,
         )
     )
     # Jobs look for it at the usual place: the engine takes SLURM's variables from them.

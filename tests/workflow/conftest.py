@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 BUILD = Path(__file__).resolve().parents[2] / "workflow" / "build.py"
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 # Each cell leaves a mark of its own run, so that a test sees whether it ran again.
 SOURCE = """\
@@ -42,7 +45,7 @@ class Project:
         """Write the sources of a book with one page for each cell."""
         for folder in ("notebooks", "pai_utils", "workflow/grids", "book"):
             (self.root / folder).mkdir(parents=True)
-        (self.root / "notebooks" / "divide.ipynb").write_text(json.dumps(_notebook()))
+        (self.root / "notebooks" / "divide.ipynb").write_text(nbformat.writes(_notebook()))
         (self.root / "pai_utils" / "stub_library.py").write_text("answer = 42\n")
         (self.root / "requirements.lock").write_text("")
         (self.root / "book" / "index.md").write_text("# Divisions\n")
@@ -134,28 +137,14 @@ class Project:
         return {path.as_posix() for path in paths if path.parts[0] != ".snakemake"}
 
 
-def _notebook() -> dict[str, object]:
-    def cell(identifier: str, source: str, tags: list[str]) -> dict[str, object]:
-        return {
-            "cell_type": "code",
-            "id": identifier,
-            "metadata": {"tags": tags},
-            "execution_count": None,
-            "outputs": [],
-            "source": source,
-        }
-
-    title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# One division"}
+def _notebook() -> Any:
     defaults = "divisor = 1\nseconds = 0\ndevice = 'auto'\nlose = ''\nbulk = 0\nout = '.'"
-    return {
-        "cells": [title, cell("parameters", defaults, ["parameters"]), cell("run", SOURCE, [])],
-        "metadata": {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    cells = [
+        new_markdown_cell("# One division"),
+        new_code_cell(defaults, metadata={"tags": ["parameters"]}),
+        new_code_cell(SOURCE),
+    ]
+    return new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
 
 
 @pytest.fixture
