@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,11 +52,16 @@ class Need:
         seed = f"-seed{self.seed}" if self.scorer else ""
         readable = f"{self.backbone}{size}-{self.source}-{kind}{seed}"
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", readable)[:120]
-        matters = asdict(self)
+        matters = self.parameters
         if self.split == "train":
             del matters["test_size"]
         digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
         return f"{readable}-{digest.hexdigest()[:12]}"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All that it is made of, by name; `Need(**parameters)` is equal."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def tasks(self) -> list[str]:

@@ -1,5 +1,6 @@
 """What runs have in common: foreseen from their parameters, made once, and found by the runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,5 @@ def test_a_notebook_without_a_list_is_refused() -> None:
 
 
 def test_a_need_survives_json() -> None:
-    import json
-    from dataclasses import asdict
-
     need = needs(_config("scorer_atlas"))[0]
-    assert Need(**json.loads(json.dumps(asdict(need)))) == need
+    assert Need(**json.loads(json.dumps(need.parameters))) == need

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,17 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
                 raise ValueError(f"cell {name!r}: {error}") from error
     if not configs:
         return {"cells": planned, "needs": {}}
-    from pai_utils.needs import needs
+    from pai_utils.needs import Need, needs
     from pai_utils.planning import plan, plan_need
 
     for row in plan(configs, tflops=PLANNED_TFLOPS).to_dict("records"):
         planned[row["cell"]] |= {"memory_mib": math.ceil(row["memory_mib"]), "hours": row["hours"]}
-    wanted = {name: {n.name: n for n in needs(config)} for name, config in configs.items()}
-    by_name = {name: need for listed in wanted.values() for name, need in listed.items()}
+    known: dict[Need, Need] = {}  # of equal ones the first, since each makes its name once
+    wanted = {
+        name: [known.setdefault(need, need).name for need in needs(config)]
+        for name, config in configs.items()
+    }
+    by_name = {need.name: need for need in known}
     counts = Counter(name for listed in wanted.values() for name in listed)
     # What one cell alone needs is its own affair, and gains nothing by a job of its own.
     common = {name for name, count in counts.items() if count > 1}
@@ -102,13 +105,13 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
                 common.add(need.name)
                 waiting.append(need.name)
     for name, listed in wanted.items():
-        planned[name]["needs"] = sorted(common & set(listed))
+        planned[name]["needs"] = sorted(common.intersection(listed))
     return {
         "cells": planned,
         "needs": {
             name: {
                 "kind": by_name[name].kind,
-                "need": json.dumps(asdict(by_name[name]), sort_keys=True),
+                "need": json.dumps(by_name[name].parameters, sort_keys=True),
                 "before": sorted({need.name for need in by_name[name].before}),
                 **plan_need(by_name[name], tflops=PLANNED_TFLOPS),
             }

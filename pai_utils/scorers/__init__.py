@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Scorer:
     passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
     """Forwards and backwards over the samples that it takes with these options; for estimates."""
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """The scorer's own keywords with their defaults."""
         parameters = inspect.signature(self.function).parameters.values()

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for need in needs(config):
         if need.source == "digits":
             out = folder / f"{need.kind}.safetensors"
-            result = _share(asdict(need), out, "--before", *before)
+            result = _share(need.parameters, out, "--before", *before)
             assert result.returncode == 0, result.stderr
             files[need.kind] = out
             before = [str(out)]
             files["need"] = folder / "need.json"
-            files["need"].write_text(json.dumps(asdict(need)))
+            files["need"].write_text(json.dumps(need.parameters))
     return files
 
 
