@@ -133,7 +133,11 @@ def planning(root: Path, cells: int, seeds: int, promised: bool) -> list[dict[st
             "samples": samples,
             "seed": list(range(seeds)),
         },
-        "parameters": {"targets": sources, "scorers": ["ggn_diag", "magnitude"]},
+        "parameters": {
+            "targets": sources,
+            "scorers": ["ggn_diag", "magnitude"],
+            "train_size": max(samples),
+        },
     }
     grid = {"cells": {"retention-{backbone}-{source}-{samples}-{seed}": entry}}
     (project / "workflow/grids/large.yaml").write_text(yaml.safe_dump(grid))
