@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import sys
@@ -221,7 +220,8 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute a notebook cell by cell; its copy takes its name in ``out`` once all of it ran."""
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
-    from traitlets.config import Config
+
+    from pai_utils.kernels import kernel_settings
 
     partial = out / f"{path.stem}.partial.ipynb"
     try:
@@ -229,22 +229,15 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
         partial.touch()
     except OSError as error:
         raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
     try:
-        execute_notebook(
-            str(path),
-            str(partial),
-            parameters=dict(parameters),
-            progress_bar=sys.stderr.isatty(),
-            config=Config(
-                {
-                    # The channel to a kernel is open to every user of the computer otherwise.
-                    "KernelManager": {"transport_encryption": "auto"},
-                    # A kernel is interrupted before it is ended, and reports that as an error.
-                    "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
-                }
-            ),
-        )
+        with kernel_settings() as config:
+            execute_notebook(
+                str(path),
+                str(partial),
+                parameters=dict(parameters),
+                progress_bar=sys.stderr.isatty(),
+                config=config,
+            )
     except (PapermillExecutionError, DeadKernelError) as error:
         what = (
             f"{error.ename}: {error.evalue}"

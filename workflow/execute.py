@@ -21,16 +21,8 @@ from cells import KERNEL_DIED, last_error, problems, stop_with_parent
 from gpus import held_gpus
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
-from traitlets.config import Config
 
-KERNEL = Config(
-    {
-        # The channel to a kernel is open to every user of the computer unless it is encrypted.
-        "KernelManager": {"transport_encryption": "auto"},
-        # A kernel is interrupted before it is ended, and reports that as an error.
-        "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
-    }
-)
+from pai_utils.kernels import kernel_settings
 
 
 def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path) -> list[str]:
@@ -38,13 +30,13 @@ def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path)
     out.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     # What went wrong is in the copy, where a reader looks for it.
-    with contextlib.suppress(PapermillExecutionError, DeadKernelError):
+    with contextlib.suppress(PapermillExecutionError, DeadKernelError), kernel_settings() as config:
         execute_notebook(
             str(notebook),
             str(log),
             parameters={**parameters, "out": out.as_posix()},
             progress_bar=False,
-            config=KERNEL,
+            config=config,
         )
     return problems(log)
 
@@ -81,7 +73,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what clusters end jobs with
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
     parameters = arguments.parameters
     try:
         with (

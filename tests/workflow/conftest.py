@@ -132,9 +132,10 @@ class Project:
         }
 
     def files(self) -> set[str]:
-        """Return every file outside Snakemake's folder."""
+        """Return every file but Snakemake's and compiled ones."""
         paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
-        return {path.as_posix() for path in paths if path.parts[0] != ".snakemake"}
+        left_out = {".snakemake", "__pycache__"}
+        return {path.as_posix() for path in paths if not left_out & set(path.parts)}
 
 
 def _notebook() -> Any:
