@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
     from pai_utils.clip import zero_shot_head
     from pai_utils.evaluation import Evaluation, evaluate
+    from pai_utils.export import (
+        check_onnx,
+        export_onnx,
+        load_compressed,
+        measure_speedup,
+        save_compressed,
+        save_dense,
+        to_semi_structured,
+    )
     from pai_utils.finetuning import finetune
     from pai_utils.heads import fit_head, make_heads
     from pai_utils.masks import Mask, describe_weights, make_mask
@@ -43,6 +52,13 @@ _HOMES = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "finetune": "finetuning",
+    "check_onnx": "export",
+    "export_onnx": "export",
+    "load_compressed": "export",
+    "measure_speedup": "export",
+    "save_compressed": "export",
+    "save_dense": "export",
+    "to_semi_structured": "export",
 }
 _MODULES = ("atlas", "evaluation", "finetuning", "landscape", "plots", "runs", "shared", "sources")
 
@@ -57,25 +73,32 @@ __all__ = [
     "Scores",
     "Task",
     "atlas",
+    "check_onnx",
     "describe_weights",
     "evaluate",
     "evaluation",
+    "export_onnx",
     "finetune",
     "finetuning",
     "fit_head",
     "landscape",
     "load_backbone",
+    "load_compressed",
     "load_task",
     "make_heads",
     "make_mask",
+    "measure_speedup",
     "plots",
     "prunable_parameters",
     "prune",
     "runs",
+    "save_compressed",
+    "save_dense",
     "score",
     "select_parameters",
     "shared",
     "sources",
+    "to_semi_structured",
     "zero_shot_head",
 ]
 

@@ -1,0 +1,423 @@
+"""Pruned models in files (compressed, dense, ONNX) and on hardware that skips zeros."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pai_utils.backbones import Backbone, Classifier
+from pai_utils.execution import hash_tensors
+from pai_utils.files import write_atomically
+from pai_utils.masks import Mask, describe_weights
+
+_FORMAT = "pai_utils.compressed/1"
+# Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
+_ROWS, _COLUMNS = 32, 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a compressed checkpoint weighs.
+
+    Attributes:
+        bytes: of the file on disk.
+        promised: bytes of the surviving weights, of one bit a weight under the mask, and of all
+            other parameters and buffers; the file adds a header to that.
+        dense: bytes of all parameters and buffers uncompressed.
+        kept: fraction of the weights under the mask that survive.
+    """
+
+    bytes: int
+    promised: int
+    dense: int
+    kept: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Seconds of a forward pass, dense and sparse: medians, with the quartiles of the repeats."""
+
+    dense: float
+    sparse: float
+    dense_quartiles: tuple[float, float]
+    sparse_quartiles: tuple[float, float]
+
+    @property
+    def factor(self) -> float:
+        """How many times as fast the sparse model is, by the medians."""
+        return self.dense / self.sparse
+
+
+def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
+    """Write a pruned model as safetensors: a bit a weight under the mask, and the survivors.
+
+    The bits of all masks make one tensor (row-major, most significant first), the surviving
+    values one for each type of number; all other parameters and buffers are stored whole, and a
+    tensor with two names once. A pruned zero comes back as +0, whichever its sign. The file is
+    written whole or not at all.
+
+    Raises:
+        ValueError: if the mask is for another model, or a weight that it prunes is not zero.
+    """
+    state, aliases = _state(model, mask)
+    kept = [state[name][entry] for name, entry in mask.items()]
+    tensors = {"masks": _pack(mask)}
+    for dtype in dict.fromkeys(values.dtype for values in kept):
+        same = [values for values in kept if values.dtype == dtype]
+        tensors[f"values.{_short(dtype)}"] = torch.cat(same)
+    tensors |= {f"whole.{n}": value for n, value in state.items() if n not in mask}
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    text = json.dumps(
+        {
+            "encoder": describe_weights(model, ())["encoder"],
+            "image_size": backbone.image_size if isinstance(backbone, Backbone) else None,
+            "mask": mask.metadata,
+            "masked": {n: [_short(state[n].dtype), list(entry.shape)] for n, entry in mask.items()},
+            "aliases": aliases,
+        }
+    )
+    header = {"format": _FORMAT, "sha256": hash_tensors(tensors, text), "text": text}
+    content = _save(tensors, header)
+    write_atomically(path, content)
+    return Size(
+        bytes=len(content),
+        promised=sum(map(_bytes, tensors.values())),
+        dense=sum(map(_bytes, state.values())),
+        kept=mask.kept / mask.total,
+    )
+
+
+@torch.no_grad()
+def load_compressed(path: str | Path, model: nn.Module) -> Mask:
+    """Fill ``model`` from a file of :func:`save_compressed`, bit for bit, and return its mask.
+
+    Args:
+        path: the file.
+        model: the same architecture in the same types, at any weights; on any device.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, altered or none of these, or was written of another
+            architecture. The model is then untouched.
+    """
+    tensors, text = _read(path)
+    said = json.loads(text)
+    encoder = describe_weights(model, ())["encoder"]
+    if said["encoder"] != encoder:
+        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
+    state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
+    shapes = {name: torch.Size(shape) for name, (_, shape) in said["masked"].items()}
+    entries = _unpack(tensors["masks"], shapes)
+    places = dict.fromkeys(tensors, 0)
+    for name, (dtype, _) in said["masked"].items():
+        key, count = f"values.{dtype}", int(entries[name].sum())
+        values = tensors[key][places[key] : places[key] + count]
+        places[key] += count
+        state[name] = torch.zeros(shapes[name], dtype=values.dtype)
+        state[name][entries[name]] = values
+    state |= {alias: state[name] for alias, name in said["aliases"].items()}
+    target = _tensors(model)
+    _check_same(path, state, target)
+    for name, value in target.items():
+        value.copy_(state[name])
+    return Mask(entries, said["mask"])
+
+
+def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
+    """Write the pruned model's state dict with its zeros, as plain safetensors.
+
+    ``safetensors.torch.load_file`` and ``load_state_dict`` read it; a tensor with two names is
+    stored under both. The file is written whole or not at all.
+
+    Raises:
+        ValueError: as :func:`save_compressed`.
+    """
+    state, aliases = _state(model, mask)
+    state |= {alias: state[name].clone() for alias, name in aliases.items()}
+    write_atomically(path, _save(state, {"format": "pt"}))
+
+
+def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
+    """Write the model in evaluation mode as ONNX: ``images`` [N, 3, S, S] to ``logits``, any N.
+
+    One file with the weights inside, written whole or not at all. The model keeps its mode.
+
+    Args:
+        model: images to logits (a backbone: to features).
+        path: the file.
+        image_size: S, in pixels; by default that of the backbone.
+
+    Raises:
+        ModuleNotFoundError: if the extra ``export`` is not installed.
+        ValueError: if there is no image size, or it is not positive.
+    """
+    _extra("onnxscript")
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    if image_size is None and isinstance(backbone, Backbone):
+        image_size = backbone.image_size
+    if image_size is None or image_size < 1:
+        raise ValueError(f"image_size={image_size} must be a positive number of pixels")
+    like = next(model.parameters())
+    images = torch.zeros(2, 3, image_size, image_size, dtype=like.dtype, device=like.device)
+    program = torch.onnx.export(
+        copy.deepcopy(model).eval(),
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    write_atomically(path, program.model_proto.SerializeToString())
+
+
+@torch.no_grad()
+def check_onnx(
+    model: nn.Module, path: str | Path, images: Tensor, *, tolerance: float = 1e-4
+) -> float:
+    """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
+
+    Args:
+        model: what was exported; compared in evaluation mode.
+        path: the ONNX file.
+        images: [N, 3, S, S].
+        tolerance: the largest difference to accept, in logits.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ModuleNotFoundError: if the extra ``export`` is not installed.
+        ValueError: if the difference exceeds the tolerance or is not a number.
+    """
+    runtime = _extra("onnxruntime")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no ONNX file at {path}")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
+    expected = copy.deepcopy(model).cpu().eval()(images.cpu())
+    difference = float((torch.from_numpy(found) - expected).abs().max())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"logits of {path} differ from the model's by {difference:.3g}, more than {tolerance:g}"
+        )
+    return difference
+
+
+def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:
+    """A copy of the model whose 2:4 linear layers run on the sparse tensor cores of CUDA.
+
+    Args:
+        model: pruned with ``mask``, on CUDA, in float16 or bfloat16.
+        mask: at most two of every four weights along the input of each layer.
+
+    Returns:
+        The copy, for inference, and the weights under the mask that stay dense: those of other
+        layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or whose
+        columns [in] are none of 64.
+
+    Raises:
+        ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or
+            the device or type is another.
+    """
+    mask.check(model, strict=False)
+    wrong = [name for name, entry in mask.items() if not _is_two_of_four(entry)]
+    if wrong:
+        raise ValueError(f"the mask is not 2:4 along the input of {_some(wrong)}")
+    parameters = dict(model.named_parameters())
+    _check_zeros(parameters, mask)
+    for name in mask:
+        value = parameters[name]
+        if value.device.type != "cuda":
+            raise ValueError(f"{name} is on {value.device}; sparse kernels need a CUDA device")
+        if value.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {value.dtype}; use model.half() or model.bfloat16()")
+    sparse = copy.deepcopy(model).requires_grad_(False)
+    dense = []
+    for name in mask:
+        module = sparse.get_submodule(name.rpartition(".")[0])
+        rows, columns = (*mask[name].shape, 0)[:2]
+        # Subclasses may read their weight in ways of their own, as attention's projection does.
+        if type(module) is not nn.Linear or rows % _ROWS or columns % _COLUMNS:
+            dense.append(name)
+            continue
+        weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    return sparse, dense
+
+
+@torch.inference_mode()
+def measure_speedup(
+    dense: nn.Module, sparse: nn.Module, images: Tensor, *, repeats: int = 30, warmup: int = 5
+) -> Speedup:
+    """Time forward passes of two models on the same images, in turns.
+
+    Args:
+        dense: the model as it was.
+        sparse: the same by :func:`to_semi_structured`.
+        images: [N, 3, S, S], on the models' device.
+        repeats: timed passes of each model.
+        warmup: passes before these.
+
+    Raises:
+        ValueError: if ``repeats`` < 1 or ``warmup`` < 0.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(warmup + repeats):
+        for model, times in zip((dense, sparse), seconds, strict=True):
+            _wait(images.device)
+            start = time.perf_counter()
+            model(images)
+            _wait(images.device)
+            times.append(time.perf_counter() - start)
+    low, middle, high = np.quantile([times[warmup:] for times in seconds], [0.25, 0.5, 0.75], 1)
+    return Speedup(
+        dense=float(middle[0]),
+        sparse=float(middle[1]),
+        dense_quartiles=(float(low[0]), float(high[0])),
+        sparse_quartiles=(float(low[1]), float(high[1])),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Any] = model.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"state that is no tensor cannot be stored or loaded: {_some(other)}")
+    return state
+
+
+def _state(model: nn.Module, mask: Mask) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies on the CPU of all tensors by their first name, and that name for each further one."""
+    mask.check(model, strict=False)
+    _check_zeros(dict(model.named_parameters()), mask)
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    tensors = _tensors(model)
+    for name in sorted(tensors, key=lambda name: name not in mask):  # masked names are kept
+        value = tensors[name]
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() and place in seen:
+            aliases[name] = seen[place]
+        else:
+            seen[place] = name
+            state[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+    return state, aliases
+
+
+def _check_zeros(parameters: Mapping[str, Tensor], mask: Mask) -> None:
+    wrong = [
+        name
+        for name, entry in mask.items()
+        if (parameters[name].detach().cpu() != 0).logical_and_(~entry).any()
+    ]
+    if wrong:
+        raise ValueError(
+            f"weights that the mask prunes are not zero in {_some(wrong)}; "
+            "call mask.apply_(model) first"
+        )
+
+
+def _check_same(
+    path: str | Path, state: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> None:
+    another = f"{path} is of another architecture: "
+    if missing := [name for name in state if name not in target]:
+        raise ValueError(f"{another}the model has no {_some(missing)}")
+    if missing := [name for name in target if name not in state]:
+        raise ValueError(f"{another}the file has no {_some(missing)}")
+    wrong = [
+        f"{name} (file {tuple(state[name].shape)} {state[name].dtype}, "
+        f"model {tuple(value.shape)} {value.dtype})"
+        for name, value in target.items()
+        if (value.shape, value.dtype) != (state[name].shape, state[name].dtype)
+    ]
+    if wrong:
+        raise ValueError(f"{another}shapes or types of {_some(wrong)}")
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no compressed checkpoint at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no compressed checkpoint: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"{path} was not written by save_compressed")
+    text = header.get("text", "")
+    if header.get("sha256") != hash_tensors(tensors, text):
+        raise ValueError(f"{path} was altered: its contents do not match its checksum")
+    return tensors, text
+
+
+def _save(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    return save(tensors, metadata=header)
+
+
+def _pack(mask: Mask) -> Tensor:
+    bits = torch.cat([entry.flatten() for entry in mask.values()])
+    return torch.from_numpy(np.packbits(bits.numpy()))
+
+
+def _unpack(packed: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=sum(sizes))).bool()
+    parts = zip(shapes.items(), bits.split(sizes), strict=True)
+    return {name: part.view(shape) for (name, shape), part in parts}
+
+
+def _is_two_of_four(entry: Tensor) -> bool:
+    if entry.dim() < 2:
+        return False
+    last = entry.movedim(1, -1)
+    padded = nn.functional.pad(last, (0, -last.shape[-1] % 4))
+    return bool((padded.unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def _extra(name: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ONNX files need {name}: pip install 'pai-utils[export]'", name=name
+        ) from error
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
