@@ -113,9 +113,6 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     """
     tensors, text = _read(path)
     said = json.loads(text)
-    encoder = describe_weights(model, ())["encoder"]
-    if said["encoder"] != encoder:
-        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
     state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
     shapes = {name: torch.Size(shape) for name, (_, shape) in said["masked"].items()}
     entries = _unpack(tensors["masks"], shapes)
@@ -129,6 +126,9 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     state |= {alias: state[name] for alias, name in said["aliases"].items()}
     target = _tensors(model)
     _check_same(path, state, target)
+    encoder = describe_weights(model, ())["encoder"]
+    if said["encoder"] != encoder:
+        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
     for name, value in target.items():
         value.copy_(state[name])
     return Mask(entries, said["mask"])
@@ -190,7 +190,7 @@ def check_onnx(
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
     Args:
-        model: what was exported; compared in evaluation mode.
+        model: what was exported, in float32 or float64; compared in evaluation mode.
         path: the ONNX file.
         images: [N, 3, S, S].
         tolerance: the largest difference to accept, in logits.
@@ -314,13 +314,18 @@ def _state(model: nn.Module, mask: Mask) -> tuple[dict[str, Tensor], dict[str, s
     tensors = _tensors(model)
     for name in sorted(tensors, key=lambda name: name not in mask):  # masked names are kept
         value = tensors[name]
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() and place in seen:
-            aliases[name] = seen[place]
+        if (first := seen.setdefault(_place(value), name)) != name and name not in mask:
+            aliases[name] = first
         else:
-            seen[place] = name
             state[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
     return state, aliases
+
+
+def _place(value: Tensor) -> Any:
+    """Equal of two tensors that are one in memory; of a tensor without elements, its own."""
+    if not value.numel():
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
 
 
 def _check_zeros(parameters: Mapping[str, Tensor], mask: Mask) -> None:
@@ -352,6 +357,20 @@ def _check_same(
     ]
     if wrong:
         raise ValueError(f"{another}shapes or types of {_some(wrong)}")
+    if empty := [name for name, value in target.items() if value.is_meta]:
+        raise ValueError(f"the model has no memory (device meta) for {_some(empty)}")
+    # One memory cannot be filled with two values.
+    seen: dict[Any, str] = {}
+    tied = {name: seen.setdefault(_place(value), name) for name, value in target.items()}
+    if split := [n for n, first in tied.items() if not _identical(state[n], state[first])]:
+        raise ValueError(
+            f"{another}the model shares one tensor where the file has two: {_some(split)}"
+        )
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape and type are equal bit for bit."""
+    return first is second or hash_tensors({"": first}) == hash_tensors({"": second})
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], str]:

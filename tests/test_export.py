@@ -1,0 +1,376 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pai_utils import export
+from pai_utils.backbones import prunable_parameters
+from pai_utils.execution import hash_tensors
+from pai_utils.export import (
+    check_onnx,
+    export_onnx,
+    load_compressed,
+    measure_speedup,
+    save_compressed,
+    save_dense,
+    to_semi_structured,
+)
+from pai_utils.masks import Mask, make_mask
+from tests.cases import tiny_classifier
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+class Attention(nn.Module):
+    """One layer of attention over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images.flatten(2).transpose(1, 2))
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        logits: Tensor = self.head(mixed.mean(1))
+        return logits
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(48, 48)
+        self.second = nn.Linear(48, 48)
+        self.second.weight = self.first.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.second(self.first(images.flatten(1)).relu())
+        return logits
+
+
+class Renamed(nn.Sequential):
+    """Another encoder of the same names and shapes."""
+
+
+def convolutions() -> nn.Module:
+    """A plain and a grouped convolution and BatchNorm with statistics of its own."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1, groups=4),
+        nn.Flatten(),
+        nn.Linear(32, 3),
+    )
+    model(torch.randn(9, 3, 4, 4))
+    return model
+
+
+NETWORKS = {"convolutions": convolutions, "attention": Attention, "tied": Tied}
+
+
+def pruned(model: nn.Module, sparsity: float = 0.7, scope: str = "global") -> Mask:
+    parameters = dict(model.named_parameters())
+    scores = {n: parameters[n].detach().abs() for n in prunable_parameters(model)}
+    mask = make_mask(scores, sparsity, scope, metadata={"scorer": "magnitude"})
+    mask.apply_(model)
+    return mask
+
+
+def wide(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_compressed_model_comes_back_bit_for_bit(
+    network: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = NETWORKS[network]().to(dtype).eval()
+    mask = pruned(model)
+    save_compressed(model, mask, tmp_path / "m.safetensors")
+    other = NETWORKS[network]().to(dtype).eval()
+    back = load_compressed(tmp_path / "m.safetensors", other)
+    images = torch.randn(4, 3, 4, 4, dtype=dtype)
+    assert torch.equal(other(images), model(images))
+    assert same(copied(other), copied(model))
+    assert back.metadata == mask.metadata
+    assert same(dict(back), dict(mask))
+
+
+def test_mixed_types_and_an_empty_layer_come_back(tmp_path: Path) -> None:
+    model, other = wide(), wide(1)
+    for network in (model, other):
+        network[2].double()  # type: ignore[operator]
+    mask = Mask({"0.weight": torch.zeros(256, 256), "2.weight": torch.rand(64, 256) > 0.5})
+    mask.apply_(model)
+    save_compressed(model, mask, tmp_path / "m")
+    load_compressed(tmp_path / "m", other)
+    assert same(copied(other), copied(model))
+
+
+def test_logits_are_exact_in_a_fresh_process(tmp_path: Path) -> None:
+    model = tiny_classifier().eval()
+    save_compressed(model, pruned(model), tmp_path / "m")
+    code = (
+        "import sys, torch; from torch import nn; from tests.cases import tiny_classifier; "
+        "from pai_utils import load_compressed; model = tiny_classifier().eval(); "
+        "[nn.init.normal_(p) for p in model.parameters()]; "
+        "load_compressed(sys.argv[1] + '/m', model); images = torch.load(sys.argv[1] + '/images'); "
+        "torch.set_num_threads(1); torch.save(model(images).detach(), sys.argv[1] + '/logits')"
+    )
+    size = model.backbone.image_size
+    images = torch.randn(3, 3, size, size, dtype=next(model.parameters()).dtype)
+    torch.save(images, tmp_path / "images")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    assert torch.equal(torch.load(tmp_path / "logits"), model(images))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_a_file_is_as_small_as_promised(sparsity: float, tmp_path: Path) -> None:
+    model = wide()
+    mask = pruned(model, sparsity)
+    size = save_compressed(model, mask, tmp_path / "m")
+    weights = mask.kept * 4 + mask.total / 8
+    others = (256 + 64) * 4
+    assert size.bytes == (tmp_path / "m").stat().st_size
+    assert size.promised == weights + others
+    assert size.bytes - others == pytest.approx(weights, rel=0.05)
+    assert size.dense == mask.total * 4 + others
+    assert size.kept == pytest.approx(1 - sparsity, abs=1e-4)
+
+
+def test_nonzero_pruned_weights_are_refused(tmp_path: Path) -> None:
+    model = wide()
+    mask = Mask({"2.weight": torch.rand(64, 256) > 0.5})
+    for save in (save_compressed, save_dense):
+        with pytest.raises(ValueError, match=r"not zero in 2\.weight; call mask\.apply_\(model\)"):
+            save(model, mask, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_for_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the model has no 0\.weight"):
+        save_compressed(Tied(), Mask({"0.weight": torch.ones(2, 2)}), tmp_path / "m")
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> int:
+            return 1
+
+    with pytest.raises(ValueError, match="no tensor cannot be stored or loaded: _extra_state"):
+        save_compressed(Stateful(2, 2), Mask({"weight": torch.ones(2, 2)}), tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Sequential(nn.Linear(256, 256)), r"the model has no 2\.bias, 2\.weight"),
+        (nn.Sequential(*wide(), nn.Linear(64, 1)), r"the file has no 3\.weight, 3\.bias"),
+        (
+            nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5)),
+            r"2\.weight \(file \(64, 256\) torch\.float32, model \(5, 256\) torch\.float32\)",
+        ),
+        (wide().double(), r"model \(256, 256\) torch\.float64"),
+        (wide().to("meta"), r"no memory \(device meta\) for 0\.weight"),
+        (Renamed(*wide()), "holds the encoder 'Sequential', not 'Renamed'"),
+    ],
+)
+def test_another_architecture_is_refused_and_untouched(
+    other: nn.Module, message: str, tmp_path: Path
+) -> None:
+    model = wide()
+    before = copied(other)
+    save_compressed(model, pruned(model), tmp_path / "m")
+    with pytest.raises(ValueError, match=message):
+        load_compressed(tmp_path / "m", other)
+    assert next(iter(before.values())).is_meta or same(copied(other), before)
+
+
+def test_two_tensors_do_not_go_into_one(tmp_path: Path) -> None:
+    model, tied = Tied(), Tied()
+    model.second = nn.Linear(48, 48)
+    before = copied(tied)
+    save_compressed(model, pruned(model), tmp_path / "m")
+    with pytest.raises(ValueError, match=r"shares one tensor where the file has two: second\.wei"):
+        load_compressed(tmp_path / "m", tied)
+    assert same(copied(tied), before)
+    save_compressed(tied, pruned(tied), tmp_path / "m")
+    load_compressed(tmp_path / "m", model)
+    assert same(copied(model), copied(tied))
+
+
+def test_truncated_altered_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    model, path = wide(), tmp_path / "m"
+    save_compressed(model, pruned(model), path)
+    whole, other = path.read_bytes(), wide(1)
+    before = copied(other)
+    for content in (b"", whole[:100], whole[:-1], b"PK\x03\x04 no such file"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="truncated or no compressed checkpoint"):
+            load_compressed(path, other)
+    for altered in (
+        whole[:-1] + bytes([whole[-1] ^ 1]),
+        whole.replace(b"magnitude", b"magnitudf"),
+    ):
+        path.write_bytes(altered)
+        with pytest.raises(ValueError, match="was altered"):
+            load_compressed(path, other)
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="not written by save_compressed"):
+        load_compressed(path, other)
+    with pytest.raises(FileNotFoundError, match="no compressed checkpoint at"):
+        load_compressed(tmp_path / "none", other)
+    assert same(copied(other), before)
+
+
+def test_the_header_says_what_the_file_holds(tmp_path: Path) -> None:
+    model = tiny_classifier().eval()
+    save_compressed(model, pruned(model), tmp_path / "m")
+    with safe_open(str(tmp_path / "m"), framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = json.loads(header["text"])
+    assert header["format"] == "pai_utils.compressed/1"
+    assert header["sha256"] == hash_tensors(tensors, header["text"])
+    assert text["encoder"] == model.backbone.name
+    assert text["image_size"] == model.backbone.image_size
+    assert text["mask"] == {"scorer": "magnitude"}
+
+
+@pytest.mark.parametrize("function", ["save_compressed", "save_dense"])
+def test_a_killed_writer_leaves_the_old_file(function: str, tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(b"old")
+    code = (
+        "import os, signal, sys, torch; from torch import nn; from pathlib import Path; "
+        "from pai_utils import Mask, export; "
+        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        f"export.{function}(nn.Linear(2, 2), Mask({{'weight': torch.ones(2, 2)}}), sys.argv[1])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL
+    assert (tmp_path / "m").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_dense_file_needs_nothing_but_safetensors(network: str, tmp_path: Path) -> None:
+    model = NETWORKS[network]().eval()
+    save_dense(model, pruned(model), tmp_path / "m")
+    other = NETWORKS[network]().eval()
+    other.load_state_dict(load_file(tmp_path / "m"))
+    assert same(copied(other), copied(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_onnx_gives_the_same_logits_for_any_batch(network: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = NETWORKS[network]()
+    pruned(model)
+    model.train()
+    export_onnx(model, tmp_path / "m.onnx", 4)
+    assert model.training
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    for count in (1, 2, 7):
+        assert check_onnx(model, tmp_path / "m.onnx", torch.randn(count, 3, 4, 4)) <= 1e-4
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1)
+    with pytest.raises(ValueError, match=r"differ from the model's by .*, more than 0\.0001"):
+        check_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, 4, 4))
+
+
+def test_a_killed_onnx_export_leaves_the_old_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    (tmp_path / "m.onnx").write_bytes(b"old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from torch import nn; "
+        "from pai_utils import export_onnx; "
+        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        "export_onnx(nn.Conv2d(3, 2, 1), sys.argv[1], 4)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.onnx")], cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL
+    assert (tmp_path / "m.onnx").read_bytes() == b"old"
+
+
+def test_onnx_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_extra", lambda _: None)
+        with pytest.raises(FileNotFoundError, match="no ONNX file at"):
+            check_onnx(Tied(), tmp_path / "m", images)
+        for size in (None, 0):
+            with pytest.raises(ValueError, match=f"image_size={size} must be"):
+                export_onnx(Tied(), tmp_path / "m", size)
+    for name in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxscript: pip install 'pai-utils\[export\]'"):
+        export_onnx(Tied(), tmp_path / "m", 4)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxruntime: pip install 'pai-utils\[export\]"):
+        check_onnx(Tied(), tmp_path / "m", images)
+
+
+def test_sparse_weights_need_the_pattern_zeros_a_device_and_a_type() -> None:
+    model = wide()
+    with pytest.raises(ValueError, match=r"not 2:4 along the input of 0\.weight"):
+        to_semi_structured(model, Mask({"0.weight": torch.ones(256, 256)}))
+    with pytest.raises(ValueError, match=r"not 2:4 along the input of 0\.bias"):
+        to_semi_structured(model, Mask({"0.bias": torch.ones(256)}))
+    half = Mask({"0.weight": torch.tensor([1, 1, 0, 0]).repeat(256, 64)})
+    with pytest.raises(ValueError, match="not zero"):
+        to_semi_structured(model, half)
+    half.apply_(model)
+    with pytest.raises(ValueError, match=r"0\.weight is on cpu; sparse kernels need a CUDA"):
+        to_semi_structured(model, half)
+
+
+@gpu
+def test_sparse_weights_need_sixteen_bits() -> None:
+    model = wide()
+    mask = pruned(model, 0.5, "2:4")
+    with pytest.raises(ValueError, match=r"torch\.float32; use model\.half\(\)"):
+        to_semi_structured(model.cuda(), mask)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sparse_weights_give_the_same_logits(dtype: torch.dtype) -> None:
+    model = nn.Sequential(*wide(), nn.Linear(64, 5)).to("cuda", dtype).eval()
+    mask = pruned(model, 0.5, "2:4")
+    sparse, dense = to_semi_structured(model, mask)
+    images = torch.randn(64, 256, device="cuda", dtype=dtype)
+    assert dense == ["3.weight"]
+    torch.testing.assert_close(sparse(images), model(images), rtol=2e-2, atol=2e-2)
+    assert measure_speedup(model, sparse, images).factor > 0
+
+
+def test_speed_has_medians_within_their_quartiles() -> None:
+    speed = measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=5, warmup=1)
+    assert 0 < speed.dense_quartiles[0] <= speed.dense <= speed.dense_quartiles[1]
+    assert 0 < speed.sparse_quartiles[0] <= speed.sparse <= speed.sparse_quartiles[1]
+    assert speed.factor == speed.dense / speed.sparse
+    with pytest.raises(ValueError, match="repeats=0 must be"):
+        measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=0)
