@@ -89,7 +89,7 @@ def pruned(model: nn.Module, sparsity: float = 0.7, scope: str = "global") -> Ma
     return mask
 
 
-def wide(seed: int = 0) -> nn.Module:
+def wide(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
 
@@ -122,7 +122,7 @@ def test_a_compressed_model_comes_back_bit_for_bit(
 def test_mixed_types_and_an_empty_layer_come_back(tmp_path: Path) -> None:
     model, other = wide(), wide(1)
     for network in (model, other):
-        network[2].double()  # type: ignore[operator]
+        network[2].double()
     mask = Mask({"0.weight": torch.zeros(256, 256), "2.weight": torch.rand(64, 256) > 0.5})
     mask.apply_(model)
     save_compressed(model, mask, tmp_path / "m")
