@@ -283,7 +283,6 @@ def test_a_dense_file_needs_nothing_but_safetensors(network: str, tmp_path: Path
     assert same(copied(other), copied(model))
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_onnx_gives_the_same_logits_for_any_batch(network: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
