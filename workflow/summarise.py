@@ -16,6 +16,7 @@ from pai_utils.files import write_atomically
 from pai_utils.finetuning import chosen_on_validation
 from pai_utils.landscape import PREDICTORS, transfer_correlations
 from pai_utils.runs import read_record
+from pai_utils.sources import is_held_out
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {
@@ -23,6 +24,10 @@ BACKBONES = {
     "vit_small_saliency": "ViT-S/14",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
+EXPLORED = (
+    "grid", "backbone", "variant", "source", "target", "task", "scorer", "repair", "sparsity",
+    "retention", "low", "high", "count", "seeds", "interval",
+)  # fmt: skip
 PUBLISHED = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
 
 
@@ -172,6 +177,61 @@ def recovery(results: Path) -> pd.DataFrame:
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
 
 
+def _pairs_of_the_atlas(table: pd.DataFrame) -> pd.DataFrame:
+    """Retention of every pair of tasks, with the range over the seeds, which is all it stores."""
+    dense = table[table.scorer == "dense"].groupby("target").accuracy.mean()
+    pruned = table[table.scorer != "dense"]
+    reference = pruned.target.map(dense)
+    kept = (pruned.accuracy - pruned.chance) / (reference - pruned.chance)
+    groups = pruned.assign(retention=kept).groupby(
+        ["source", "target", "scorer", "sparsity"], as_index=False, sort=False
+    )
+    return groups.agg(
+        retention=("retention", "mean"),
+        low=("retention", "min"),
+        high=("retention", "max"),
+        count=("count", "first"),
+        seeds=("seed", "nunique"),
+    )
+
+
+def explorer(results: Path) -> pd.DataFrame:
+    """Retention of every pair of tasks in every stored run: what the retention explorer shows.
+
+    ``interval`` says what ``low`` and ``high`` are: a 95 % bootstrap interval over test images and
+    seeds, or the range over the seeds.
+    """
+    parts = []
+    for path in sorted(results.glob("*/*/*.csv")):
+        grid, (notebook, _, run) = path.parts[-3], path.parent.name.partition("-")
+        if (notebook, path.name) == ("zero_shot_retention", "retention.csv"):
+            table, interval = pd.read_csv(path), "bootstrap"
+        elif (notebook, path.name) == ("scorer_atlas", "accuracies.csv"):
+            table, interval = _pairs_of_the_atlas(pd.read_csv(path)), "range"
+        else:
+            continue
+        backbone, _, variant = run.partition("-")
+        parts.append(
+            table[table.scorer != "dense"].assign(
+                grid=grid, backbone=backbone, variant=variant, interval=interval
+            )
+        )
+    if not parts:
+        return pd.DataFrame()
+    table = pd.concat(parts, ignore_index=True)
+    method = table.scorer.str.partition(" + ")
+    held_out = [
+        is_held_out(target, source)
+        for source, target in zip(table.source, table.target, strict=True)
+    ]
+    table = table.assign(
+        scorer=method[0],
+        repair=method[2].replace("", "none"),
+        task=pd.Series(held_out).map({True: "held-out", False: "own"}),
+    )
+    return table[list(EXPLORED)]
+
+
 def _landscape(results: Path, name: str) -> pd.DataFrame:
     """One table of the landscape analysis, of all encoders."""
     parts = []
@@ -295,6 +355,14 @@ def summarise(results: Path) -> list[Path]:
             continue
         path = results / "summary" / f"{name}.csv"
         content = _shown(table).to_csv(index=False, float_format="%.2f")
+        write_atomically(path, content.encode())
+        written.append(path)
+    pairs = explorer(results)
+    if not pairs.empty:
+        path = results / "summary" / "explorer.html"
+        # As an inert script, since a page opened from disk may not fetch a file.
+        text = pairs.to_csv(index=False, float_format="%.3g")
+        content = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
         write_atomically(path, content.encode())
         written.append(path)
     for backbone in BACKBONES:

@@ -5,6 +5,7 @@ checks are skipped, or fail where ``PAI_REQUIRE_SITE`` is set; the browser's are
 Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 """
 
+import csv
 import json
 import os
 import re
@@ -364,3 +365,64 @@ def test_a_search_finds_the_page_that_explains_a_word(site: Path, browser: Brows
     tab.close()
     assert any("/book/theory.html" in address for address in found)
     assert (visit.errors, visit.outside) == ([], [])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_explorer_shows_what_the_keyboard_chooses(
+    site: Path, scheme: str, width: int, browser: Browser
+) -> None:
+    tab = browser.new_page(offline=True, viewport={"width": width, "height": 844})
+    visit = Visit()
+    visit.watch(tab)
+    tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
+    tab.goto((site / "book/experiments/explorer.html").as_uri())
+    before = tab.inner_text("#explorer-status")
+    tab.focus("#explorer-form select[name=scorer]")
+    tab.keyboard.press("ArrowDown")
+    assert tab.inner_text("#explorer-status") != before
+    choice = tab.evaluate(
+        "() => Object.fromEntries(new FormData(document.getElementById('explorer-form')))"
+    )
+    assert tab.locator("#explorer-panels svg[role=img][aria-label]").count() > 0
+    shown = table_of(tab)
+    assert shown == measured(tab.text_content("#explorer-data") or "", choice)
+    overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+    # The address holds the choice.
+    again = browser.new_page(offline=True)
+    again.goto(tab.url)
+    assert table_of(again) == shown
+    again.close()
+    tab.close()
+    assert overflow <= 1
+    assert (visit.errors, visit.outside, visit.missing) == ([], [], [])
+
+
+def table_of(tab: Page) -> list[list[str]]:
+    """Return the texts of the explorer's table, row by row."""
+    cells = "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
+    return list(tab.eval_on_selector_all("#explorer-table tbody tr", cells))
+
+
+def measured(data: str, choice: dict[str, str]) -> list[list[str]]:
+    """Return the rows that the explorer's table must hold: the chosen masks, then random ones."""
+    rows = [
+        row
+        for row in csv.DictReader(data.strip().splitlines())
+        if row["backbone"] == choice["backbone"]
+        and "-".join(filter(None, (row["grid"], row["variant"]))) == choice["run"]
+        and row["source"] in (choice["source"], "none")
+    ]
+    own = {row["target"] for row in rows if row["source"] != "none" and row["task"] == "own"}
+    methods = [(choice["scorer"], choice["repair"]), ("random", "none")]
+    return [
+        [
+            row["target"], "own" if row["target"] in own else "held-out", row["scorer"],
+            row["sparsity"], row["retention"], f"{row['low']} to {row['high']}", row["count"],
+            row["seeds"],
+        ]
+        for method in dict.fromkeys(methods)
+        for row in rows
+        if (row["scorer"], row["repair"]) == method
+    ]  # fmt: skip

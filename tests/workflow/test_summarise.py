@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from summarise import (
+    RESULTS,
+    explorer,
     gains,
     levers,
     reach,
@@ -162,6 +164,39 @@ def test_levers_stand_beside_the_main_runs(results: Path) -> None:
         "efficientnet_lite0": 4, "efficientnet_lite0-alone": 1
     }  # fmt: skip
     assert not table.method.str.contains("no pre-training").any()
+
+
+def test_the_explorer_takes_the_range_over_seeds_from_the_atlas(results: Path) -> None:
+    folder = results / "atlas" / "scorer_atlas-vit_small_saliency"
+    rows = [["none", "b", "dense", 0.0, 0, 0.9], ["a", "b", "snip", 0.5, 0, 0.5],
+            ["a", "b", "snip", 0.5, 1, 0.7]]  # fmt: skip
+    columns = ["source", "target", "scorer", "sparsity", "seed", "accuracy"]
+    table = pd.DataFrame(rows, columns=columns).assign(chance=0.1, count=60)
+    table.to_csv(folder / "accuracies.csv", index=False)
+    (row,) = explorer(results).to_dict("records")
+    assert (row["task"], row["seeds"], row["interval"]) == ("held-out", 2, "range")
+    assert [row[name] for name in ("low", "retention", "high")] == pytest.approx([0.5, 0.625, 0.75])
+
+
+def test_the_explorer_tells_scores_repairs_and_own_tasks_apart(results: Path) -> None:
+    folder = results / "retention" / "zero_shot_retention-efficientnet_lite0-alone"
+    columns = ["source", "target", "scorer", "sparsity", "retention", "low", "high"]
+    pd.DataFrame(
+        [["a+a:altered", "a", "ours + moments", 0.5, 0.9, 0.8, 1.0],
+         ["a+a:altered", "b", "ours", 0.5, 0.7, 0.6, 0.8],
+         ["none", "b", "dense", 0.0, 1.0, 1.0, 1.0]],
+        columns=columns,
+    ).assign(count=9, seeds=3).to_csv(folder / "retention.csv", index=False)  # fmt: skip
+    own, other = explorer(results).to_dict("records")
+    assert (own["task"], own["scorer"], own["repair"]) == ("own", "ours", "moments")
+    assert (other["task"], other["scorer"], other["repair"]) == ("held-out", "ours", "none")
+    assert (own["backbone"], own["variant"]) == ("efficientnet_lite0", "alone")
+
+
+def test_the_explorers_data_are_those_of_the_stored_results() -> None:
+    text = (RESULTS / "summary" / "explorer.html").read_text()
+    assert explorer(RESULTS).to_csv(index=False, float_format="%.3g") in text
+    assert len(text) < 150_000
 
 
 def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
