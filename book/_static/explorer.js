@@ -41,7 +41,7 @@
   function element(name, attributes, text) {
     const made = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    if (text) made.textContent = text;
+    if (text !== undefined) made.textContent = text;
     return made;
   }
   const LEFT = 40, RIGHT = 250, TOP = 12, BOTTOM = 180;
@@ -111,8 +111,9 @@
     const bars = first.interval === "range" ? "the range over the seeds"
       : "95 % bootstrap intervals over test images and seeds";
     const also = random.length || scorer === "random" ? "" : " A random mask was not measured here.";
+    const masks = first.source === "none" ? "masks that look at no data" : `masks of ${source}`;
     document.getElementById("explorer-status").textContent =
-      `${scorer}${repair === "none" ? "" : ` with ${repair}`}, masks of ${source}, ${choice.backbone}; `
+      `${scorer}${repair === "none" ? "" : ` with ${repair}`}, ${masks}, ${choice.backbone}; `
       + `from results/${folder}, n = ${first.count} test images a task. Bars are ${bars}.${also}`;
     document.querySelector("#explorer-table tbody").replaceChildren(...shown.map((row) => {
       const line = document.createElement("tr");
