@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 from cells import commit_of
+from claims import claims
 
 from pai_utils import plots
 from pai_utils.evaluation import retention_verdict
@@ -350,6 +351,7 @@ def summarise(results: Path) -> list[Path]:
         "weights": weights(results),
         "barriers": _significant(_landscape(results, "barriers")),
         "spectra": _significant(_landscape(results, "spectra")),
+        "claims": claims(results, BACKBONES),
     }.items():
         if table.empty:
             continue

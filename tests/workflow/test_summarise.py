@@ -249,8 +249,8 @@ def test_every_table_is_written(results: Path) -> None:
     written = summarise(results)
     tables = [path for path in written if path.suffix == ".csv"]
     names = [
-        "barriers", "gains", "levers", "reach", "recovery", "repaired", "spectra", "transfer",
-        "weights", "what_to_use",
+        "barriers", "claims", "gains", "levers", "reach", "recovery", "repaired", "spectra",
+        "transfer", "weights", "what_to_use",
     ]  # fmt: skip
     assert sorted(path.stem for path in tables) == names
     assert all(path.read_text().count("\n") > 1 for path in tables)

@@ -1,0 +1,55 @@
+"""Claims are judged by what is stored, and left out where nothing is."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from claims import CLAIMS, claims
+from summarise import BACKBONES as STORED
+from summarise import RESULTS
+
+BACKBONES = {"small": "Small"}
+
+
+def _store(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def test_nothing_stored_gives_no_rows(tmp_path: Path) -> None:
+    assert claims(tmp_path, BACKBONES).empty
+
+
+def test_every_claim_is_judged_on_the_stored_results() -> None:
+    assert len(claims(RESULTS, STORED)) == len(CLAIMS) * len(STORED)
+
+
+@pytest.mark.parametrize(
+    ("kept", "verdict"),
+    [((0.95, 0.92), "reproduced"), ((0.95, 0.5), "in part"), ((0.6, 0.5), "not reproduced")],
+)
+def test_retention_is_judged_at_every_sparsity(
+    kept: tuple[float, float], verdict: str, tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"source": "a", "scorer": "ggn_diag", "sparsity": s, "retention": r,
+         "low": r - 0.1, "high": r + 0.1}
+        for s, r in zip((0.1, 0.3), kept, strict=True)
+    ]  # fmt: skip
+    _store(tmp_path / "real" / "zero_shot_retention-small" / "held_out.csv", rows)
+    (row,) = claims(tmp_path, BACKBONES).to_dict("records")
+    assert (row["encoder"], row["verdict"]) == ("Small", verdict)
+    assert f"10%: {kept[0]:.2f} ({kept[0] - 0.1:.2f} to {kept[0] + 0.1:.2f})" in row["measured"]
+
+
+def test_recovery_is_judged_by_its_interval_at_the_best_rate(tmp_path: Path) -> None:
+    for name, gains in {"one": (0.1, 0.02), "two": (-0.1, -0.2)}.items():
+        rows: list[dict[str, object]] = [
+            {"start": "pruned", "sparsity": 0.5 if name == "one" else 0.7, "penalty": penalty,
+             "held_out_gain": gain, "held_out_low": gain - 0.01, "held_out_high": gain + 0.01}
+            for penalty, gain in (("none", gains[0]), ("none", gains[1]), ("features", 9.0))
+        ]  # fmt: skip
+        _store(tmp_path / "recovery" / f"finetune_recovery-small-{name}" / "gains.csv", rows)
+    (row,) = claims(tmp_path, BACKBONES).to_dict("records")
+    assert row["verdict"] == "in part"
+    assert "pruned at 50%: +0.10 (+0.09 to +0.11); pruned at 70%: -0.10" in row["measured"]

@@ -1,0 +1,174 @@
+"""The paper's claims beside what was measured: `claims(results)` is a table of `results/summary/`.
+
+Every row is judged by a rule that stands beside it, on tables of other folders of `results/`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from pai_utils.evaluation import retention_verdict
+
+KEPT = 0.9  # of the accuracy above chance
+REPRODUCED, PARTLY, NOT = "reproduced", "in part", "not reproduced"
+BEYOND = "beyond the paper"
+
+
+class Judged(NamedTuple):
+    """What was measured, in words with numbers, and what it makes of the claim."""
+
+    measured: str
+    verdict: str
+
+
+def _interval(row: pd.Series, value: str, low: str, high: str, sign: str = "") -> str:
+    return f"{row[value]:{sign}.2f} ({row[low]:{sign}.2f} to {row[high]:{sign}.2f})"
+
+
+def _at(table: pd.DataFrame, value: str, low: str, high: str, sign: str = "") -> str:
+    return "; ".join(
+        f"{row.sparsity:.0%}: {_interval(row, value, low, high, sign)}"
+        for _, row in table.sort_values("sparsity").iterrows()
+    )
+
+
+def _judge(supported: "pd.Series[bool]") -> str:
+    if supported.all():
+        return REPRODUCED
+    return PARTLY if supported.any() else NOT
+
+
+def _held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
+    return pd.read_csv(results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv")
+
+
+def retention(results: Path, backbone: str) -> Judged:
+    """P1 for the paper's score: kept at every sparsity, at some, at none."""
+    table = retention_verdict(_held_out(results, "real", backbone), "ggn_diag", threshold=KEPT)
+    return Judged(
+        f"held-out retention at {_at(table, 'retention', 'low', 'high')}",
+        _judge(table.verdict == "kept"),
+    )
+
+
+def second_order(results: Path, backbone: str) -> Judged:
+    """The intervals of the diagonal lie above those of magnitude at every sparsity, at some."""
+    table = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
+    table = table[table.tasks == "held-out"].set_index("sparsity")
+    ours, other = (table[table.scorer == name] for name in ("ggn_diag", "magnitude"))
+    found = ", ".join(
+        f"{sparsity:.0%}: {row.retention:.2f} against {other.loc[sparsity].retention:.2f}"
+        for sparsity, row in ours.sort_index().iterrows()
+    )
+    return Judged(f"held-out retention at {found}", _judge(ours.low > other.high))
+
+
+def recovery(results: Path, backbone: str) -> Judged:
+    """P2: the interval of the gain on held-out tasks is above zero in all runs, in some."""
+    paths = sorted((results / "recovery").glob(f"finetune_recovery-{backbone}*/gains.csv"))
+    if not paths:
+        raise FileNotFoundError(f"no recovery of {backbone} is stored")
+    table = pd.concat(map(pd.read_csv, paths), ignore_index=True)
+    table = table[table.penalty == "none"]
+    keys = ["start", "sparsity"]
+    best = table.loc[table.groupby(keys).held_out_gain.idxmax()].sort_values(keys)
+    found = "; ".join(
+        f"{row.start} at {row.sparsity:.0%}: "
+        f"{_interval(row, 'held_out_gain', 'held_out_low', 'held_out_high', '+')}"
+        for _, row in best.iterrows()
+    )
+    return Judged(f"gain in accuracy at the best rate, {found}", _judge(best.held_out_low > 0))
+
+
+def pre_training(results: Path, backbone: str) -> Judged:
+    """The loss rises less, and the quadratic model errs less, than with random weights."""
+    table = _medians(results, backbone)
+    quantities = ["loss increase (nats)", "error of the quadratic model, as a share"]
+    rows = table.loc[quantities]
+    found = "; ".join(
+        f"{quantity}: {row['pre-trained']:.3g} against {row['random']:.3g}"
+        for quantity, row in rows.iterrows()
+    )
+    return Judged(
+        f"pre-trained against random weights, {found}", _judge(rows["pre-trained"] < rows["random"])
+    )
+
+
+def alike(results: Path, backbone: str) -> Judged:
+    """Eigenspaces, diagonals and masks of two tasks agree more than with random weights."""
+    table = _medians(results, backbone)
+    quantities = [
+        "overlap of masks above chance",
+        "overlap of top eigenspaces",
+        "rank correlation of diagonals",
+    ]
+    rows = table.loc[quantities]
+    found = "; ".join(
+        f"{quantity}: {row['pre-trained']:.2f} against {row['random']:.2f}"
+        for quantity, row in rows.iterrows()
+    )
+    return Judged(
+        f"pre-trained against random weights, {found}", _judge(rows["pre-trained"] > rows["random"])
+    )
+
+
+def _medians(results: Path, backbone: str) -> pd.DataFrame:
+    path = results / "landscape" / f"landscape_analysis-{backbone}" / "compared.csv"
+    table = pd.read_csv(path)
+    return table.pivot_table(index="quantity", columns="weights", values="value", aggfunc="median")
+
+
+def quadratic(results: Path, backbone: str) -> Judged:
+    """With gradient and Hessian, predicted within half of what was measured: most cells, or not."""
+    path = results / "landscape" / f"landscape_analysis-{backbone}" / "losses.csv"
+    losses = pd.read_csv(path)
+    full = losses[losses.fraction == 1]
+    right = (full.taylor - full.measured).abs() <= 0.5 * full.measured.abs()
+    shares = right.groupby(full.sparsity).mean()
+    found = ", ".join(f"{sparsity:.0%}: {share:.0%}" for sparsity, share in shares.items())
+    return Judged(f"cells predicted within half, at {found}", _judge(shares > 0.5))
+
+
+def repair(results: Path, backbone: str) -> Judged:
+    """What a feature score with a repair keeps."""
+    name = "feature_ggn_diag + layerwise+moments"
+    table = retention_verdict(_held_out(results, "retention", backbone), name, threshold=KEPT)
+    return Judged(f"held-out retention at {_at(table, 'retention', 'low', 'high')}", BEYOND)
+
+
+CLAIMS: dict[str, Callable[[Path, str], Judged]] = {
+    "A mask of one task, by the diagonal alone, keeps 90 % of unseen tasks (P1)": retention,
+    "Second-order masks keep more of unseen tasks than magnitude": second_order,
+    "Fine-tuning on the source recovers unseen tasks (P2)": recovery,
+    "Around the weights the loss is quadratic": quadratic,
+    "Pre-training makes the landscape favourable": pre_training,
+    "Pre-training makes tasks alike": alike,
+    "Score of the features and repair without training": repair,
+}
+
+
+def claims(results: Path, backbones: dict[str, str]) -> pd.DataFrame:
+    """One row a claim and encoder; what is not stored is left out.
+
+    Args:
+        results: the folder of stored results.
+        backbones: labels by name.
+    """
+    rows = []
+    for claim, judge in CLAIMS.items():
+        for backbone, label in backbones.items():
+            try:
+                found = judge(results, backbone)
+            except (FileNotFoundError, KeyError):  # no table, or not with these rows
+                continue
+            rows.append(
+                {
+                    "claim": claim,
+                    "encoder": label,
+                    "verdict": found.verdict,
+                    "measured": found.measured,
+                }
+            )
+    return pd.DataFrame(rows)
