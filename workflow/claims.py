@@ -56,13 +56,17 @@ def retention(results: Path, backbone: str) -> Judged:
 def second_order(results: Path, backbone: str) -> Judged:
     """The intervals of the diagonal lie above those of magnitude at every sparsity, at some."""
     table = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
-    table = table[table.tasks == "held-out"].set_index("sparsity")
-    ours, other = (table[table.scorer == name] for name in ("ggn_diag", "magnitude"))
+    table = table[(table.tasks == "held-out") & table.scorer.isin(["ggn_diag", "magnitude"])]
+    wide = table.pivot(index="sparsity", columns="scorer", values=["retention", "low", "high"])
+    kept = wide["retention"][["ggn_diag", "magnitude"]]
     found = ", ".join(
-        f"{sparsity:.0%}: {row.retention:.2f} against {other.loc[sparsity].retention:.2f}"
-        for sparsity, row in ours.sort_index().iterrows()
+        f"{sparsity:.0%}: {ours:.2f} against {other:.2f}"
+        for sparsity, ours, other in zip(
+            kept.index, kept["ggn_diag"], kept["magnitude"], strict=True
+        )
     )
-    return Judged(f"held-out retention at {found}", _judge(ours.low > other.high))
+    apart = wide["low", "ggn_diag"] > wide["high", "magnitude"]
+    return Judged(f"held-out retention at {found}", _judge(apart))
 
 
 def recovery(results: Path, backbone: str) -> Judged:
