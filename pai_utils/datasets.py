@@ -31,7 +31,7 @@ from filelock import FileLock
 
 from pai_utils.checkpoints import may_download
 from pai_utils.decoding import ImageArrays, ImageFiles, Source
-from pai_utils.execution import logger, unknown_name
+from pai_utils.execution import listed, logger, unknown_name
 
 __all__ = ["DATASETS", "FOLDER", "DatasetSpec", "OpenDataset", "data_root", "fetch", "open_dataset"]
 
@@ -40,7 +40,6 @@ FOLDER = "folder:"
 
 _DEFAULT_ROOT = "~/.cache/pai_utils/data"
 _CACHE_FOLDER = ".decoded"
-_SHOWN_NAMES = 5
 _BROKEN_ARCHIVE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -296,9 +295,11 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
     """Refuse fewer than two classes, names that repeat and labels that have none."""
     repeated = [label for label, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"class names of {name} repeat: {_some(repeated)}")
+        raise ValueError(f"class names of {name} repeat: {listed(map(repr, repeated))}")
     if len(names) < 2:
-        raise ValueError(f"{name} has one class only: {_some(names)}; at least two are needed")
+        raise ValueError(
+            f"{name} has one class only: {listed(map(repr, names))}; at least two are needed"
+        )
     for part, source in parts.items():
         labels = source.labels
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
@@ -306,11 +307,6 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
                 f"{name} has {len(names)} classes but its {part} labels run from {labels.min()} to "
                 f"{labels.max()}"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN_NAMES
-    return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --- folders of images ---
@@ -330,14 +326,16 @@ def _open_folder(path: Path, name: str) -> OpenDataset:
     for folder in splits.values():
         differing = sorted(set(names) ^ set(_class_folders(folder)))
         if differing:
-            raise ValueError(f"{name}: the splits differ in the classes {_some(differing)}")
+            raise ValueError(
+                f"{name}: the splits differ in the classes {listed(map(repr, differing))}"
+            )
     parts: dict[str, Source] = {
         part: _list_images(folder, names, name) for part, folder in splits.items()
     }
     folded = [unicodedata.normalize("NFC", label).casefold() for label in names]
     repeated = [label for label, key in zip(names, folded, strict=True) if Counter(folded)[key] > 1]
     if repeated:
-        raise ValueError(f"class names of {name} repeat: {_some(repeated)}")
+        raise ValueError(f"class names of {name} repeat: {listed(map(repr, repeated))}")
     _check_classes(names, parts, name)
     return OpenDataset(names, parts, _cache_folder(path))
 
@@ -379,7 +377,9 @@ def _list_images(folder: Path, names: Sequence[str], name: str) -> ImageFiles:
     present = {label for _, label in items}
     empty = [label for label, index in indices.items() if index not in present]
     if empty:
-        raise ValueError(f"{name}: {folder} has no images of the classes {_some(empty)}")
+        raise ValueError(
+            f"{name}: {folder} has no images of the classes {listed(map(repr, empty))}"
+        )
     return _files(items)
 
 

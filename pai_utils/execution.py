@@ -260,6 +260,13 @@ def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """The first of some items, separated by commas, and how many more there are."""
+    texts = list(map(str, items))
+    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + rest
+
+
 def unknown_name(
     kind: str, name: object, valid: Iterable[str], *, unlisted: Iterable[str] = ()
 ) -> ValueError:

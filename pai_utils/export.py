@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import hash_tensors
+from pai_utils.execution import hash_tensors, listed
 from pai_utils.files import write_atomically
 from pai_utils.masks import Mask, describe_weights
+from pai_utils.tensor_files import read_tensors, write_tensors
 
 _FORMAT = "pai_utils.compressed/1"
 # Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
@@ -87,9 +88,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
             "aliases": aliases,
         }
     )
-    header = {"format": _FORMAT, "sha256": hash_tensors(tensors, text), "text": text}
-    content = _save(tensors, header)
-    write_atomically(path, content)
+    content = write_tensors(path, tensors, text, format=_FORMAT)
     return Size(
         bytes=len(content),
         promised=sum(map(_bytes, tensors.values())),
@@ -111,8 +110,8 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
         ValueError: if the file is truncated, altered or none of these, or was written of another
             architecture. The model is then untouched.
     """
-    tensors, text = _read(path)
-    said = json.loads(text)
+    tensors, header = read_tensors(path, _FORMAT, what="compressed checkpoint")
+    said = json.loads(header["text"])
     state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
     shapes = {name: torch.Size(shape) for name, (_, shape) in said["masked"].items()}
     entries = _unpack(tensors["masks"], shapes)
@@ -143,9 +142,11 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     Raises:
         ValueError: as :func:`save_compressed`.
     """
+    from safetensors.torch import save
+
     state, aliases = _state(model, mask)
     state |= {alias: state[name].clone() for alias, name in aliases.items()}
-    write_atomically(path, _save(state, {"format": "pt"}))
+    write_atomically(path, save(state, metadata={"format": "pt"}))
 
 
 def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
@@ -233,7 +234,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
     mask.check(model, strict=False)
     wrong = [name for name, entry in mask.items() if not _is_two_of_four(entry)]
     if wrong:
-        raise ValueError(f"the mask is not 2:4 along the input of {_some(wrong)}")
+        raise ValueError(f"the mask is not 2:4 along the input of {listed(wrong)}")
     parameters = dict(model.named_parameters())
     _check_zeros(parameters, mask)
     for name in mask:
@@ -300,7 +301,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Any] = model.state_dict()
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
-        raise ValueError(f"state that is no tensor cannot be stored or loaded: {_some(other)}")
+        raise ValueError(f"state that is no tensor cannot be stored or loaded: {listed(other)}")
     return state
 
 
@@ -336,7 +337,7 @@ def _check_zeros(parameters: Mapping[str, Tensor], mask: Mask) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"weights that the mask prunes are not zero in {_some(wrong)}; "
+            f"weights that the mask prunes are not zero in {listed(wrong)}; "
             "call mask.apply_(model) first"
         )
 
@@ -346,9 +347,9 @@ def _check_same(
 ) -> None:
     another = f"{path} is of another architecture: "
     if missing := [name for name in state if name not in target]:
-        raise ValueError(f"{another}the model has no {_some(missing)}")
+        raise ValueError(f"{another}the model has no {listed(missing)}")
     if missing := [name for name in target if name not in state]:
-        raise ValueError(f"{another}the file has no {_some(missing)}")
+        raise ValueError(f"{another}the file has no {listed(missing)}")
     wrong = [
         f"{name} (file {tuple(state[name].shape)} {state[name].dtype}, "
         f"model {tuple(value.shape)} {value.dtype})"
@@ -356,46 +357,21 @@ def _check_same(
         if (value.shape, value.dtype) != (state[name].shape, state[name].dtype)
     ]
     if wrong:
-        raise ValueError(f"{another}shapes or types of {_some(wrong)}")
+        raise ValueError(f"{another}shapes or types of {listed(wrong)}")
     if empty := [name for name, value in target.items() if value.is_meta]:
-        raise ValueError(f"the model has no memory (device meta) for {_some(empty)}")
+        raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
     # One memory cannot be filled with two values.
     seen: dict[Any, str] = {}
     tied = {name: seen.setdefault(_place(value), name) for name, value in target.items()}
     if split := [n for n, first in tied.items() if not _identical(state[n], state[first])]:
         raise ValueError(
-            f"{another}the model shares one tensor where the file has two: {_some(split)}"
+            f"{another}the model shares one tensor where the file has two: {listed(split)}"
         )
 
 
 def _identical(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one shape and type are equal bit for bit."""
     return first is second or hash_tensors({"": first}) == hash_tensors({"": second})
-
-
-def _read(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no compressed checkpoint at {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no compressed checkpoint: {error}") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} was not written by save_compressed")
-    text = header.get("text", "")
-    if header.get("sha256") != hash_tensors(tensors, text):
-        raise ValueError(f"{path} was altered: its contents do not match its checksum")
-    return tensors, text
-
-
-def _save(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors, metadata=header)
 
 
 def _pack(mask: Mask) -> Tensor:
@@ -435,8 +411,3 @@ def _bytes(value: Tensor) -> int:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import hash_tensors
+from pai_utils.execution import hash_tensors, listed
 from pai_utils.files import write_atomically
+from pai_utils.tensor_files import read_tensors, write_tensors
 
 SCOPES = ("global", "layer", "erk", "N:M")
+_FORMAT = "pai_utils.Mask/2"
 _BLOCK = 2**22  # scores compared at a time, which bounds the memory of what comparisons return
 
 
@@ -213,20 +215,12 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: if ``path`` itself ends in ``.json``.
         """
-        from safetensors.torch import save
-
         path = Path(path)
         if path.suffix == ".json":
             raise ValueError(f"{path} is where the mask's report goes; end it in .safetensors")
         entries = {name: entry.to(torch.uint8) for name, entry in self._entries.items()}
-        metadata = json.dumps(self.metadata, sort_keys=True)
-        header = {
-            "format": "pai_utils.Mask/1",
-            "sha256": _checksum(entries, metadata),
-            "metadata": metadata,
-        }
-        content = save(entries, metadata=header)
-        write_atomically(path, content)
+        text = json.dumps(self.metadata, sort_keys=True)
+        content = write_tensors(path, entries, text, format=_FORMAT)
         report = {
             "mask": path.name,
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -247,22 +241,8 @@ class Mask(Mapping[str, Tensor]):
             FileNotFoundError: if there is no such file.
             ValueError: if the file is truncated, altered, or not a mask, or ``model`` is another.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no mask file at {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no mask file: {error}") from error
-        if header.get("format") != "pai_utils.Mask/1":
-            raise ValueError(f"{path} was not written by Mask.save")
-        metadata = header.get("metadata", "")
-        if header.get("sha256") != _checksum(entries, metadata):
-            raise ValueError(f"{path} was altered: its contents do not match its checksum")
-        mask = cls(entries, json.loads(metadata))
+        entries, header = read_tensors(path, _FORMAT, what="mask file")
+        mask = cls(entries, json.loads(header["text"]))
         if model is not None:
             mask.check(model)
         return mask
@@ -271,7 +251,7 @@ class Mask(Mapping[str, Tensor]):
         missing = [name for name in self._entries if name not in parameters]
         if missing:
             raise ValueError(
-                f"the mask is for another architecture: {owner} has no {_some(missing)}"
+                f"the mask is for another architecture: {owner} has no {listed(missing)}"
             )
         wrong = [
             f"{name} (mask {tuple(entry.shape)}, {owner.removeprefix('the ')} "
@@ -280,7 +260,7 @@ class Mask(Mapping[str, Tensor]):
             if entry.shape != parameters[name].shape
         ]
         if wrong:
-            raise ValueError(f"the mask is for another architecture: shapes of {_some(wrong)}")
+            raise ValueError(f"the mask is for another architecture: shapes of {listed(wrong)}")
 
     def _check_fits(self, other: Mask) -> None:
         self._check(other, "the other mask")
@@ -452,7 +432,7 @@ def describe_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     missing = [name for name in names if name not in parameters]
     if missing:
-        raise ValueError(f"the model has no {_some(missing)}")
+        raise ValueError(f"the model has no {listed(missing)}")
     return {
         "encoder": _encoder_name(model),
         **({"provenance": backbone.provenance.source} if isinstance(backbone, Backbone) else {}),
@@ -488,13 +468,13 @@ def _check_scores(scores: Mapping[str, Tensor], grouped: bool, within: Mask | No
         within._check(scores, "the scoring")
         new = [name for name in scores if name not in within]
         if new:
-            raise ValueError(f"the earlier mask has no {_some(new)}, which the scores name")
+            raise ValueError(f"the earlier mask has no {listed(new)}, which the scores name")
 
 
 def _comes_back(sparsity: float, within: Mask, names: list[str]) -> ValueError:
     return ValueError(
         f"sparsity={sparsity} is below that of the earlier mask ({within.sparsity:.4f} overall) "
-        f"in {_some([repr(name) for name in names])}; a pruned weight never comes back"
+        f"in {listed([repr(name) for name in names])}; a pruned weight never comes back"
     )
 
 
@@ -593,12 +573,3 @@ def _as_boolean(name: str, value: Tensor) -> Tensor:
     # A copy always: later changes to the caller's tensor are none of the mask's.
     kept = torch.empty(value.shape, dtype=torch.bool)
     return kept.copy_(value.detach())
-
-
-def _checksum(entries: Mapping[str, Tensor], metadata: str) -> str:
-    return hash_tensors(entries, f"{metadata}\n")
-
-
-def _some(items: list[Any], most: int = 5) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + rest

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.execution import hash_tensors, logger
-from pai_utils.files import write_atomically
+from pai_utils.tensor_files import read_header, read_tensors, write_tensors
 
 __all__ = [
     "FOLDER",
@@ -43,7 +43,7 @@ __all__ = [
 FOLDER = "PAI_SHARED"
 """The environment variable that names the folder."""
 
-_FORMAT = "pai_utils.shared/1"
+_FORMAT = "pai_utils.shared/2"
 _keeps: ContextVar[list[str] | None] = ContextVar("_keeps", default=None)
 _ignores: ContextVar[bool] = ContextVar("_ignores", default=False)
 _used: dict[str, str] = {}
@@ -88,13 +88,10 @@ def gather(files: Iterable[Path], folder: Path) -> None:
 
     A file that cannot be read is left out: what it should hold is computed anew.
     """
-    from safetensors import SafetensorError, safe_open
-
     for file in files:
         try:
-            with safe_open(str(file), framework="pt") as content:
-                name = (content.metadata() or {}).get("name")
-        except (SafetensorError, OSError) as error:
+            name = read_header(file).get("name")
+        except (ValueError, OSError) as error:
             logger.warning("%s cannot be read: %s", file, error)
             continue
         if name is not None and not (folder / name).exists():
@@ -136,34 +133,22 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
 
 
 def _write(path: Path, result: Kept) -> None:
-    from safetensors.torch import save
-
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
     facts = json.dumps(result.facts, sort_keys=True)
-    checksum = hash_tensors(tensors, facts)
-    header = {"format": _FORMAT, "name": path.name, "facts": facts, "sha256": checksum}
-    write_atomically(path, save(tensors, header))
+    write_tensors(path, tensors, facts, format=_FORMAT, name=path.name)
 
 
 def _read(path: Path) -> Kept | None:
     """The file's content; ``None`` where there is none, or where it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        logger.warning("computing anew what %s should hold, which cannot be read: %s", path, error)
-        return None
-    facts = header.get("facts", "")
-    if header.get("format") != _FORMAT or header.get("sha256") != hash_tensors(tensors, facts):
-        logger.warning("computing anew what %s should hold, which was altered", path)
+        tensors, header = read_tensors(path, _FORMAT, what="kept computation")
+    except (ValueError, OSError) as error:
+        logger.warning("computing anew what %s should hold: %s", path, error)
         return None
     _used[path.name] = header["sha256"]
-    return Kept(tensors, json.loads(facts))
+    return Kept(tensors, json.loads(header["text"]))
 
 
 def _name_of(parts: Mapping[str, Any]) -> str | None:

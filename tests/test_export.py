@@ -239,7 +239,7 @@ def test_truncated_altered_and_foreign_files_are_refused(tmp_path: Path) -> None
         with pytest.raises(ValueError, match="was altered"):
             load_compressed(path, other)
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="not written by save_compressed"):
+    with pytest.raises(ValueError, match="is no compressed checkpoint"):
         load_compressed(path, other)
     with pytest.raises(FileNotFoundError, match="no compressed checkpoint at"):
         load_compressed(tmp_path / "none", other)

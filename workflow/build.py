@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import yaml
 from attempts import read_attempts
 from cells import BOOK_GRID, KERNEL_DIED, Layout, last_error
-from gpus import gpus
+from machine import gpus, memory_mib
 from planned import read_plan
 from status import write_status
 
@@ -40,14 +40,6 @@ def hold_lock(path: Path) -> TextIO:
         lock.close()
         raise ValueError("this grid is being run already; wait for that run or stop it") from None
     return lock
-
-
-def memory_mib() -> int:
-    """Return the memory of this computer, or what a container leaves of it."""
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return (pages if text == "max" else min(pages, int(text))) // 2**20
 
 
 def settings(profile: Path, given: list[str]) -> list[str]:
@@ -147,6 +139,10 @@ def build(target: str, layout: Layout, configured: list[str], options: list[str]
     plan = read_plan(layout)
     with hold_lock(Path(".snakemake") / f"{layout.grid}.lock") as lock:
         before = _age(layout.index)
+        if {"-n", "--dry-run", "--dryrun"} & set(options):
+            status = snakemake(target, configured, options, lock)
+            print(f"Nothing was run: {len(plan['cells'])} cells are planned")
+            return status
         try:
             status = snakemake(target, configured, options, lock)
         finally:
@@ -156,9 +152,7 @@ def build(target: str, layout: Layout, configured: list[str], options: list[str]
         print(f"What ran and what failed: {table}", file=sys.stderr)
         return 1
     what = "book" if layout.grid == BOOK_GRID else f"{layout.grid} book"
-    if {"-n", "--dry-run", "--dryrun"} & set(options):
-        print(f"Nothing was run: {len(plan['cells'])} cells are planned")
-    elif target == "executed":
+    if target == "executed":
         print(f"Every cell is executed: {layout.executed}")
     elif _age(layout.index) == before:
         print(f"Nothing to do: the {what} is up to date at {layout.index.resolve().as_uri()}")

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from attempts import attempt
 from cells import KERNEL_DIED, last_error, problems, stop_with_parent
-from gpus import held_gpus
+from machine import held_gpus
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cells import stop_with_parent
-from gpus import held_gpus
+from machine import held_gpus
 
 from pai_utils.files import write_atomically
 from pai_utils.needs import Need, make

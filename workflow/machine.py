@@ -1,7 +1,7 @@
-"""One GPU of a computer for each process that asks, for as long as the process lives.
+"""What this computer has: its memory, and its GPUs for processes that ask for one.
 
-A scheduler such as SLURM gives every job its own GPUs. On one computer without any, a file for each
-GPU is locked by the process that uses it; locks end with their process, however it ends.
+A scheduler such as SLURM gives every job its own GPUs. On one computer without any, a file for
+each GPU is locked by the process that uses it; locks end with their process, however it ends.
 """
 
 import fcntl
@@ -14,6 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def memory_mib() -> int:
+    """Return the memory of this computer, or what a container leaves of it."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return (pages if text == "max" else min(pages, int(text))) // 2**20
 
 
 def gpus() -> list[str]:

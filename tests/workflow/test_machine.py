@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from gpus import gpus, held_gpus
+from machine import gpus, held_gpus
 
 
 @pytest.fixture(autouse=True)
