@@ -3,7 +3,8 @@
 Every row is judged by a rule that stands beside it, on tables of other folders of `results/`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ class Judged(NamedTuple):
 
 
 def _interval(row: pd.Series, value: str, low: str, high: str, sign: str = "") -> str:
-    return f"{row[value]:{sign}.2f} ({row[low]:{sign}.2f} to {row[high]:{sign}.2f})"
+    form = f"{sign}z.2f"  # z: no "-0.00"
+    return f"{row[value]:{form}} ({row[low]:{form}} to {row[high]:{form}})"
 
 
 def _at(table: pd.DataFrame, value: str, low: str, high: str, sign: str = "") -> str:
@@ -60,7 +62,7 @@ def second_order(results: Path, backbone: str) -> Judged:
     wide = table.pivot(index="sparsity", columns="scorer", values=["retention", "low", "high"])
     kept = wide["retention"][["ggn_diag", "magnitude"]]
     found = ", ".join(
-        f"{sparsity:.0%}: {ours:.2f} against {other:.2f}"
+        f"{sparsity:.0%}: {ours:z.2f} against {other:z.2f}"
         for sparsity, ours, other in zip(
             kept.index, kept["ggn_diag"], kept["magnitude"], strict=True
         )
@@ -86,42 +88,29 @@ def recovery(results: Path, backbone: str) -> Judged:
     return Judged(f"gain in accuracy at the best rate, {found}", _judge(best.held_out_low > 0))
 
 
-def pre_training(results: Path, backbone: str) -> Judged:
-    """The loss rises less, and the quadratic model errs less, than with random weights."""
-    table = _medians(results, backbone)
-    quantities = ["loss increase (nats)", "error of the quadratic model, as a share"]
-    rows = table.loc[quantities]
-    found = "; ".join(
-        f"{quantity}: {row['pre-trained']:.3g} against {row['random']:.3g}"
-        for quantity, row in rows.iterrows()
-    )
-    return Judged(
-        f"pre-trained against random weights, {found}", _judge(rows["pre-trained"] < rows["random"])
-    )
+def pre_training(
+    results: Path, backbone: str, *, quantities: Mapping[str, str], rises: bool
+) -> Judged:
+    """Medians over pairs of tasks are better than with random weights: all of them, some.
 
-
-def alike(results: Path, backbone: str) -> Judged:
-    """Eigenspaces, diagonals and masks of two tasks agree more than with random weights."""
-    table = _medians(results, backbone)
-    quantities = [
-        "overlap of masks above chance",
-        "overlap of top eigenspaces",
-        "rank correlation of diagonals",
-    ]
-    rows = table.loc[quantities]
-    found = "; ".join(
-        f"{quantity}: {row['pre-trained']:.2f} against {row['random']:.2f}"
-        for quantity, row in rows.iterrows()
-    )
-    return Judged(
-        f"pre-trained against random weights, {found}", _judge(rows["pre-trained"] > rows["random"])
-    )
-
-
-def _medians(results: Path, backbone: str) -> pd.DataFrame:
+    Args:
+        results: the folder of stored results.
+        backbone: its name.
+        quantities: names in `compared.csv`, each with the format of its numbers.
+        rises: whether more is better, instead of less.
+    """
     path = results / "landscape" / f"landscape_analysis-{backbone}" / "compared.csv"
-    table = pd.read_csv(path)
-    return table.pivot_table(index="quantity", columns="weights", values="value", aggfunc="median")
+    medians = pd.read_csv(path).pivot_table(
+        index="quantity", columns="weights", values="value", aggfunc="median"
+    )
+    rows = medians.loc[list(quantities)]
+    found = "; ".join(
+        f"{quantity}: {row['pre-trained']:{quantities[quantity]}} against "
+        f"{row['random']:{quantities[quantity]}}"
+        for quantity, row in rows.iterrows()
+    )
+    gain = (rows["pre-trained"] - rows["random"]) * (1 if rises else -1)
+    return Judged(f"pre-trained against random weights, {found}", _judge(gain > 0))
 
 
 def quadratic(results: Path, backbone: str) -> Judged:
@@ -147,8 +136,23 @@ CLAIMS: dict[str, Callable[[Path, str], Judged]] = {
     "Second-order masks keep more of unseen tasks than magnitude": second_order,
     "Fine-tuning on the source recovers unseen tasks (P2)": recovery,
     "Around the weights the loss is quadratic": quadratic,
-    "Pre-training makes the landscape favourable": pre_training,
-    "Pre-training makes tasks alike": alike,
+    "Pre-training makes the landscape favourable": partial(
+        pre_training,
+        quantities={
+            "loss increase (nats)": "z.3g",
+            "error of the quadratic model, as a share": "z.3g",
+        },
+        rises=False,
+    ),
+    "Pre-training makes tasks alike": partial(
+        pre_training,
+        quantities={
+            "overlap of masks above chance": "z.2f",
+            "overlap of top eigenspaces": "z.2f",
+            "rank correlation of diagonals": "z.2f",
+        },
+        rises=True,
+    ),
     "Score of the features and repair without training": repair,
 }
 

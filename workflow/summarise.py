@@ -318,7 +318,7 @@ def _with_interval(
 ) -> "pd.Series[str]":
     """Each value with its interval in brackets, where there is one."""
     texts = [
-        f"{v:.2f}" if pd.isna(a) else f"{v:.2f} ({a:.2f} to {b:.2f})"
+        f"{v:z.2f}" if pd.isna(a) else f"{v:z.2f} ({a:z.2f} to {b:z.2f})"  # no "-0.00"
         for v, a, b in zip(value, low, high, strict=True)
     ]
     return pd.Series(texts, index=value.index)

@@ -53,3 +53,40 @@ def test_recovery_is_judged_by_its_interval_at_the_best_rate(tmp_path: Path) -> 
     (row,) = claims(tmp_path, BACKBONES).to_dict("records")
     assert row["verdict"] == "in part"
     assert "pruned at 50%: +0.10 (+0.09 to +0.11); pruned at 70%: -0.10" in row["measured"]
+
+
+def test_a_small_loss_is_no_negative_zero(tmp_path: Path) -> None:
+    path = tmp_path / "recovery" / "finetune_recovery-small" / "gains.csv"
+    _store(
+        path,
+        [{"start": "repaired", "sparsity": 0.7, "penalty": "none", "held_out_gain": -0.001,
+          "held_out_low": -0.012, "held_out_high": -0.004}],
+    )  # fmt: skip
+    (row,) = claims(tmp_path, BACKBONES).to_dict("records")
+    assert row["measured"].endswith("repaired at 70%: +0.00 (-0.01 to +0.00)")
+    assert row["verdict"] == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("increase", "overlap", "verdicts"),
+    [(1.0, 0.3, ["reproduced", "in part"]), (3.0, 0.1, ["in part", "not reproduced"])],
+)
+def test_pre_training_is_judged_by_less_of_one_thing_and_more_of_another(
+    increase: float, overlap: float, verdicts: list[str], tmp_path: Path
+) -> None:
+    values = {
+        "loss increase (nats)": (increase, 2.0),
+        "error of the quadratic model, as a share": (0.4, 0.5),
+        "overlap of masks above chance": (overlap, 0.2),
+        "overlap of top eigenspaces": (0.01, 0.02),
+        "rank correlation of diagonals": (0.5, 0.6),
+    }
+    rows: list[dict[str, object]] = [
+        {"quantity": quantity, "weights": weights, "value": value}
+        for quantity, pair in values.items()
+        for weights, value in zip(("pre-trained", "random"), pair, strict=True)
+    ]
+    _store(tmp_path / "landscape" / "landscape_analysis-small" / "compared.csv", rows)
+    table = claims(tmp_path, BACKBONES)
+    assert table.verdict.to_list() == verdicts
+    assert f"loss increase (nats): {increase:.3g} against 2;" in table.measured[0]
