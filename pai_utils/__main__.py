@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from pai_utils.runs import NotebookConfig
+    from pai_utils.runs import RunConfig
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 # What notebooks import to be run, and the extra that installs it.
@@ -206,7 +206,7 @@ def _read_value(text: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
-def _validate(path: Path, values: Mapping[str, Any]) -> NotebookConfig:
+def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
     """The notebook's parameters with ``values`` in place of its own."""
     from pai_utils.runs import read_parameters
 

@@ -642,7 +642,7 @@ def load_backbone(
             and may not be fetched.
         ConnectionError: the publisher or the hub cannot be reached.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     _check_seed(seed)
     if image_size is not None:
         _check_image_size(image_size)
@@ -730,8 +730,12 @@ def _load_clip(
     )
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
-    """Name a device that exists."""
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Name a device that exists: of ``"auto"`` CUDA if there is any, else the CPU.
+
+    Raises:
+        ValueError: if it is unknown or not available here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pai_utils import runs
-from pai_utils.runs import NotebookConfig
+from pai_utils.runs import RunConfig
 from pai_utils.scorers import SCORERS
 from pai_utils.sources import IMAGE_SETS, task_of
 
@@ -82,7 +82,7 @@ class Need:
         return [replace(self, kind="head", source=task, **plain) for task in self.tasks[:1]]
 
 
-def needs(config: NotebookConfig) -> list[Need]:
+def needs(config: RunConfig) -> list[Need]:
     """What a run with these parameters reads from a shared folder, if it is there.
 
     Those of the pre-trained encoder only: encoders without pre-training, pruned and fine-tuned
@@ -222,10 +222,15 @@ def _scorer_atlas(config: runs.ScorerAtlasConfig) -> Iterator[Need]:
     yield from _heads(config, config.sources)  # but no scores: what they cost is measured
 
 
-_LISTS: dict[type[NotebookConfig], Callable[[Any], Iterator[Need]]] = {
+def _worked_examples(config: runs.WorkedExamplesConfig) -> Iterator[Need]:
+    yield from ()  # no encoder
+
+
+_LISTS: dict[type[RunConfig], Callable[[Any], Iterator[Need]]] = {
     runs.PrunePerTaskConfig: _prune_per_task,
     runs.ZeroShotRetentionConfig: _zero_shot_retention,
     runs.FinetuneRecoveryConfig: _finetune_recovery,
     runs.LandscapeAnalysisConfig: _landscape_analysis,
     runs.ScorerAtlasConfig: _scorer_atlas,
+    runs.WorkedExamplesConfig: _worked_examples,
 }

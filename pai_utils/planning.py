@@ -24,7 +24,7 @@ from pai_utils.compensation import COMPENSATION_SAMPLES, parse_compensation
 from pai_utils.datasets import DATASETS
 from pai_utils.execution import progress
 from pai_utils.needs import Need
-from pai_utils.runs import NotebookConfig
+from pai_utils.runs import NotebookConfig, RunConfig
 from pai_utils.scorers import SCORERS
 from pai_utils.sources import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
 from pai_utils.tasks import check_size, part_sizes
@@ -62,7 +62,7 @@ class _Work:
         self.forwards += (1 + _BACKWARD) * images
 
 
-def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS) -> pd.DataFrame:
+def plan(cells: Mapping[str, RunConfig], *, tflops: float = DEFAULT_TFLOPS) -> pd.DataFrame:
     """Estimate every cell of a grid.
 
     Args:
@@ -73,7 +73,8 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
         One row a cell: `cell`, `backbone`, `images` (passes of one image, in forwards), `pflop`
         (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks), `pixels_mib`
         (decoded images, shared by the cells of one task and size) and `memory_mib` (of the
-        process, or of a GPU and the process).
+        process, or of a GPU and the process). A notebook that loads no encoder has an empty
+        `backbone`, and its work is not counted.
 
     Raises:
         ValueError: parameters of a notebook that has no estimate, an unknown encoder, more images
@@ -90,6 +91,12 @@ def plan(cells: Mapping[str, NotebookConfig], *, tflops: float = DEFAULT_TFLOPS)
             work = _COUNTS[type(config)](config)
         except ValueError as error:
             raise ValueError(f"cell {name!r}: {error}") from error
+        if not isinstance(config, NotebookConfig):
+            rows.append(
+                {"cell": name, "backbone": "", "images": 0.0, "pflop": 0.0, "hours": 0.0}
+                | {"results_mib": _FIGURES_MIB, "pixels_mib": 0.0, "memory_mib": _LIBRARIES_MIB}
+            )
+            continue
         encoder = _encoder(config.backbone, config.image_size)
         flop = work.forwards * encoder.forward_flop
         images = sum(sum(_sizes(task, config).values()) for task in _tasks(config))
@@ -130,9 +137,10 @@ def plan_need(need: Need, *, tflops: float = DEFAULT_TFLOPS) -> dict[str, float]
     }
 
 
-def downloads(cells: Iterable[NotebookConfig]) -> dict[str, int]:
+def downloads(cells: Iterable[RunConfig]) -> dict[str, int]:
     """The data sets on disk that runs need, each once, with their megabytes."""
-    names = dict.fromkeys(name for config in cells for name in _tasks(config))
+    encoders = [config for config in cells if isinstance(config, NotebookConfig)]
+    names = dict.fromkeys(name for config in encoders for name in _tasks(config))
     return {name: DATASETS[name].megabytes for name in names if name in DATASETS}
 
 
@@ -374,10 +382,15 @@ def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:
     return work
 
 
-_COUNTS: dict[type[NotebookConfig], Callable[[Any], _Work]] = {
+def _worked_examples(config: runs.WorkedExamplesConfig) -> _Work:
+    return _Work()  # networks of a few weights
+
+
+_COUNTS: dict[type[RunConfig], Callable[[Any], _Work]] = {
     runs.PrunePerTaskConfig: _prune_per_task,
     runs.ZeroShotRetentionConfig: _zero_shot_retention,
     runs.FinetuneRecoveryConfig: _finetune_recovery,
     runs.LandscapeAnalysisConfig: _landscape_analysis,
     runs.ScorerAtlasConfig: _scorer_atlas,
+    runs.WorkedExamplesConfig: _worked_examples,
 }

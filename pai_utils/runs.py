@@ -105,18 +105,11 @@ _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "
 _KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
-class NotebookConfig(BaseModel):
+class RunConfig(BaseModel):
     """Parameters common to all notebooks. Subclasses add their own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    backbone: str
-    image_size: Positive | None = None  # None: the backbone's own
-    pretrained: bool = True
-    train_size: Positive | None = None  # images a task; None: all
-    test_size: Positive | None = None
-    samples: Positive | None = 256  # images a score; None: all
-    batch_size: Positive = 64
     device: str = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = Field(min_length=1)
@@ -160,7 +153,27 @@ class NotebookConfig(BaseModel):
             ) from error
 
 
-def read_parameters(notebook: Path, values: Mapping[str, Any]) -> NotebookConfig:
+class NotebookConfig(RunConfig):
+    """Parameters common to the notebooks that load an encoder."""
+
+    backbone: str
+    image_size: Positive | None = None  # None: the backbone's own
+    pretrained: bool = True
+    train_size: Positive | None = None  # images a task; None: all
+    test_size: Positive | None = None
+    samples: Positive | None = 256  # images a score; None: all
+    batch_size: Positive = 64
+
+
+class WorkedExamplesConfig(RunConfig):
+    """Parameters of the notebook ``worked_examples``, whose networks are its own."""
+
+    fractions: list[Fraction] = Field(min_length=2)  # of the pruning step
+    correlation: Annotated[float, Field(gt=0, lt=1)]  # of two weights' effects
+    draws: Positive = 100  # labels a sample, where they are drawn from the model
+
+
+def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunConfig:
     """A notebook's parameters with ``values`` in place of its own, by its own schema; nothing runs.
 
     Args:
@@ -185,7 +198,7 @@ def read_parameters(notebook: Path, values: Mapping[str, Any]) -> NotebookConfig
 
 
 @cache  # a grid reads one notebook for thousands of cells
-def _schema_and_defaults(text: str) -> tuple[type[NotebookConfig], dict[str, Any]]:
+def _schema_and_defaults(text: str) -> tuple[type[RunConfig], dict[str, Any]]:
     """What checks a notebook's parameters, and the values it sets itself, from its file's text.
 
     Raises:
@@ -206,7 +219,7 @@ def _schema_and_defaults(text: str) -> tuple[type[NotebookConfig], dict[str, Any
             "pai_utils.runs.<Name>Config.from_notebook(globals())"
         )
     schema = globals().get(names[0])
-    if not (isinstance(schema, type) and issubclass(schema, NotebookConfig)):
+    if not (isinstance(schema, type) and issubclass(schema, RunConfig)):
         raise ValueError(f"checks its parameters by {names[0]}, which pai_utils lacks")
     return schema, _assignments(tagged[0])
 
@@ -571,7 +584,7 @@ class Run:
         config: its validated parameters; ``config.out`` is the folder, made if needed.
     """
 
-    def __init__(self, name: str, config: NotebookConfig) -> None:
+    def __init__(self, name: str, config: RunConfig) -> None:
         self.name = name
         self.config = config
         self.folder = Path(config.out)
@@ -595,8 +608,10 @@ class Run:
             stage: what was done after pruning, where the table has no such column.
 
         Raises:
-            ValueError: as :func:`check_results`.
+            ValueError: as :func:`check_results`, or for a notebook that loads no encoder.
         """
+        if not isinstance(self.config, NotebookConfig):
+            raise ValueError(f"results are those of an encoder, and {self.name} loads none")
         rows = table[table.scorer != "dense"]
         rows = rows.assign(
             cell=self.folder.resolve().name,

@@ -10,17 +10,17 @@ import pai_utils as pai
 from pai_utils import shared
 from pai_utils.evaluation import protocol_gap, retention_sweep
 from pai_utils.needs import Need, make, needs
-from pai_utils.runs import NotebookConfig, ZeroShotRetentionConfig, read_parameters
+from pai_utils.runs import NotebookConfig, RunConfig, ZeroShotRetentionConfig, read_parameters
 from pai_utils.shared import keeping, used_files
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-def _config(notebook: str, **values: Any) -> NotebookConfig:
+def _config(notebook: str, **values: Any) -> RunConfig:
     return read_parameters(NOTEBOOKS / f"{notebook}.ipynb", values)
 
 
-def _listed(config: NotebookConfig, kind: str) -> list[tuple[str, str, int, int | None]]:
+def _listed(config: RunConfig, kind: str) -> list[tuple[str, str, int, int | None]]:
     return [(n.source, n.scorer, n.seed, n.samples) for n in needs(config) if n.kind == kind]
 
 
@@ -109,6 +109,10 @@ def test_the_atlas_measures_scores_and_so_shares_none() -> None:
 )
 def test_each_notebook_lists_its_scores(notebook: str, values: dict[str, Any], scores: int) -> None:
     assert len(_listed(_config(notebook, **values), "scores")) == scores
+
+
+def test_a_notebook_without_an_encoder_shares_nothing() -> None:
+    assert needs(_config("worked_examples")) == []
 
 
 def test_names_tell_needs_apart_and_say_what_they_are() -> None:

@@ -128,6 +128,15 @@ def test_every_notebook_is_counted(config: runs.NotebookConfig, images: float) -
     assert plan({"a": config}).images[0] == pytest.approx(images)
 
 
+def test_a_notebook_without_an_encoder_is_planned_beside_others() -> None:
+    examples = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.9, out="x")
+    cells = {"examples": examples, "mine": retention(targets=["digits", "MNIST"])}
+    first, second = plan(cells).to_dict("records")
+    assert (first["backbone"], first["images"], first["hours"]) == ("", 0, 0)
+    assert 0 < first["memory_mib"] < second["memory_mib"]
+    assert list(downloads(cells.values())) == ["MNIST"]
+
+
 def test_parts_are_those_that_loading_makes(tmp_path: Path) -> None:
     for label in "ab":
         (tmp_path / label).mkdir()

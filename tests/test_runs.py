@@ -445,6 +445,14 @@ def test_a_run_writes_results_without_the_dense_rows(tmp_path: Path) -> None:
     assert row["held_out"] is True
 
 
+def test_results_need_an_encoder(tmp_path: Path) -> None:
+    config = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.9, out=str(tmp_path))
+    with pytest.raises(ValueError, match="results are those of an encoder, and worked_examples"):
+        runs.Run("worked_examples", config).write_results(_result())
+    with pytest.raises(ValueError, match="unknown parameter 'backbone'. Choose from: device"):
+        runs.WorkedExamplesConfig.from_notebook({"backbone": "efficientnet_lite0", "out": "x"})
+
+
 def test_a_record_is_checked_when_it_is_read(tmp_path: Path) -> None:
     config = PrunePerTaskConfig(
         backbone="b", sources=["digits", "photos"], scorers=["snip"], sparsity=0.5,

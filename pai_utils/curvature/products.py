@@ -572,3 +572,26 @@ def _gradients(
 def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     """Inner product over all names, in float64."""
     return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
+
+
+def dense_matrix(operator: Operator) -> Tensor:
+    """All entries of a matrix that is known by its products, for a handful of weights.
+
+    Args:
+        operator: of m weights in all; it is asked for m products.
+
+    Returns:
+        ``[m, m]``, rows and columns in the order of the operator's flattened parameters.
+    """
+    parameters = operator.parameters
+    sizes = [value.numel() for value in parameters.values()]
+    like = next(iter(parameters.values()))
+    columns = []
+    for unit in torch.eye(sum(sizes), dtype=like.dtype, device=like.device):
+        vector = {
+            name: part.view(value.shape)
+            for part, (name, value) in zip(unit.split(sizes), parameters.items(), strict=True)
+        }
+        product = operator(vector)
+        columns.append(torch.cat([product[name].flatten() for name in parameters]))
+    return torch.stack(columns, 1)

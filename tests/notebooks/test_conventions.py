@@ -39,7 +39,7 @@ def test_first_code_cell_alone_is_the_parameters_cell(path: Path) -> None:
     assert tagged == [True] + [False] * (len(tagged) - 1)
 
 
-def test_parameters_are_plain_values_and_one_is_the_out_folder(path: Path) -> None:
+def test_parameters_are_plain_values_and_name_the_out_folder_and_the_encoder(path: Path) -> None:
     names = []
     for statement in ast.parse(_code(path)[0].source).body:
         assert isinstance(statement, ast.Assign), ast.unparse(statement)
@@ -48,7 +48,9 @@ def test_parameters_are_plain_values_and_one_is_the_out_folder(path: Path) -> No
         ast.literal_eval(statement.value)
         names.append(target.id)
     assert len(names) == len(set(names))
-    assert {"backbone", "out"} <= set(names)
+    assert "out" in names
+    loads = any("load_backbone" in cell.source for cell in _code(path))
+    assert ("backbone" in names) == loads
 
 
 def test_second_code_cell_checks_the_parameters_before_anything_else(path: Path) -> None:
