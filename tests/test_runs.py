@@ -449,7 +449,7 @@ def test_results_need_an_encoder(tmp_path: Path) -> None:
     config = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.9, out=str(tmp_path))
     with pytest.raises(ValueError, match="results are those of an encoder, and worked_examples"):
         runs.Run("worked_examples", config).write_results(_result())
-    with pytest.raises(ValueError, match="unknown parameter 'backbone'. Choose from: device"):
+    with pytest.raises(ValueError, match="unknown parameter 'backbone'"):
         runs.WorkedExamplesConfig.from_notebook({"backbone": "efficientnet_lite0", "out": "x"})
 
 
