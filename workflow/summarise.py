@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
+from answers import Stored, answers
 from cells import commit_of
 from claims import claims
 
@@ -335,14 +336,33 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     return table[[*(name for name in table if name not in long), *long]]
 
 
+def stored_in(results: Path, left: pd.DataFrame) -> Stored:
+    """What answers are made of.
+
+    Args:
+        results: the folder of stored results.
+        left: as from :func:`repaired`.
+    """
+    return Stored(
+        results=results,
+        backbones=BACKBONES,
+        runs=runs(results),
+        repaired=left,
+        gains=gains(left, results),
+        explorer=explorer(results),
+        claims=claims(results, BACKBONES),
+    )
+
+
 def summarise(results: Path) -> list[Path]:
-    """Write all tables and figures; return their paths."""
+    """Write all tables, figures and answers of chapters; return their paths."""
     left = repaired(results)
+    stored = stored_in(results, left)
     written = []
     for name, table in {
-        "runs": runs(results),
+        "runs": stored.runs,
         "repaired": left,
-        "gains": gains(left, results),
+        "gains": stored.gains,
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
         "recovery": recovery(results),
@@ -351,7 +371,7 @@ def summarise(results: Path) -> list[Path]:
         "weights": weights(results),
         "barriers": _significant(_landscape(results, "barriers")),
         "spectra": _significant(_landscape(results, "spectra")),
-        "claims": claims(results, BACKBONES),
+        "claims": stored.claims,
     }.items():
         if table.empty:
             continue
@@ -359,13 +379,17 @@ def summarise(results: Path) -> list[Path]:
         content = _shown(table).to_csv(index=False, float_format="%.2f")
         write_atomically(path, content.encode())
         written.append(path)
-    pairs = explorer(results)
+    pairs = stored.explorer
     if not pairs.empty:
         path = results / "summary" / "explorer.html"
         # As an inert script, since a page opened from disk may not fetch a file.
         text = pairs.to_csv(index=False, float_format="%.3g")
         content = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
         write_atomically(path, content.encode())
+        written.append(path)
+    for chapter, text in answers(stored).items():
+        path = results / "summary" / "answers" / f"{chapter}.txt"
+        write_atomically(path, text.encode())
         written.append(path)
     for backbone in BACKBONES:
         for name, source, draw in (

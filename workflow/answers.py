@@ -1,0 +1,266 @@
+"""The answer at the head of a chapter, in numbers from the stored results.
+
+`answers(stored)` gives a paragraph for each chapter whose numbers come from `results/`;
+`summarise.py` writes them to `results/summary/answers/`, where the chapters include them. Chapters
+on the book's own runs take their numbers from the executed notebooks instead.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from claims import BEYOND, KEPT, NOT, PARTLY, REPRODUCED
+
+from pai_utils.evaluation import retention_verdict
+
+FURTHER_BACKBONES = {"efficientnet_lite2": "EfficientNet-Lite2", "mobilenetv2": "MobileNetV2"}
+PAPERS_SCORE = "ggn_diag"
+
+
+class Stored(NamedTuple):
+    """The folder of results, and what `summarise.py` has set side by side of it."""
+
+    results: Path
+    backbones: dict[str, str]  # labels by name
+    runs: pd.DataFrame
+    repaired: pd.DataFrame
+    gains: pd.DataFrame
+    explorer: pd.DataFrame
+    claims: pd.DataFrame
+
+
+def answers(stored: Stored) -> dict[str, str]:
+    """A paragraph for each chapter; chapters of what is not stored are left out."""
+    found = {}
+    for chapter, answer in ANSWERS.items():
+        try:
+            found[chapter] = f"**Answer.** {answer(stored)}\n"
+        except (FileNotFoundError, KeyError):  # no table, or not with these rows
+            continue
+    return found
+
+
+def scorer_atlas(stored: Stored) -> str:
+    """The best score at each sparsity, the costs, and how far masks agree."""
+    return " ".join(_atlas(stored.results, *item) for item in stored.backbones.items())
+
+
+def _atlas(results: Path, backbone: str, label: str) -> str:
+    folder = results / "atlas" / f"scorer_atlas-{backbone}"
+    left = pd.read_csv(folder / "left.csv")
+    left = left[left.tasks == "held-out"]
+    best = left.loc[left.groupby("sparsity").retention.idxmax()]
+    kept = _listed(
+        f"at {row.sparsity:.0%} sparsity by `{row.scorer}`, {_interval(row)}"
+        for _, row in best.iterrows()
+    )
+    cost = pd.read_csv(folder / "costs.csv").set_index("scorer").fb
+    dearest = cost.idxmax()
+    scorers = [name for name in cost.index if name != "random"]
+    overlap, chance = (
+        pd.read_csv(folder / f"{name}.csv", index_col="scorer").loc[scorers, scorers]
+        for name in ("overlap_scorers", "overlap_scorers_chance")
+    )
+    pairs = np.triu_indices(len(overlap), 1)
+    return (
+        f"On {label}, the highest retention on held-out tasks is left {kept}. The paper's score, "
+        f"`{PAPERS_SCORE}`, costs {cost[PAPERS_SCORE]:.1f} forward and backward passes (FB), the "
+        f"dearest, `{dearest}`, {cost[dearest]:.0f}. Masks of two scores share "
+        f"{np.median(overlap.to_numpy()[pairs]):.2f} of the weights that either keeps, in the "
+        f"median over pairs; by chance it would be {np.median(chance.to_numpy()[pairs]):.2f}."
+    )
+
+
+def real_data(stored: Stored) -> str:
+    """Where second-order masks keep enough, and what others keep, encoder by encoder."""
+    enough, lines = {}, []
+    for backbone, label in (stored.backbones | FURTHER_BACKBONES).items():
+        path = stored.results / "real" / f"zero_shot_retention-{backbone}" / "held_out.csv"
+        if not path.is_file():
+            continue
+        table = pd.read_csv(path)
+        own = retention_verdict(table, PAPERS_SCORE, threshold=KEPT).sort_values("sparsity")
+        kept = own[own.verdict == "kept"].sparsity
+        enough[label] = f"up to {kept.max():.0%} on {label}" if len(kept) else ""
+        others = _listed(
+            f"{name} ones {_series(retention_verdict(table, name, threshold=KEPT))}"
+            for name in ("magnitude", "random")
+        )
+        sparsities = _listed(f"{sparsity:.0%}" for sparsity in own.sparsity)
+        lines.append(
+            f"- {label}: at {sparsities} sparsity second-order masks keep {_series(own)}, {others}."
+        )
+    if not lines:
+        raise FileNotFoundError("no run on real data sets is stored")
+    somewhere = _listed(text for text in enough.values() if text)
+    nowhere = _listed(label for label, text in enough.items() if not text)
+    return (
+        f"Second-order masks keep {KEPT:.0%} of what held-out tasks have above chance "
+        + (somewhere or "nowhere")
+        + (f"; on {nowhere} at no sparsity measured" if somewhere and nowhere else "")
+        + ".\n\n"
+        + "\n".join(lines)
+    )
+
+
+def repair(stored: Stored) -> str:
+    """The best repaired mask beside the best published score, and the spread over sources."""
+    kinds = stored.repaired["tasks"]
+    embedded, larger = (stored.repaired[kinds == kind] for kind in ("embedded", "larger"))
+    sentences = []
+    for sparsity, rows in stored.gains.groupby("sparsity"):
+        parts = []
+        for _, row in rows.iterrows():
+            own = embedded[
+                (embedded.encoder == row.encoder)
+                & (embedded.sparsity == sparsity)
+                & (embedded.method == row["best here"])
+            ].iloc[0]
+            other = larger[
+                (larger.encoder == row.encoder)
+                & (larger.sparsity == sparsity)
+                & (larger.method == row["best here"])
+            ]
+            also = f", and {other.iloc[0].retention:z.2f} on larger data sets" if len(other) else ""
+            parts.append(
+                f"on {row.encoder} `{row['best here']}` keeps {_interval(own)} of the accuracy "
+                f"above chance of unseen tasks{also}, where the best published score, "
+                f"`{row['best published']}`, keeps {row['its retention']:z.2f}"
+            )
+        sentences.append(f"At {sparsity:.0%} sparsity, {'; '.join(parts)}.")
+    highest = stored.gains[stored.gains.sparsity == stored.gains.sparsity.max()]
+    spread = []
+    for backbone, label in stored.backbones.items():
+        path = stored.results / "retention" / f"zero_shot_retention-{backbone}" / "held_out.csv"
+        table = pd.read_csv(path)
+        best = highest.set_index("encoder").loc[label]
+        table = table[(table.scorer == best["best here"]) & (table.sparsity == best.sparsity)]
+        ends = table.sort_values("retention").iloc[[0, -1]]
+        low, high = (
+            f"{row.retention:z.2f} around {row.source.split('+')[0]}" for _, row in ends.iterrows()
+        )
+        spread.append(f"from {low} to {high} on {label}")
+    return " ".join(sentences) + f" By source, the last are {_listed(spread)}."
+
+
+def explorer(stored: Stored) -> str:
+    """How many retentions there are, and their medians with and without a repair."""
+    pairs = stored.explorer
+    held_out = pairs[pairs["task"] == "held-out"]
+    repaired = held_out.repair != "none"
+    medians = []
+    for sparsity in sorted(set(held_out[repaired].sparsity) & set(held_out[~repaired].sparsity)):
+        here = held_out.sparsity == sparsity
+        alone, mended = (held_out[here & which].retention for which in (~repaired, repaired))
+        medians.append(
+            f"At {sparsity:.0%} sparsity a mask alone keeps {alone.median():z.2f} of a held-out "
+            f"task in the median ({len(alone)} pairs of source and task, all scores), a repaired "
+            f"one {mended.median():z.2f} ({len(mended)} pairs)."
+        )
+    runs = pairs.groupby(["grid", "backbone", "variant"]).ngroups
+    counts = [
+        f"{pairs[column].nunique()} {name}"
+        for column, name in (("backbone", "encoders"), ("scorer", "scores"))
+    ]
+    return f"There are {len(pairs):,} retentions of {runs} runs, {_listed(counts)}. " + " ".join(
+        medians
+    )
+
+
+def benchmarks(stored: Stored) -> str:
+    """What was measured against the targets, and which of them are not met."""
+    table = pd.read_csv(stored.results / "benchmarks" / "cpu" / "page" / "targets.csv")
+    measured = {name: rows.measured for name, rows in table.groupby("target")}
+    peers = table[table.target.str.startswith("times faster than the fastest correct peer")]
+    first, further = (
+        _range(measured[f"{which} Hessian product, time in FB"]) for which in ("first", "further")
+    )
+    rank_one = measured["block_fisher, times faster than the rank-one recursion"]
+    missed = table[table.met == "no"]
+    return (
+        "In forward and backward passes (FB), the diagonal of the Gauss–Newton matrix costs "
+        f"{_range(measured['diagonal of the GGN, time in FB'])}, by network, which is "
+        f"{_range(peers.measured)} times as fast as the fastest correct routine of another "
+        f"package; a first product with the Hessian costs {first}, a further one {further}. Rank-one "
+        f"updates of Fisher blocks take {rank_one.iloc[0]:.0f} times as long as one factorisation. "
+        f"Of {len(table)} targets {len(table) - len(missed)} are met"
+        + (
+            "; not met are: "
+            + "; ".join(
+                f"{row.target}, on {row.on} ({row.measured:.2f}, "
+                + (
+                    f"at least {row['at least']:.2f})"
+                    if pd.notna(row["at least"])
+                    else f"at most {row['at most']:.2f})"
+                )
+                for _, row in missed.iterrows()
+            )
+            if len(missed)
+            else ""
+        )
+        + "."
+    )
+
+
+def claims(stored: Stored) -> str:
+    """How many of the paper's claims were reproduced on each encoder."""
+    judged = stored.claims[stored.claims["verdict"] != BEYOND]
+    counts = []
+    for encoder, rows in judged.groupby("encoder", sort=False):
+        verdicts = _listed(
+            f"{(rows.verdict == verdict).sum()} {verdict}" for verdict in (REPRODUCED, PARTLY, NOT)
+        )
+        counts.append(f"of {len(rows)} claims {verdicts} on {encoder}")
+    return (
+        f"{_capitalised(_listed(counts))}. The table gives the numbers behind each; they are read "
+        "from the stored runs, and each verdict follows from them by the rule below, not by hand."
+    )
+
+
+def status(stored: Stored) -> str:
+    """How many larger runs there are, and what they took."""
+    runs = stored.runs
+    minutes, days = runs["minutes"], runs["started, UTC"].str[:10]
+    return (
+        f"The larger results come from {len(runs)} runs, which took {minutes.sum() / 60:.1f} hours "
+        f"in all, {minutes.max():.0f} minutes the longest, and at most "
+        f"{runs['memory, MiB'].max() / 1024:.1f} GiB of memory. They were started from "
+        f"{days.min()} to {days.max()}. What the book itself ran is in the first table; its last "
+        "column says what went wrong."
+    )
+
+
+ANSWERS: dict[str, Callable[[Stored], str]] = {
+    "scorer_atlas": scorer_atlas,
+    "real_data": real_data,
+    "repair": repair,
+    "explorer": explorer,
+    "benchmarks": benchmarks,
+    "claims": claims,
+    "status": status,
+}
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row.retention:z.2f} ({row.low:z.2f} to {row.high:z.2f})"
+
+
+def _series(verdicts: pd.DataFrame) -> str:
+    """Retentions in the order of the sparsities."""
+    return _listed(f"{value:z.2f}" for value in verdicts.sort_values("sparsity").retention)
+
+
+def _range(values: "pd.Series[float]") -> str:
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *others, last = list(texts) or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
