@@ -83,7 +83,7 @@ def real_data(stored: Stored) -> str:
         table = pd.read_csv(path)
         own = retention_verdict(table, PAPERS_SCORE, threshold=KEPT).sort_values("sparsity")
         kept = own[own.verdict == "kept"].sparsity
-        enough[label] = f"up to {kept.max():.0%} on {label}" if len(kept) else ""
+        enough[label] = f"up to {kept.max():.0%} sparsity on {label}" if len(kept) else ""
         others = _listed(
             f"{name} ones {_series(retention_verdict(table, name, threshold=KEPT))}"
             for name in ("magnitude", "random")
@@ -108,28 +108,29 @@ def real_data(stored: Stored) -> str:
 def repair(stored: Stored) -> str:
     """The best repaired mask beside the best published score, and the spread over sources."""
     kinds = stored.repaired["tasks"]
-    embedded, larger = (stored.repaired[kinds == kind] for kind in ("embedded", "larger"))
+    embedded, larger = (
+        stored.repaired[kinds == kind].set_index(["encoder", "sparsity", "method"])
+        for kind in ("embedded", "larger")
+    )
     sentences = []
     for sparsity, rows in stored.gains.groupby("sparsity"):
         parts = []
         for _, row in rows.iterrows():
-            own = embedded[
-                (embedded.encoder == row.encoder)
-                & (embedded.sparsity == sparsity)
-                & (embedded.method == row["best here"])
-            ].iloc[0]
-            other = larger[
-                (larger.encoder == row.encoder)
-                & (larger.sparsity == sparsity)
-                & (larger.method == row["best here"])
-            ]
-            also = f", and {other.iloc[0].retention:z.2f} on larger data sets" if len(other) else ""
-            parts.append(
-                f"on {row.encoder} `{row['best here']}` keeps {_interval(own)} of the accuracy "
-                f"above chance of unseen tasks{also}, where the best published score, "
-                f"`{row['best published']}`, keeps {row['its retention']:z.2f}"
+            key = (row.encoder, sparsity, row["best here"])
+            also = (
+                f"{larger.loc[key].retention:z.2f} on larger data sets; "
+                if key in larger.index
+                else ""
             )
-        sentences.append(f"At {sparsity:.0%} sparsity, {'; '.join(parts)}.")
+            parts.append(
+                f"{_interval(embedded.loc[key])} on {row.encoder} ({also}the best published score, "
+                f"`{row['best published']}`, {row['its retention']:z.2f})"
+            )
+        methods = _listed(f"`{name}`" for name in dict.fromkeys(rows["best here"]))
+        sentences.append(
+            f"At {sparsity:.0%} sparsity, {methods} keeps, of the accuracy above chance of tasks "
+            f"that neither the score nor the repair has seen, {_listed(parts)}."
+        )
     highest = stored.gains[stored.gains.sparsity == stored.gains.sparsity.max()]
     spread = []
     for backbone, label in stored.backbones.items():
@@ -142,7 +143,9 @@ def repair(stored: Stored) -> str:
             f"{row.retention:z.2f} around {row.source.split('+')[0]}" for _, row in ends.iterrows()
         )
         spread.append(f"from {low} to {high} on {label}")
-    return " ".join(sentences) + f" By source, the last are {_listed(spread)}."
+    return " ".join(sentences) + (
+        f" It depends on the source: at {highest.sparsity.iloc[0]:.0%}, {_listed(spread)}."
+    )
 
 
 def explorer(stored: Stored) -> str:
@@ -183,8 +186,9 @@ def benchmarks(stored: Stored) -> str:
         "In forward and backward passes (FB), the diagonal of the Gauss–Newton matrix costs "
         f"{_range(measured['diagonal of the GGN, time in FB'])}, by network, which is "
         f"{_range(peers.measured)} times as fast as the fastest correct routine of another "
-        f"package; a first product with the Hessian costs {first}, a further one {further}. Rank-one "
-        f"updates of Fisher blocks take {rank_one.iloc[0]:.0f} times as long as one factorisation. "
+        f"package; a first product with the Hessian costs {first}, a further one {further}. "
+        f"Rank-one updates of Fisher blocks take {rank_one.iloc[0]:.0f} times as long as one "
+        "factorisation. "
         f"Of {len(table)} targets {len(table) - len(missed)} are met"
         + (
             "; not met are: "
@@ -207,15 +211,16 @@ def benchmarks(stored: Stored) -> str:
 def claims(stored: Stored) -> str:
     """How many of the paper's claims were reproduced on each encoder."""
     judged = stored.claims[stored.claims["verdict"] != BEYOND]
-    counts = []
-    for encoder, rows in judged.groupby("encoder", sort=False):
-        verdicts = _listed(
-            f"{(rows.verdict == verdict).sum()} {verdict}" for verdict in (REPRODUCED, PARTLY, NOT)
+    counts = [
+        f"On {encoder}, of {len(rows)} claims: "
+        + ", ".join(
+            f"{verdict} {(rows.verdict == verdict).sum()}" for verdict in (REPRODUCED, PARTLY, NOT)
         )
-        counts.append(f"of {len(rows)} claims {verdicts} on {encoder}")
+        for encoder, rows in judged.groupby("encoder", sort=False)
+    ]
     return (
-        f"{_capitalised(_listed(counts))}. The table gives the numbers behind each; they are read "
-        "from the stored runs, and each verdict follows from them by the rule below, not by hand."
+        f"{'. '.join(counts)}. The table gives the numbers behind each. They are read from the "
+        "stored runs, and each verdict follows from them by the rule below, not by hand."
     )
 
 
@@ -260,7 +265,3 @@ def _listed(texts: Iterable[str]) -> str:
     """`a, b and c`."""
     *others, last = list(texts) or [""]
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]

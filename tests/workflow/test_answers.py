@@ -1,0 +1,173 @@
+"""The answers of chapters say what is stored, and nothing where it is not."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from answers import ANSWERS, Stored, answers
+from summarise import RESULTS, repaired, stored_in
+
+ENCODER = "Small"
+
+
+def _stored(results: Path, **tables: pd.DataFrame) -> Stored:
+    given = {
+        name: tables.get(name, pd.DataFrame())
+        for name in ("runs", "repaired", "gains", "explorer", "claims")
+    }
+    return Stored(results=results, backbones={"small": ENCODER}, **given)
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def test_nothing_stored_gives_no_answers(tmp_path: Path) -> None:
+    assert answers(_stored(tmp_path)) == {}
+
+
+def test_the_books_answers_are_those_of_the_stored_results() -> None:
+    found = answers(stored_in(RESULTS, repaired(RESULTS)))
+    assert set(found) == set(ANSWERS)
+    folder = RESULTS / "summary" / "answers"
+    assert {path.stem: path.read_text("utf-8") for path in folder.iterdir()} == found
+
+
+def test_an_atlas_is_summed_up_by_its_best_scores_costs_and_overlaps(tmp_path: Path) -> None:
+    folder = tmp_path / "atlas" / "scorer_atlas-small"
+    kept = {
+        ("ggn_diag", 0.3): 0.5,
+        ("snip", 0.3): 0.75,
+        ("ggn_diag", 0.5): 0.25,
+        ("snip", 0.5): -0.001,
+    }
+    _write(
+        folder / "left.csv",
+        [
+            {"scorer": scorer, "sparsity": s, "retention": r, "low": r, "high": r, "tasks": tasks}
+            for tasks in ("held-out", "source")
+            for (scorer, s), r in kept.items()
+        ],
+    )
+    costs = {"ggn_diag": 1.25, "snip": 0.96, "px": 2.4, "random": 99.0}
+    _write(folder / "costs.csv", [{"scorer": name, "fb": cost} for name, cost in costs.items()])
+    for name, of_random in (("overlap_scorers", 1.0), ("overlap_scorers_chance", 0.0)):
+        values = {
+            "ggn_diag": [1.0, 0.2, 0.3, of_random], "snip": [0.2, 1.0, 0.9, of_random],
+            "px": [0.3, 0.9, 1.0, of_random], "random": [of_random] * 4,
+        }  # fmt: skip
+        _write(
+            folder / f"{name}.csv",
+            [{"scorer": n, **dict(zip(values, v, strict=True))} for n, v in values.items()],
+        )
+    assert answers(_stored(tmp_path)) == {
+        "scorer_atlas": "**Answer.** On Small, the highest retention on held-out tasks is left at "
+        "30% sparsity by `snip`, 0.75 (0.75 to 0.75) and at 50% sparsity by `ggn_diag`, 0.25 "
+        "(0.25 to 0.25). The paper's score, `ggn_diag`, costs 1.2 forward and backward passes "
+        "(FB), the dearest, `random`, 99. Masks of two scores share 0.30 of the weights that "
+        "either keeps, in the median over pairs; by chance it would be 0.30.\n"
+    }
+
+
+@pytest.mark.parametrize(
+    ("kept", "first"),
+    [
+        ((0.95, 0.92), "chance up to 30% sparsity on Small."),
+        ((0.95, 0.5), "chance up to 10% sparsity on Small."),
+        ((0.6, 0.5), "chance nowhere."),
+    ],
+)
+def test_real_data_are_summed_up_by_the_sparsity_up_to_which_enough_is_kept(
+    kept: tuple[float, float], first: str, tmp_path: Path
+) -> None:
+    values = {"ggn_diag": kept, "magnitude": (0.4, 0.2), "random": (0.1, -0.001)}
+    rows: list[dict[str, object]] = [
+        {"source": "a", "scorer": scorer, "sparsity": s, "retention": r, "low": r, "high": r}
+        for scorer, pair in values.items()
+        for s, r in zip((0.1, 0.3), pair, strict=True)
+    ]
+    _write(tmp_path / "real" / "zero_shot_retention-small" / "held_out.csv", rows)
+    text = answers(_stored(tmp_path))["real_data"]
+    assert text.splitlines()[0].endswith(first)
+    assert text.splitlines()[-1] == (
+        f"- Small: at 10% and 30% sparsity second-order masks keep {kept[0]:.2f} and "
+        f"{kept[1]:.2f}, magnitude ones 0.40 and 0.20 and random ones 0.10 and 0.00."
+    )
+
+
+def test_a_repair_is_set_beside_published_scores_and_followed_over_sources(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"source": source, "scorer": "ours", "sparsity": 0.7, "retention": kept}
+        for source, kept in (("a+a:altered", 0.75), ("b", 0.25), ("c", 0.5))
+    ]
+    _write(tmp_path / "retention" / "zero_shot_retention-small" / "held_out.csv", rows)
+    left = [
+        {"encoder": ENCODER, "tasks": tasks, "method": "ours", "sparsity": 0.7, "retention": kept,
+         "low": kept - 0.1, "high": kept + 0.1}
+        for tasks, kept in (("embedded", 0.5), ("larger", 0.6))
+    ]  # fmt: skip
+    best = {"encoder": ENCODER, "sparsity": 0.7, "best here": "ours", "best published": "snip",
+            "its retention": 0.05}  # fmt: skip
+    stored = _stored(tmp_path, repaired=pd.DataFrame(left), gains=pd.DataFrame([best]))
+    assert answers(stored)["repair"] == (
+        "**Answer.** At 70% sparsity, `ours` keeps, of the accuracy above chance of tasks that "
+        "neither the score nor the repair has seen, 0.50 (0.40 to 0.60) on Small (0.60 on larger "
+        "data sets; the best published score, `snip`, 0.05). It depends on the source: at 70%, "
+        "from 0.25 around b to 0.75 around a on Small.\n"
+    )
+
+
+def test_the_explorer_counts_pairs_with_and_without_a_repair(tmp_path: Path) -> None:
+    columns = ["task", "repair", "sparsity", "retention", "scorer"]
+    pairs = pd.DataFrame(
+        [
+            ["held-out", "none", 0.5, 0.1, "a"], ["held-out", "none", 0.5, 0.3, "b"],
+            ["held-out", "moments", 0.5, 0.8, "a"], ["held-out", "none", 0.9, 0.0, "a"],
+            ["own", "moments", 0.5, 0.9, "a"],
+        ],
+        columns=columns,
+    ).assign(grid="g", backbone=["x", "x", "x", "y", "y"], variant="")  # fmt: skip
+    assert answers(_stored(tmp_path, explorer=pairs))["explorer"] == (
+        "**Answer.** There are 5 retentions of 2 runs, 2 encoders and 2 scores. At 50% sparsity a "
+        "mask alone keeps 0.20 of a held-out task in the median (2 pairs of source and task, all "
+        "scores), a repaired one 0.80 (1 pairs).\n"
+    )
+
+
+def test_targets_that_are_not_met_are_named(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"target": target, "on": "net", "at most": most, "at least": least, "measured": measured,
+         "met": met}
+        for target, most, least, measured, met in (
+            ("diagonal of the GGN, time in FB", 1.5, None, 1.25, "yes"),
+            ("times faster than the fastest correct peer (hooks)", None, 2.5, 2.0, "no"),
+            ("first Hessian product, time in FB", 3.1, None, 2.5, "yes"),
+            ("further Hessian product, time in FB", 2.1, None, 2.25, "no"),
+            ("block_fisher, times faster than the rank-one recursion", None, 10.0, 19.1, "yes"),
+        )
+    ]  # fmt: skip
+    _write(tmp_path / "benchmarks" / "cpu" / "page" / "targets.csv", rows)
+    text = answers(_stored(tmp_path))["benchmarks"]
+    assert "take 19 times as long" in text
+    assert text.endswith(
+        "Of 5 targets 3 are met; not met are: times faster than the fastest correct peer (hooks), "
+        "on net (2.00, at least 2.50); further Hessian product, time in FB, on net (2.25, at most "
+        "2.10).\n"
+    )
+
+
+def test_verdicts_are_counted_and_runs_are_added_up(tmp_path: Path) -> None:
+    verdicts = ["reproduced", "in part", "in part", "beyond the paper"]
+    judged = pd.DataFrame({"encoder": ENCODER, "verdict": verdicts})
+    runs = pd.DataFrame(
+        {
+            "minutes": [30.0, 90.0],
+            "memory, MiB": [512, 1536],
+            "started, UTC": ["2026-01-03 09:00", "2026-01-02 10:00"],
+        }
+    )
+    found = answers(_stored(tmp_path, claims=judged, runs=runs))
+    assert "On Small, of 3 claims: reproduced 1, in part 2, not reproduced 0." in found["claims"]
+    assert "from 2 runs, which took 2.0 hours in all, 90 minutes the longest" in found["status"]
+    assert "1.5 GiB of memory. They were started from 2026-01-02 to 2026-01-03." in found["status"]
