@@ -33,12 +33,13 @@ _MATRIX: dict[str, Any] = {
 _PREDICTIONS = ("taylor", "ggn", "blocks", "diagonal")
 
 
-def retention_curves(held_out: pd.DataFrame) -> Figure:
+def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> Figure:
     """Retention on held-out tasks against sparsity, one panel a source, with intervals.
 
     Args:
         held_out: as from :func:`~pai_utils.evaluation.held_out_retention`; further scorers, such
             as one for an encoder without pre-training, are further lines.
+        title: of a panel, with the source in the place of the braces.
     """
     sources = list(dict.fromkeys(held_out.source))
     scorers = list(dict.fromkeys(held_out.scorer))
@@ -54,7 +55,7 @@ def retention_curves(held_out: pd.DataFrame) -> Figure:
             )
         axes.axhline(1, color="0.2", linewidth=0.8)
         axes.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
-        axes.set_title(_wrapped(f"mask from {source}"))
+        axes.set_title(_wrapped(title.format(source)))
         axes.set_xlabel("sparsity")
 
     with _look():

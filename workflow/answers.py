@@ -42,6 +42,50 @@ def answers(stored: Stored) -> dict[str, str]:
     return found
 
 
+def index(stored: Stored) -> str:
+    """What masks keep of unseen tasks on larger data sets, alone and with a repair."""
+    alone, mended = [], []
+    table = overview(stored)
+    for encoder, rows in table.groupby("encoder", sort=False):
+        own = rows[rows.method == PAPERS_SCORE]
+        repaired = rows[rows.method.str.contains(" + ", regex=False)]
+        best = repaired[repaired.sparsity == repaired.sparsity.min()].iloc[0]
+        alone.append(f"{_series(own)} on {encoder}")
+        mended.append(f"{_interval(best)} on {encoder} at {best.sparsity:.0%}")
+    at = sorted(set(table[table.method == PAPERS_SCORE].sparsity))
+    return (
+        f"At {_listed(f'{sparsity:.0%}' for sparsity in at)} sparsity, a second-order mask made on "
+        "one task keeps, of the accuracy above chance of tasks that it has not seen, "
+        f"{_listed(alone)}. If the surviving weights are then re-solved, without training and "
+        f"still without these tasks, it is {_listed(mended)}."
+    )
+
+
+def overview(stored: Stored) -> pd.DataFrame:
+    """Retention on larger data sets, means over the sources: `encoder, method, sparsity, …`.
+
+    Raises:
+        FileNotFoundError: if an encoder has no run on them.
+    """
+    parts = []
+    for backbone, label in stored.backbones.items():
+        path = stored.results / "real" / f"zero_shot_retention-{backbone}" / "held_out.csv"
+        table = pd.read_csv(path)
+        masks = [
+            retention_verdict(table, name, threshold=KEPT).assign(method=name)
+            for name in (PAPERS_SCORE, "magnitude", "random")
+        ]
+        repairs = stored.repaired[
+            (stored.repaired["encoder"] == label)
+            & (stored.repaired["tasks"] == "larger")
+            & stored.repaired["method"].str.contains(" + ", regex=False)
+        ]
+        parts.append(pd.concat([*masks, repairs]).assign(encoder=label))
+    return pd.concat(parts, ignore_index=True)[
+        ["encoder", "method", "sparsity", "retention", "low", "high"]
+    ]
+
+
 def scorer_atlas(stored: Stored) -> str:
     """The best score at each sparsity, the costs, and how far masks agree."""
     return " ".join(_atlas(stored.results, *item) for item in stored.backbones.items())
@@ -238,6 +282,7 @@ def status(stored: Stored) -> str:
 
 
 ANSWERS: dict[str, Callable[[Stored], str]] = {
+    "index": index,
     "scorer_atlas": scorer_atlas,
     "real_data": real_data,
     "repair": repair,

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from answers import Stored, answers
+from answers import Stored, answers, overview
 from cells import commit_of
 from claims import claims
 
@@ -390,6 +390,13 @@ def summarise(results: Path) -> list[Path]:
     for chapter, text in answers(stored).items():
         path = results / "summary" / "answers" / f"{chapter}.txt"
         write_atomically(path, text.encode())
+        written.append(path)
+    if all((results / grid).is_dir() for grid in ("real", "retention_real")):
+        table = overview(stored).rename(columns={"encoder": "source", "method": "scorer"})
+        image = BytesIO()
+        plots.retention_curves(table, title="{}").savefig(image, dpi=150, bbox_inches="tight")
+        path = results / "summary" / "overview.png"
+        write_atomically(path, image.getvalue())
         written.append(path)
     for backbone in BACKBONES:
         for name, source, draw in (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from answers import ANSWERS, Stored, answers
+from answers import ANSWERS, Stored, answers, overview
 from summarise import RESULTS, repaired, stored_in
 
 ENCODER = "Small"
@@ -94,6 +94,34 @@ def test_real_data_are_summed_up_by_the_sparsity_up_to_which_enough_is_kept(
         f"- Small: at 10% and 30% sparsity second-order masks keep {kept[0]:.2f} and "
         f"{kept[1]:.2f}, magnitude ones 0.40 and 0.20 and random ones 0.10 and 0.00."
     )
+
+
+def test_the_first_page_has_masks_alone_and_with_a_repair(tmp_path: Path) -> None:
+    values = {"ggn_diag": (0.95, 0.75), "magnitude": (0.5, 0.25), "random": (0.0, 0.0)}
+    rows: list[dict[str, object]] = [
+        {"source": source, "scorer": scorer, "sparsity": s, "retention": r + shift,
+         "low": 0.0, "high": 1.0}
+        for source, shift in (("a", 0.05), ("b", -0.05))
+        for scorer, pair in values.items()
+        for s, r in zip((0.1, 0.3), pair, strict=True)
+    ]  # fmt: skip
+    _write(tmp_path / "real" / "zero_shot_retention-small" / "held_out.csv", rows)
+    left = [
+        {"encoder": ENCODER, "tasks": tasks, "method": method, "sparsity": s, "retention": r,
+         "low": r, "high": r}
+        for tasks, method, s, r in (
+            ("larger", "ours + moments", 0.7, 0.5), ("larger", "ours + moments", 0.5, 0.75),
+            ("larger", "ours", 0.5, 0.25), ("embedded", "ours + moments", 0.5, 1.0),
+        )
+    ]  # fmt: skip
+    stored = _stored(tmp_path, repaired=pd.DataFrame(left))
+    assert answers(stored)["index"] == (
+        "**Answer.** At 10% and 30% sparsity, a second-order mask made on one task keeps, of the "
+        "accuracy above chance of tasks that it has not seen, 0.95 and 0.75 on Small. If the "
+        "surviving weights are then re-solved, without training and still without these tasks, "
+        "it is 0.75 (0.75 to 0.75) on Small at 50%.\n"
+    )
+    assert len(overview(stored)) == 3 * 2 + 2
 
 
 def test_a_repair_is_set_beside_published_scores_and_followed_over_sources(tmp_path: Path) -> None:
