@@ -9,13 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pai_utils import atlas, evaluation, finetuning, landscape, plots, runs, shared, sources
+    from pai_utils import (
+        atlas,
+        evaluation,
+        export,
+        finetuning,
+        landscape,
+        plots,
+        runs,
+        selection,
+        shared,
+        sources,
+    )
     from pai_utils.backbones import Backbone, Classifier, load_backbone, prunable_parameters
     from pai_utils.clip import zero_shot_head
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.export import (
         check_onnx,
         export_onnx,
+        load_classifier,
         load_compressed,
         measure_speedup,
         save_compressed,
@@ -54,13 +66,25 @@ _HOMES = {
     "finetune": "finetuning",
     "check_onnx": "export",
     "export_onnx": "export",
+    "load_classifier": "export",
     "load_compressed": "export",
     "measure_speedup": "export",
     "save_compressed": "export",
     "save_dense": "export",
     "to_semi_structured": "export",
 }
-_MODULES = ("atlas", "evaluation", "finetuning", "landscape", "plots", "runs", "shared", "sources")
+_MODULES = (
+    "atlas",
+    "evaluation",
+    "export",
+    "finetuning",
+    "landscape",
+    "plots",
+    "runs",
+    "selection",
+    "shared",
+    "sources",
+)
 
 __all__ = [
     "SCORERS",
@@ -77,12 +101,14 @@ __all__ = [
     "describe_weights",
     "evaluate",
     "evaluation",
+    "export",
     "export_onnx",
     "finetune",
     "finetuning",
     "fit_head",
     "landscape",
     "load_backbone",
+    "load_classifier",
     "load_compressed",
     "load_task",
     "make_heads",
@@ -96,6 +122,7 @@ __all__ = [
     "save_dense",
     "score",
     "select_parameters",
+    "selection",
     "shared",
     "sources",
     "to_semi_structured",

@@ -363,14 +363,12 @@ def retention_sweep(
 
     def repair_(whole: Mask, source: str, compensation: str, seed: int) -> None:
         place = loaded(source, seed)
-        head, data = place.head or any_head, place.images
-        if "obs" in parse_compensation(compensation):  # from gradients, hence labels
-            data = place.labelled or data
+        head = place.head or any_head
         compensate_(
             Classifier(pruned, head),
             Classifier(backbone, head),
             whole,
-            data,
+            place.images_to_repair_by(compensation),
             compensation,
             **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
         )

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import hash_tensors, listed
+from pai_utils.backbones import Backbone, Classifier, load_backbone, resolve_device
+from pai_utils.execution import device_of, hash_tensors, listed, unknown_name
 from pai_utils.files import write_atomically
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.tensor_files import read_tensors, write_tensors
 
+FORMATS = ("compressed", "dense", "onnx")
+"""What :func:`write_formats` writes."""
+
 _FORMAT = "pai_utils.compressed/1"
+_WHAT = "compressed checkpoint"
+_FOR_ONNX = ("onnxscript", "onnxruntime")
 # Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
 _ROWS, _COLUMNS = 32, 64
 
@@ -110,7 +117,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
         ValueError: if the file is truncated, altered or none of these, or was written of another
             architecture. The model is then untouched.
     """
-    tensors, header = read_tensors(path, _FORMAT, what="compressed checkpoint")
+    tensors, header = read_tensors(path, _FORMAT, what=_WHAT)
     said = json.loads(header["text"])
     state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
     shapes = {name: torch.Size(shape) for name, (_, shape) in said["masked"].items()}
@@ -131,6 +138,37 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     for name, value in target.items():
         value.copy_(state[name])
     return Mask(entries, said["mask"])
+
+
+def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Classifier:
+    """The encoder with its head from a file of :func:`save_compressed` alone, with no download.
+
+    Args:
+        path: the file, of a :class:`~pai_utils.backbones.Classifier` whose encoder
+            :func:`~pai_utils.backbones.load_backbone` knows by name.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as :func:`load_compressed`; or if the file is of another kind of model, or of
+            an encoder from a checkpoint of the user's own: load that, and fill it by
+            :func:`load_compressed`.
+    """
+    tensors, header = read_tensors(path, _FORMAT, what=_WHAT)
+    said = json.loads(header["text"])
+    weight = tensors.get("whole.head.weight")
+    if weight is None or said["image_size"] is None or said["encoder"].startswith("file:"):
+        raise ValueError(
+            f"{path} does not say how to make its model ({said['encoder']}); make it yourself, and "
+            "fill it by load_compressed"
+        )
+    encoder = load_backbone(
+        said["encoder"], image_size=said["image_size"], pretrained=False, device="cpu"
+    )
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias="whole.head.bias" in tensors)
+    model = Classifier(encoder, head).to(weight.dtype)
+    load_compressed(path, model)
+    return model.to(resolve_device(device)).eval()
 
 
 def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
@@ -213,6 +251,81 @@ def check_onnx(
             f"logits of {path} differ from the model's by {difference:.3g}, more than {tolerance:g}"
         )
     return difference
+
+
+def missing_for_onnx() -> list[str]:
+    """Packages of the extra ``export`` that are not installed."""
+    return [name for name in _FOR_ONNX if importlib.util.find_spec(name) is None]
+
+
+@torch.no_grad()
+def write_formats(
+    model: Classifier,
+    mask: Mask,
+    folder: str | Path,
+    images: Tensor,
+    formats: Sequence[str] = FORMATS,
+    *,
+    name: str = "pruned",
+) -> pd.DataFrame:
+    """Write a pruned model in several formats, read each back and compare its logits.
+
+    Args:
+        model: pruned with ``mask``.
+        mask: what was pruned.
+        folder: for the files ``<name>.compressed.safetensors``, ``<name>.dense.safetensors`` and
+            ``<name>.onnx``.
+        images: [N, 3, S, S], to compare logits on.
+        formats: of :data:`FORMATS`.
+        name: what the files' names begin with.
+
+    Returns:
+        One row a format: ``format, file``; ``bytes``; ``promised``, which a compressed file may
+        exceed by its header alone (:class:`Size`); ``of_dense``, the fraction of the bytes of all
+        parameters and buffers uncompressed; ``difference``, the largest of the logits.
+
+    Raises:
+        ValueError: for an unknown format, and as the functions that write and read them.
+        ModuleNotFoundError: as :func:`export_onnx`.
+    """
+    for wanted in formats:
+        if wanted not in FORMATS:
+            raise unknown_name("format", wanted, FORMATS)
+    device = device_of(model)
+    plain = copy.deepcopy(model).eval()
+    expected = plain(images.to(device))
+    dense = sum(map(_bytes, _tensors(model).values()))
+    rows = []
+    for wanted in formats:
+        path = Path(folder) / f"{name}.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
+        promised = None
+        if wanted == "onnx":
+            export_onnx(model, path)
+            difference = check_onnx(model, path, images)
+        else:
+            for value in _tensors(plain).values():
+                value.zero_()  # so that what is read is what is compared
+            if wanted == "compressed":
+                promised = save_compressed(model, mask, path).promised
+                load_compressed(path, plain)
+            else:
+                from safetensors.torch import load_file
+
+                save_dense(model, mask, path)
+                plain.load_state_dict(load_file(path))
+            difference = float((plain(images.to(device)) - expected).abs().max())
+        size = path.stat().st_size
+        rows.append(
+            {
+                "format": wanted,
+                "file": path.name,
+                "bytes": size,
+                "promised": promised,
+                "of_dense": size / dense,
+                "difference": difference,
+            }
+        )
+    return pd.DataFrame(rows).astype({"promised": "Int64"})
 
 
 def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:

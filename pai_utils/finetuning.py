@@ -475,6 +475,7 @@ def recovery_study(
                 scope,
                 compensation=compensation if start == "repaired" else "none",
                 compensation_options=compensation_options,
+                compensation_data=pool.images_to_repair_by(compensation),
                 samples=min(samples or len(images), len(images)),
                 batch_size=batch_size,
                 seed=seed,

@@ -226,6 +226,11 @@ def _worked_examples(config: runs.WorkedExamplesConfig) -> Iterator[Need]:
     yield from ()  # no encoder
 
 
+def _prune_your_own(config: runs.PruneYourOwnConfig) -> Iterator[Need]:
+    yield from _heads(config, config.tasks)
+    yield from _scores(config, config.scorers, [config.prune_by or config.source], [config.seed])
+
+
 _LISTS: dict[type[RunConfig], Callable[[Any], Iterator[Need]]] = {
     runs.PrunePerTaskConfig: _prune_per_task,
     runs.ZeroShotRetentionConfig: _zero_shot_retention,
@@ -233,4 +238,5 @@ _LISTS: dict[type[RunConfig], Callable[[Any], Iterator[Need]]] = {
     runs.LandscapeAnalysisConfig: _landscape_analysis,
     runs.ScorerAtlasConfig: _scorer_atlas,
     runs.WorkedExamplesConfig: _worked_examples,
+    runs.PruneYourOwnConfig: _prune_your_own,
 }

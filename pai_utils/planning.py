@@ -386,6 +386,26 @@ def _worked_examples(config: runs.WorkedExamplesConfig) -> _Work:
     return _Work()  # networks of a few weights
 
 
+def _prune_your_own(config: runs.PruneYourOwnConfig) -> _Work:
+    train, test = _total(config, "train"), _total(config, "test")
+    work = _Work(forwards=train + 2 * test, copies=40, products_mib=_PRODUCTS_MIB)
+    pool = config.prune_by or config.source
+    wanted = int(config.compensation_options.get("samples") or COMPENSATION_SAMPLES)
+    repaired = min(wanted, _available(pool, config)) if config.compensation != "none" else 0
+    validation = _sizes(config.source, config)["validation"]
+    for scorer in config.scorers:
+        _score(work, config, scorer, pool)
+        work.forwards += len(config.sparsities) * (2 * repaired + validation)
+    _score(work, config, config.scorers[0], pool)  # the chosen one, once more
+    work.forwards += 2 * repaired + 3 * validation
+    if config.finetune_steps:
+        work.train(config.finetune_steps * config.finetune_batch_size)
+        work.forwards += test
+    work.rows = len(config.scorers) * len(config.sparsities) + 2 * len(config.tasks)
+    work.masks = 1 + 4 * len(config.formats)  # a mask's byte a weight, and at most its four
+    return work
+
+
 _COUNTS: dict[type[RunConfig], Callable[[Any], _Work]] = {
     runs.PrunePerTaskConfig: _prune_per_task,
     runs.ZeroShotRetentionConfig: _zero_shot_retention,
@@ -393,4 +413,5 @@ _COUNTS: dict[type[RunConfig], Callable[[Any], _Work]] = {
     runs.LandscapeAnalysisConfig: _landscape_analysis,
     runs.ScorerAtlasConfig: _scorer_atlas,
     runs.WorkedExamplesConfig: _worked_examples,
+    runs.PruneYourOwnConfig: _prune_your_own,
 }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pai_utils.landscape import PREDICTORS
+from pai_utils.selection import Choice
 
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
@@ -60,6 +61,67 @@ def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> 
 
     with _look():
         return _panels(sources, draw, "retention on held-out tasks")
+
+
+def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float) -> Figure:
+    """Retention on the validation part against sparsity; what was chosen is in a square.
+
+    Args:
+        candidates: as from :func:`~pai_utils.selection.validation_sweep`.
+        choice: as from :func:`~pai_utils.selection.choose`.
+        tolerance: as given to it; a dashed line is at what must be kept.
+    """
+    with _look():
+        figure = retention_curves(candidates.assign(source=""), title="validation part{}")
+        (axes,) = figure.axes
+        axes.set_ylabel("retention")
+        axes.axhline(1 - tolerance, color="0.2", linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"kept at least: {1 - tolerance:g}",
+            (axes.get_xlim()[0], 1 - tolerance),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize="small",
+        )
+        axes.plot(
+            choice.sparsity,
+            choice.retention,
+            marker="s",
+            markersize=14,
+            markerfacecolor="none",
+            markeredgecolor="0.1",
+            linestyle="none",
+        )
+    return figure
+
+
+def stages_compared(table: pd.DataFrame, source: str) -> Figure:
+    """Retention of every task after each stage of a pruning, with intervals.
+
+    Args:
+        table: as from :func:`~pai_utils.selection.compare_stages`.
+        source: the task that was looked at; it stands on top.
+    """
+    others = [name for name in dict.fromkeys(table.target) if name != source]
+    rows = {name: height for height, name in enumerate([*reversed(others), source])}
+    stages = list(dict.fromkeys(table.stage))
+
+    def draw(axes: Axes, _: str) -> None:
+        for index, stage in enumerate(stages):
+            part = table[table.stage == stage]
+            height = part.target.map(rows) - 0.12 * (index - (len(stages) - 1) / 2)
+            style = {**_style(index), "linestyle": "none"}
+            spans = np.abs([part.retention - part.low, part.high - part.retention])
+            axes.errorbar(part.retention, height, xerr=spans, label=stage, **style)
+        axes.axvline(1, color="0.2", linewidth=0.8)
+        axes.axvline(0, color="0.2", linewidth=0.8, linestyle=":")
+        axes.set_yticks(list(rows.values()), [*reversed(others), f"{source} (source)"])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("retention on test images")
+
+    with _look():
+        return _panels([""], draw, "", size=(4.6, 1.1 + 0.4 * len(rows)))
 
 
 def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:

@@ -63,6 +63,7 @@ def prune(
     source: str | None = None,
     compensation: str = "none",
     compensation_options: Mapping[str, Any] | None = None,
+    compensation_data: Samples | None = None,
     samples: int | None = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -92,6 +93,7 @@ def prune(
             parts joined by ``+`` of ``moments``, ``layerwise`` and ``obs``
             (:mod:`pai_utils.compensation`).
         compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
+        compensation_data: what the compensation looks at; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
         seed: seed of every draw.
@@ -102,7 +104,8 @@ def prune(
             sparsity, a pattern without a match, or fewer rounds than one.
     """
     parts = parse_compensation(compensation)
-    if parts and data is None:
+    seen = data if compensation_data is None else compensation_data
+    if parts and seen is None:
         raise ValueError(f"compensation {compensation!r} needs samples of the source task")
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
@@ -149,12 +152,12 @@ def prune(
         # Not strict: after the first round these are no longer the dense weights.
         mask.apply_(pruned, strict=False)
     assert mask is not None
-    if parts and data is not None:
+    if parts and seen is not None:
         compensate_(
             pruned,
             model,
             mask,
-            data,
+            seen,
             compensation,
             **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
         )

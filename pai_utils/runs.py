@@ -35,6 +35,7 @@ from pydantic import (
 
 from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name
+from pai_utils.export import FORMATS, missing_for_onnx
 from pai_utils.files import write_atomically
 from pai_utils.finetuning import OPTIMISERS, PENALTIES, SCHEDULES, STARTS
 from pai_utils.heads import HEADS
@@ -359,17 +360,42 @@ class ZeroShotRetentionConfig(_Masks):
         return list(dict.fromkeys([*seen, *self.targets]))
 
 
-class FinetuneRecoveryConfig(_Masks):
-    """Parameters of the notebook ``finetune_recovery``."""
+class _OneSource(NotebookConfig):
+    """Parameters of a source and the tasks beside it."""
 
     source: TaskName
     targets: list[TaskName] = Field(min_length=1)
-    scorer: ScorerName
+
+    @property
+    def tasks(self) -> list[str]:
+        """Source and targets, each once, the source first."""
+        return list(dict.fromkeys([self.source, *self.targets]))
+
+
+class _Repaired(_Masks, _OneSource):
+    """Parameters of masks of one source, and of the repair that follows them."""
+
     # Images to prune and repair by, as of `pai_utils.sources`; the source's own by default.
     prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
-    starts: list[Start] = Field(min_length=1)
-    compensation: Compensation = "layerwise+moments"  # of the start "repaired"
+    compensation: Compensation = "layerwise+moments"
     compensation_options: dict[CompensationOption, bool | float | int] = {}
+
+    @model_validator(mode="after")
+    def _held_out(self) -> Self:
+        pool = self.prune_by or self.source
+        seen = [t for t in self.targets if t != self.source and not is_held_out(t, pool)]
+        if seen:
+            raise ValueError(f"prune_by={pool} looks at the target {seen[0]}, which is held out")
+        if self.source not in map(task_of, pool.split("+")):
+            raise ValueError(f"prune_by={pool} has no part of the source {self.source}")
+        return self
+
+
+class FinetuneRecoveryConfig(_Repaired):
+    """Parameters of the notebook ``finetune_recovery``, whose start ``repaired`` has the repair."""
+
+    scorer: ScorerName
+    starts: list[Start] = Field(min_length=1)
     penalties: dict[PenaltyName, Strength] = {"none": 0.0}  # with their strengths
     optimiser: Annotated[str, _one_of("optimiser", OPTIMISERS)] = "sgd"
     schedule: Annotated[str, _one_of("schedule", SCHEDULES)] = "constant"  # of the rate
@@ -385,27 +411,38 @@ class FinetuneRecoveryConfig(_Masks):
             raise ValueError("runs without a penalty are what others are seen beside; add none")
         return {"none": 0.0, **penalties}  # first, whatever order a file gave
 
+
+class PruneYourOwnConfig(_Repaired):
+    """Parameters of the notebook ``prune_your_own``."""
+
+    scorers: list[ScorerName] = Field(min_length=1)
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the accuracy above chance
+    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Rate = 1e-5
+    finetune_batch_size: Positive = 32
+    formats: list[Annotated[str, _one_of("format", FORMATS)]] = list(FORMATS)
+
+    @field_validator("formats")
+    @classmethod
+    def _can_write(cls, formats: list[str]) -> list[str]:
+        # Told before the run: the files are written at its end.
+        if "onnx" in formats and (missing := missing_for_onnx()):
+            raise ValueError(
+                f"onnx needs {' and '.join(missing)}: pip install 'pai-utils[export]', "
+                "or leave it out"
+            )
+        return formats
+
     @model_validator(mode="after")
-    def _held_out(self) -> Self:
-        pool = self.prune_by or self.source
-        seen = [t for t in self.targets if t != self.source and not is_held_out(t, pool)]
-        if seen:
-            raise ValueError(f"prune_by={pool} looks at the target {seen[0]}, which is held out")
-        if self.source not in map(task_of, pool.split("+")):
-            raise ValueError(f"prune_by={pool} has no part of the source {self.source}")
+    def _something_unseen(self) -> Self:
+        if self.tasks == [self.source]:
+            raise ValueError(f"the only target is the source {self.source}; add an unseen task")
         return self
 
-    @property
-    def tasks(self) -> list[str]:
-        """Source and targets, each once, the source first."""
-        return list(dict.fromkeys([self.source, *self.targets]))
 
-
-class LandscapeAnalysisConfig(NotebookConfig):
+class LandscapeAnalysisConfig(_OneSource):
     """Parameters of the notebook ``landscape_analysis``."""
 
-    source: TaskName
-    targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)  # the first one is looked at closely
     sparsities: list[Sparsity] = Field(min_length=1)  # as is the last
     fractions: list[Fraction] = Field(min_length=2)  # of the pruning step
@@ -443,11 +480,6 @@ class LandscapeAnalysisConfig(NotebookConfig):
         if len(self.tasks) < 2:
             raise ValueError(f"the only target is the source {self.source}; add an unseen task")
         return self
-
-    @property
-    def tasks(self) -> list[str]:
-        """Source and targets, each once, the source first."""
-        return list(dict.fromkeys([self.source, *self.targets]))
 
 
 class RunRecord(BaseModel):
@@ -634,8 +666,17 @@ class Run:
         """Write ``<name>.safetensors`` and its report ``<name>.json`` to the run's folder."""
         path = self.folder / f"{name}.safetensors"
         mask.save(path)
-        for file in (path, path.with_suffix(".json")):
-            self._outputs[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.record_files(path.name, path.with_suffix(".json").name)
+
+    def record_files(self, *names: str) -> None:
+        """Give files that were written to the run's folder a place in its record.
+
+        Raises:
+            FileNotFoundError: if one of them is not there.
+        """
+        for name in names:
+            with (self.folder / name).open("rb") as file:
+                self._outputs[name] = hashlib.file_digest(file, "sha256").hexdigest()
 
     def finish(self, tasks: Mapping[str, Task] | None = None, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier, ImageTransform
+from pai_utils.compensation import parse_compensation
 from pai_utils.execution import unknown_name
 from pai_utils.heads import fit_head
 from pai_utils.scorers import SCORERS, Scores, score
@@ -67,6 +68,12 @@ class Source:
     def images_for(self, scorer: str) -> ImageDataset:
         """What a scorer looks at: the first task's where it needs a head, or else all parts'."""
         if SCORERS[scorer].needs_head and self.labelled is not None:
+            return self.labelled
+        return self.images
+
+    def images_to_repair_by(self, compensation: str) -> ImageDataset:
+        """All parts', or the first task's where gradients, hence labels, are needed."""
+        if "obs" in parse_compensation(compensation) and self.labelled is not None:
             return self.labelled
         return self.images
 

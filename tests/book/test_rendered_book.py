@@ -124,7 +124,7 @@ def test_the_contents_hold_both_backbones_of_every_notebook() -> None:
     notebooks = {name for name, _ in pairs}
     backbones = {backbone for _, backbone in pairs}
     assert pairs == {(name, backbone) for name in notebooks for backbone in backbones}
-    assert len(pairs) == len(OF_BACKBONES) == 10
+    assert len(pairs) == len(OF_BACKBONES) == 12
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
