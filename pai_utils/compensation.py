@@ -60,6 +60,8 @@ __all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
+"""The parts that a compensation may have."""
+
 _IMAGES_TO_LOOK_AT = 8  # ample to tell whether one tensor is an affine map of another
 _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows would be wasted
 

@@ -48,10 +48,10 @@ class Evaluation:
     """Accuracy and loss of a model on a data set."""
 
     accuracy: float
-    loss: float  # mean cross-entropy, in nats
+    loss: float  #: mean cross-entropy, in nats
     count: int
-    interval: tuple[float, float]  # 95 % Wilson interval of the accuracy
-    correct: Tensor  # [count] bool, in the order of the data
+    interval: tuple[float, float]  #: 95 % Wilson interval of the accuracy
+    correct: Tensor  #: [count] bool, in the order of the data
 
     def row(self, chance: float) -> dict[str, object]:
         """What a table of accuracies holds of it: ``accuracy, loss, count, chance, correct``."""
@@ -132,8 +132,8 @@ def protocol_gap(
         batch_size: images a forward.
 
     Returns:
-        One row a task and protocol: ``task``, ``protocol``, ``accuracy``, its 95 % interval
-        ``low`` and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
+        One row a task and protocol, with ``task, protocol, accuracy``, its 95 % interval ``low``
+        and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
     """
     rows = []
     for name, task in tasks.items():
@@ -250,7 +250,7 @@ class SweepMask:
     """One mask of a :func:`retention_sweep`, and what made it."""
 
     scorer: str
-    source: str  # "none" for a scorer that looks at no data
+    source: str  #: "none" for a scorer that looks at no data
     seed: int
     sparsity: float
     scores: Scores
@@ -500,9 +500,9 @@ def retention_verdict(
         threshold: the retention asked for.
 
     Returns:
-        One row a sparsity: ``sparsity, retention, low, high`` (means over sources), ``worst``
-        (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the threshold,
-        ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
+        One row a sparsity, with ``sparsity, retention, low, high`` (means over sources),
+        ``worst`` (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the
+        threshold, ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
     """
     rows = held_out[held_out.scorer == scorer].groupby("sparsity")
     table = rows[["retention", "low", "high"]].mean()
@@ -524,9 +524,9 @@ def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFr
         threshold: the retention asked for, below 1.
 
     Returns:
-        One row a source, target and scorer: ``sparsity``, and ``low`` and ``high``, the same on the
-        lower and upper bounds of the retention; the highest sparsity measured where there is no
-        crossing, and then ``crossed`` is false.
+        One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
+        on the lower and upper bounds of the retention; the highest sparsity measured where there is
+        no crossing, and then ``crossed`` is false.
     """
     rows = []
     pruned = summary[summary.scorer != "dense"]
@@ -566,8 +566,9 @@ def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataF
         sparsity: the one looked at.
 
     Returns:
-        One row a source, the best first: ``source, advantage, low, high, targets``; the bounds are
-        the standard error over targets times ±1.96, and not a number for a single target.
+        One row a source, the best first, with ``source, advantage, low, high, targets``; the
+        bounds are the standard error over targets times ±1.96, and not a number for a single
+        target.
     """
     rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
     rows = rows[rows.source != "none"]

@@ -336,9 +336,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
         mask: at most two of every four weights along the input of each layer.
 
     Returns:
-        The copy, for inference, and the weights under the mask that stay dense: those of other
-        layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or whose
-        columns [in] are none of 64.
+        The copy, for inference, and the weights under the mask that stay dense, that is, those of
+        other layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or
+        whose columns [in] are none of 64.
 
     Raises:
         ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or

@@ -154,7 +154,7 @@ class FeaturePenalty:
 
     @cached_property
     def variance(self) -> Tensor:
-        """V."""
+        """V above: the total variance of the targets, summed over features."""
         return self.targets.var(0, correction=0).sum()
 
     def loss(self, model: Classifier, batch_size: int, seed: int) -> Tensor:
@@ -604,8 +604,8 @@ def recovery_results(
             0, where it was evaluated.
 
     Returns:
-        As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage``: the start, and what
-        it was fine-tuned by.
+        As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage`` for the start and
+        what it was fine-tuned by.
 
     Raises:
         ValueError: if there is neither step 0 nor the last one.
@@ -659,10 +659,10 @@ def recovery_gains(
         level: coverage of the bootstrap intervals, over test items for the seeds that were run.
 
     Returns:
-        One row a start, sparsity, penalty and learning rate: these, ``validation`` (the source's
-        validation accuracy at the last step, which chooses a rate without a look at any test) and,
-        for ``source`` and ``held_out`` (mean over the other tasks), the columns ``<part>,
-        <part>_gain, <part>_low, <part>_high``, in accuracy, and with ``dense``
+        One row a start, sparsity, penalty and learning rate, with these, ``validation`` (the
+        source's validation accuracy at the last step, which chooses a rate without a look at any
+        test) and, for ``source`` and ``held_out`` (mean over the other tasks), the columns
+        ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy, and with ``dense``
         ``<part>_retention`` at the last step and ``<part>_retention_before``.
     """
     frozen = recovery[recovery["head"] == "frozen"]

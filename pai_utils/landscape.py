@@ -1,6 +1,6 @@
 """The loss around the pre-trained weights: what the quadratic model predicts, what is measured.
 
-Pruning moves the weights by δ = (m − 1) ⊙ θ₀. To second order
+Pruning moves the weights by δ = (m − 1) ⊙ θ₀. To second order ::
 
     L(θ₀ + αδ) − L(θ₀) ≈ α gᵀδ + ½ α² δᵀHδ,
 
@@ -132,10 +132,10 @@ def predicted_and_measured(
         draws: labels a sample.
 
     Returns:
-        One row a direction and α: ``direction, fraction, diagonal, blocks, tensors, ggn, hessian,
-        gradient, taylor, measured, dense_loss, count``, in nats: ½ α² δᵀAδ for the diagonal, the
-        blocks and the whole tensors of G, for G and for H; α gᵀδ; gradient and Hessian together;
-        and the measured difference.
+        One row a direction and α, with ``direction, fraction, diagonal, blocks, tensors, ggn,
+        hessian, gradient, taylor, measured, dense_loss, count``, in nats: ½ α² δᵀAδ for the
+        diagonal, the blocks and the whole tensors of G, for G and for H; α gᵀδ; gradient and
+        Hessian together; and the measured difference.
     """
     settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
     steps = list(directions.values())
@@ -218,8 +218,8 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
         table: rows of :func:`predicted_and_measured` for several directions or tasks.
 
     Returns:
-        One row a prediction: ``prediction, correlation, count``; the correlation is not a number
-        for fewer than three rows.
+        One row a prediction, with ``prediction, correlation, count``; the correlation is not a
+        number for fewer than three rows.
     """
     full = table[table.fraction == table.fraction.max()]
     predictions = ("gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal")
@@ -332,11 +332,11 @@ def task_alignment(
         weights: of the encoder, by the curvatures' names.
 
     Returns:
-        One row an ordered pair of different tasks: ``source, target, eigenspace_overlap`` (mean
-        squared cosine of the principal angles), ``chance`` (that of random subspaces, the larger
-        number of eigenvectors over that of weights), ``smallest_angle, largest_angle`` (degrees),
-        ``rank_correlation`` (Spearman, of the diagonals) and ``weighted_correlation`` (Pearson, of
-        the diagonals, each weight counted by its square: what pruning sees).
+        One row an ordered pair of different tasks, with ``source, target, eigenspace_overlap``
+        (mean squared cosine of the principal angles), ``chance`` (that of random subspaces, the
+        larger number of eigenvectors over that of weights), ``smallest_angle, largest_angle``
+        (degrees), ``rank_correlation`` (Spearman, of the diagonals) and ``weighted_correlation``
+        (Pearson, of the diagonals, each weight counted by its square: what pruning sees).
 
     Raises:
         ValueError: if curvatures and weights are of different parameters.
@@ -626,8 +626,9 @@ def transfer_correlations(
         seed: of the bootstrap.
 
     Returns:
-        One row a predictor: ``predictor, pooled, pooled_low, pooled_high, within, within_low,
-        within_high, cells, pairs``; not a number where there are fewer than three cells.
+        One row a predictor, with ``predictor, pooled, pooled_low, pooled_high, within,
+        within_low, within_high, cells, pairs``; not a number where there are fewer than three
+        cells.
     """
     held = cells[cells.held_out]
     rows = []
@@ -688,9 +689,9 @@ def compared(studies: Mapping[str, Study], scorer: str, sparsity: float) -> pd.D
         sparsity: the one compared.
 
     Returns:
-        One row a set of weights, quantity (the values of :data:`QUANTITIES`) and held-out pair:
-        ``weights, quantity, pair, value``. The error of the quadratic model is |measured −
-        predicted| over the larger of both.
+        One row a set of weights, quantity (the values of :data:`QUANTITIES`) and held-out pair,
+        with ``weights, quantity, pair, value``. The error of the quadratic model is that between
+        ``measured`` and predicted increase over the larger of both.
     """
     rows = []
     for weights, found in studies.items():
@@ -853,7 +854,7 @@ def losses_on_path(
         batch_size: images a forward.
 
     Returns:
-        One row a point and task: ``position`` (0 at the first station, 1 at the second, …),
+        One row a point and task, with ``position`` (0 at the first station, 1 at the second, …),
         ``segment`` ("dense → pruned"), ``task, loss, accuracy, count``. A point between two
         segments comes once, with the first. Where a loss is not finite it is infinite, and the
         accuracy not a number.
@@ -891,8 +892,8 @@ def barriers(path: pd.DataFrame) -> pd.DataFrame:
         path: as from :func:`losses_on_path`.
 
     Returns:
-        One row a segment and task: ``segment, task, start, end, barrier``, in nats; ``barrier`` is
-        at least zero, and not a number where the loss at an end is not finite.
+        One row a segment and task, with ``segment, task, start, end, barrier``, in nats;
+        ``barrier`` is at least zero, and not a number where the loss at an end is not finite.
     """
     rows = []
     for task, line in path.groupby("task", sort=False):
@@ -1022,8 +1023,8 @@ def losses_on_plane(
         batch_size: images a forward.
 
     Returns:
-        One row a point and task: ``x, y, task, loss, accuracy, count``. Where a loss is not finite
-        it is infinite, and the accuracy not a number.
+        One row a point and task, with ``x, y, task, loss, accuracy, count``. Where a loss is not
+        finite it is infinite, and the accuracy not a number.
 
     Raises:
         ValueError: for fewer points than two, or a margin that is negative or leaves no extent.

@@ -70,8 +70,8 @@ def plan(cells: Mapping[str, RunConfig], *, tflops: float = DEFAULT_TFLOPS) -> p
         tflops: 10¹² floating-point operations a second that the device sustains.
 
     Returns:
-        One row a cell: `cell`, `backbone`, `images` (passes of one image, in forwards), `pflop`
-        (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks), `pixels_mib`
+        One row a cell, with `cell`, `backbone`, `images` (passes of one image, in forwards),
+        `pflop` (10¹⁵ operations), `hours`, `results_mib` (tables, figures and masks), `pixels_mib`
         (decoded images, shared by the cells of one task and size) and `memory_mib` (of the
         process, or of a GPU and the process). A notebook that loads no encoder has an empty
         `backbone`, and its work is not counted.

@@ -31,10 +31,10 @@ class PruningReport:
 
     scorer: str
     scope: str
-    sparsity: float  # reached, over all prunable weights
+    sparsity: float  #: reached, over all prunable weights
     layer_sparsity: dict[str, float]
-    empty_layers: list[str]  # pruned to nothing
-    left_out: list[str]  # parameters never pruned
+    empty_layers: list[str]  #: pruned to nothing
+    left_out: list[str]  #: parameters never pruned
     rounds: int
     schedule: str
     seconds: float

@@ -158,20 +158,20 @@ class NotebookConfig(RunConfig):
     """Parameters common to the notebooks that load an encoder."""
 
     backbone: str
-    image_size: Positive | None = None  # None: the backbone's own
+    image_size: Positive | None = None  #: None: the backbone's own
     pretrained: bool = True
-    train_size: Positive | None = None  # images a task; None: all
+    train_size: Positive | None = None  #: images a task; None: all
     test_size: Positive | None = None
-    samples: Positive | None = 256  # images a score; None: all
+    samples: Positive | None = 256  #: images a score; None: all
     batch_size: Positive = 64
 
 
 class WorkedExamplesConfig(RunConfig):
     """Parameters of the notebook ``worked_examples``, whose networks are its own."""
 
-    fractions: list[Fraction] = Field(min_length=2)  # of the pruning step
-    correlation: Annotated[float, Field(gt=0, lt=1)]  # of two weights' effects
-    draws: Positive = 100  # labels a sample, where they are drawn from the model
+    fractions: list[Fraction] = Field(min_length=2)  #: of the pruning step
+    correlation: Annotated[float, Field(gt=0, lt=1)]  #: of two weights' effects
+    draws: Positive = 100  #: labels a sample, where they are drawn from the model
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunConfig:
@@ -293,7 +293,7 @@ class ScorerAtlasConfig(NotebookConfig):
     scorers: list[ScorerName] = Field(min_length=2)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    options: dict[ScorerName, dict[str, Any]] = {}  # a scorer's own keywords, or its samples
+    options: dict[ScorerName, dict[str, Any]] = {}  #: a scorer's own keywords, or its samples
 
     @model_validator(mode="after")
     def _known_options(self) -> Self:
@@ -311,7 +311,7 @@ class _Masks(NotebookConfig):
     """Parameters of masks of several sparsities."""
 
     sparsities: list[Sparsity] = Field(min_length=1)
-    scope: str = "global"  # as in `pai_utils.make_mask`
+    scope: str = "global"  #: as in `pai_utils.make_mask`
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Self:
@@ -323,15 +323,15 @@ class _Masks(NotebookConfig):
 class ZeroShotRetentionConfig(_Masks):
     """Parameters of the notebook ``zero_shot_retention``."""
 
-    # One or several, as of `pai_utils.sources`.
+    #: One or several, as of `pai_utils.sources`.
     source: Annotated[str | list[str], AfterValidator(_known_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     compensations: list[Compensation] = Field(default=["none"], min_length=1)
     compensation_options: dict[CompensationOption, bool | float | int] = {}
-    heads: Annotated[str, _one_of("kind of head", HEADS)] = "linear"  # or "text", of class names
-    precision: Precision = "float32"  # of the forwards that measure accuracy
+    heads: Annotated[str, _one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
+    precision: Precision = "float32"  #: of the forwards that measure accuracy
 
     @field_validator("compensations")
     @classmethod
@@ -375,7 +375,7 @@ class _OneSource(NotebookConfig):
 class _Repaired(_Masks, _OneSource):
     """Parameters of masks of one source, and of the repair that follows them."""
 
-    # Images to prune and repair by, as of `pai_utils.sources`; the source's own by default.
+    #: Images to prune and repair by, as of `pai_utils.sources`; the source's own by default.
     prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
     compensation: Compensation = "layerwise+moments"
     compensation_options: dict[CompensationOption, bool | float | int] = {}
@@ -396,11 +396,11 @@ class FinetuneRecoveryConfig(_Repaired):
 
     scorer: ScorerName
     starts: list[Start] = Field(min_length=1)
-    penalties: dict[PenaltyName, Strength] = {"none": 0.0}  # with their strengths
+    penalties: dict[PenaltyName, Strength] = {"none": 0.0}  #: with their strengths
     optimiser: Annotated[str, _one_of("optimiser", OPTIMISERS)] = "sgd"
-    schedule: Annotated[str, _one_of("schedule", SCHEDULES)] = "constant"  # of the rate
+    schedule: Annotated[str, _one_of("schedule", SCHEDULES)] = "constant"  #: of the rate
     learning_rates: list[Rate] = Field(min_length=1)
-    steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  # when tasks are evaluated
+    steps: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)  #: when tasks are evaluated
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     finetune_batch_size: Positive = 32
 
@@ -416,7 +416,7 @@ class PruneYourOwnConfig(_Repaired):
     """Parameters of the notebook ``prune_your_own``."""
 
     scorers: list[ScorerName] = Field(min_length=1)
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the accuracy above chance
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05  #: of the accuracy above chance
     finetune_steps: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 1e-5
     finetune_batch_size: Positive = 32
@@ -443,26 +443,26 @@ class PruneYourOwnConfig(_Repaired):
 class LandscapeAnalysisConfig(_OneSource):
     """Parameters of the notebook ``landscape_analysis``."""
 
-    scorers: list[ScorerName] = Field(min_length=1)  # the first one is looked at closely
-    sparsities: list[Sparsity] = Field(min_length=1)  # as is the last
-    fractions: list[Fraction] = Field(min_length=2)  # of the pruning step
-    block_size: Positive = 64  # weights a block of the Gauss-Newton matrix
-    eigenvectors: Positive = 5  # of each task's, to compare
-    products: Positive = 30  # most to take for them
+    scorers: list[ScorerName] = Field(min_length=1)  #: the first one is looked at closely
+    sparsities: list[Sparsity] = Field(min_length=1)  #: as is the last
+    fractions: list[Fraction] = Field(min_length=2)  #: of the pruning step
+    block_size: Positive = 64  #: weights a block of the Gauss-Newton matrix
+    eigenvectors: Positive = 5  #: of each task's, to compare
+    products: Positive = 30  #: most to take for them
     # Weights of the same architecture to set beside the encoder's, and how the last are trained.
     comparisons: list[Annotated[str, _one_of("comparison", COMPARISONS)]] = []
     brief_steps: Positive = 30
     brief_learning_rate: Rate = 1e-3
-    spectrum_samples: Positive | None = 64  # images a Hessian product; None: all
+    spectrum_samples: Positive | None = 64  #: images a Hessian product; None: all
     probes: Annotated[int, Field(ge=2)] = 2
     lanczos_steps: Positive = 20
     compensation: Compensation = "moments"
     compensation_options: dict[CompensationOption, bool | float | int] = {}
     finetune_steps: Positive = 10
     learning_rate: Rate = 1e-5
-    path_points: Positive = 4  # of each line
-    plane_points: Annotated[int, Field(ge=2)] = 9  # of a side
-    plane_images: Positive | None = 60  # a task; None: all test images
+    path_points: Positive = 4  #: of each line
+    plane_points: Annotated[int, Field(ge=2)] = 9  #: of a side
+    plane_images: Positive | None = 60  #: a task; None: all test images
 
     @field_validator("fractions")
     @classmethod
@@ -488,7 +488,7 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     notebook: str
-    parameters: dict[str, Any]  # seeds among them
+    parameters: dict[str, Any]  #: seeds among them
     started: datetime
     seconds: Annotated[float, Field(ge=0)]
     peak_memory_mib: Annotated[int, Field(ge=0)]
@@ -497,10 +497,10 @@ class RunRecord(BaseModel):
     platform: str
     python: str
     versions: dict[str, str | None]
-    commit: str | None  # None outside a checkout
+    commit: str | None  #: None outside a checkout
     clean: bool | None
-    inputs: dict[str, Any] = {}  # digests of images and of shared files
-    outputs: dict[str, str]  # SHA-256 by name
+    inputs: dict[str, Any] = {}  #: digests of images and of shared files
+    outputs: dict[str, str]  #: SHA-256 by name
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -548,26 +548,28 @@ class Result(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    cell: str  # the run: a cell of a grid, or the folder's name
+    cell: str  #: the run: a cell of a grid, or the folder's name
     notebook: str
     backbone: str
-    source: str  # what the mask was computed on, or "none"
+    source: str  #: what the mask was computed on, or "none"
     target: str
     held_out: bool
     scorer: str
     sparsity: Annotated[float, Field(ge=0, lt=1)]
-    stage: str  # what was done after pruning
-    accuracy: Annotated[float, Field(ge=0, le=1)]  # mean over seeds
+    stage: str  #: what was done after pruning
+    accuracy: Annotated[float, Field(ge=0, le=1)]  #: mean over seeds
     dense_accuracy: Annotated[float, Field(ge=0, le=1)]
     chance: Annotated[float, Field(ge=0, le=1)]
-    retention: float | None  # of the dense accuracy above chance; None where that is none
-    low: float | None  # 95 % interval of the retention
+    retention: float | None  #: of the dense accuracy above chance; None where that is none
+    low: float | None  #: 95 % interval of the retention
     high: float | None
-    count: Positive  # test images
+    count: Positive  #: test images
     seeds: Positive
 
 
 RESULT_KEY = ("cell", "source", "target", "scorer", "sparsity", "stage")
+"""The columns that tell the rows of ``results.csv`` apart."""
+
 _RESULT = list(Result.model_fields)
 _ROWS = TypeAdapter(list[Result])
 

@@ -108,7 +108,7 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
         compute: the computation.
 
     Returns:
-        What was computed, or read: then on the CPU.
+        What was computed, or what was read, which is on the CPU.
     """
     folder = os.environ.get(FOLDER)
     # Inside `torch.autocast` results are those of a precision that no part names.

@@ -50,7 +50,7 @@ class ImageSet:
     """A row of the registry."""
 
     summary: str
-    make: Callable[[int, np.random.Generator], NDArray[np.uint8]]  # [count, S, S, 3]
+    make: Callable[[int, np.random.Generator], NDArray[np.uint8]]  #: [count, S, S, 3]
 
 
 @dataclass(frozen=True)

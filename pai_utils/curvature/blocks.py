@@ -1,11 +1,11 @@
 """Fisher matrices in blocks of consecutive weights, and what they say about removing weights.
 
 A tensor's weights are flattened and cut into blocks of B (the last may be shorter). With the
-gradients g_n [B] of one sample each, a block's matrix and damping are
+gradients g_n [B] of one sample each, a block's matrix and damping are ::
 
     F = λI + 1/m Σ_n g_n g_nᵀ,      λ = damping · mean diagonal of the block's 1/m Σ_n g_n g_nᵀ.
 
-Removing weights q and letting the others of the block follow raises ½ δᵀFδ the least for
+Removing weights q and letting the others of the block follow raises ½ δᵀFδ the least for ::
 
     δ = −F⁻¹E (EᵀF⁻¹E)⁻¹ w_q,       E: the columns of I that q selects,
 
@@ -72,12 +72,12 @@ class BlockFisher:
     A short last block is filled up with zero gradients, which changes nothing for its own weights.
     """
 
-    name: str  # of the tensor
-    start: int  # a multiple of the block size
+    name: str  #: of the tensor
+    start: int  #: a multiple of the block size
     stop: int
     damping: float
-    gram: Tensor | None  # [blocks, B, B] float64, the mean of g gᵀ; None with fewer samples than B
-    gradients: Tensor | None  # [blocks, m, B] if so: g/√m
+    gram: Tensor | None  #: [blocks, B, B] float64, the mean of g gᵀ; None with fewer samples than B
+    gradients: Tensor | None  #: [blocks, m, B] if so: g/√m
 
     @classmethod
     def from_gradients(
@@ -114,8 +114,8 @@ class BlockFisher:
             weights: the entries ``start`` to ``stop`` of the flattened tensor.
 
         Returns:
-            float64, of the same shape. Zero throughout a block whose gradients are all zero: no
-            damping either, so that removing its weights costs nothing.
+            float64, of the same shape. Zero throughout a block whose gradients are all zero,
+            since there is no damping either and removing its weights costs nothing.
 
         Raises:
             ValueError: as :meth:`inverse_diagonal`.

@@ -1,6 +1,6 @@
 """Diagonals of Fisher and generalised Gauss-Newton matrices of the mean cross-entropy.
 
-With logits z_n = f(x_n), Jacobian J_n = ∂z_n/∂w and p_n = softmax(z_n):
+With logits z_n = f(x_n), Jacobian J_n = ∂z_n/∂w and p_n = softmax(z_n)::
 
     empirical Fisher   diag = 1/N Σ_n (J_nᵀ (p_n − e_{y_n}))²            y_n: the true label
     GGN                diag = 1/N Σ_n diag(J_nᵀ (diag p_n − p_n p_nᵀ) J_n)

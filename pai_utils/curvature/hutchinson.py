@@ -1,6 +1,6 @@
 """Diagonal and trace of a matrix that is known by its products, with their standard errors.
 
-With a Rademacher vector v (independent signs, each +1 or −1 with probability ½),
+With a Rademacher vector v (independent signs, each +1 or −1 with probability ½) ::
 
     E[v ⊙ Av] = diag A,   Var[(v ⊙ Av)_i] = Σ_{j≠i} A_ij²
     E[vᵀAv]   = tr A,     Var[vᵀAv] = 2 Σ_i Σ_{j≠i} A_ij²      (A symmetric)
@@ -30,11 +30,11 @@ from pai_utils.execution import NonFiniteError, progress
 class DiagonalEstimate:
     """Diagonal of a matrix over named parameters."""
 
-    diagonal: dict[str, Tensor]  # of each parameter's shape
-    standard_error: dict[str, Tensor]  # of each entry of ``diagonal``
-    relative_error: float  # ‖standard_error‖ / ‖diagonal‖ over all entries
+    diagonal: dict[str, Tensor]  #: of each parameter's shape
+    standard_error: dict[str, Tensor]  #: of each entry of ``diagonal``
+    relative_error: float  #: ‖standard_error‖ / ‖diagonal‖ over all entries
     probes: int
-    converged: bool  # relative_error is at most the tolerance
+    converged: bool  #: relative_error is at most the tolerance
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TraceEstimate:
     trace: float
     standard_error: float
     probes: int
-    converged: bool  # standard_error is at most the tolerance times |trace|
+    converged: bool  #: standard_error is at most the tolerance times the absolute trace
 
 
 def hutchinson_diagonal(

@@ -2,7 +2,7 @@
 
 A diagonal score keeps vᵀ diag(G) v of vᵀGv, a block score the blocks. With labels drawn from the
 model, the per-sample gradients g_n of the loss have E g_n g_nᵀ = G, so that for every partition of
-the weights into groups
+the weights into groups ::
 
     vᵀ G_groups v = E Σ_groups (g_nᵀ v restricted to the group)².
 
@@ -49,9 +49,9 @@ class PartialTerms:
     """vᵀAv of one direction v for parts A of the Gauss-Newton matrix."""
 
     diagonal: float
-    blocks: float  # of consecutive weights of one flattened tensor
-    tensors: float  # of whole tensors: nothing between layers
-    count: int  # samples the means are over
+    blocks: float  #: of consecutive weights of one flattened tensor
+    tensors: float  #: of whole tensors: nothing between layers
+    count: int  #: samples the means are over
 
 
 def partial_terms(

@@ -2,7 +2,7 @@
 
 For a sample n with cotangent v (one value a logit), the gradient of a weight is J_nᵀ v. Curvature
 diagonals are sums over samples (and cotangents) of its *square*, so the gradients of different
-samples must be told apart, and positions or tokens of one sample must be summed before squaring:
+samples must be told apart, and positions or tokens of one sample must be summed before squaring::
 
     linear   G_n = Σ_t g_nt a_ntᵀ             (t: tokens; a: layer input, g: gradient at its output)
     conv     G_n = Σ_l g_nl unfold(a_n)_lᵀ    (l: output positions)
@@ -457,7 +457,7 @@ def sum_squared_gradients(
         cotangents: for the logits of a batch, the cotangents ``[B, C]`` to pull back.
 
     Returns:
-        One tensor a name, of the weight's shape. Exact up to rounding: nothing is sampled here.
+        One tensor a name, of the weight's shape. Exact up to rounding, since nothing is sampled.
     """
     parameters = dict(model.named_parameters())
     totals = {name: _zeros_for_squares(parameters[name]) for name in names}

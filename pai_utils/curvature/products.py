@@ -1,5 +1,7 @@
 """Gradient, Hessian and Gauss-Newton products of the mean cross-entropy over named parameters.
 
+With the gradient g, Jacobians J_n of the logits and p_n = softmax(z_n)::
+
     Hv = ∂(gᵀv)/∂w                       (Pearlmutter 1994: two backwards a batch)
     vᵀGv = 1/N Σ_n (J_n v)ᵀ (diag p_n − p_n p_nᵀ) (J_n v)     (Schraudolph 2002)
 
@@ -429,10 +431,10 @@ class DirectionalTerms:
     """Terms of the expansion of the mean loss along one direction v."""
 
     loss: float
-    gradient: float  # gᵀv
-    hessian: float  # vᵀHv
-    ggn: float  # vᵀGv, G the Gauss-Newton matrix
-    count: int  # samples the means are over
+    gradient: float  #: gᵀv
+    hessian: float  #: vᵀHv
+    ggn: float  #: vᵀGv, G the Gauss-Newton matrix
+    count: int  #: samples the means are over
 
 
 def directional_terms(

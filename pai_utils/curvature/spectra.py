@@ -1,12 +1,12 @@
 """Extreme eigenpairs and spectral density of a symmetric matrix that is known by its products.
 
 Lanczos: from a start vector q_1, each product Aq_j is made orthogonal to all earlier vectors, so
-that in exact arithmetic
+that in exact arithmetic ::
 
     A Q_m = Q_m T_m + β_m q_{m+1} e_mᵀ,    Q_m [P, m] orthonormal, T_m [m, m] tridiagonal.
 
 An eigenpair (θ, s) of T_m gives the Ritz pair (θ, Q_m s), whose residual ‖A Q_m s − θ Q_m s‖ is
-β_m |s_m|. The basis is one matrix, and orthogonalisation two matrix-vector products with it.
+``β_m |s_m|``. The basis is one matrix, and orthogonalisation two matrix-vector products with it.
 
 Density (stochastic Lanczos quadrature): for random signs v of norm √P, the eigenvalues of T_m with
 weights s_1² are the nodes of a Gauss quadrature of the spectrum as v sees it; its mean over v is
@@ -44,22 +44,22 @@ _MOST_POINTS = 10**6
 class Eigenpairs:
     """Extreme eigenpairs of a matrix over named parameters."""
 
-    values: Tensor  # λ [k], float64 on the CPU, the most extreme first
-    vectors: dict[str, Tensor]  # a name: [k, *shape]; over all names of unit norm and orthogonal
-    residuals: Tensor  # ‖Av − λv‖ [k], up to rounding of the products
+    values: Tensor  #: λ [k], float64 on the CPU, the most extreme first
+    vectors: dict[str, Tensor]  #: a name: [k, *shape]; over all names of unit norm and orthogonal
+    residuals: Tensor  #: ‖Av − λv‖ [k], up to rounding of the products
     products: int
-    converged: bool  # all residuals are within the tolerance
+    converged: bool  #: all residuals are within the tolerance
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
     """Density of eigenvalues, smoothed by a Gaussian kernel."""
 
-    grid: Tensor  # [points], evenly spaced, float64 on the CPU
-    density: Tensor  # [points]; integrates to one over the grid
-    nodes: Tensor  # quadrature nodes [probes, steps]
-    weights: Tensor  # [probes, steps]; each row sums to one
-    width: float  # standard deviation of the kernel, in units of eigenvalues
+    grid: Tensor  #: [points], evenly spaced, float64 on the CPU
+    density: Tensor  #: [points]; integrates to one over the grid
+    nodes: Tensor  #: quadrature nodes [probes, steps]
+    weights: Tensor  #: [probes, steps]; each row sums to one
+    width: float  #: standard deviation of the kernel, in units of eigenvalues
 
     def smoothed(self, width: float) -> SpectralDensity:
         """The same quadrature with another kernel, such as a common one for several matrices.

@@ -40,8 +40,8 @@ class Scorer:
     function: Callable[..., dict[str, Tensor] | EstimatedScores]
     summary: str
     needs_data: bool = True
-    needs_head: bool = True  # false where images alone are enough
-    seeded: bool = True  # false where no seed changes the scores
+    needs_head: bool = True  #: false where images alone are enough
+    seeded: bool = True  #: false where no seed changes the scores
     passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
     """Forwards and backwards over the samples that it takes with these options; for estimates."""
 
@@ -116,6 +116,7 @@ SCORERS: dict[str, Scorer] = {
         passes=lambda options: 1.0 + 2.1 * options["probes"],
     ),
 }
+"""All scorers, by the name that :func:`score` takes."""
 
 
 @dataclass

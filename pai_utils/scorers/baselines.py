@@ -37,6 +37,6 @@ def magnitude(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """|w|: the second-order saliency ½ w² H_ii for H = I, up to a monotone map."""
+    """``|w|``, the second-order saliency ½ w² H_ii for H = I, up to a monotone map."""
     parameters = dict(model.named_parameters())
     return {name: parameters[name].detach().abs() for name in names}

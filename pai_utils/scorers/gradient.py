@@ -39,7 +39,7 @@ def snip(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """|w g|, g the gradient of the mean cross-entropy: the first-order change when w goes.
+    """``|w g|``, g the gradient of the mean cross-entropy: the first-order change when w goes.
 
     Source: Lee, Ajanthan & Torr (2019), "SNIP: single-shot network pruning based on connection
     sensitivity". Theirs are divided by their sum, which changes no order. One forward and

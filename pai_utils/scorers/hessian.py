@@ -21,7 +21,7 @@ class EstimatedScores:
     """Scores with a known sampling error, as a scorer returns them."""
 
     scores: dict[str, Tensor]
-    standard_error: dict[str, Tensor]  # of each score
+    standard_error: dict[str, Tensor]  #: of each score
 
 
 def hessian_diag(

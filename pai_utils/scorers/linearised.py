@@ -5,18 +5,18 @@ from an input s to k, where v_p is the product of the weights on the path and c_
 factors, such as the gates of activations. :class:`PathNetwork` runs a model with the parameters
 raised to a ``power`` in absolute value, and with gates of its own, by these rules:
 
-- *Parameters* are |w|^power; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers* are
-  taken in absolute value, to the same power.
+- *Parameters* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers*
+  are taken in absolute value, to the same power.
 - *Constants that are added* are left out: biases, position tables. Only what comes from the image
   flows. Where two quantities that come from the image are subtracted, they are added.
 - *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
   tokens they are joined to. They bring in no flow of their own, but have queries to attend with.
 - *Activations* are the identity, or, with records, their gate f(x)/x on the data to the second
   power. (Of ReLU the gate is 0 or 1.)
-- *BatchNorm* is its fixed scale: (|γ| / √(var + ε))^power. So a network gives the same as one into
-  whose convolutions BatchNorm was folded.
-- *LayerNorm, GroupNorm, RMSNorm, L2 normalisation* are their gain |γ|^power, with records times the
-  second power of 1/σ on the data. The mean is not subtracted.
+- *BatchNorm* is its fixed scale: ``(|γ| / √(var + ε))^power``. So a network gives the same as one
+  into whose convolutions BatchNorm was folded.
+- *LayerNorm, GroupNorm, RMSNorm, L2 normalisation* are their gain ``|γ|^power``, with records times
+  the second power of 1/σ on the data. The mean is not subtracted.
 - *Attention*: the pattern is fixed. It is uniform over the tokens that the data-free network
   cannot tell apart (``patterns="mean"``: q·k over its sum), 1 for each pair of tokens
   (``patterns="count"``), or, with records, the second power of the softmax on the data. Masks and

@@ -37,7 +37,7 @@ def ntk_sap(
     perturbations: int = 1,
     inputs: str = "data",
 ) -> dict[str, Tensor]:
-    """|∂/∂m E ‖f(x; θ ⊙ m) − f(x; (θ + Δθ) ⊙ m)‖²| at the mask m = 1, with Δθ ~ N(0, ε² I).
+    """``|∂/∂m E ‖f(x; θ ⊙ m) − f(x; (θ + Δθ) ⊙ m)‖²|`` at the mask m = 1, with Δθ ~ N(0, ε² I).
 
     For small ε the expectation is ε² times the trace of the neural tangent kernel of the weights
     that m keeps, which is its nuclear norm. f are the logits; only the prunable weights are

@@ -43,12 +43,12 @@ def synflow(
     seed: int = 0,
     image_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """|w ⊙ ∂R/∂w| / R, R the sum of the logits of an image of ones with all weights |w|.
+    """``|w ⊙ ∂R/∂w| / R``, R the sum of the logits of an image of ones with weights ``|w|``.
 
-    R = 1ᵀ ∏ |W_l| 1 for a network of layers W_l: the score is the share of R on paths through w.
-    Each neuron passes on what it receives, and in a network without skip connections the scores of
-    each layer sum to 1. (The paper does not divide by R; the order is the same. Here it keeps the
-    scores of deep networks in range; the computation is in float64.)
+    ``R = 1ᵀ ∏ |W_l| 1`` for a network of layers W_l: the score is the share of R on paths through
+    w. Each neuron passes on what it receives, and in a network without skip connections the scores
+    of each layer sum to 1. (The paper does not divide by R; the order is the same. Here it keeps
+    the scores of deep networks in range; the computation is in float64.)
 
     The network is made linear by :mod:`pai_utils.scorers.linearised`, with power 1: activations
     are the identity, biases and other added constants are left out, BatchNorm is its fixed scale,
@@ -91,9 +91,9 @@ def px(
     """w² ∂R/∂(w²) / R, R a bound on the trace of the neural tangent kernel, by paths.
 
     With logit k of sample n as Σ_p c_p(x_n) v_p x_{n,s(p)} over the paths p into k (v_p: product of
-    weights; c_p: gates), the paper bounds the trace by Σ_j ∂R/∂(w_j²) with
+    weights; c_p: gates), the paper bounds the trace by Σ_j ∂R/∂(w_j²) with ::
 
-        R = Σ_n Σ_k (Σ_p c_p(x_n)² x_{n,s(p)}²) (Σ_p v_p²)              ``estimator="bound"``
+        R = Σ_n Σ_k (Σ_p c_p(x_n)² x_{n,s(p)}²) (Σ_p v_p²)              estimator="bound"
 
     The first factor is the network with weights of one and the gates of the data, on squared
     images; the second that with squared weights and without gates, on an image of ones. The score
@@ -102,9 +102,9 @@ def px(
     **Pitfall.** If the last layer connects all its inputs to all logits, as the linear head of any
     classifier does, the first factor is the same for every k: then it scales all scores alike, and
     the order does not depend on the data. ``estimator="gated"`` keeps each path's data with
-    its weights,
+    its weights, ::
 
-        R = Σ_n Σ_k Σ_p c_p(x_n)² v_p² x_{n,s(p)}²                      ``estimator="gated"``
+        R = Σ_n Σ_k Σ_p c_p(x_n)² v_p² x_{n,s(p)}²                      estimator="gated"
 
     so that Σ_j ∂R/∂(w_j²) is the trace without the products of different paths. This second form is
     ours.
