@@ -1,0 +1,68 @@
+"""Sphinx extension: what autodoc cannot see of the library by itself.
+
+Annotations name types that are imported for type checkers only; they are imported here, so that
+every annotation can be resolved. And the parameters of notebooks are fields of pydantic models,
+whose signatures hold their validators: they are listed by name, type and default instead.
+"""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+PACKAGE = "pai_utils"
+
+
+def import_types(app: Sphinx) -> None:
+    """Import into each module what it imports under ``if TYPE_CHECKING``."""
+    folder = Path(str(import_module(PACKAGE).__file__)).parent
+    for path in sorted(folder.rglob("[a-z]*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                name = ".".join((PACKAGE, *path.relative_to(folder).with_suffix("").parts))
+                code = compile(ast.Module(node.body, []), path, "exec")
+                exec(code, vars(import_module(name)))
+
+
+def hide_signature(
+    app: Sphinx, what: str, name: str, thing: Any, *rest: Any
+) -> tuple[str, None] | None:
+    """Leave out the signature of a pydantic model."""
+    return ("", None) if _is_model(thing) else None
+
+
+def list_fields(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Append the fields of a pydantic model to its description, with the comments beside them."""
+    if not _is_model(thing):
+        return
+    owners = [thing, *(base for base in thing.__bases__ if base.__name__.startswith("_"))]
+    for owner in reversed(owners):
+        comments = ModuleAnalyzer.for_module(owner.__module__)
+        comments.analyze()
+        for field, annotation in owner.__annotations__.items():
+            if field not in thing.model_fields:
+                continue
+            kind = re.sub(r"Annotated\[(.+?), \w+\([^()]*\)\]", r"\1", annotation)
+            info = thing.model_fields[field]
+            default = "" if info.is_required() else f", by default ``{info.get_default()!r}``"
+            comment = " ".join(comments.attr_docs.get((owner.__qualname__, field), [])).strip()
+            lines.append(f":param {field}: ``{kind}``{default}{comment and '; ' + comment}")
+
+
+def _is_model(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, BaseModel)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension with Sphinx."""
+    app.connect("builder-inited", import_types)
+    app.connect("autodoc-process-signature", hide_signature)
+    app.connect("autodoc-process-docstring", list_fields)
+    return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
