@@ -20,7 +20,7 @@ Yang (2016), "Approximating spectral densities of large matrices"; Ghorbani, Kri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,7 @@ def top_eigenpairs(
     if order not in _ORDERS:
         raise unknown_name("order", order, _ORDERS)
     multiply, size = _flat(operator)
+    named = operator.parameters
     if not 1 <= count <= min(size, products):
         raise ValueError(
             f"count={count}: must be at least 1 and at most products={products} and the "
@@ -112,7 +113,12 @@ def top_eigenpairs(
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: must be zero or above")
     generator = torch.Generator().manual_seed(seed)
-    for step in _lanczos(multiply, operator, min(products, size), generator):
+
+    def draw() -> Tensor:
+        # Signs, as for the density, can be orthogonal to an eigenvector of few weights.
+        return _unit({n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()})
+
+    for step in _lanczos(multiply, draw, min(products, size)):
         m = len(step.alphas)
         if m < count:
             continue
@@ -123,7 +129,7 @@ def top_eigenpairs(
         if converged:
             break
     combined = s[:, chosen].T.to(step.basis) @ step.basis
-    shapes = {name: values.shape for name, values in operator.parameters.items()}
+    shapes = {name: values.shape for name, values in named.items()}
     parts = combined.split([shape.numel() for shape in shapes.values()], 1)
     vectors = {
         name: part.reshape(count, *shape)
@@ -165,8 +171,12 @@ def spectral_density(
     generator = torch.Generator().manual_seed(seed)
     steps = min(steps, size)
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
+
+    def draw() -> Tensor:
+        return _unit(rademacher(operator.parameters, generator))
+
     for probe in range(probes):
-        for step in _lanczos(multiply, operator, steps, generator):
+        for step in _lanczos(multiply, draw, steps):
             if step.beta == 0:
                 break  # the start vector lies in an invariant subspace: the quadrature is exact
         theta, s = torch.linalg.eigh(step.tridiagonal())
@@ -214,11 +224,9 @@ class _Step:
         return torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1)
 
 
-def _lanczos(
-    multiply: _Multiply, operator: Operator, steps: int, generator: torch.Generator
-) -> Iterator[_Step]:
+def _lanczos(multiply: _Multiply, draw: Callable[[], Tensor], steps: int) -> Iterator[_Step]:
     """Take ``steps`` steps; after an invariant subspace go on from a new random vector."""
-    q = _random_unit(operator, generator)
+    q = draw()
     basis = q.new_empty(steps, len(q))
     tiny = 100 * torch.finfo(q.dtype).eps
     alphas: list[float] = []
@@ -243,7 +251,7 @@ def _lanczos(
             return
         betas.append(beta)
         if beta == 0:
-            image = _random_unit(operator, generator)
+            image = draw()
             beta = _orthogonalise_(image, basis[:m])
         q = image.div_(beta)
 
@@ -264,9 +272,10 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
     return after
 
 
-def _random_unit(operator: Operator, generator: torch.Generator) -> Tensor:
-    flat = _concatenate(list(rademacher(operator.parameters, generator).values()))
-    return flat.div_(math.sqrt(len(flat)))
+def _unit(vector: Mapping[str, Tensor]) -> Tensor:
+    """The vector, flat and of length one."""
+    flat = _concatenate(list(vector.values()))
+    return flat.div_(flat.norm())
 
 
 def _flat(operator: Operator) -> tuple[_Multiply, int]:

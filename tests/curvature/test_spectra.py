@@ -94,6 +94,13 @@ def test_invariant_subspaces_and_repeated_eigenvalues_are_no_trouble() -> None:
         torch.testing.assert_close(vectors @ vectors.T, identity, rtol=0, atol=1e-12)
 
 
+def test_an_eigenvector_of_two_weights_is_found_from_every_start() -> None:
+    matrix = torch.zeros(12, 12, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # equal signs are orthogonal to it
+    found = [top_eigenpairs(MatrixOperator(matrix), 1, seed=seed).values for seed in range(8)]
+    torch.testing.assert_close(torch.cat(found), torch.full((8,), 2.0, dtype=torch.float64))
+
+
 def test_eigenvalues_in_float32_are_right_to_its_precision() -> None:
     values = torch.linspace(1, 50, 300, dtype=torch.float64).square()
     matrix = symmetric(300, values)
