@@ -164,6 +164,11 @@ def retention(accuracy: float, dense: float, chance: float) -> float:
     """Fraction of the dense accuracy above chance that is kept: 1 all of it, 0 none.
 
     Not a number when the dense model is not above chance: there is nothing to retain.
+
+    Args:
+        accuracy: of the pruned model.
+        dense: that of the dense one.
+        chance: that of a constant guess.
     """
     return (accuracy - chance) / (dense - chance) if dense > chance else float("nan")
 
@@ -235,8 +240,12 @@ def gain_replicates(
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap replicates.
 
-    Undefined replicates (not a number) are left out; where they are more than a fraction
-    ``1 - level``, so is the interval.
+    Args:
+        replicates: ``[resamples]``; undefined ones (not a number) are left out.
+        level: coverage of the interval.
+
+    Returns:
+        Its bounds; not a number where more than a fraction ``1 - level`` is undefined.
     """
     defined = replicates[~np.isnan(replicates)]
     if len(defined) < level * len(replicates):

@@ -702,6 +702,9 @@ def chosen_on_validation(gains: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         gains: as from :func:`recovery_gains`.
+
+    Returns:
+        The rows of ``gains`` with these rates.
     """
     keys = [key for key in _SETTINGS if key in gains and key != "learning_rate"]
     return gains.loc[gains.groupby(keys, sort=False).validation.idxmax()].reset_index(drop=True)

@@ -90,7 +90,18 @@ PREDICTORS = {
 
 
 def pruning_direction(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """δ = (m − 1) ⊙ θ: the step from the dense to the pruned weights."""
+    """δ = (m − 1) ⊙ θ: the step from the dense to the pruned weights.
+
+    Args:
+        model: the dense model.
+        mask: what is pruned.
+
+    Returns:
+        One tensor a name of the mask, of the parameter's shape.
+
+    Raises:
+        ValueError: for a mask of another architecture.
+    """
     mask._check(parameters := dict(model.named_parameters()))
     return {
         name: parameters[name].detach().masked_fill(entry.to(parameters[name].device), 0).neg()
@@ -178,6 +189,16 @@ def losses_along(
     batch_size: int = 64,
 ) -> list[float]:
     """Mean loss at θ + αδ for every α; the weights return bit for bit.
+
+    Args:
+        model: images to logits, in evaluation mode for each loss.
+        direction: δ, one tensor a parameter name.
+        data: labelled samples; all of them are looked at.
+        fractions: values of α.
+        batch_size: samples a forward.
+
+    Returns:
+        The mean cross-entropy of each, in nats.
 
     Raises:
         ValueError: if the direction does not fit the model or a loss is not finite.

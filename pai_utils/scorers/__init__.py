@@ -1,7 +1,9 @@
 """Saliency scores of weights: one number a weight, higher means keep.
 
 :func:`score` is the one way in. A scorer is a function ``(model, names, data, *, ...)`` that
-returns one tensor a name, and one line in :data:`SCORERS`; its keyword arguments are its options.
+returns one tensor a name, of the parameter's shape, and one line in :data:`SCORERS`; its keyword
+arguments are its options, but for ``samples``, ``batch_size`` and ``seed``, which all have:
+:func:`score` describes them.
 """
 
 from __future__ import annotations

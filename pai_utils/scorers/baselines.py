@@ -19,7 +19,7 @@ def random(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """U(0, 1) for every weight, the same on every device for one seed."""
+    """U(0, 1) for every weight, drawn in the order of ``names``, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     return {

@@ -28,7 +28,10 @@ def block_fisher(
     estimator: str = "empirical",
     memory_budget: int = 4 * 2**30,
 ) -> dict[str, Tensor]:
-    """w² / (2 [F⁻¹]_ii), zero in blocks of zero gradients; see :func:`~.blocks.fisher_blocks`."""
+    """w² / (2 [F⁻¹]_ii), zero in blocks of zero gradients.
+
+    Options and errors are those of :func:`~pai_utils.curvature.blocks.fisher_blocks`.
+    """
     parameters = dict(model.named_parameters())
     scores = {
         # At least float32: increases span too many orders of magnitude for half precision.

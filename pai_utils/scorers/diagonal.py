@@ -25,7 +25,13 @@ def fisher_diag(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """½ w² · mean over samples of g², g the gradient with the true label (empirical Fisher)."""
+    """½ w² · mean over samples of g², g the gradient with the true label (empirical Fisher).
+
+    Source: Theis et al. (2018), "Faster gaze prediction with dense networks and Fisher pruning".
+
+    Raises:
+        ValueError: as :func:`~pai_utils.curvature.diagonals.fisher_diagonal`.
+    """
     diagonal = fisher_diagonal(
         model, names, data, samples=samples, batch_size=batch_size, seed=seed
     )
@@ -43,7 +49,13 @@ def ggn_diag(
     estimator: str = "mc",
     draws: int = 1,
 ) -> dict[str, Tensor]:
-    """½ w² · diagonal of the Gauss-Newton matrix; see :func:`~.diagonals.ggn_diagonal`."""
+    """½ w² · diagonal of the Gauss-Newton matrix of the mean cross-entropy.
+
+    Options and errors are those of :func:`~pai_utils.curvature.diagonals.ggn_diagonal`.
+
+    Source: LeCun, Denker & Solla (1990), "Optimal brain damage", whose diagonal also drops what can
+    be negative of the Hessian.
+    """
     diagonal = ggn_diagonal(
         model,
         names,
@@ -72,8 +84,8 @@ def feature_ggn_diag(
 
     The features are a :class:`~pai_utils.backbones.Classifier`'s input to its head, and the
     outputs of any other model. No head and no label matters: what the score guards is the whole
-    representation, of which any later task may use another part. See
-    :func:`~.diagonals.output_diagonal`.
+    representation, of which any later task may use another part. Options and errors are those of
+    :func:`~pai_utils.curvature.diagonals.output_diagonal`. The score is our own.
     """
     encoder, prefix = (
         (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")

@@ -2,6 +2,9 @@
 
 Unlike the Gauss-Newton diagonal it has a sign. A weight with H_ii < 0 has a negative score: by the
 quadratic model its removal lowers the loss, and it is pruned first.
+
+Source: LeCun, Denker & Solla (1990), "Optimal brain damage". Their recursion from layer to layer
+drops the Hessian's other entries on the way; the estimate here is unbiased.
 """
 
 from __future__ import annotations
@@ -43,6 +46,9 @@ def hessian_diag(
     ``tolerance``. The standard error of a score is ½ w² times that of its H_ii; it covers the
     probes, not the draw of samples. ``memory`` as in
     :class:`~pai_utils.curvature.products.CurvatureOperator`.
+
+    Raises:
+        ValueError: as :func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`.
     """
     operator = HessianOperator(
         model, names, data, samples=samples, batch_size=batch_size, seed=seed, memory=memory
