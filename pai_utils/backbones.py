@@ -81,7 +81,7 @@ class Provenance:
     licence: str
     """Licence of the weights as their publisher states it."""
     checksum: str | None
-    """`sha256:` and the digest of the weights' file (of the tensors, if they came from the hub);
+    """``sha256:`` and the digest of the weights' file (of the tensors, if they came from the hub);
     `None` for random weights."""
 
 
@@ -256,6 +256,16 @@ class Classifier(nn.Module):
 
     Raises:
         ValueError: the head takes another number of features than the backbone gives.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> backbone = pai.load_backbone(image_size=32, device="cpu", pretrained=False)
+        >>> model = pai.Classifier(backbone, torch.nn.Linear(backbone.feature_dim, 10))
+        >>> model(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+        >>> model.head.weight.requires_grad
+        False
     """
 
     def __init__(self, backbone: Backbone, head: nn.Linear) -> None:
@@ -286,6 +296,13 @@ def prunable_parameters(model: nn.Module) -> list[str]:
     Raises:
         ValueError: a layer's weight is not a plain parameter (for example under a
             parametrisation), so that no mask could be applied to it.
+
+    Examples:
+        >>> from torch import nn
+        >>> import pai_utils as pai
+        >>> layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
+        >>> pai.prunable_parameters(nn.Sequential(*layers))
+        ['0.weight', '3.weight']
     """
     root, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
     names: set[str] = set()
@@ -487,7 +504,7 @@ class PresetSpec:
     """Preprocessing at the default size, as the publisher evaluates."""
     licence: str
     address: str
-    """Where the publisher offers the file, or `hub:` and a model of the Hugging Face hub."""
+    """Where the publisher offers the file, or ``hub:`` and a model of the Hugging Face hub."""
     digest: str | None = None
     """First digits of a digest that the publisher gives, as `check_digest` takes them."""
 
@@ -498,7 +515,7 @@ class PresetSpec:
 
     @property
     def folder(self) -> Path:
-        """Where the file is kept: the hub's own cache, or the folder of fetched weights."""
+        """Where the file is kept, in the hub's own cache or in the folder of fetched weights."""
         if self._hub_model:
             from huggingface_hub import constants
 
@@ -641,6 +658,15 @@ def load_backbone(
         FileNotFoundError: the local checkpoint does not exist, or published weights are not there
             and may not be fetched.
         ConnectionError: the publisher or the hub cannot be reached.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> backbone = pai.load_backbone("efficientnet_lite0", image_size=32, device="cpu")
+        >>> backbone(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 1280])
+        >>> backbone.provenance.licence
+        'Apache-2.0'
     """
     target = resolve_device(device)
     _check_seed(seed)

@@ -81,7 +81,7 @@ class CheckpointReport:
     head: tuple[str, ...]
     """Tensors left out because they belong to a classifier or a projection head."""
     other: tuple[str, ...]
-    """Further entries left out: another network's tensors, or a training's state."""
+    """Further entries left out, such as another network's tensors or a training's state."""
 
     def __str__(self) -> str:
         parts = (("the head's", self.head), ("other", self.other))

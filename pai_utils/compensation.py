@@ -77,6 +77,15 @@ def parse_compensation(text: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: for an unknown part, or one that is named twice.
+
+    Examples:
+        >>> from pai_utils.compensation import parse_compensation
+        >>> parse_compensation("layerwise+moments")
+        ('layerwise', 'moments')
+        >>> parse_compensation("weights")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown compensation 'weights'. Choose from: none, moments, layerwise, obs
     """
     if text == "none":
         return ()
@@ -127,6 +136,24 @@ def compensate_(
     Raises:
         ValueError: for an unknown part, a damping that is not above zero, or fewer rows or samples
             than one.
+
+    Examples:
+        >>> import copy
+        >>> import torch
+        >>> from pai_utils import Mask
+        >>> from pai_utils.compensation import compensate_
+        >>> dense = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> dense[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> images = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 1.0], [3.0, 3.0, 5.0]])
+        >>> images = images.view(3, 3, 1, 1)
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> mask = Mask({"1.weight": torch.tensor([[False, True, True], [False, True, True]])})
+        >>> model = copy.deepcopy(dense)
+        >>> mask.apply_(model)
+        >>> compensate_(model, dense, mask, data, "layerwise", damping=1e-6)
+        >>> model[1].weight.data  # the second channel, equal to the first, stands in for it
+        tensor([[ 0.0000, -1.0000,  0.5000],
+                [ 0.0000,  3.0000, -0.5000]])
     """
     parts = parse_compensation(compensation)
     if not 0 < damping < math.inf:

@@ -78,6 +78,18 @@ def evaluate(
     Raises:
         ValueError: if the labels go beyond the model's classes, the loss is not finite, ``data``
             is empty, or the precision is unknown.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Flatten()  # takes the pixels for the logits
+        >>> images = torch.eye(3).view(3, 3, 1, 1)
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 1]))
+        >>> found = pai.evaluate(model, data)
+        >>> found.correct
+        tensor([ True,  True, False])
+        >>> f"{found.accuracy:.3f} of {found.count}, loss {found.loss:.3f}"
+        '0.667 of 3, loss 0.885'
     """
     device = device_of(model)
 
@@ -169,6 +181,13 @@ def retention(accuracy: float, dense: float, chance: float) -> float:
         accuracy: of the pruned model.
         dense: that of the dense one.
         chance: that of a constant guess.
+
+    Examples:
+        >>> from pai_utils.evaluation import retention
+        >>> retention(0.5, dense=0.9, chance=0.1)
+        0.5
+        >>> retention(0.1, dense=0.1, chance=0.1)
+        nan
     """
     return (accuracy - chance) / (dense - chance) if dense > chance else float("nan")
 
@@ -246,6 +265,12 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
 
     Returns:
         Its bounds; not a number where more than a fraction ``1 - level`` is undefined.
+
+    Examples:
+        >>> import numpy as np
+        >>> from pai_utils.evaluation import interval
+        >>> interval(np.arange(101) / 100, level=0.5)
+        (0.25, 0.75)
     """
     defined = replicates[~np.isnan(replicates)]
     if len(defined) < level * len(replicates):
@@ -536,6 +561,16 @@ def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFr
         One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
         on the lower and upper bounds of the retention; the highest sparsity measured where there is
         no crossing, and then ``crossed`` is false.
+
+    Examples:
+        >>> import pandas as pd
+        >>> from pai_utils.evaluation import sparsity_kept
+        >>> summary = pd.DataFrame({"sparsity": [0.25, 0.5], "retention": [1.0, 0.75]})
+        >>> summary = summary.assign(source="digits", target="glyphs", scorer="snip")
+        >>> summary = summary.assign(low=summary.retention, high=summary.retention)
+        >>> sparsity_kept(summary, threshold=0.875)[["target", "sparsity", "crossed"]]
+           target  sparsity  crossed
+        0  glyphs     0.375     True
     """
     rows = []
     pruned = summary[summary.scorer != "dense"]

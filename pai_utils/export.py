@@ -77,6 +77,24 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
 
     Raises:
         ValueError: if the mask is for another model, or a weight that it prunes is not zero.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> pruned = pai.prune(model, None, "magnitude", sparsity=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "pruned.safetensors"
+        ...     size = pai.save_compressed(pruned.model, pruned.mask, path)
+        ...     mask = pai.load_compressed(path, model)
+        >>> size.kept, size.promised, size.dense
+        (0.5, 13, 24)
+        >>> model[1].weight.data
+        tensor([[ 1., -2.,  0.],
+                [ 0.,  3.,  0.]])
     """
     state, aliases = _state(model, mask)
     kept = [state[name][entry] for name, entry in mask.items()]
@@ -106,10 +124,10 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
 
 @torch.no_grad()
 def load_compressed(path: str | Path, model: nn.Module) -> Mask:
-    """Fill ``model`` from a file of :func:`save_compressed`, bit for bit, and return its mask.
+    """Fill ``model`` from a compressed file, bit for bit, and return its mask.
 
     Args:
-        path: the file.
+        path: a file of :func:`save_compressed`.
         model: the same architecture in the same types, at any weights; on any device.
 
     Raises:

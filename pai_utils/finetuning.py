@@ -154,7 +154,7 @@ class FeaturePenalty:
 
     @cached_property
     def variance(self) -> Tensor:
-        """V above: the total variance of the targets, summed over features."""
+        """V above, the total variance of the targets, summed over features."""
         return self.targets.var(0, correction=0).sum()
 
     def loss(self, model: Classifier, batch_size: int, seed: int) -> Tensor:
@@ -221,6 +221,21 @@ def finetune(
             labels beyond the model's classes.
         FloatingPointError: at a non-finite loss or update, naming step and learning rate. The
             model keeps the last weights whose loss was finite (those given, at step 0).
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> mask = pai.make_mask(pai.score("magnitude", model), sparsity=0.5)
+        >>> mask.apply_(model)
+        >>> losses = pai.finetune(model, data, mask, steps=20, learning_rate=0.1)
+        >>> losses[-1] < losses[0]
+        True
+        >>> model[1].weight.data[~mask["1.weight"]]
+        tensor([0., 0., 0.])
     """
     if optimiser not in OPTIMISERS:
         raise unknown_name("optimiser", optimiser, OPTIMISERS)

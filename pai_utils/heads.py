@@ -25,7 +25,7 @@ PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
 
 HEADS = ("linear", "text")
-"""What heads are made of: labelled features, or class names."""
+"""What heads are made of, labelled features or class names."""
 
 
 def features(
@@ -110,6 +110,16 @@ def fit_head(
     Raises:
         ValueError: if the protocol is unknown, the features are not finite, or a class has no
             sample in the split.
+
+    Examples:
+        >>> import pai_utils as pai
+        >>> backbone = pai.load_backbone("efficientnet_lite0", image_size=32, device="cpu")
+        >>> task = pai.load_task("digits", backbone.transform, train_size=100, test_size=50)
+        >>> head = pai.fit_head(backbone, task)
+        >>> head
+        Linear(in_features=1280, out_features=10, bias=True)
+        >>> pai.evaluate(pai.Classifier(backbone, head), task.test).accuracy > 5 * task.chance
+        True
     """
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)

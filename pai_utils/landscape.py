@@ -54,7 +54,7 @@ from pai_utils.sources import is_held_out
 from pai_utils.tasks import Task
 
 Direction = Mapping[str, Tensor]
-"""A step in weight space: one tensor a parameter name, of the parameter's shape."""
+"""A step in weight space, as one tensor a parameter name, of the parameter's shape."""
 
 T = TypeVar("T")
 _Values = NDArray[np.float64]
@@ -67,7 +67,7 @@ PARTS = {
     "gradient": ("taylor", "hessian"),
     "higher order": ("measured", "taylor"),
 }
-"""What a score with the diagonal alone drops of the measured increase: each the difference of two
+"""What a score with the diagonal alone drops of the measured increase, each the difference of two
 columns of :func:`predicted_and_measured`; with the diagonal they add up to what is measured."""
 
 PREDICTORS = {
@@ -83,7 +83,7 @@ PREDICTORS = {
     "rank_correlation": "rank correlation of diagonals",
     "weighted_correlation": "weighted correlation of diagonals",
 }
-"""What may tell which mask will transfer: columns of :attr:`Study.cells`, and their labels."""
+"""What may tell which mask will transfer, by column of :attr:`Study.cells`, and its label."""
 
 
 # Prediction and measurement
@@ -202,6 +202,17 @@ def losses_along(
 
     Raises:
         ValueError: if the direction does not fit the model or a loss is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.landscape import losses_along
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.zeros(2, 3)
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> towards = {"1.weight": torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])}
+        >>> [round(loss, 3) for loss in losses_along(model, towards, data, [0, 1, 2])]
+        [0.693, 0.313, 0.127]
     """
     return _at_each(
         model,
@@ -311,7 +322,8 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     tiny subspace".
 
     Args:
-        left: orthonormal vectors ``[k, *shape]`` by name, as :class:`Eigenpairs` holds them.
+        left: orthonormal vectors ``[k, *shape]`` by name, as
+            :class:`~pai_utils.curvature.spectra.Eigenpairs` holds them.
         right: ``[l, *shape]``, of the same names.
 
     Returns:
@@ -319,6 +331,14 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
 
     Raises:
         ValueError: if names or shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.landscape import principal_angles
+        >>> left = {"weight": torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])}
+        >>> right = {"weight": torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])}
+        >>> principal_angles(left, right).rad2deg()
+        tensor([ 0., 90.], dtype=torch.float64)
     """
     if set(left) != set(right) or any(left[n].shape[1:] != right[n].shape[1:] for n in left):
         raise ValueError("the vectors are of different parameters")
@@ -460,7 +480,7 @@ class Study:
     losses: pd.DataFrame
     """Of :func:`predicted_and_measured`, with ``source, scorer, sparsity, target``."""
     cells: pd.DataFrame
-    """One row a source, scorer, sparsity and target: the full step's predictions beside
+    """One row a source, scorer, sparsity and target, with the full step's predictions beside
     ``accuracy, retention, dense_accuracy, held_out``, the source mask's overlap with the target's
     own (``mask_overlap, mask_chance, mask_overlap_excess``), and the columns of ``alignment``."""
     alignment: pd.DataFrame

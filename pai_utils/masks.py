@@ -35,6 +35,18 @@ class Mask(Mapping[str, Tensor]):
     Raises:
         ValueError: if the mask is empty, a tensor holds anything but zeros and ones, or an entry
             of the metadata is not text.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> left = pai.Mask({"weight": torch.tensor([True, True, False, False])})
+        >>> right = pai.Mask({"weight": torch.tensor([True, False, False, False])})
+        >>> left.sparsity
+        0.5
+        >>> left.overlap(right)
+        0.5
+        >>> left.union(right)["weight"]
+        tensor([ True,  True, False, False])
     """
 
     def __init__(
@@ -240,6 +252,18 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is truncated, altered, or not a mask, or ``model`` is another.
+
+        Examples:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> import torch
+            >>> import pai_utils as pai
+            >>> mask = pai.Mask({"weight": torch.tensor([True, False])}, {"scorer": "magnitude"})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     mask.save(Path(folder) / "mask.safetensors")
+            ...     found = pai.Mask.load(Path(folder) / "mask.safetensors")
+            >>> found["weight"], found.metadata
+            (tensor([ True, False]), {'scorer': 'magnitude'})
         """
         entries, header = read_tensors(path, _FORMAT, what="mask file")
         mask = cls(entries, json.loads(header["text"]))
@@ -316,6 +340,17 @@ def make_mask(
     Raises:
         ValueError: for an impossible sparsity, an unknown scope, no scores or non-finite ones, or
             if ``within`` prunes more than ``sparsity`` asks for.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> scores = {"weight": torch.tensor([[4.0, 1.0, 3.0, 2.0], [8.0, 7.0, 6.0, 5.0]])}
+        >>> pai.make_mask(scores, sparsity=0.5)["weight"]
+        tensor([[False, False, False, False],
+                [ True,  True,  True,  True]])
+        >>> pai.make_mask(scores, sparsity=0.5, scope="2:4")["weight"]
+        tensor([[ True, False,  True, False],
+                [ True,  True, False, False]])
     """
     pattern = check_sparsity(sparsity, scope)
     _check_scores(scores, pattern is not None, within)
@@ -353,6 +388,13 @@ def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
 
     Raises:
         ValueError: if there are fewer weights than ``kept``.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.masks import erk_budget
+        >>> shapes = {"conv": torch.Size([8, 3, 3, 3]), "linear": torch.Size([10, 40])}
+        >>> erk_budget(shapes, kept=200)
+        {'conv': 51, 'linear': 149}
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     if not 0 <= kept <= sum(sizes.values()):

@@ -46,7 +46,7 @@ class Need:
 
     @cached_property
     def name(self) -> str:
-        """A file's name: readable, and different for different needs."""
+        """A file's name, readable and different for different needs."""
         size = f"-{self.image_size}px" if self.image_size else ""
         kind = f"{self.scorer}-{self.samples or 'all'}" if self.scorer else self.split
         seed = f"-seed{self.seed}" if self.scorer else ""

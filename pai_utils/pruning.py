@@ -102,6 +102,21 @@ def prune(
     Raises:
         ValueError: for an unknown scorer, scope, schedule, option or compensation, an impossible
             sparsity, a pattern without a match, or fewer rounds than one.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> pruned = pai.prune(model, None, "magnitude", sparsity=0.5)
+        >>> pruned.model[1].weight.data
+        tensor([[ 1., -2.,  0.],
+                [ 0.,  3.,  0.]])
+        >>> pruned.mask["1.weight"]
+        tensor([[ True,  True, False],
+                [False,  True, False]])
+        >>> pruned.report.sparsity
+        0.5
     """
     parts = parse_compensation(compensation)
     seen = data if compensation_data is None else compensation_data
@@ -199,6 +214,12 @@ def select_parameters(
 
     Raises:
         ValueError: if a pattern matches none of the names, or no name is left.
+
+    Examples:
+        >>> import pai_utils as pai
+        >>> names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.weight"]
+        >>> pai.select_parameters(names, include="*.mlp", exclude="blocks.1")
+        ['blocks.0.mlp.fc1.weight']
     """
     chosen = set(names) if include is None else _matching(names, include)
     chosen -= _matching(names, exclude)

@@ -99,7 +99,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 COMPARISONS = ("random", "trained")
-"""Weights to set beside an encoder's: not trained at all, or briefly on the source."""
+"""Weights to set beside an encoder's, not trained at all, or briefly on the source."""
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pai-utils")
 # What a kernel puts beside the notebook's own names.
@@ -132,6 +132,17 @@ class RunConfig(BaseModel):
 
         Raises:
             ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
+
+        Examples:
+            >>> from pai_utils.runs import PrunePerTaskConfig
+            >>> given = {"backbone": "mobilenetv2", "scorers": ["snip"], "out": "results"}
+            >>> given |= {"sources": ["digits", "glyphs"], "sparsity": 0.5}
+            >>> PrunePerTaskConfig.from_notebook(given).batch_size
+            64
+            >>> PrunePerTaskConfig.from_notebook(given | {"sparsity": 50})  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+                ...
+            ValueError: parameters refused: sparsity: Input should be less than 1, not 50.0. Valid...
         """
         given = {
             name: value

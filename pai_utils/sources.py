@@ -87,6 +87,11 @@ def source_parts(name: str, tasks: Sequence[str] | Mapping[str, object]) -> list
 
     Raises:
         ValueError: for an unknown part, or one named twice.
+
+    Examples:
+        >>> from pai_utils.sources import source_parts
+        >>> source_parts("digits+mnist5k:altered+noise", tasks=["digits", "mnist5k"])
+        ['digits', 'mnist5k:altered', 'noise']
     """
     parts = [name] if name in tasks else name.split("+")
     for part in parts:

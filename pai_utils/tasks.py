@@ -263,6 +263,18 @@ def load_task(
         FileNotFoundError: the data set is not on disk; the message says what fetches it.
         ConnectionError: it was to be fetched and its publisher cannot be reached.
         ModuleNotFoundError: the package that ships or reads the images is not installed.
+
+    Examples:
+        >>> import pai_utils as pai
+        >>> backbone = pai.load_backbone("efficientnet_lite0", image_size=32, device="cpu")
+        >>> task = pai.load_task("digits", backbone.transform, train_size=100, test_size=50)
+        >>> len(task.train), len(task.validation), len(task.test)
+        (100, 270, 50)
+        >>> image, label = task.train[0]
+        >>> image.shape
+        torch.Size([3, 32, 32])
+        >>> task.class_names[label]
+        '2'
     """
     check_task_name(name)
     if not callable(transform):

@@ -56,6 +56,15 @@ def list_fields(
             lines.append(f":param {field}: ``{kind}``{default}{comment and '; ' + comment}")
 
 
+def skip_fields(
+    app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out the attributes that `list_fields` has listed."""
+    now = app.env.temp_data
+    owner = getattr(import_module(now["autodoc:module"]), now.get("autodoc:class") or "", None)
+    return True if _is_model(owner) and name in owner.model_fields else None
+
+
 def _is_model(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, BaseModel)
 
@@ -65,4 +74,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", import_types)
     app.connect("autodoc-process-signature", hide_signature)
     app.connect("autodoc-process-docstring", list_fields)
+    app.connect("autodoc-skip-member", skip_fields)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

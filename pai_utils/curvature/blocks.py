@@ -70,6 +70,17 @@ class BlockFisher:
     """Fisher blocks of the entries ``start`` to ``stop`` of one flattened tensor.
 
     A short last block is filled up with zero gradients, which changes nothing for its own weights.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.blocks import BlockFisher
+        >>> gradients = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+        >>> fisher = BlockFisher.from_gradients(gradients, block_size=2, damping=0.01)
+        >>> weights = torch.ones(4)
+        >>> fisher.saliency(weights)  # of two weights that move together, either can go
+        tensor([0.0050, 0.0050, 1.0050, 0.0050], dtype=torch.float64)
+        >>> fisher.compensate(weights, torch.tensor([False, True, True, True]))
+        tensor([0.0000, 1.9901, 1.0000, 1.0000])
     """
 
     name: str  #: of the tensor
@@ -77,7 +88,7 @@ class BlockFisher:
     stop: int
     damping: float
     gram: Tensor | None  #: [blocks, B, B] float64, the mean of g gᵀ; None with fewer samples than B
-    gradients: Tensor | None  #: [blocks, m, B] if so: g/√m
+    gradients: Tensor | None  #: g/√m [blocks, m, B], if so
 
     @classmethod
     def from_gradients(

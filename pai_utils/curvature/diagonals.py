@@ -70,6 +70,17 @@ def fisher_diagonal(
 
     Raises:
         ValueError: if a label goes beyond the model's classes.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.diagonals import fisher_diagonal
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -1.0, 0.5], [0.0, 1.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> fisher_diagonal(model, ["1.weight"], data)["1.weight"]
+        tensor([[0.0241, 0.0047, 0.0241],
+                [0.0241, 0.0047, 0.0241]])
     """
     indices = draw_samples(data, samples, seed)
     cotangents = TrueLabels(device_of(model))
@@ -113,6 +124,17 @@ def ggn_diagonal(
 
     Raises:
         ValueError: if ``estimator`` is unknown or ``draws`` is below one.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.diagonals import ggn_diagonal
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -1.0, 0.5], [0.0, 1.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> ggn_diagonal(model, ["1.weight"], data, estimator="exact")["1.weight"]
+        tensor([[0.0655, 0.0350, 0.0655],
+                [0.0655, 0.0350, 0.0655]])
     """
     if estimator not in GGN_ESTIMATORS:
         raise unknown_name("estimator", estimator, GGN_ESTIMATORS)

@@ -108,6 +108,18 @@ def hutchinson_trace(
 
     Raises:
         ValueError: if ``probes`` is below two, ``tolerance`` is negative or a product not finite.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.hutchinson import hutchinson_trace
+        >>> from pai_utils.curvature.products import GGNOperator
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.zeros(2, 3)
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> estimate = hutchinson_trace(GGNOperator(model, ["1.weight"], data), probes=200)
+        >>> abs(estimate.trace - 0.5) < 4 * estimate.standard_error
+        True
     """
     _check(probes, tolerance)
     generator = torch.Generator().manual_seed(seed)

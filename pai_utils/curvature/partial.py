@@ -50,7 +50,7 @@ class PartialTerms:
 
     diagonal: float
     blocks: float  #: of consecutive weights of one flattened tensor
-    tensors: float  #: of whole tensors: nothing between layers
+    tensors: float  #: of whole tensors, with nothing between layers
     count: int  #: samples the means are over
 
 

@@ -54,7 +54,7 @@ class Operator(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """The parameters it acts on: their names, order, shapes, type and device."""
+        """The parameters it acts on, with their names, order, shapes, type and device."""
 
     def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The product with ``vector``, one tensor a parameter name."""
@@ -284,6 +284,18 @@ class HessianOperator(CurvatureOperator):
     takes 8/3 (1/3 for the forward, 1/3 for the gradient without its weights' part, 2 for the
     backward through both), each further one on kept graphs 2. Where :meth:`gradient` was asked
     for before, which takes 1, so does every product on the graphs it left.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.products import HessianOperator
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -1.0, 0.5], [0.0, 1.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> hessian = HessianOperator(model, ["1.weight"], data)
+        >>> hessian({"1.weight": torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])})["1.weight"]
+        tensor([[ 0.0655,  0.0350,  0.0655],
+                [-0.0655, -0.0350, -0.0655]])
     """
 
     _with_values = False  # whether the graphs hold the gradient's values
@@ -466,6 +478,18 @@ def directional_terms(
     Raises:
         ValueError: if there is no direction, a name or shape does not fit the model or the other
             directions, a label goes beyond the model's classes, or a term is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.products import directional_terms
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.zeros(2, 3)
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> v = {"1.weight": torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])}
+        >>> (terms,) = directional_terms(model, [v], data)
+        >>> f"{terms.loss:.3f} {terms.gradient:.3f} {terms.hessian:.3f} {terms.ggn:.3f}"
+        '0.693 -0.333 1.000 1.000'
     """
     check_directions(model, directions)
     indices = draw_samples(data, samples, seed)

@@ -45,7 +45,7 @@ class Eigenpairs:
     """Extreme eigenpairs of a matrix over named parameters."""
 
     values: Tensor  #: λ [k], float64 on the CPU, the most extreme first
-    vectors: dict[str, Tensor]  #: a name: [k, *shape]; over all names of unit norm and orthogonal
+    vectors: dict[str, Tensor]  #: ``[k, *shape]``; over all names of unit norm and orthogonal
     residuals: Tensor  #: ‖Av − λv‖ [k], up to rounding of the products
     products: int
     converged: bool  #: all residuals are within the tolerance
@@ -100,6 +100,18 @@ def top_eigenpairs(
     Raises:
         ValueError: if ``count`` is below one or above ``products`` or the matrix's size, ``order``
             is unknown, ``tolerance`` is negative, or a product is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from pai_utils.curvature.products import GGNOperator
+        >>> from pai_utils.curvature.spectra import top_eigenpairs
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.zeros(2, 3)
+        >>> images = torch.diag(torch.tensor([1.0, 2.0, 3.0])).view(3, 3, 1, 1)
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> pairs = top_eigenpairs(GGNOperator(model, ["1.weight"], data), count=2)
+        >>> [round(value, 4) for value in pairs.values.tolist()]  # n²/6 of the n-th pixel
+        [1.5, 0.6667]
     """
     if order not in _ORDERS:
         raise unknown_name("order", order, _ORDERS)

@@ -118,7 +118,7 @@ SCORERS: dict[str, Scorer] = {
         passes=lambda options: 1.0 + 2.1 * options["probes"],
     ),
 }
-"""All scorers, by the name that :func:`score` takes."""
+"""All scorers, by the name that :func:`~pai_utils.scorers.score` takes."""
 
 
 @dataclass
@@ -183,6 +183,22 @@ def score(
     Raises:
         ValueError: for an unknown scorer, option or parameter, no parameter to score, missing
             data, labels beyond the model's classes, or non-finite weights, images or scores.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> pai.score("magnitude", model)["1.weight"]
+        tensor([[1.0000, 2.0000, 0.5000],
+                [0.0000, 3.0000, 0.5000]])
+        >>> pai.score("ggn_diag", model, data, samples=None, estimator="exact")["1.weight"]
+        tensor([[0.0328, 0.0044, 0.0082],
+                [0.0000, 0.0100, 0.0082]])
+        >>> pai.score("snip", model, data, samples=2).left_out
+        []
     """
     if name not in SCORERS:
         raise unknown_name("scorer", name, list(SCORERS))
