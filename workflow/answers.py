@@ -17,6 +17,7 @@ from pai_utils.evaluation import retention_verdict
 
 FURTHER_BACKBONES = {"efficientnet_lite2": "EfficientNet-Lite2", "mobilenetv2": "MobileNetV2"}
 PAPERS_SCORE = "ggn_diag"
+REPAIRED = " + "  # between a score and its repair
 
 
 class Stored(NamedTuple):
@@ -44,20 +45,20 @@ def answers(stored: Stored) -> dict[str, str]:
 
 def index(stored: Stored) -> str:
     """What masks keep of unseen tasks on larger data sets, alone and with a repair."""
-    alone, mended = [], []
     table = overview(stored)
-    for encoder, rows in table.groupby("encoder", sort=False):
-        own = rows[rows.method == PAPERS_SCORE]
-        repaired = rows[rows.method.str.contains(" + ", regex=False)]
-        best = repaired[repaired.sparsity == repaired.sparsity.min()].iloc[0]
-        alone.append(f"{_series(own)} on {encoder}")
-        mended.append(f"{_interval(best)} on {encoder} at {best.sparsity:.0%}")
-    at = sorted(set(table[table.method == PAPERS_SCORE].sparsity))
+    masks = table[table.method == PAPERS_SCORE]
+    repaired = table[table.method.str.contains(REPAIRED, regex=False)]
+    repaired = repaired[repaired.sparsity == repaired.sparsity.min()]
+    alone = _listed(
+        f"{_series(own)} on {encoder}" for encoder, own in masks.groupby("encoder", sort=False)
+    )
+    mended = _listed(f"{_interval(row)} on {row.encoder}" for _, row in repaired.iterrows())
+    sparsities = _listed(f"{sparsity:.0%}" for sparsity in sorted(set(masks.sparsity)))
     return (
-        f"At {_listed(f'{sparsity:.0%}' for sparsity in at)} sparsity, a second-order mask made on "
-        "one task keeps, of the accuracy above chance of tasks that it has not seen, "
-        f"{_listed(alone)}. If the surviving weights are then re-solved, without training and "
-        f"still without these tasks, it is {_listed(mended)}."
+        f"At {sparsities} sparsity, a second-order mask made on one task keeps, of the accuracy "
+        f"above chance of tasks that it has not seen, {alone}. At {repaired.sparsity.min():.0%}, "
+        "with the surviving weights re-solved, without training and still without these tasks, "
+        f"it is {mended}."
     )
 
 
@@ -78,7 +79,7 @@ def overview(stored: Stored) -> pd.DataFrame:
         repairs = stored.repaired[
             (stored.repaired["encoder"] == label)
             & (stored.repaired["tasks"] == "larger")
-            & stored.repaired["method"].str.contains(" + ", regex=False)
+            & stored.repaired["method"].str.contains(REPAIRED, regex=False)
         ]
         parts.append(pd.concat([*masks, repairs]).assign(encoder=label))
     return pd.concat(parts, ignore_index=True)[

@@ -393,6 +393,8 @@ def summarise(results: Path) -> list[Path]:
         written.append(path)
     if all((results / grid).is_dir() for grid in ("real", "retention_real")):
         table = overview(stored).rename(columns={"encoder": "source", "method": "scorer"})
+        # In short, so that the legend is low; which repair it is stands in the table of them.
+        table["scorer"] = table.scorer.str.replace(r" \+ .*", ", repaired", regex=True)
         image = BytesIO()
         plots.retention_curves(table, title="{}").savefig(image, dpi=150, bbox_inches="tight")
         path = results / "summary" / "overview.png"

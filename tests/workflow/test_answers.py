@@ -117,9 +117,9 @@ def test_the_first_page_has_masks_alone_and_with_a_repair(tmp_path: Path) -> Non
     stored = _stored(tmp_path, repaired=pd.DataFrame(left))
     assert answers(stored)["index"] == (
         "**Answer.** At 10% and 30% sparsity, a second-order mask made on one task keeps, of the "
-        "accuracy above chance of tasks that it has not seen, 0.95 and 0.75 on Small. If the "
-        "surviving weights are then re-solved, without training and still without these tasks, "
-        "it is 0.75 (0.75 to 0.75) on Small at 50%.\n"
+        "accuracy above chance of tasks that it has not seen, 0.95 and 0.75 on Small. At 50%, "
+        "with the surviving weights re-solved, without training and still without these tasks, "
+        "it is 0.75 (0.75 to 0.75) on Small.\n"
     )
     assert len(overview(stored)) == 3 * 2 + 2
 
