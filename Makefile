@@ -15,7 +15,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
   --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint unit notebooks smoke check-book cluster cluster-test bench results \
+.PHONY: help env book draft test lint unit notebooks smoke check-book cluster cluster-test bench results \
   lock clean
 
 help:
@@ -47,6 +47,9 @@ $(READY): requirements.lock pyproject.toml
 
 book: $(READY) ## run the book's notebooks and render it
 	@$(PY) workflow/build.py book
+
+draft: $(READY) ## after `make book`: render in seconds, to build/draft, the pages that changed since
+	@$(PY) workflow/render.py build/draft --draft --executed book/executed/*.ipynb --log build/logs/draft.log
 
 test: $(READY) ## lint, unit tests, notebooks as they are, smoke grid, checks of the rendered book
 	@$(MAKE) --no-print-directory lint

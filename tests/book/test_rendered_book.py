@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,7 +26,11 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_pla
 ROOT = Path(__file__).parents[2]
 SITE = Path(os.environ.get("PAI_SITE") or ROOT / "_build" / "html").resolve()
 MAX_PAGE_BYTES = 1_500_000
+MAX_BOOK_BYTES = 30_000_000
 WIDTHS = (1280, 390)
+SCHEMES = ("light", "dark")
+View = tuple[int, str]
+VIEWS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = (
     "--headless",
@@ -103,13 +108,6 @@ def is_external(address: str) -> bool:
     return bool(parts.netloc) or parts.scheme in ("http", "https", "ftp")
 
 
-def own_images(soup: BeautifulSoup, folder: Path) -> set[Path]:
-    """Return the image files that belong to one page and not to the theme."""
-    sources = {str(img["src"]) for img in soup.find_all("img") if img.has_attr("src")}
-    files = {(folder / unquote(source)).resolve() for source in sources if ":" not in source}
-    return {path for path in files if "_static" not in path.parts}
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_of_the_table_of_contents_is_rendered(site: Path, page: str) -> None:
     assert (site / f"{page}.html").is_file()
@@ -150,7 +148,7 @@ def test_an_executed_notebook_names_its_backbone_in_the_title(soup: BeautifulSou
 @pytest.mark.parametrize("page", PAGES)
 def test_every_image_has_an_alternative_text_that_says_something(soup: BeautifulSoup) -> None:
     poor = []
-    for image in soup.find_all("img"):
+    for image in soup.select("article img, .sidebar-primary__section img"):
         alt = str(image.get("alt") or "").strip()
         words = re.findall(r"\w+", alt.lower())
         is_file_name = re.search(r"\.(png|svg|jpe?g|gif)$", alt.lower())
@@ -198,11 +196,16 @@ def test_no_style_sheet_loads_from_outside_the_book(site: Path) -> None:
     assert {name: addresses for name, addresses in found.items() if addresses} == {}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_with_its_images_weighs_less_than_the_limit(site: Path, page: str) -> None:
-    source = site / f"{page}.html"
-    files = {source, *own_images(parse(source), source.parent)}
-    assert sum(path.stat().st_size for path in files) < MAX_PAGE_BYTES
+def test_the_book_weighs_less_than_the_limit(site: Path) -> None:
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < MAX_BOOK_BYTES
+
+
+def test_the_links_to_the_next_page_go_through_the_whole_book(site: Path) -> None:
+    order, page = [PAGES[0]], site / f"{PAGES[0]}.html"
+    while link := parse(page).select_one("link[rel=next]"):
+        page = (page.parent / str(link["href"])).resolve()
+        order.append(str(page.relative_to(site).with_suffix("")))
+    assert order == PAGES
 
 
 def test_only_the_used_part_of_mathjax_is_shipped(site: Path) -> None:
@@ -232,6 +235,7 @@ class Visit:
     errors: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    loaded: set[Path] = field(default_factory=set)
     seen: dict[str, Any] = field(default_factory=dict)
 
     def watch(self, page: Page) -> None:
@@ -245,7 +249,9 @@ class Visit:
             self.errors.append(message.text)
 
     def _on_request(self, request: Request) -> None:
-        if not request.url.startswith(("file:", "data:", "blob:")):
+        if request.url.startswith("file:"):
+            self.loaded.add(Path(unquote(urlsplit(request.url).path)))
+        elif not request.url.startswith(("data:", "blob:")):
             self.outside.append(request.url)
 
 
@@ -253,6 +259,7 @@ LOOK = """async () => {
     // MathJax that does not start never settles its promise: look at the page all the same.
     const patience = new Promise((resolve) => setTimeout(resolve, 15000));
     await Promise.race([window.MathJax?.startup?.promise, patience]);
+    await document.fonts.ready;
     const scrolls = (element) => {
         for (let e = element; e.tagName !== "ARTICLE"; e = e.parentElement)
             if (getComputedStyle(e).overflowX !== "visible") return true;
@@ -275,21 +282,37 @@ LOOK = """async () => {
 }"""
 
 
+ACCESSIBILITY = """async () => {
+    const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+    return violations.filter(({ impact }) => ["serious", "critical"].includes(impact)).flatMap(
+        ({ id, nodes }) => nodes.map(({ html }) => `${id}: ${html.slice(0, 200)}`));
+}"""
+
+
 @pytest.fixture(scope="session")
-def visit(site: Path, browser: Browser) -> Iterator[Callable[[str, int], Visit]]:
-    """Open each page once per width; the tests look at what was seen."""
-    contexts = {
+def axe() -> str:
+    """The script of axe-core, which a package of the extra `test` ships."""
+    return (files("axe_playwright_python") / "axe.min.js").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def visit(site: Path, browser: Browser, axe: str) -> Iterator[Callable[[str, View], Visit]]:
+    """Open each page once per view; the tests look at what was seen."""
+    contexts = {}
+    for width, scheme in VIEWS:
         # Offline, a request that leaves the page fails at once instead of holding the page up.
-        width: browser.new_context(viewport={"width": width, "height": 844}, offline=True)
-        for width in WIDTHS
-    }
+        context = browser.new_context(viewport={"width": width, "height": 844}, offline=True)
+        context.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
+        contexts[width, scheme] = context
 
     @cache
-    def visit(page: str, width: int) -> Visit:
-        tab, visit = contexts[width].new_page(), Visit()
+    def visit(page: str, view: View) -> Visit:
+        tab, visit = contexts[view].new_page(), Visit()
         visit.watch(tab)
         tab.goto((site / f"{page}.html").as_uri())
         visit.seen = tab.evaluate(LOOK)
+        tab.evaluate(axe)
+        visit.seen["violations"] = tab.evaluate(ACCESSIBILITY)
         tab.close()
         return visit
 
@@ -298,43 +321,57 @@ def visit(site: Path, browser: Browser) -> Iterator[Callable[[str, int], Visit]]
         context.close()
 
 
+Open = Callable[[str, View], Visit]
 in_browser = pytest.mark.parametrize(
-    ("page", "width"), [(page, width) for page in PAGES for width in WIDTHS]
+    ("page", "view"),
+    [(page, view) for page in PAGES for view in VIEWS],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
-Open = Callable[[str, int], Visit]
 
 
 @in_browser
-def test_a_page_opens_without_a_console_error(page: str, width: int, visit: Open) -> None:
-    assert visit(page, width).errors == []
+def test_a_page_opens_without_a_console_error(page: str, view: View, visit: Open) -> None:
+    assert visit(page, view).errors == []
 
 
 @in_browser
-def test_no_request_leaves_a_page_opened_from_disk(page: str, width: int, visit: Open) -> None:
-    assert visit(page, width).outside == []
-    assert visit(page, width).missing == []
-    assert visit(page, width).seen["broken"] == []
+def test_no_request_leaves_a_page_opened_from_disk(page: str, view: View, visit: Open) -> None:
+    assert visit(page, view).outside == []
+    assert visit(page, view).missing == []
+    assert visit(page, view).seen["broken"] == []
 
 
 @in_browser
-def test_a_page_does_not_scroll_sideways(page: str, width: int, visit: Open) -> None:
-    assert visit(page, width).seen["overflow"] <= 1
-    assert visit(page, width).seen["cutOff"] == [], "wider than the page, in no box that scrolls"
+def test_a_page_does_not_scroll_sideways(page: str, view: View, visit: Open) -> None:
+    assert visit(page, view).seen["overflow"] <= 1
+    assert visit(page, view).seen["cutOff"] == [], "wider than the page, in no box that scrolls"
 
 
 @in_browser
-def test_the_formulae_of_a_page_are_typeset(page: str, width: int, visit: Open) -> None:
-    seen = visit(page, width).seen
+def test_the_formulae_of_a_page_are_typeset(page: str, view: View, visit: Open) -> None:
+    seen = visit(page, view).seen
     assert seen["typeset"] >= seen["formulae"]
     assert seen["failed"] == 0
     assert not re.search(r"\\[(\[]|\$\$|\\(?:frac|mathbb|theta)", seen["text"])
 
 
 def test_the_theory_page_holds_formulae(visit: Open) -> None:
-    assert visit("book/theory", WIDTHS[0]).seen["typeset"] > 50
+    assert visit("book/theory", VIEWS[0]).seen["typeset"] > 50
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@in_browser
+def test_axe_finds_no_serious_violation(page: str, view: View, visit: Open) -> None:
+    assert visit(page, view).seen["violations"] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_that_a_page_loads_weighs_less_than_the_limit(page: str, visit: Open) -> None:
+    loaded = visit(page, VIEWS[0]).loaded
+    assert any(path.suffix == ".css" for path in loaded)
+    assert sum(path.stat().st_size for path in loaded) < MAX_PAGE_BYTES
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_body_text_has_enough_contrast(site: Path, scheme: str, browser: Browser) -> None:
     tab = browser.new_page(offline=True)
     tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
@@ -357,19 +394,64 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_a_search_finds_the_page_that_explains_a_word(site: Path, browser: Browser) -> None:
-    tab, visit = browser.new_page(offline=True), Visit()
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_search_by_keyboard_finds_the_page_that_explains_a_word(
+    site: Path, width: int, browser: Browser, axe: str
+) -> None:
+    tab, visit = new_tab(browser, width), Visit()
     visit.watch(tab)
-    tab.goto((site / "search.html").as_uri() + "?q=saliency")
+    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    tab.keyboard.press("Control+K")
+    tab.keyboard.type("saliency")
+    tab.keyboard.press("Enter")
     tab.wait_for_selector("#search-results li a", timeout=10_000)
     found = tab.eval_on_selector_all("#search-results li a", "links => links.map((a) => a.href)")
+    overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+    tab.evaluate(axe)
+    violations = tab.evaluate(ACCESSIBILITY)
     tab.close()
     assert any("/book/theory.html" in address for address in found)
-    assert (visit.errors, visit.outside) == ([], [])
+    assert overflow <= 1
+    assert violations == []
+    assert (visit.errors, visit.outside, visit.missing) == ([], [], [])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_contents_lead_to_a_page(site: Path, width: int, browser: Browser) -> None:
+    tab = new_tab(browser, width)
+    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    link = tab.locator("nav.bd-links a", has_text="Protocol").first
+    if not link.is_visible():
+        assert width == min(WIDTHS), "a wide window shows the contents at once"
+        tab.locator(".primary-toggle").first.click()
+    link.click()
+    tab.wait_for_url("**/protocol.html")
+    tab.close()
+
+
+def test_the_switch_changes_the_colours_and_the_next_page_keeps_them(
+    site: Path, browser: Browser
+) -> None:
+    tab = new_tab(browser, WIDTHS[0])
+    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    seen = []
+    for _ in range(3):
+        tab.locator(".theme-switch-button").first.click()
+        seen.append(tab.evaluate("document.documentElement.dataset.theme"))
+    chosen = seen[-1]
+    tab.goto((site / f"{PAGES[1]}.html").as_uri())
+    kept = tab.evaluate("document.documentElement.dataset.theme")
+    tab.close()
+    assert set(seen) == set(SCHEMES)
+    assert kept == chosen
+
+
+def new_tab(browser: Browser, width: int) -> Page:
+    return browser.new_page(offline=True, viewport={"width": width, "height": 844})
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_explorer_shows_what_the_keyboard_chooses(
     site: Path, scheme: str, width: int, browser: Browser
 ) -> None:
