@@ -283,7 +283,8 @@ LOOK = """async () => {
 
 
 ACCESSIBILITY = """async () => {
-    const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+    const { violations } = await axe.run(
+        document, { resultTypes: ["violations"], preload: false });
     return violations.filter(({ impact }) => ["serious", "critical"].includes(impact)).flatMap(
         ({ id, nodes }) => nodes.map(({ html }) => `${id}: ${html.slice(0, 200)}`));
 }"""

@@ -1,0 +1,32 @@
+"""Sphinx extension: name the arrows that unfold a part of the contents, for screen readers."""
+
+from typing import Any
+
+from docutils.nodes import document
+from sphinx.application import Sphinx
+
+
+def name_toggles(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], page: document | None
+) -> None:
+    """Name each arrow of the sidebar after the page whose subpages it shows."""
+    make = context.get("generate_toctree_html")
+    if make is None:
+        return
+
+    def named(*positional: Any, **options: Any) -> Any:
+        contents = make(*positional, **options)
+        # A page without contents gets an empty text instead of a tree.
+        for arrow in contents.select("summary") if contents else ():
+            title = arrow.find_parent("li").find("a").get_text(strip=True)
+            arrow["aria-label"] = f"Pages of {title}"
+        return contents
+
+    context["generate_toctree_html"] = named
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension with Sphinx."""
+    # After the theme has put its function there.
+    app.connect("html-page-context", name_toggles, priority=900)
+    return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
