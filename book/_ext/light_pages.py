@@ -98,6 +98,7 @@ def trim_font(path: Path, kept: set[int]) -> None:
     subsetter.populate(unicodes=kept)
     subsetter.subset(font)
     subset.save_font(font, str(path), options)
+    font.close()
 
 
 def reduce_image(content: bytes) -> bytes:

@@ -284,7 +284,9 @@ LOOK = """async () => {
 
 ACCESSIBILITY = """async (contrast) => {
     const { violations } = await axe.run(document, {
-        resultTypes: ["violations"], preload: false, rules: { "color-contrast": { enabled: contrast } },
+        resultTypes: ["violations"],
+        preload: false,
+        rules: { "color-contrast": { enabled: contrast } },
     });
     return violations.filter(({ impact }) => ["serious", "critical"].includes(impact)).flatMap(
         ({ id, nodes }) => nodes.map(({ html }) => `${id}: ${html.slice(0, 200)}`));
