@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pai_utils.clip import zero_shot_head
     from pai_utils.evaluation import Evaluation, evaluate
     from pai_utils.export import (
+        check_compressed,
         check_onnx,
         export_onnx,
         load_classifier,
@@ -64,6 +65,7 @@ _HOMES = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "finetune": "finetuning",
+    "check_compressed": "export",
     "check_onnx": "export",
     "export_onnx": "export",
     "load_classifier": "export",
@@ -97,6 +99,7 @@ __all__ = [
     "Scores",
     "Task",
     "atlas",
+    "check_compressed",
     "check_onnx",
     "describe_weights",
     "evaluate",

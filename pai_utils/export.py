@@ -6,10 +6,14 @@ import copy
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -189,6 +193,49 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
     return model.to(resolve_device(device)).eval()
 
 
+@torch.no_grad()
+def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> float:
+    """Largest absolute difference of logits between a classifier and its file, on the CPU.
+
+    A fresh process calls :func:`load_classifier`: of this one it has the file, the images and the
+    number of threads, on which rounding depends.
+
+    Args:
+        model: what was written, compared in evaluation mode.
+        path: a file that :func:`load_classifier` can read.
+        images: [N, 3, S, S].
+
+    Raises:
+        ValueError: if the process fails, with its last words.
+    """
+    from safetensors.torch import load_file, save_file
+
+    images = images.cpu().contiguous()
+    code = (
+        "import sys, torch; from safetensors.torch import load_file, save_file; "
+        "from pai_utils import load_classifier; path, folder, threads = sys.argv[1:]; "
+        "torch.set_num_threads(int(threads)); model = load_classifier(path, 'cpu'); "
+        "logits = model(load_file(folder + '/images')['images']).detach().contiguous(); "
+        "save_file({'logits': logits}, folder + '/logits')"
+    )
+    # The library may be run from its folder, which the other process would not know.
+    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    with TemporaryDirectory() as folder:
+        save_file({"images": images}, f"{folder}/images")
+        arguments = [str(Path(path).resolve()), folder, str(torch.get_num_threads())]
+        process = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            said = process.stderr.strip() or f"exit status {process.returncode}"
+            raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
+        found = load_file(f"{folder}/logits")["logits"]
+    return float((found - copy.deepcopy(model).cpu().eval()(images)).abs().max())
+
+
 def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     """Write the pruned model's state dict with its zeros, as plain safetensors.
 
@@ -343,7 +390,8 @@ def write_formats(
                 "difference": difference,
             }
         )
-    return pd.DataFrame(rows).astype({"promised": "Int64"})
+    columns = ["format", "file", "bytes", "promised", "of_dense", "difference"]
+    return pd.DataFrame(rows, columns=columns).astype({"promised": "Int64"})
 
 
 def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:

@@ -35,7 +35,7 @@ from pydantic import (
 
 from pai_utils.compensation import COMPENSATION_OPTIONS, parse_compensation
 from pai_utils.execution import PRECISIONS, unknown_name
-from pai_utils.export import FORMATS, missing_for_onnx
+from pai_utils.export import FORMATS
 from pai_utils.files import write_atomically
 from pai_utils.finetuning import OPTIMISERS, PENALTIES, SCHEDULES, STARTS
 from pai_utils.heads import HEADS
@@ -431,18 +431,9 @@ class PruneYourOwnConfig(_Repaired):
     finetune_steps: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 1e-5
     finetune_batch_size: Positive = 32
-    formats: list[Annotated[str, _one_of("format", FORMATS)]] = list(FORMATS)
-
-    @field_validator("formats")
-    @classmethod
-    def _can_write(cls, formats: list[str]) -> list[str]:
-        # Told before the run: the files are written at its end.
-        if "onnx" in formats and (missing := missing_for_onnx()):
-            raise ValueError(
-                f"onnx needs {' and '.join(missing)}: pip install 'pai-utils[export]', "
-                "or leave it out"
-            )
-        return formats
+    formats: list[Annotated[str, _one_of("format", FORMATS)]] = Field(
+        default=list(FORMATS), min_length=1
+    )
 
     @model_validator(mode="after")
     def _something_unseen(self) -> Self:
