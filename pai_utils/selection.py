@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from torch import nn
@@ -148,11 +148,14 @@ def prune_as_chosen(
         samples: images a score; ``None`` for all.
         seed: as there.
         keywords: others of :func:`~pai_utils.pruning.prune`.
+
+    Returns:
+        The pruned encoder with ``head``, whatever head the scores were computed with.
     """
     pool = load_source(prune_by or name, encoder, {name: task}, {name: head}, seed=seed)
     model = Classifier(encoder, pool.head or head)
     images = pool.images_for(choice.scorer)
-    return prune(
+    pruned = prune(
         model,
         images,
         choice.scorer,
@@ -164,6 +167,8 @@ def prune_as_chosen(
         seed=seed,
         **keywords,
     )
+    repaired = cast(Classifier, pruned.model).backbone
+    return replace(pruned, model=Classifier(repaired, head))
 
 
 def compare_stages(

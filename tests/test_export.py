@@ -11,16 +11,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pai_utils import export
-from pai_utils.backbones import prunable_parameters
+from pai_utils.backbones import Classifier, load_backbone, prunable_parameters
 from pai_utils.execution import hash_tensors
 from pai_utils.export import (
+    check_compressed,
     check_onnx,
     export_onnx,
+    load_classifier,
     load_compressed,
     measure_speedup,
     save_compressed,
     save_dense,
     to_semi_structured,
+    write_formats,
 )
 from pai_utils.masks import Mask, make_mask
 from tests.cases import tiny_classifier
@@ -373,3 +376,92 @@ def test_speed_has_medians_within_their_quartiles() -> None:
     assert speed.factor == speed.dense / speed.sparse
     with pytest.raises(ValueError, match="repeats=0 must be"):
         measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=0)
+
+
+def of_timm() -> Classifier:
+    """A small model of timm, at random weights and statistics."""
+    backbone = load_backbone("test_resnet", image_size=32, pretrained=False, device="cpu", seed=5)
+    torch.manual_seed(0)
+    model = Classifier(backbone, nn.Linear(backbone.feature_dim, 3))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    return model.eval()
+
+
+def test_a_file_alone_makes_the_classifier_in_a_fresh_process(tmp_path: Path) -> None:
+    model = of_timm()
+    images = torch.randn(5, 3, 32, 32)
+    save_compressed(model, pruned(model), tmp_path / "m")
+    assert check_compressed(model, tmp_path / "m", images) == 0
+    back = load_classifier(tmp_path / "m", "cpu")
+    assert not back.training
+    assert same(copied(back), copied(model))
+    # That a difference is seen.
+    with torch.no_grad():
+        model.head.bias[0] += 0.5
+    assert check_compressed(model, tmp_path / "m", images) == pytest.approx(0.5)
+
+
+def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a fresh process cannot load .*no compressed checkpoint"):
+        check_compressed(of_timm(), tmp_path / "none", torch.zeros(1, 3, 32, 32))
+
+
+def test_a_file_that_does_not_say_how_to_make_its_model_is_refused(tmp_path: Path) -> None:
+    model = wide()
+    save_compressed(model, pruned(model), tmp_path / "m")
+    with pytest.raises(ValueError, match=r"how to make its model \(Sequential\); make it yourself"):
+        load_classifier(tmp_path / "m")
+    own = of_timm()
+    own.backbone.name = "file:/home/me/mine.pth@test_resnet"
+    save_compressed(own, pruned(own), tmp_path / "own")
+    with pytest.raises(ValueError, match=r"\(file:mine\.pth@test_resnet\); make it yourself"):
+        load_classifier(tmp_path / "own")
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="is no compressed checkpoint"):
+        load_classifier(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError, match="no compressed checkpoint at"):
+        load_classifier(tmp_path / "none")
+
+
+def test_formats_are_written_and_read_back(tmp_path: Path) -> None:
+    model = of_timm()
+    mask = pruned(model)
+    before = copied(model)
+    images = torch.randn(4, 3, 32, 32)
+    table = write_formats(model, mask, tmp_path, images, ["compressed", "dense"]).set_index(
+        "format"
+    )
+    assert same(copied(model), before)
+    for row in table.itertuples():
+        assert row.bytes == (tmp_path / str(row.file)).stat().st_size
+        assert row.difference == 0
+    stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    weights = mask.kept * 4 + -(-mask.total // 8)
+    compressed = table.loc["compressed"]
+    assert compressed.promised == weights + stored - 4 * mask.total
+    assert compressed.bytes == pytest.approx(compressed.promised, rel=0.05)
+    assert compressed.of_dense == compressed.bytes / stored
+    assert table.loc["dense"].of_dense == pytest.approx(1, rel=0.05)
+    other = of_timm()
+    load_compressed(tmp_path / str(compressed.file), other)
+    assert same(copied(other), before)
+
+
+def test_onnx_is_written_beside_the_others(tmp_path: Path) -> None:
+    if export.missing_for_onnx():
+        pytest.skip("the extra export is not installed")
+    model = of_timm()
+    table = write_formats(model, pruned(model), tmp_path, torch.randn(3, 3, 32, 32), ["onnx"])
+    assert list(table.file) == ["pruned.onnx"]
+    assert 0 <= table.difference.item() <= 1e-4
+
+
+def test_no_format_is_an_empty_table_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    model = of_timm()
+    mask, images = pruned(model), torch.zeros(1, 3, 32, 32)
+    assert write_formats(model, mask, tmp_path, images, []).empty
+    with pytest.raises(ValueError, match=r"unknown format 'onxx'; did you mean 'onnx'"):
+        write_formats(model, mask, tmp_path, images, ["compressed", "onxx"])
+    assert not list(tmp_path.iterdir())

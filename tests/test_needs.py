@@ -105,6 +105,8 @@ def test_the_atlas_measures_scores_and_so_shares_none() -> None:
         ("landscape_analysis", {"targets": ["photos"], "scorers": ["ggn_diag", "magnitude"]}, 2),
         ("finetune_recovery", {"source": "digits", "prune_by": None, "seeds": [0, 1]}, 2),
         ("finetune_recovery", {"source": "digits", "prune_by": "noise+digits"}, 0),
+        ("prune_your_own", {"scorers": ["snip", "px", "magnitude"], "prune_by": None}, 2),
+        ("prune_your_own", {"scorers": ["snip"], "prune_by": "photos+noise"}, 1),
     ],
 )
 def test_each_notebook_lists_its_scores(notebook: str, values: dict[str, Any], scores: int) -> None:

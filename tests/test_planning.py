@@ -114,6 +114,18 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
             + 2 * 9 * (7 + 7),
         ),
         (
+            runs.PruneYourOwnConfig(
+                **COMMON, source="digits", targets=["photos"], scorers=["snip", "magnitude"],
+                sparsities=[0.2, 0.4], compensation="moments", finetune_steps=5,
+                finetune_batch_size=4,
+            ),
+            # Heads and tests; scores, repairs and validation of candidates; the chosen one again
+            # and the accuracies of three networks; fine-tuning and its tests.
+            200 + 2 * 80 + 3 * 10 + 4 * (2 * 100 + part_sizes("digits")["validation"])
+            + 3 * 10 + 2 * 100 + 3 * part_sizes("digits")["validation"]
+            + 3 * 5 * 4 + 80,
+        ),
+        (
             runs.ScorerAtlasConfig(
                 **COMMON, sources=["digits", "photos"], scorers=["hessian_diag", "random"],
                 sparsities=[0.5], seeds=[0, 1],

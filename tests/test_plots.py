@@ -9,8 +9,11 @@ from pai_utils.plots import (
     predictions,
     recovery_arrows,
     retention_curves,
+    stages_compared,
     transfer_heatmap,
+    validation_choice,
 )
+from pai_utils.selection import Choice
 
 MIXED = "mnist5k+mnist5k:altered+photographs+contours"
 
@@ -103,3 +106,42 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
     assert held.get_markerfacecolor() != "white"
     assert own.get_markerfacecolor() == "white"
     assert list(np.asarray(held.get_ydata())) == [0.1]
+
+
+def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
+    rows = pd.DataFrame(
+        [
+            {"scorer": scorer, "sparsity": s, "retention": 1 - s, "low": 0.9 - s, "high": 1.1 - s}
+            for scorer in ("snip", "magnitude")
+            for s in (0.2, 0.4)
+        ]
+    )
+    chosen = Choice("snip", 0.2, 0.8, 0.7, 0.9, tried=4)
+    (axes,) = validation_choice(rows, chosen, 0.25).axes
+    square = next(line for line in axes.lines if line.get_markerfacecolor() == "none")
+    assert (list(square.get_xdata()), list(square.get_ydata())) == ([0.2], [0.8])
+    dashed = [line for line in axes.lines if list(line.get_ydata()) == [0.75, 0.75]]
+    assert [line.get_linestyle() for line in dashed] == ["--"]
+    assert [text.get_text() for text in axes.texts] == ["kept at least: 0.75"]
+    # Lines differ without colour.
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line not in dashed]
+    marks = {str(line.get_marker()) for line in lines if line.get_marker() not in ("None", "")}
+    assert len(marks) == 2
+
+
+def test_stages_stand_in_one_row_a_task_the_source_on_top() -> None:
+    rows = pd.DataFrame(
+        [
+            {"stage": stage, "target": target, "retention": r, "low": r - 0.1, "high": r + 0.1}
+            for stage in ("pruned", "fine-tuned")
+            for target, r in (("photos", 0.9), ("digits", 0.5), ("glyphs", 0.7))
+        ]
+    )
+    (axes,) = stages_compared(rows, "photos").axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == ["glyphs", "digits", "photos (source)"]
+    # Of each stage, in the order of the tasks: the height of its row, up to the shift of stages.
+    points = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert len(points) >= 2
+    assert [round(float(y)) for y in points[0].get_ydata()] == [2, 1, 0]
+    assert len({line.get_marker() for line in points if line.get_marker() in "osD"}) == 2

@@ -18,6 +18,7 @@ from pai_utils.runs import (
     FinetuneRecoveryConfig,
     LandscapeAnalysisConfig,
     PrunePerTaskConfig,
+    PruneYourOwnConfig,
     Run,
     ScorerAtlasConfig,
     ZeroShotRetentionConfig,
@@ -229,6 +230,35 @@ def test_an_impossible_recovery_is_refused_at_once(name: str, value: object, mes
     assert list(sorted_by_name.penalties) == ["none", "features"]
     with pytest.raises(ValueError, match=message):
         FinetuneRecoveryConfig.from_notebook(given | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tolerance", -0.1, "tolerance"),
+        ("tolerance", float("nan"), "tolerance"),
+        ("formats", [], "formats"),
+        ("formats", ["onxx"], r"formats\.0: unknown format 'onxx'; did you mean 'onnx'"),
+        ("scorers", [], "scorers"),
+        ("scorers", ["snap"], r"scorers\.0: unknown scorer 'snap'; did you mean 'snip'"),
+        ("scope", "2:4", "its sparsity is 0.5, not 0.2"),
+        ("prune_by", "noise", "prune_by=noise has no part of the source digits"),
+        ("prune_by", "digits+photos:altered", "looks at the target photos, which is held out"),
+        ("targets", ["digits"], "the only target is the source digits; add an unseen task"),
+        ("finetune_steps", -1, "finetune_steps"),
+        ("learning_rate", 0.0, "learning_rate"),
+    ],
+)
+def test_an_impossible_choice_is_refused_at_once(name: str, value: object, message: str) -> None:
+    given = {
+        "backbone": "b", "source": "digits", "targets": ["photos"], "scorers": ["snip"],
+        "sparsities": [0.2, 0.5], "out": "o",
+    }  # fmt: skip
+    config = PruneYourOwnConfig.from_notebook(given)
+    assert config.tasks == ["digits", "photos"]
+    assert config.formats == ["compressed", "dense", "onnx"]
+    with pytest.raises(ValueError, match=message):
+        PruneYourOwnConfig.from_notebook(given | {name: value})
 
 
 def test_the_other_notebooks_have_their_parameters() -> None:
@@ -475,3 +505,17 @@ def test_a_record_is_checked_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps({**content, "seconds": -1}))
     with pytest.raises(ValueError, match="no record of a run: seconds: Input should be greater"):
         read_record(tmp_path)
+
+
+def test_files_written_by_others_are_in_the_record(tmp_path: Path) -> None:
+    config = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.5, out=str(tmp_path))
+    run = Run("worked_examples", config)
+    (tmp_path / "model.onnx").write_bytes(b"content")
+    run.record_files("model.onnx")
+    with pytest.raises(FileNotFoundError):
+        run.record_files("none")
+    record = run.finish()
+    assert record["outputs"] == {"model.onnx": hashlib.sha256(b"content").hexdigest()}
+    assert altered_outputs(tmp_path) == []
+    (tmp_path / "model.onnx").write_bytes(b"other")
+    assert altered_outputs(tmp_path) == ["model.onnx"]
