@@ -185,7 +185,7 @@ def test_a_folder_of_images_goes_all_the_way_to_a_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_serve_is_refused_before_anything_runs(tmp_path: Path) -> None:
     encoder = tiny_backbone()
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         pai.load_task(f"folder:{tmp_path / 'none'}", encoder.transform)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no class folders"):
