@@ -105,9 +105,10 @@ def pre_training(
     )
     rows = medians.loc[list(quantities)]
     found = "; ".join(
-        f"{quantity}: {row['pre-trained']:{quantities[quantity]}} against "
-        f"{row['random']:{quantities[quantity]}}"
-        for quantity, row in rows.iterrows()
+        f"{quantity}: {ours:{form}} against {random:{form}}"
+        for (quantity, form), ours, random in zip(
+            quantities.items(), rows["pre-trained"], rows["random"], strict=True
+        )
     )
     gain = (rows["pre-trained"] - rows["random"]) * (1 if rises else -1)
     return Judged(f"pre-trained against random weights, {found}", _judge(gain > 0))
