@@ -102,7 +102,7 @@ def _atlas(results: Path, backbone: str, label: str) -> str:
         for _, row in best.iterrows()
     )
     cost = pd.read_csv(folder / "costs.csv").set_index("scorer").fb
-    dearest = cost.idxmax()
+    dearest = str(cost.idxmax())
     scorers = [name for name in cost.index if name != "random"]
     overlap, chance = (
         pd.read_csv(folder / f"{name}.csv", index_col="scorer").loc[scorers, scorers]
@@ -154,7 +154,7 @@ def repair(stored: Stored) -> str:
     """The best repaired mask beside the best published score, and the spread over sources."""
     kinds = stored.repaired["tasks"]
     embedded, larger = (
-        stored.repaired[kinds == kind].set_index(["encoder", "sparsity", "method"])
+        dict(stored.repaired[kinds == kind].set_index(["encoder", "sparsity", "method"]).iterrows())
         for kind in ("embedded", "larger")
     )
     sentences = []
@@ -162,13 +162,9 @@ def repair(stored: Stored) -> str:
         parts = []
         for _, row in rows.iterrows():
             key = (row.encoder, sparsity, row["best here"])
-            also = (
-                f"{larger.loc[key].retention:z.2f} on larger data sets; "
-                if key in larger.index
-                else ""
-            )
+            also = f"{larger[key].retention:z.2f} on larger data sets; " if key in larger else ""
             parts.append(
-                f"{_interval(embedded.loc[key])} on {row.encoder} ({also}the best published score, "
+                f"{_interval(embedded[key])} on {row.encoder} ({also}the best published score, "
                 f"`{row['best published']}`, {row['its retention']:z.2f})"
             )
         methods = _listed(f"`{name}`" for name in dict.fromkeys(rows["best here"]))

@@ -4,6 +4,7 @@ Every number is read from a table of another folder of `results/`. What is not s
 """
 
 import itertools
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 from answers import Stored, answers, overview
 from cells import commit_of
 from claims import claims
+from matplotlib.figure import Figure
 
 from pai_utils import plots
 from pai_utils.evaluation import retention_verdict
@@ -391,38 +393,32 @@ def summarise(results: Path) -> list[Path]:
         path = results / "summary" / "answers" / f"{chapter}.txt"
         write_atomically(path, text.encode())
         written.append(path)
+    for name, figure in _figures(stored):
+        image = BytesIO()
+        figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
+        path = results / "summary" / f"{name}.png"
+        write_atomically(path, image.getvalue())
+        written.append(path)
+    return written
+
+
+def _figures(stored: Stored) -> Iterator[tuple[str, Figure]]:
+    """The figures of what is stored, with their names."""
+    results = stored.results
     if all((results / grid).is_dir() for grid in ("real", "retention_real")):
         table = overview(stored).rename(columns={"encoder": "source", "method": "scorer"})
         # In short, so that the legend is low; which repair it is stands in the table of them.
         table["scorer"] = table.scorer.str.replace(r" \+ .*", ", repaired", regex=True)
-        image = BytesIO()
-        plots.retention_curves(table, title="{}").savefig(image, dpi=150, bbox_inches="tight")
-        path = results / "summary" / "overview.png"
-        write_atomically(path, image.getvalue())
-        written.append(path)
+        yield "overview", plots.retention_curves(table, title="{}")
     for backbone in BACKBONES:
-        for name, source, draw in (
-            *(
-                (
-                    grid,
-                    f"{grid}/zero_shot_retention-{backbone}/held_out.csv",
-                    plots.retention_curves,
-                )
-                for grid in TASKS
-            ),
-            (
-                "transfer",
-                f"landscape/landscape_analysis-{backbone}/cells.csv",
-                lambda cells: plots.transfer_correlations(transfer_correlations(cells)),
-            ),
-        ):
-            if (results / source).is_file():
-                image = BytesIO()
-                draw(pd.read_csv(results / source)).savefig(image, dpi=150, bbox_inches="tight")
-                path = results / "summary" / f"{name}-{backbone}.png"
-                write_atomically(path, image.getvalue())
-                written.append(path)
-    return written
+        for grid in TASKS:
+            path = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
+            if path.is_file():
+                yield f"{grid}-{backbone}", plots.retention_curves(pd.read_csv(path))
+        path = results / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
+        if path.is_file():
+            correlations = transfer_correlations(pd.read_csv(path))
+            yield f"transfer-{backbone}", plots.transfer_correlations(correlations)
 
 
 if __name__ == "__main__":
