@@ -187,7 +187,7 @@ def test_an_unknown_name_is_told_in_plain_words() -> None:
 @pytest.mark.parametrize("name", ["backbone", "source", "seeds", "out"])
 def test_a_missing_parameter_is_named(name: str) -> None:
     given = {key: value for key, value in GIVEN.items() if key != name}
-    with pytest.raises(ValueError, match=f"{name}: Field required.*Valid parameters: backbone, "):
+    with pytest.raises(ValueError, match=f"{name}: Field required.*Valid parameters: .*backbone, "):
         ZeroShotRetentionConfig.from_notebook(given)
 
 
