@@ -36,8 +36,7 @@ def option(options: str, name: str) -> list[str] | None:
 
 def public(module: ModuleType) -> list[str]:
     """Names that autodoc takes for a module's members."""
-    own = [n for n, v in vars(module).items() if inspect.getmodule(v) is module and n[0] != "_"]
-    return list(getattr(module, "__all__", own))
+    return [n for n, v in vars(module).items() if inspect.getmodule(v) is module and n[0] != "_"]
 
 
 def described() -> Iterator[Any]:

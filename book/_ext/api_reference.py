@@ -29,11 +29,13 @@ def import_types(app: Sphinx) -> None:
                 exec(code, vars(import_module(name)))
 
 
-def hide_signature(
-    app: Sphinx, what: str, name: str, thing: Any, *rest: Any
-) -> tuple[str, None] | None:
-    """Leave out the signature of a pydantic model."""
-    return ("", None) if _is_model(thing) else None
+def tidy_signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, result: Any
+) -> tuple[str, Any] | None:
+    """Leave out the signature of a pydantic model, and defaults that no Python text stands for."""
+    if _is_model(thing):
+        return "", None
+    return signature and (re.sub(r"<function .+? at 0x\w+>|<factory>", "...", signature), result)
 
 
 def list_fields(
@@ -72,7 +74,7 @@ def _is_model(thing: Any) -> bool:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
     app.connect("builder-inited", import_types)
-    app.connect("autodoc-process-signature", hide_signature)
+    app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", list_fields)
     app.connect("autodoc-skip-member", skip_fields)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
