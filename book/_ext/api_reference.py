@@ -35,7 +35,7 @@ def tidy_signature(
     """Leave out the signature of a pydantic model, and defaults that no Python text stands for."""
     if _is_model(thing):
         return "", None
-    return signature and (re.sub(r"<function .+? at 0x\w+>|<factory>", "...", signature), result)
+    return signature and (re.sub(r"<function [^,)]*>|<factory>", "...", signature), result)
 
 
 def list_fields(
