@@ -35,7 +35,9 @@ def tidy_signature(
     """Leave out the signature of a pydantic model, and defaults that no Python text stands for."""
     if _is_model(thing):
         return "", None
-    return signature and (re.sub(r"<function [^,)]*>|<factory>", "...", signature), result)
+    if signature is None:
+        return None
+    return re.sub(r"<function [^,)]*>|<factory>", "...", signature), result
 
 
 def list_fields(
