@@ -9,7 +9,7 @@ import ast
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 from sphinx.application import Sphinx
@@ -69,7 +69,7 @@ def skip_fields(
     return True if _is_model(owner) and name in owner.model_fields else None
 
 
-def _is_model(thing: Any) -> bool:
+def _is_model(thing: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(thing, type) and issubclass(thing, BaseModel)
 
 
