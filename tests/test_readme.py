@@ -71,7 +71,7 @@ def test_python_example_calls_what_the_library_has() -> None:
 
 def test_commands_name_targets_of_the_makefile() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    named = set(re.findall(r"\bmake ([a-z-]+)\b", " ".join([*blocks("sh"), *_code()])))
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", "\n".join([*blocks("sh"), *_code()])))
     assert named
     assert named <= set(targets)
 
