@@ -1,4 +1,4 @@
-"""Sphinx extension: name the arrows that unfold a part of the contents, for screen readers."""
+"""Sphinx extension: mend for screen readers what the theme and docutils write."""
 
 from typing import Any
 
@@ -25,8 +25,17 @@ def name_toggles(
     context["generate_toctree_html"] = named
 
 
+def name_references(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], page: document | None
+) -> None:
+    """Make entries of a bibliography items of the list that docutils puts them in."""
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
+    app.connect("html-page-context", name_references)
     # After the theme has put its function there.
     app.connect("html-page-context", name_toggles, priority=900)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
