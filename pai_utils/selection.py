@@ -105,7 +105,7 @@ def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
     """
     kept = candidates[candidates.retention >= 1 - tolerance]
     if kept.empty:
-        best = candidates.loc[candidates.retention.idxmax()]
+        best = candidates.sort_values("retention", ascending=False, kind="stable").iloc[0]
         raise ValueError(
             f"no candidate keeps {1 - tolerance:.3f} of the accuracy above chance; "
             f"{best.scorer} at sparsity {best.sparsity:g} keeps {best.retention:.3f}: add lower "

@@ -385,7 +385,7 @@ def of_timm() -> Classifier:
     model = Classifier(backbone, nn.Linear(backbone.feature_dim, 3))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
+            nn.init.normal_(module.get_buffer("running_mean"))
     return model.eval()
 
 

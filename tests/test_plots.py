@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from pai_utils.plots import (
     error_parts,
@@ -108,6 +109,10 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
     assert list(np.asarray(held.get_ydata())) == [0.1]
 
 
+def _points(line: Line2D) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in line.get_xydata()]
+
+
 def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
     rows = pd.DataFrame(
         [
@@ -119,12 +124,12 @@ def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
     chosen = Choice("snip", 0.2, 0.8, 0.7, 0.9, tried=4)
     (axes,) = validation_choice(rows, chosen, 0.25).axes
     square = next(line for line in axes.lines if line.get_markerfacecolor() == "none")
-    assert (list(square.get_xdata()), list(square.get_ydata())) == ([0.2], [0.8])
-    dashed = [line for line in axes.lines if list(line.get_ydata()) == [0.75, 0.75]]
+    assert _points(square) == [(0.2, 0.8)]
+    dashed = [line for line in axes.lines if [y for _, y in _points(line)] == [0.75, 0.75]]
     assert [line.get_linestyle() for line in dashed] == ["--"]
     assert [text.get_text() for text in axes.texts] == ["kept at least: 0.75"]
     # Lines differ without colour.
-    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line not in dashed]
+    lines = [line for line in axes.lines if len(_points(line)) == 2 and line not in dashed]
     marks = {str(line.get_marker()) for line in lines if line.get_marker() not in ("None", "")}
     assert len(marks) == 2
 
@@ -141,7 +146,7 @@ def test_stages_stand_in_one_row_a_task_the_source_on_top() -> None:
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == ["glyphs", "digits", "photos (source)"]
     # Of each stage, in the order of the tasks: the height of its row, up to the shift of stages.
-    points = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    points = [line for line in axes.lines if len(_points(line)) == 3]
     assert len(points) >= 2
-    assert [round(float(y)) for y in points[0].get_ydata()] == [2, 1, 0]
-    assert len({line.get_marker() for line in points if line.get_marker() in "osD"}) == 2
+    assert [round(y) for _, y in _points(points[0])] == [2, 1, 0]
+    assert len({str(line.get_marker()) for line in points if str(line.get_marker()) in "osD"}) == 2

@@ -34,7 +34,8 @@ def sealed(data: ImageDataset) -> Sealed:
 
 
 def spots(**parts: ImageDataset) -> Task:
-    return replace(tiny_task(), **{"validation": tiny_dataset(60, 3, 7), **parts})
+    given: dict[str, Any] = {"validation": tiny_dataset(60, 3, 7), **parts}
+    return replace(tiny_task(), **given)
 
 
 def table(*rows: tuple[str, float, float]) -> pd.DataFrame:
@@ -135,7 +136,7 @@ def test_stages_are_compared_with_the_first_on_test_images() -> None:
     }
     heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
     choice = Choice("magnitude", 0.5, 0.9, 0.8, 1.0, 2)
-    pruned = prune_as_chosen(choice, encoder, "spots", tasks["spots"], heads["spots"])
+    pruned: Any = prune_as_chosen(choice, encoder, "spots", tasks["spots"], heads["spots"])
     stages = {"dense": encoder, "same": encoder, "pruned": pruned.model.backbone}
     found = compare_stages(stages, tasks, heads, choice, source="spots")
     assert [*zip(found.stage, found.target, strict=True)] == [
@@ -175,7 +176,7 @@ def test_a_folder_of_images_goes_all_the_way_to_a_file(tmp_path: Path) -> None:
         encoder, name, task, head, scorers=["snip", "magnitude"], sparsities=[0.1, 0.2], **settings
     )
     choice = choose(found, 0.5)
-    pruned = prune_as_chosen(choice, encoder, name, task, head, **settings)
+    pruned: Any = prune_as_chosen(choice, encoder, name, task, head, **settings)
     images, _ = task.test.batch(range(4))
     files = pai.export.write_formats(pruned.model, pruned.mask, tmp_path, images, ["compressed"])
     path = tmp_path / files.file.item()

@@ -95,7 +95,7 @@ def test_photo_crops_show_something() -> None:
 
 
 def test_letters_come_from_other_typefaces_in_each_part() -> None:
-    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+    from fontTools.ttLib import TTFont
 
     folder = tasks._data_folder("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
 
