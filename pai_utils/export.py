@@ -163,11 +163,11 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Classifier:
-    """The encoder with its head from a file of :func:`save_compressed` alone, with no download.
+    """The encoder with its head from a compressed file alone, with no download.
 
     Args:
-        path: the file, of a :class:`~pai_utils.backbones.Classifier` whose encoder
-            :func:`~pai_utils.backbones.load_backbone` knows by name.
+        path: a file of :func:`save_compressed`, of a :class:`~pai_utils.backbones.Classifier`
+            whose encoder :func:`~pai_utils.backbones.load_backbone` knows by name.
         device: where to put it.
 
     Raises:
@@ -345,7 +345,7 @@ def write_formats(
         name: what the files' names begin with.
 
     Returns:
-        One row a format: ``format, file``; ``bytes``; ``promised``, which a compressed file may
+        One row a format, with ``format, file, bytes``; ``promised``, which a compressed file may
         exceed by its header alone (:class:`Size`); ``of_dense``, the fraction of the bytes of all
         parameters and buffers uncompressed; ``difference``, the largest of the logits.
 

@@ -21,8 +21,9 @@ class Choice:
     """A scorer and a sparsity, and the retention on the validation part that spoke for them.
 
     Attributes:
-        low, high: the 95 % interval of the retention over validation images.
-        tried: among how many candidates it was chosen: the more, the more flattering is its
+        low: lower end of the 95 % interval of the retention over validation images.
+        high: its upper end.
+        tried: among how many candidates it was chosen; the more, the more flattering is its
             retention, and the more does the test part matter.
     """
 
@@ -64,7 +65,7 @@ def validation_sweep(
         sweep: other keywords of :func:`~pai_utils.evaluation.retention_sweep`.
 
     Returns:
-        One row a scorer and sparsity: ``scorer, sparsity, accuracy, retention, low, high,
+        One row a scorer and sparsity, with ``scorer, sparsity, accuracy, retention, low, high,
         dense_accuracy, chance, count``.
 
     Raises:
@@ -191,7 +192,7 @@ def compare_stages(
         batch_size: images a forward.
 
     Returns:
-        One row a stage but the first, and task: ``stage``, and the columns of
+        One row a stage but the first, and task, with ``stage`` and the columns of
         :func:`~pai_utils.evaluation.summarise_retention`.
     """
     tests = {name: task.test for name, task in tasks.items()}
