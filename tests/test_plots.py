@@ -110,7 +110,7 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
 
 
 def _points(line: Line2D) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in line.get_xydata()]
+    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
 
 
 def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
