@@ -70,3 +70,9 @@ def test_notebook_defines_no_function_and_no_class(path: Path) -> None:
 def test_claims_are_asserted_on_the_numbers_of_the_run(path: Path) -> None:
     sources = [ast.parse(cell.source) for cell in _code(path)]
     assert any(isinstance(node, ast.Assert) for tree in sources for node in ast.walk(tree))
+
+
+def test_a_cell_that_shows_a_figure_says_what_it_shows(path: Path) -> None:
+    for cell in _code(path):
+        if cell.source.splitlines()[-1] == "figure":
+            assert len(cell.metadata.mystnb.image.alt) > 40
