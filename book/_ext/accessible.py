@@ -1,9 +1,13 @@
 """Sphinx extension: mend for screen readers what the theme and docutils write."""
 
+import re
 from typing import Any
 
 from docutils.nodes import document
 from sphinx.application import Sphinx
+
+# What Sphinx writes of a signature over several lines: definitions without a term.
+PARAMETERS = re.compile(r'(?<=<span class="sig-paren">\(</span>)(\s*)<dl>(.*?)</dl>', re.S)
 
 
 def name_toggles(
@@ -33,9 +37,23 @@ def name_references(
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def list_parameters(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], page: document | None
+) -> None:
+    """Make the parameters of a signature that stand one a line items of a list."""
+
+    def listed(found: re.Match[str]) -> str:
+        items = found[2].replace("<dd>", '<dd role="listitem">')
+        return f'{found[1]}<dl role="list">{items}</dl>'
+
+    if "body" in context:
+        context["body"] = PARAMETERS.sub(listed, context["body"])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
     app.connect("html-page-context", name_references)
+    app.connect("html-page-context", list_parameters)
     # After the theme has put its function there.
     app.connect("html-page-context", name_toggles, priority=900)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
