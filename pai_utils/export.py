@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.backbones import Backbone, Classifier, load_backbone, resolve_device
-from pai_utils.execution import device_of, hash_tensors, listed, unknown_name
+from pai_utils.execution import device_of, hash_tensors, listed, undisturbed, unknown_name
 from pai_utils.files import write_atomically
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.tensor_files import read_tensors, write_tensors
@@ -455,13 +455,14 @@ def measure_speedup(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(warmup + repeats):
-        for model, times in zip((dense, sparse), seconds, strict=True):
-            _wait(images.device)
-            start = time.perf_counter()
-            model(images)
-            _wait(images.device)
-            times.append(time.perf_counter() - start)
+    with undisturbed(dense), undisturbed(sparse):
+        for _ in range(warmup + repeats):
+            for model, times in zip((dense, sparse), seconds, strict=True):
+                _wait(images.device)
+                start = time.perf_counter()
+                model(images)
+                _wait(images.device)
+                times.append(time.perf_counter() - start)
     low, middle, high = np.quantile([times[warmup:] for times in seconds], [0.25, 0.5, 0.75], 1)
     return Speedup(
         dense=float(middle[0]),

@@ -76,7 +76,7 @@ class Penalty:
     """
 
     anchor: Mapping[str, Tensor]
-    """a, by parameter name; parameters without an entry are free."""
+    """a, by parameter name; parameters without an entry are free, frozen ones stay as they are."""
     strength: float
     """λ."""
     curvature: Mapping[str, Tensor] | None = None
@@ -87,7 +87,7 @@ class Penalty:
 
         Raises:
             ValueError: for a strength that is negative or not finite, an anchor or curvature of an
-                unknown parameter or another shape, or a negative or non-finite curvature.
+                unknown parameter or another shape or not finite, or a negative curvature.
         """
         _check_strength(self.strength)
         parameters = dict(model.named_parameters())
@@ -100,10 +100,10 @@ class Penalty:
                         f"the penalty's {kind} of {name!r} has shape {list(tensor.shape)}, the "
                         f"parameter {list(parameters[name].shape)}"
                     )
-                if kind == "curvature" and not bool((tensor >= 0).all() & tensor.isfinite().all()):
-                    raise ValueError(
-                        f"the penalty's curvature of {name!r} must be finite and not negative"
-                    )
+                if not tensor.isfinite().all():
+                    raise ValueError(f"the penalty's {kind} of {name!r} must be finite")
+                if kind == "curvature" and (tensor < 0).any():
+                    raise ValueError(f"the penalty's curvature of {name!r} must not be negative")
         if self.curvature is not None and (missing := set(self.anchor) - set(self.curvature)):
             raise ValueError(f"the penalty has no curvature for {min(missing)!r}")
 
@@ -111,6 +111,8 @@ class Penalty:
         """The proximal step: where w and the penalty balance, hence stable at any strength."""
         for name, anchor in self.anchor.items():
             w, a = parameters[name], anchor.to(parameters[name])
+            if not w.requires_grad:
+                continue
             step = learning_rate * self.strength
             share = torch.as_tensor(step if self.curvature is None else step * self.curvature[name])
             w.lerp_(a, (share / (1 + share)).to(w))
@@ -464,7 +466,6 @@ def recovery_study(
     for start in starts:
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
-    model = Classifier(encoder, heads[source])
     held = prunable_parameters(encoder)
     sweep["batch_size"] = sweep.pop("finetune_batch_size", 64)
     plain = {"none": 0.0}
@@ -479,11 +480,10 @@ def recovery_study(
             continue
         pool = pool_of(seed)
         images = pool.images_for(scorer)
-        begun: nn.Module = model
-        mask = None
+        begun, mask = encoder, None
         if start != "dense":
             pruned = prune(
-                model,
+                Classifier(encoder, pool.head or heads[source]),  # whose images these are
                 images,
                 "random" if start == "random" else scorer,
                 sparsity,
@@ -491,14 +491,14 @@ def recovery_study(
                 compensation=compensation if start == "repaired" else "none",
                 compensation_options=compensation_options,
                 compensation_data=pool.images_to_repair_by(compensation),
-                samples=min(samples or len(images), len(images)),
+                samples=len(images) if samples is None else min(samples, len(images)),
                 batch_size=batch_size,
                 seed=seed,
             )
-            begun, mask = pruned.model, pruned.mask
+            begun, mask = cast(Classifier, pruned.model).backbone, pruned.mask
         first = start == starts[0] and sparsity == sparsities[0]
         table = recovery_sweep(
-            cast(Classifier, begun),
+            Classifier(begun, heads[source]),
             mask,
             tasks,
             heads,
@@ -521,9 +521,8 @@ def recovery_study(
 
 
 def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteError:
-    return NonFiniteError(
-        f"{what} at step {step} with learning_rate={learning_rate}; try a smaller one"
-    )
+    advice = "try a smaller one" if step else "before any update: look at images and weights"
+    return NonFiniteError(f"{what} at step {step} with learning_rate={learning_rate}; {advice}")
 
 
 STARTS = {
@@ -674,19 +673,25 @@ def recovery_gains(
         level: coverage of the bootstrap intervals, over test items for the seeds that were run.
 
     Returns:
-        One row a start, sparsity, penalty and learning rate, with these, ``validation`` (the
+        One row a start, sparsity, penalty and learning rate, with these, ``seeds`` (how many came
+        to the last step; others are left out of all that follows), ``validation`` (the
         source's validation accuracy at the last step, which chooses a rate without a look at any
         test) and, for ``source`` and ``held_out`` (mean over the other tasks), the columns
         ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy, and with ``dense``
         ``<part>_retention`` at the last step and ``<part>_retention_before``.
     """
+    if recovery.empty:
+        raise ValueError("no fine-tuning came to an evaluation; try smaller learning rates")
     frozen = recovery[recovery["head"] == "frozen"]
     keys = [key for key in _SETTINGS if key in frozen]
     gains = []
     for values, run in frozen.groupby(keys, sort=False):
+        reached = run.groupby("seed").step.transform("max")
+        run = run[reached == reached.max()]  # a seed that diverged has no end to compare
         first = run[run.step == run.step.min()]
         last = run[run.step == run.step.max()]
         row: dict[str, object] = dict(zip(keys, values, strict=True))
+        row["seeds"] = run.seed.nunique()
         row["validation"] = last[last.split == "validation"].accuracy.mean()
         before, after = (part[part.split == "test"] for part in (first, last))
         others = [target for target in dict.fromkeys(before.target) if target != source]

@@ -238,7 +238,9 @@ class Mask(Mapping[str, Tensor]):
             "sha256": hashlib.sha256(content).hexdigest(),
             **self.report(),
         }
-        write_atomically(path.with_suffix(".json"), json.dumps(report, indent=2).encode() + b"\n")
+        stem = path.name.removesuffix(".safetensors")  # any other dot is part of the name
+        target = path.with_name(f"{stem}.json")
+        write_atomically(target, json.dumps(report, indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Mask:

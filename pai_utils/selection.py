@@ -102,8 +102,13 @@ def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
         tolerance: fraction of the dense accuracy above chance that may be lost.
 
     Raises:
-        ValueError: if no candidate does, with the one that keeps most.
+        ValueError: for a tolerance outside 0 to 1, without candidates, or if no candidate keeps
+            enough, with the one that keeps most.
     """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} must be a fraction, at least 0 and less than 1")
+    if candidates.empty:
+        raise ValueError("there is no candidate to choose from")
     kept = candidates[candidates.retention >= 1 - tolerance]
     if kept.empty:
         best = candidates.sort_values("retention", ascending=False, kind="stable").iloc[0]

@@ -378,6 +378,14 @@ def test_speed_has_medians_within_their_quartiles() -> None:
         measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=0)
 
 
+def test_being_timed_changes_no_statistics() -> None:
+    model = nn.BatchNorm1d(3).train()
+    before = model.running_mean.clone()
+    measure_speedup(model, nn.Identity(), torch.ones(4, 3), repeats=1, warmup=0)
+    assert torch.equal(model.running_mean, before)
+    assert model.training
+
+
 def of_timm() -> Classifier:
     """A small model of timm, at random weights and statistics."""
     backbone = load_backbone("test_resnet", image_size=32, pretrained=False, device="cpu", seed=5)

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -274,6 +275,7 @@ def test_a_penalty_holds_weights_at_their_anchor_and_pruned_ones_at_zero() -> No
         ({"anchor": {"head.bias": torch.zeros(4)}}, r"anchor of 'head\.bias' has shape \[4\]"),
         ({"curvature": {"head.bias": torch.tensor([1.0, -1, 1])}}, "curvature of 'head.bias' must"),
         ({"curvature": {"head.bias": torch.tensor([1, math.inf, 1])}}, "must be finite"),
+        ({"anchor": {"head.bias": torch.tensor([1, math.nan, 1])}}, "anchor .* must be finite"),
         ({"curvature": {}}, "no curvature for 'head.bias'"),
     ],
 )
@@ -284,6 +286,46 @@ def test_an_impossible_penalty_is_refused(changes: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message):
         pai.finetune(model, tiny_task().train, penalty=Penalty(**settings))
     assert fingerprint(model) == before
+
+
+def test_a_penalty_leaves_frozen_parameters_as_they_are() -> None:
+    model = tiny_classifier()
+    frozen = model.get_parameter("backbone.encoder.0.weight").requires_grad_(False)
+    before = frozen.detach().clone()
+    penalty = Penalty({"backbone.encoder.0.weight": torch.zeros_like(before)}, 5.0)
+    pai.finetune(model, tiny_task().train, steps=2, learning_rate=0.1, penalty=penalty)
+    assert torch.equal(frozen, before)
+
+
+def test_an_image_that_is_not_finite_is_not_blamed_on_the_rate() -> None:
+    task = tiny_task()
+    data = Images(8, side=tiny_backbone().image_size)
+    data.images[3] = math.nan
+    with pytest.raises(FloatingPointError, match="at step 0 .* before any update: look at images"):
+        pai.finetune(tiny_classifier().double(), data, steps=1, batch_size=8)
+    with pytest.raises(FloatingPointError, match="try a smaller one"):
+        pai.finetune(tiny_classifier(), task.train, steps=5, learning_rate=1e30)
+
+
+def test_gains_leave_out_a_seed_that_diverged() -> None:
+    def right(*values: int) -> np.ndarray[Any, Any]:
+        return np.array(values, dtype=bool)
+
+    ends = {0: {0: right(1, 0, 0, 0), 9: right(1, 1, 0, 0)}, 1: {0: right(1, 1, 1, 1)}}
+    table = pd.DataFrame(
+        [
+            {"start": "pruned", "penalty": "none", "learning_rate": 0.1, "step": step, "seed": seed}
+            | {"target": target, "split": split, "head": "frozen", "accuracy": found.mean()}
+            | {"correct": found, "chance": 0.25}
+            for seed, run in ends.items()
+            for step, found in run.items()
+            for target, split in (("s", "test"), ("s", "validation"), ("t", "test"))
+        ]
+    )
+    row = recovery_gains(table, "s").iloc[0]
+    assert (row.seeds, row.held_out_gain, row.source_gain, row.validation) == (1, 0.25, 0.25, 0.5)
+    with pytest.raises(ValueError, match="no fine-tuning came to an evaluation"):
+        recovery_gains(pd.DataFrame(), "s")
 
 
 def test_gains_by_penalty_and_the_rate_chosen_on_validation() -> None:
@@ -448,6 +490,36 @@ def test_a_study_runs_every_start_and_all_penalties_on_the_first() -> None:
     assert all(start.mean()["dense"][name] == dense[name].accuracy for name in tasks)
     with pytest.raises(ValueError, match="unknown start 'prunde'; did you mean 'pruned'"):
         recovery_study(encoder, tasks, heads, "spots", **{**settings, "starts": ["prunde"]})
+
+
+def test_a_study_scores_with_the_head_that_belongs_to_the_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = tiny_classifier().backbone
+    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
+    heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
+    seen = []
+
+    def watched(model: pai.Classifier, images: Any, *rest: Any, **options: Any) -> pai.Pruned:
+        seen.append((model.head, images, options["samples"]))
+        return pai.prune(model, images, *rest, **options)
+
+    monkeypatch.setattr("pai_utils.finetuning.prune", watched)
+    table = recovery_study(
+        encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
+        scorer="snip", prune_by="other", samples=None, learning_rates=[1e-3], at_steps=[0],
+        refit=False,
+    )  # fmt: skip
+    ((head, images, samples),) = seen
+    assert head is heads["other"]
+    assert images is tasks["other"].train
+    assert samples == len(images)
+    assert set(table.target) == {"spots", "other"}
+    with pytest.raises(ValueError, match="samples=0"):
+        recovery_study(
+            encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
+            scorer="snip", samples=0, learning_rates=[1e-3], at_steps=[0],
+        )  # fmt: skip
 
 
 def test_results_of_a_recovery_are_those_before_and_after() -> None:

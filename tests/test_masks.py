@@ -358,6 +358,13 @@ def test_a_saved_mask_comes_back_the_same(
         }
 
 
+def test_names_with_a_dot_keep_their_own_reports(tmp_path: Path) -> None:
+    for sparsity in ("0.5", "0.7"):
+        Mask({"w": torch.ones(2)}).save(tmp_path / f"digits_s{sparsity}")
+    names = ["digits_s0.5", "digits_s0.5.json", "digits_s0.7", "digits_s0.7.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_a_mask_is_not_saved_over_its_own_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"end it in \.safetensors"):
         Mask({"w": torch.ones(2)}).save(tmp_path / "mask.json")

@@ -1,5 +1,6 @@
 """The choice reads the validation part alone, is made again exactly, and is then compared."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_where_no_candidate_keeps_enough_the_best_is_named() -> None:
         match=r"no candidate keeps 0\.900 .*; magnitude at sparsity 0\.2 keeps 0\.875: add lower",
     ):
         choose(rows, 0.1)
+
+
+@pytest.mark.parametrize("tolerance", [5, 1.0, -0.1, math.nan])
+def test_a_tolerance_that_is_no_fraction_is_refused(tolerance: float) -> None:
+    with pytest.raises(ValueError, match=r"tolerance=.* must be a fraction"):
+        choose(table(("snip", 0.5, 0.6)), tolerance)
+
+
+def test_without_candidates_nothing_is_chosen() -> None:
+    with pytest.raises(ValueError, match="no candidate to choose from"):
+        choose(table(), 0.1)
 
 
 def test_a_sweep_for_a_choice_reads_no_test_image() -> None:

@@ -136,15 +136,15 @@ def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
 def levers(results: Path) -> pd.DataFrame:
     """What one change each gave, beside the main runs, source by source."""
     rows = []
-    for folder in sorted((results / "retention").glob("zero_shot_retention-*")):
-        table = pd.read_csv(folder / "held_out.csv").rename(columns={"scorer": "method"})
-        run = folder.name.removeprefix("zero_shot_retention-")
-        rows.append(_methods(table).assign(run=run))
+    for grid, tasks in TASKS.items():
+        for folder in sorted((results / grid).glob("zero_shot_retention-*")):
+            table = pd.read_csv(folder / "held_out.csv").rename(columns={"scorer": "method"})
+            run = folder.name.removeprefix("zero_shot_retention-")
+            rows.append(_methods(table).assign(run=run, tasks=tasks))
     if not rows:
         return pd.DataFrame()
-    return pd.concat(rows)[
-        ["run", "source", "method", "sparsity", "retention", "low", "high", "count", "seeds"]
-    ]
+    columns = "run tasks source method sparsity retention low high count seeds".split()
+    return pd.concat(rows)[columns]
 
 
 def recovery(results: Path) -> pd.DataFrame:
