@@ -298,13 +298,12 @@ def test_a_penalty_leaves_frozen_parameters_as_they_are() -> None:
 
 
 def test_an_image_that_is_not_finite_is_not_blamed_on_the_rate() -> None:
-    task = tiny_task()
-    data = Images(8, side=tiny_backbone().image_size)
+    data = Images(8, classes=3, side=tiny_backbone().image_size)
     data.images[3] = math.nan
-    with pytest.raises(FloatingPointError, match="at step 0 .* before any update: look at images"):
+    with pytest.raises(FloatingPointError, match=r"at step 0 .* before any update: look at images"):
         pai.finetune(tiny_classifier().double(), data, steps=1, batch_size=8)
     with pytest.raises(FloatingPointError, match="try a smaller one"):
-        pai.finetune(tiny_classifier(), task.train, steps=5, learning_rate=1e30)
+        pai.finetune(tiny_classifier(), tiny_task().train, steps=5, learning_rate=1e30)
 
 
 def test_gains_leave_out_a_seed_that_diverged() -> None:

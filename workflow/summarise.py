@@ -143,8 +143,8 @@ def levers(results: Path) -> pd.DataFrame:
             rows.append(_methods(table).assign(run=run, tasks=tasks))
     if not rows:
         return pd.DataFrame()
-    columns = "run tasks source method sparsity retention low high count seeds".split()
-    return pd.concat(rows)[columns]
+    shown = ["source", "method", "sparsity", "retention", "low", "high", "count", "seeds"]
+    return pd.concat(rows)[["run", "tasks", *shown]]
 
 
 def recovery(results: Path) -> pd.DataFrame:

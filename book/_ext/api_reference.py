@@ -13,13 +13,20 @@ from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
 
 PACKAGE = "pai_utils"
+PAGES = "book/api/"
 
 
-def import_types(app: Sphinx) -> None:
-    """Import into each module what it imports under ``if TYPE_CHECKING``."""
+def import_types(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Import into each module what it imports under ``if TYPE_CHECKING``.
+
+    Imports take seconds, so only where a page of the reference is among those to read.
+    """
+    if not any(name.startswith(PAGES) for name in docnames):
+        return
     folder = Path(str(import_module(PACKAGE).__file__)).parent
     for path in sorted(folder.rglob("[a-z]*.py")):
         for node in ast.parse(path.read_text("utf-8")).body:
@@ -75,7 +82,7 @@ def _is_model(thing: Any) -> TypeGuard[type[BaseModel]]:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
-    app.connect("builder-inited", import_types)
+    app.connect("env-before-read-docs", import_types)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", list_fields)
     app.connect("autodoc-skip-member", skip_fields)
