@@ -8,13 +8,17 @@ of the source task only and without their labels, save for ``obs``:
     dense network, through its own scale and shift; layers with a bias of their own that no
     normalisation follows at once are given the dense mean through it.
 ``layerwise``
-    Every layer's surviving weights, and its bias, are re-solved by damped least squares: from the
-    inputs of the network pruned so far to the outputs of the dense one (as the reconstruction
-    steps of Dong et al. 2017, "Learning to prune deep neural networks via layer-wise optimal brain
-    surgeon", and Frantar & Alistarh 2022, "Optimal brain compression", here solved exactly).
+    The surviving weights of every pruned linear layer and convolution, and its bias, are re-solved
+    by damped least squares: from the inputs of the network pruned so far to the outputs of the
+    dense one (as the reconstruction steps of Dong et al. 2017, "Learning to prune deep neural
+    networks via layer-wise optimal brain surgeon", and Frantar & Alistarh 2022, "Optimal brain
+    compression", here solved exactly).
 ``obs``
     The second-order update that belongs to ``block_fisher``:
     :meth:`~pai_utils.curvature.blocks.BlockFisher.compensate`.
+
+``moments`` and ``layerwise`` leave out transposed convolutions, convolutions that transform their
+weight and the input projections of ``nn.MultiheadAttention``; a warning names them.
 
 Where a layer's output is added to a residual stream, what counts is the sum: both ask such a layer
 for its dense output *and* for what the stream has lost on the way to it, so that errors are mended
@@ -49,6 +53,7 @@ from pai_utils.execution import (
     batches,
     device_of,
     draw_samples,
+    listed,
     logger,
     undisturbed,
     unknown_name,
@@ -68,7 +73,6 @@ _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows wou
 COMPENSATION_OPTIONS = ("samples", "damping", "rows", "streams", "block_size")
 """Keywords of :func:`compensate_` that change its result."""
 
-_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
 
 
@@ -176,8 +180,14 @@ def compensate_(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name in masked and isinstance(module, _Layer)
+        if name in masked and _is_plain(module)
     }
+    if others := [name for name in mask if name.removesuffix(".weight") not in layers]:
+        logger.warning(
+            "%s: no weights of plain linear layers or convolutions; not compensated by %s",
+            listed(others),
+            "+".join(part for part in parts if part != "obs"),
+        )
     places = {**layers, **{n: m for n, m in model.named_modules() if isinstance(m, _Norm)}}
     residuals = _residuals(dense, places, images[:_IMAGES_TO_LOOK_AT]) if streams else {}
     repair = _Repair(parts, mask, damping, rows, seed, residuals, places)
@@ -449,6 +459,15 @@ def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
 
 
 # --- layouts ---
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it applies its weight as it is; convolutions that standardise theirs do not."""
+    from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.linear import Linear
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Linear)
+    return type(module).forward in {kind.forward for kind in kinds}
 
 
 def _channel_axis(module: nn.Module, values: Tensor) -> int:

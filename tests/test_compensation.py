@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm import LayerNorm2d
+from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 import pai_utils as pai
@@ -14,7 +15,7 @@ from pai_utils import evaluation
 from pai_utils.compensation import _count, _rows_of, compensate_, solve_layer
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.masks import Mask
-from tests.cases import Images, fingerprint, tiny_backbone, tiny_task
+from tests.cases import Images, TorchAttention, fingerprint, tiny_backbone, tiny_task
 
 
 class Batch(Images):
@@ -413,6 +414,46 @@ def test_a_layer_that_is_not_called_is_named(caplog: pytest.LogCaptureFixture) -
     compensate_(pruned, dense, mask, data, "layerwise", samples=None)
     assert "aside is not called as a layer" in caplog.text
     assert torch.equal(pruned.aside.weight, dense.aside.weight * mask["aside.weight"])
+
+
+class Summed(nn.Module):
+    """A layer that adds what it computes to its inputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_convolutions_that_transform_their_weight_are_left_out_and_named(
+    kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = nn.Sequential(Summed(kind(3, 3, 3, bias=True)), Conv2dSame(3, 4, 3)).double().eval()
+    same, data = copy.deepcopy(dense), Batch(10)
+    whole = random_mask(dense, fraction=0)
+    compensate_(same, dense, whole, data, "layerwise+moments", samples=None)
+    torch.testing.assert_close(same(data.images), dense(data.images))
+    assert caplog.messages == [
+        "0.layer.weight: no weights of plain linear layers or convolutions; "
+        "not compensated by layerwise+moments"
+    ]
+
+
+def test_masked_weights_of_other_modules_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    dense = nn.Sequential(
+        nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), TorchAttention()
+    ).double()
+    mask = random_mask(dense)
+    pruned = copy.deepcopy(dense)
+    mask.apply_(pruned)
+    compensate_(pruned, dense, mask, Batch(10), "moments", samples=None)
+    assert (
+        "0.weight, 3.attention.in_proj_weight: no weights of plain linear layers or convolutions"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize(
