@@ -4,9 +4,9 @@ Removing weights shifts what the next layers receive. Three ways to make good fo
 of the source task only and without their labels, save for ``obs``:
 
 ``moments``
-    Every normalisation gives its channels the mean and standard deviation that they have in the
-    dense network, through its own scale and shift; layers with a bias of their own that no
-    normalisation follows at once are given the dense mean through it.
+    Every BatchNorm and LayerNorm gives its channels the mean and standard deviation that they have
+    in the dense network, through its own scale and shift; pruned layers with a bias of their own
+    are given the dense mean through it.
 ``layerwise``
     The surviving weights of every pruned linear layer and convolution, and its bias, are re-solved
     by damped least squares: from the inputs of the network pruned so far to the outputs of the
@@ -18,7 +18,8 @@ of the source task only and without their labels, save for ``obs``:
     :meth:`~pai_utils.curvature.blocks.BlockFisher.compensate`.
 
 ``moments`` and ``layerwise`` leave out transposed convolutions, convolutions that transform their
-weight and the input projections of ``nn.MultiheadAttention``; a warning names them.
+weight and the input projections of ``nn.MultiheadAttention``, and ``moments`` normalisations of
+another kind or without a shift; a warning names them.
 
 Where a layer's output is added to a residual stream, what counts is the sum: both ask such a layer
 for its dense output *and* for what the stream has lost on the way to it, so that errors are mended
@@ -187,6 +188,12 @@ def compensate_(
             "%s: no weights of plain linear layers or convolutions; not compensated by %s",
             listed(others),
             "+".join(part for part in parts if part != "obs"),
+        )
+    unscaled = [name for name, module in model.named_modules() if _keeps_its_scale(module)]
+    if "moments" in parts and unscaled:
+        logger.warning(
+            "%s: no BatchNorm or LayerNorm with a scale and a shift; moments not restored",
+            listed(unscaled),
         )
     places = {**layers, **{n: m for n, m in model.named_modules() if isinstance(m, _Norm)}}
     residuals = _residuals(dense, places, images[:_IMAGES_TO_LOOK_AT]) if streams else {}
@@ -468,6 +475,17 @@ def _is_plain(module: nn.Module) -> bool:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Linear)
     return type(module).forward in {kind.forward for kind in kinds}
+
+
+def _keeps_its_scale(module: nn.Module) -> bool:
+    """Whether it is a normalisation with a scale that ``moments`` does not repair."""
+    scale = module._parameters.get("weight")
+    if scale is None:
+        return False
+    if isinstance(module, _Norm):
+        return module.bias is None
+    # Normalisations share no class, and many are timm's own or another package's.
+    return scale.ndim == 1 and "norm" in type(module).__name__.lower()
 
 
 def _channel_axis(module: nn.Module, values: Tensor) -> int:

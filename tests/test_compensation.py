@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm import LayerNorm2d
+from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
@@ -454,6 +454,21 @@ def test_masked_weights_of_other_modules_are_named(caplog: pytest.LogCaptureFixt
     assert (
         "0.weight, 3.attention.in_proj_weight: no weights of plain linear layers or convolutions"
     ) in caplog.text
+
+
+def test_normalisations_whose_moments_are_not_restored_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dense = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
+        nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36),
+    ).double().eval()  # fmt: skip
+    for compensation in ("layerwise", "moments"):
+        mask = random_mask(dense)
+        compensate_(copy.deepcopy(dense), dense, mask, Batch(10), compensation, samples=None)
+    assert caplog.messages == [
+        "1, 5, 6, 8: no BatchNorm or LayerNorm with a scale and a shift; moments not restored"
+    ]
 
 
 @pytest.mark.parametrize(
