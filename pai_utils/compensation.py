@@ -610,4 +610,7 @@ def _follow_fisher_(
             weights = originals[block.name].detach().flatten()[part]
             keep = mask[block.name].flatten()[part].to(weights.device)
             moved = block.compensate(weights, keep)
-            targets[block.name].view(-1)[part].copy_(moved)
+            target = targets[block.name]
+            entries = target.flatten().clone()  # a channels-last tensor has no flat view
+            entries[part] = moved
+            target.copy_(entries.view(target.shape))

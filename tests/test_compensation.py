@@ -304,6 +304,17 @@ def test_obs_moves_the_weights_of_each_block_by_its_update() -> None:
         assert torch.equal(pruned.get_parameter(block.name).flatten()[part], moved)
 
 
+def test_obs_moves_channels_last_weights_alike() -> None:
+    dense, pruned, mask, data = build("convolutional")
+    lasting: Any = copy.deepcopy(pruned).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert not lasting[0].weight.is_contiguous()
+    for model in (pruned, lasting):
+        compensate_(model, dense, mask, data, "obs", samples=None)
+    for name, parameter in lasting.named_parameters():
+        assert torch.equal(parameter, pruned.get_parameter(name))
+    assert not lasting[0].weight.is_contiguous()
+
+
 def test_rows_are_drawn_alike_in_both_networks_and_seeded() -> None:
     results = []
     for seed in (0, 0, 1):
