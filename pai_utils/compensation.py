@@ -50,6 +50,7 @@ from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.execution import (
+    NonFiniteError,
     Samples,
     batches,
     device_of,
@@ -140,7 +141,7 @@ def compensate_(
 
     Raises:
         ValueError: for an unknown part, a damping that is not above zero, or fewer rows or samples
-            than one.
+            than one; before anything is changed, for an image that is not finite.
 
     Examples:
         >>> import copy
@@ -167,6 +168,10 @@ def compensate_(
         raise ValueError(f"rows={rows}: at least one row is needed")
     if samples is not None:
         samples = min(samples, len(cast(Sized, data)))
+    if not parts:
+        return
+    indices = draw_samples(data, samples, seed)
+    _check_images(data, indices, batch_size, device_of(dense))
     if "obs" in parts:
         _follow_fisher_(
             model, dense, mask, data,
@@ -175,7 +180,6 @@ def compensate_(
         )  # fmt: skip
     if not {"moments", "layerwise"} & set(parts):
         return
-    indices = draw_samples(data, samples, seed)
     ((images, _),) = batches(data, len(indices), device_of(dense), indices)
     masked = {name.rpartition(".")[0] for name in mask if name.endswith(".weight")}
     layers = {
@@ -215,6 +219,16 @@ def compensate_(
         model(images)
     for name in set(layers) - set(repair.done):
         logger.warning("%s is not called as a layer; its weights are not compensated", name)
+
+
+def _check_images(data: Samples, indices: Tensor, batch_size: int, device: torch.device) -> None:
+    """Refuse images that would give weights that are not finite."""
+    drawn = batches(data, batch_size, device, indices)
+    for rows, (images, _) in zip(indices.split(batch_size), drawn, strict=True):
+        broken = ~images.flatten(1).isfinite().all(1)
+        if broken.any():
+            index = int(rows[broken.cpu()][0])
+            raise NonFiniteError(f"image {index} of the data to compensate by is not finite")
 
 
 def _residuals(dense: nn.Module, places: dict[str, Any], images: Tensor) -> dict[str, Residual]:

@@ -14,6 +14,7 @@ import pai_utils as pai
 from pai_utils import evaluation
 from pai_utils.compensation import _count, _rows_of, compensate_, solve_layer
 from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.execution import NonFiniteError
 from pai_utils.masks import Mask
 from tests.cases import Images, TorchAttention, fingerprint, tiny_backbone, tiny_task
 
@@ -498,6 +499,19 @@ def test_impossible_compensations_are_refused(
     dense, pruned, mask, data = build("tokens")
     with pytest.raises(ValueError, match=message):
         compensate_(pruned, dense, mask, data, compensation, **options)
+
+
+@pytest.mark.parametrize("compensation", ["moments", "layerwise", "obs", "obs+moments"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused_and_the_model_left(
+    compensation: str, value: float
+) -> None:
+    dense, pruned, mask, data = build("convolutional")
+    data.images[7, 1, 2, 3] = value
+    before = fingerprint(pruned)
+    with pytest.raises(NonFiniteError, match="image 7 of the data to compensate by is not finite"):
+        compensate_(pruned, dense, mask, data, compensation, samples=None, batch_size=3)
+    assert fingerprint(pruned) == before
 
 
 def test_compensation_without_samples_is_refused() -> None:
