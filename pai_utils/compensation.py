@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -48,11 +48,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.curvature.blocks import check_block_options, fisher_blocks
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
     batches,
+    check_batch_size,
     device_of,
     draw_samples,
     listed,
@@ -63,7 +64,7 @@ from pai_utils.execution import (
 from pai_utils.masks import Mask
 from pai_utils.residuals import Residual, find_residuals, shown
 
-__all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
+__all__ = ["COMPENSATIONS", "check_compensation", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
@@ -104,6 +105,47 @@ def parse_compensation(text: str) -> tuple[str, ...]:
     return parts
 
 
+def check_compensation(compensation: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a compensation, with options that :func:`compensate_` can take.
+
+    Args:
+        compensation: as there.
+        options: its keywords, or some of them.
+
+    Returns:
+        As :func:`parse_compensation`.
+
+    Raises:
+        ValueError: as :func:`parse_compensation`, for an unknown keyword, a damping that is
+            not above zero, or fewer samples, rows, or weights a block than one.
+
+    Examples:
+        >>> from pai_utils.compensation import check_compensation
+        >>> check_compensation("layerwise+moments", {"damping": 0.01})
+        ('layerwise', 'moments')
+        >>> check_compensation("layerwise", {"rows": 0})
+        Traceback (most recent call last):
+            ...
+        ValueError: rows=0: at least one row is needed
+    """
+    parts = parse_compensation(compensation)
+    known = (*COMPENSATION_OPTIONS, "seed", "batch_size")
+    for name in options:
+        if name not in known:
+            raise unknown_name("compensation option", name, known)
+    samples, damping = options.get("samples"), options.get("damping", 0.1)
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping} must be a finite number above zero")
+    if (rows := options.get("rows", 1)) < 1:
+        raise ValueError(f"rows={rows}: at least one row is needed")
+    check_batch_size(options.get("batch_size", 1))
+    if "obs" in parts:
+        check_block_options(options.get("block_size", 1), damping)
+    return parts
+
+
 def compensate_(
     model: nn.Module,
     dense: nn.Module,
@@ -140,8 +182,8 @@ def compensate_(
         batch_size: of ``obs``, samples a forward.
 
     Raises:
-        ValueError: for an unknown part, a damping that is not above zero, or fewer rows or samples
-            than one; before anything is changed, for an image that is not finite.
+        ValueError: as :func:`check_compensation`, and for an image that is not finite; the model is
+            then left as it was.
 
     Examples:
         >>> import copy
@@ -161,11 +203,8 @@ def compensate_(
         tensor([[ 0.0000, -1.0000,  0.5000],
                 [ 0.0000,  3.0000, -0.5000]])
     """
-    parts = parse_compensation(compensation)
-    if not 0 < damping < math.inf:
-        raise ValueError(f"damping={damping} must be a finite number above zero")
-    if rows < 1:
-        raise ValueError(f"rows={rows}: at least one row is needed")
+    ranged = {"samples": samples, "damping": damping, "rows": rows, "block_size": block_size}
+    parts = check_compensation(compensation, ranged | {"batch_size": batch_size})
     if samples is not None:
         samples = min(samples, len(cast(Sized, data)))
     if not parts:

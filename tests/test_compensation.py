@@ -307,7 +307,7 @@ def test_obs_moves_the_weights_of_each_block_by_its_update() -> None:
 
 def test_obs_moves_channels_last_weights_alike() -> None:
     dense, pruned, mask, data = build("convolutional")
-    lasting: Any = copy.deepcopy(pruned).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lasting: Any = copy.deepcopy(pruned).to(memory_format=torch.channels_last)
     assert not lasting[0].weight.is_contiguous()
     for model in (pruned, lasting):
         compensate_(model, dense, mask, data, "obs", samples=None)
