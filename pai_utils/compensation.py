@@ -4,17 +4,22 @@ Removing weights shifts what the next layers receive. Three ways to make good fo
 of the source task only and without their labels, save for ``obs``:
 
 ``moments``
-    Every normalisation gives its channels the mean and standard deviation that they have in the
-    dense network, through its own scale and shift; layers with a bias of their own that no
-    normalisation follows at once are given the dense mean through it.
+    Every BatchNorm and LayerNorm gives its channels the mean and standard deviation that they have
+    in the dense network, through its own scale and shift; pruned layers with a bias of their own
+    are given the dense mean through it.
 ``layerwise``
-    Every layer's surviving weights, and its bias, are re-solved by damped least squares: from the
-    inputs of the network pruned so far to the outputs of the dense one (as the reconstruction
-    steps of Dong et al. 2017, "Learning to prune deep neural networks via layer-wise optimal brain
-    surgeon", and Frantar & Alistarh 2022, "Optimal brain compression", here solved exactly).
+    The surviving weights of every pruned linear layer and convolution, and its bias, are re-solved
+    by damped least squares: from the inputs of the network pruned so far to the outputs of the
+    dense one (as the reconstruction steps of Dong et al. 2017, "Learning to prune deep neural
+    networks via layer-wise optimal brain surgeon", and Frantar & Alistarh 2022, "Optimal brain
+    compression", here solved exactly).
 ``obs``
     The second-order update that belongs to ``block_fisher``:
     :meth:`~pai_utils.curvature.blocks.BlockFisher.compensate`.
+
+``moments`` and ``layerwise`` leave out transposed convolutions, convolutions that transform their
+weight and the input projections of ``nn.MultiheadAttention``, and ``moments`` normalisations of
+another kind or without a shift; a warning names them.
 
 Where a layer's output is added to a residual stream, what counts is the sum: both ask such a layer
 for its dense output *and* for what the stream has lost on the way to it, so that errors are mended
@@ -34,7 +39,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -43,12 +48,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.curvature.blocks import check_block_options, fisher_blocks
 from pai_utils.execution import (
+    NonFiniteError,
     Samples,
     batches,
+    check_batch_size,
     device_of,
     draw_samples,
+    listed,
     logger,
     undisturbed,
     unknown_name,
@@ -56,7 +64,7 @@ from pai_utils.execution import (
 from pai_utils.masks import Mask
 from pai_utils.residuals import Residual, find_residuals, shown
 
-__all__ = ["COMPENSATIONS", "compensate_", "parse_compensation"]
+__all__ = ["COMPENSATIONS", "check_compensation", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
 COMPENSATIONS = ("moments", "layerwise", "obs")
@@ -68,7 +76,6 @@ _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows wou
 COMPENSATION_OPTIONS = ("samples", "damping", "rows", "streams", "block_size")
 """Keywords of :func:`compensate_` that change its result."""
 
-_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
 
 
@@ -95,6 +102,47 @@ def parse_compensation(text: str) -> tuple[str, ...]:
             raise unknown_name("compensation", part, ["none", *COMPENSATIONS])
     if len(set(parts)) < len(parts):
         raise ValueError(f"compensation {text!r} names a part twice")
+    return parts
+
+
+def check_compensation(compensation: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a compensation, with options that :func:`compensate_` can take.
+
+    Args:
+        compensation: as there.
+        options: its keywords, or some of them.
+
+    Returns:
+        As :func:`parse_compensation`.
+
+    Raises:
+        ValueError: as :func:`parse_compensation`, for an unknown keyword, a damping that is
+            not above zero, or fewer samples, rows, or weights a block than one.
+
+    Examples:
+        >>> from pai_utils.compensation import check_compensation
+        >>> check_compensation("layerwise+moments", {"damping": 0.01})
+        ('layerwise', 'moments')
+        >>> check_compensation("layerwise", {"rows": 0})
+        Traceback (most recent call last):
+            ...
+        ValueError: rows=0: at least one row is needed
+    """
+    parts = parse_compensation(compensation)
+    known = (*COMPENSATION_OPTIONS, "seed", "batch_size")
+    for name in options:
+        if name not in known:
+            raise unknown_name("compensation option", name, known)
+    samples, damping = options.get("samples"), options.get("damping", 0.1)
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping} must be a finite number above zero")
+    if (rows := options.get("rows", 1)) < 1:
+        raise ValueError(f"rows={rows}: at least one row is needed")
+    check_batch_size(options.get("batch_size", 1))
+    if "obs" in parts:
+        check_block_options(options.get("block_size", 1), damping)
     return parts
 
 
@@ -134,8 +182,8 @@ def compensate_(
         batch_size: of ``obs``, samples a forward.
 
     Raises:
-        ValueError: for an unknown part, a damping that is not above zero, or fewer rows or samples
-            than one.
+        ValueError: as :func:`check_compensation`, and for an image that is not finite; the model is
+            then left as it was.
 
     Examples:
         >>> import copy
@@ -155,13 +203,14 @@ def compensate_(
         tensor([[ 0.0000, -1.0000,  0.5000],
                 [ 0.0000,  3.0000, -0.5000]])
     """
-    parts = parse_compensation(compensation)
-    if not 0 < damping < math.inf:
-        raise ValueError(f"damping={damping} must be a finite number above zero")
-    if rows < 1:
-        raise ValueError(f"rows={rows}: at least one row is needed")
+    ranged = {"samples": samples, "damping": damping, "rows": rows, "block_size": block_size}
+    parts = check_compensation(compensation, ranged | {"batch_size": batch_size})
     if samples is not None:
         samples = min(samples, len(cast(Sized, data)))
+    if not parts:
+        return
+    indices = draw_samples(data, samples, seed)
+    _check_images(data, indices, batch_size, device_of(dense))
     if "obs" in parts:
         _follow_fisher_(
             model, dense, mask, data,
@@ -170,14 +219,25 @@ def compensate_(
         )  # fmt: skip
     if not {"moments", "layerwise"} & set(parts):
         return
-    indices = draw_samples(data, samples, seed)
     ((images, _),) = batches(data, len(indices), device_of(dense), indices)
     masked = {name.rpartition(".")[0] for name in mask if name.endswith(".weight")}
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name in masked and isinstance(module, _Layer)
+        if name in masked and _is_plain(module)
     }
+    if others := [name for name in mask if name.removesuffix(".weight") not in layers]:
+        logger.warning(
+            "%s: no weights of plain linear layers or convolutions; not compensated by %s",
+            listed(others),
+            "+".join(part for part in parts if part != "obs"),
+        )
+    unscaled = [name for name, module in model.named_modules() if _keeps_its_scale(module)]
+    if "moments" in parts and unscaled:
+        logger.warning(
+            "%s: no BatchNorm or LayerNorm with a scale and a shift; moments not restored",
+            listed(unscaled),
+        )
     places = {**layers, **{n: m for n, m in model.named_modules() if isinstance(m, _Norm)}}
     residuals = _residuals(dense, places, images[:_IMAGES_TO_LOOK_AT]) if streams else {}
     repair = _Repair(parts, mask, damping, rows, seed, residuals, places)
@@ -198,6 +258,16 @@ def compensate_(
         model(images)
     for name in set(layers) - set(repair.done):
         logger.warning("%s is not called as a layer; its weights are not compensated", name)
+
+
+def _check_images(data: Samples, indices: Tensor, batch_size: int, device: torch.device) -> None:
+    """Refuse images that would give weights that are not finite."""
+    drawn = batches(data, batch_size, device, indices)
+    for rows, (images, _) in zip(indices.split(batch_size), drawn, strict=True):
+        broken = ~images.flatten(1).isfinite().all(1)
+        if broken.any():
+            index = int(rows[broken.cpu()][0])
+            raise NonFiniteError(f"image {index} of the data to compensate by is not finite")
 
 
 def _residuals(dense: nn.Module, places: dict[str, Any], images: Tensor) -> dict[str, Residual]:
@@ -451,6 +521,26 @@ def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
 # --- layouts ---
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it applies its weight as it is; convolutions that standardise theirs do not."""
+    from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.linear import Linear
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Linear)
+    return type(module).forward in {kind.forward for kind in kinds}
+
+
+def _keeps_its_scale(module: nn.Module) -> bool:
+    """Whether it is a normalisation with a scale that ``moments`` does not repair."""
+    scale = module._parameters.get("weight")
+    if scale is None:
+        return False
+    if isinstance(module, _Norm):
+        return module.bias is None
+    # Normalisations share no class, and many are timm's own or another package's.
+    return scale.ndim == 1 and "norm" in type(module).__name__.lower()
+
+
 def _channel_axis(module: nn.Module, values: Tensor) -> int:
     """Where a layer's or normalisation's channels are."""
     last = isinstance(module, nn.Linear) or (
@@ -573,4 +663,7 @@ def _follow_fisher_(
             weights = originals[block.name].detach().flatten()[part]
             keep = mask[block.name].flatten()[part].to(weights.device)
             moved = block.compensate(weights, keep)
-            targets[block.name].view(-1)[part].copy_(moved)
+            target = targets[block.name]
+            entries = target.flatten().clone()  # a channels-last tensor has no flat view
+            entries[part] = moved
+            target.copy_(entries.view(target.shape))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.backbones import Backbone, Classifier
-from pai_utils.compensation import compensate_, parse_compensation
+from pai_utils.compensation import check_compensation, compensate_, parse_compensation
 from pai_utils.execution import (
     NonFiniteError,
     Samples,
@@ -347,9 +347,9 @@ def retention_sweep(
         loss, count, chance, correct`` (the last one ``[count]`` bool).
 
     Raises:
-        ValueError: for an unknown source, scorer, scope, precision or compensation, an impossible
-            sparsity, or a scorer that needs a head, or ``obs``, with a source
-            that is no task.
+        ValueError: for an unknown source, scorer, scope, precision, compensation or option of it,
+            an impossible sparsity, or a scorer that needs a head, or ``obs``, with a source that is
+            no task.
     """
     for source in sources:
         parts = source_parts(source, tasks)
@@ -371,7 +371,7 @@ def retention_sweep(
     for sparsity in sparsities:
         check_sparsity(sparsity, scope)
     for compensation in compensations:
-        parse_compensation(compensation)
+        check_compensation(compensation, compensation_options or {})
     tests = {name: task.test for name, task in tasks.items()}
     pruned = copy.deepcopy(backbone)
     weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}

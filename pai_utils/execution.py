@@ -80,7 +80,7 @@ def batches(
     Raises:
         ValueError: if ``batch_size`` is below one or there is no sample.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if indices is None:
         indices = torch.arange(len(cast(Sized, data)))
     if len(indices) == 0:
@@ -192,7 +192,7 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
         torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``).
         ValueError: if ``batch_size`` is below one.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     while True:
         try:
             return compute(batch_size)
@@ -206,7 +206,12 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
             torch.cuda.empty_cache()
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of fewer samples than one.
+
+    Raises:
+        ValueError: if ``batch_size`` is below one.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
 

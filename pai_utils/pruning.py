@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from pai_utils.backbones import prunable_parameters
-from pai_utils.compensation import compensate_, parse_compensation
+from pai_utils.compensation import check_compensation, compensate_
 from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.scorers import score
@@ -118,7 +118,8 @@ def prune(
         >>> pruned.report.sparsity
         0.5
     """
-    parts = parse_compensation(compensation)
+    # Before the costly scores, so that a misspelling is told at once.
+    parts = check_compensation(compensation, compensation_options or {})
     seen = data if compensation_data is None else compensation_data
     if parts and seen is None:
         raise ValueError(f"compensation {compensation!r} needs samples of the source task")
@@ -126,7 +127,6 @@ def prune(
         raise unknown_name("schedule", schedule, SCHEDULES)
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one round is needed")
-    # Before the costly scores, so that a misspelling is told at once.
     if check_sparsity(sparsity, scope) is not None and rounds > 1:
         raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
     start = time.perf_counter()

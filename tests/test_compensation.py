@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm import LayerNorm2d
+from timm.layers.norm import LayerNorm2d, RmsNorm
+from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 import pai_utils as pai
 from pai_utils import evaluation
 from pai_utils.compensation import _count, _rows_of, compensate_, solve_layer
 from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.execution import NonFiniteError
 from pai_utils.masks import Mask
-from tests.cases import Images, fingerprint, tiny_backbone, tiny_task
+from tests.cases import Images, TorchAttention, fingerprint, tiny_backbone, tiny_task
 
 
 class Batch(Images):
@@ -303,6 +305,17 @@ def test_obs_moves_the_weights_of_each_block_by_its_update() -> None:
         assert torch.equal(pruned.get_parameter(block.name).flatten()[part], moved)
 
 
+def test_obs_moves_channels_last_weights_alike() -> None:
+    dense, pruned, mask, data = build("convolutional")
+    lasting: Any = copy.deepcopy(pruned).to(memory_format=torch.channels_last)
+    assert not lasting[0].weight.is_contiguous()
+    for model in (pruned, lasting):
+        compensate_(model, dense, mask, data, "obs", samples=None)
+    for name, parameter in lasting.named_parameters():
+        assert torch.equal(parameter, pruned.get_parameter(name))
+    assert not lasting[0].weight.is_contiguous()
+
+
 def test_rows_are_drawn_alike_in_both_networks_and_seeded() -> None:
     results = []
     for seed in (0, 0, 1):
@@ -415,6 +428,61 @@ def test_a_layer_that_is_not_called_is_named(caplog: pytest.LogCaptureFixture) -
     assert torch.equal(pruned.aside.weight, dense.aside.weight * mask["aside.weight"])
 
 
+class Summed(nn.Module):
+    """A layer that adds what it computes to its inputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_convolutions_that_transform_their_weight_are_left_out_and_named(
+    kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = nn.Sequential(Summed(kind(3, 3, 3, bias=True)), Conv2dSame(3, 4, 3)).double().eval()
+    same, data = copy.deepcopy(dense), Batch(10)
+    whole = random_mask(dense, fraction=0)
+    compensate_(same, dense, whole, data, "layerwise+moments", samples=None)
+    torch.testing.assert_close(same(data.images), dense(data.images))
+    assert caplog.messages == [
+        "0.layer.weight: no weights of plain linear layers or convolutions; "
+        "not compensated by layerwise+moments"
+    ]
+
+
+def test_masked_weights_of_other_modules_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    dense = nn.Sequential(
+        nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), TorchAttention()
+    ).double()
+    mask = random_mask(dense)
+    pruned = copy.deepcopy(dense)
+    mask.apply_(pruned)
+    compensate_(pruned, dense, mask, Batch(10), "moments", samples=None)
+    assert (
+        "0.weight, 3.attention.in_proj_weight: no weights of plain linear layers or convolutions"
+    ) in caplog.text
+
+
+def test_normalisations_whose_moments_are_not_restored_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dense = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
+        nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36),
+    ).double().eval()  # fmt: skip
+    for compensation in ("layerwise", "moments"):
+        mask = random_mask(dense)
+        compensate_(copy.deepcopy(dense), dense, mask, Batch(10), compensation, samples=None)
+    assert caplog.messages == [
+        "1, 5, 6, 8: no BatchNorm or LayerNorm with a scale and a shift; moments not restored"
+    ]
+
+
 @pytest.mark.parametrize(
     ("compensation", "options", "message"),
     [
@@ -431,6 +499,19 @@ def test_impossible_compensations_are_refused(
     dense, pruned, mask, data = build("tokens")
     with pytest.raises(ValueError, match=message):
         compensate_(pruned, dense, mask, data, compensation, **options)
+
+
+@pytest.mark.parametrize("compensation", ["moments", "layerwise", "obs", "obs+moments"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused_and_the_model_left(
+    compensation: str, value: float
+) -> None:
+    dense, pruned, mask, data = build("convolutional")
+    data.images[7, 1, 2, 3] = value
+    before = fingerprint(pruned)
+    with pytest.raises(NonFiniteError, match="image 7 of the data to compensate by is not finite"):
+        compensate_(pruned, dense, mask, data, compensation, samples=None, batch_size=3)
+    assert fingerprint(pruned) == before
 
 
 def test_compensation_without_samples_is_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pai_utils as pai
-from pai_utils import pruning
+from pai_utils import evaluation, pruning
 from pai_utils.masks import Mask, make_mask
 from pai_utils.scorers import Scores, score
 from tests.cases import fingerprint, tiny_classifier, tiny_task
@@ -189,6 +189,36 @@ def test_a_misspelled_scope_is_told_before_the_scores(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored first"))
     with pytest.raises(ValueError, match="unknown scope"):
         pai.prune(tiny_classifier(), tiny_task().train, scope="globl")
+
+
+@pytest.mark.parametrize(
+    ("compensation", "options", "message"),
+    [
+        ("none", {"damp": 1}, "unknown compensation option 'damp'; did you mean 'damping'"),
+        ("obs", {"model": None}, "unknown compensation option 'model'"),
+        ("moments", {"samples": 0}, "samples=0: at least one sample"),
+        ("layerwise", {"damping": -1}, "damping=-1 must be a finite number above zero"),
+        ("layerwise", {"rows": 0}, "rows=0: at least one row"),
+        ("layerwise", {"batch_size": 0}, "batch_size=0: at least one sample a batch"),
+        ("obs", {"block_size": 0}, "block_size=0: at least one weight a block"),
+        ("obs", {"damping": 1e-12}, "damping=1e-12 must be a finite number of at least 1e-10"),
+    ],
+)
+def test_impossible_compensation_options_are_told_before_the_scores(
+    compensation: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored first"))
+    monkeypatch.setattr(evaluation, "evaluate_heads", lambda *_, **__: pytest.fail("ran first"))
+    task, model = tiny_task(), tiny_classifier()
+    with pytest.raises(ValueError, match=message):
+        pai.prune(
+            model, task.train, compensation=compensation, compensation_options=options, samples=8
+        )
+    with pytest.raises(ValueError, match=message):
+        evaluation.retention_sweep(
+            model.backbone, {"dots": task}, {"dots": model.head}, ["dots"],
+            compensations=[compensation], compensation_options=options,
+        )  # fmt: skip
 
 
 def test_sparsity_is_that_of_the_weights_that_are_left_in_and_only_they_are_scored(

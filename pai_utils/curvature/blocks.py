@@ -106,7 +106,7 @@ class BlockFisher:
             ValueError: for a block size below one, or a damping that is not at least
                 ``SMALLEST_DAMPING``.
         """
-        _check_options(block_size, damping)
+        check_block_options(block_size, damping)
         samples, length = gradients.shape
         size = min(block_size, length)
         work = 4 * chunk_bytes(gradients.device)
@@ -282,7 +282,7 @@ def fisher_blocks(
             ``SMALLEST_DAMPING``, a budget too small for one block, or a label beyond the model's
             classes.
     """
-    _check_options(block_size, damping)
+    check_block_options(block_size, damping)
     if estimator not in FISHER_ESTIMATORS:
         raise unknown_name("estimator", estimator, FISHER_ESTIMATORS)
     indices = draw_samples(data, samples, seed)
@@ -313,7 +313,12 @@ def fisher_blocks(
     return make()
 
 
-def _check_options(block_size: int, damping: float) -> None:
+def check_block_options(block_size: int, damping: float) -> None:
+    """Refuse a block size or a damping that no Fisher block can have.
+
+    Raises:
+        ValueError: for a block size below one, or a damping below ``SMALLEST_DAMPING``.
+    """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: at least one weight a block is needed")
     if not SMALLEST_DAMPING <= damping < math.inf:
