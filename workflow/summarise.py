@@ -28,11 +28,12 @@ BACKBONES = {
     "vit_small_saliency": "ViT-S/14",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
+RECOVERIES = {"recovery": "embedded", "recovery_real": "larger"}
 EXPLORED = (
     "grid", "backbone", "variant", "source", "target", "task", "scorer", "repair", "sparsity",
     "retention", "low", "high", "count", "seeds", "interval",
 )  # fmt: skip
-PUBLISHED = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
+SIX = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
 
 
 def runs(results: Path) -> pd.DataFrame:
@@ -77,6 +78,7 @@ def repaired(results: Path) -> pd.DataFrame:
                             "retention": row.retention,
                             "low": row.low,
                             "high": row.high,
+                            "seeds": table[table.scorer == scorer].seeds.max(),
                         }
                     )
     return pd.DataFrame(rows)
@@ -97,27 +99,32 @@ def _atlas(results: Path) -> pd.DataFrame:
 
 
 def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
-    """The best repaired mask beside the best published score of the scorer atlas."""
+    """The best repaired mask beside the best of six scores, and of all scores of the atlas."""
     rows = []
     atlas = _atlas(results)
-    published = atlas[atlas.method.isin(PUBLISHED)]
     for label in BACKBONES.values():
         ours = _methods(left)
         ours = ours[(ours.encoder == label) & (ours.tasks == "embedded")]
         for sparsity, group in ours.groupby("sparsity"):
-            other = published[(published.encoder == label) & (published.sparsity == sparsity)]
-            if other.empty:
+            every = atlas[(atlas.encoder == label) & (atlas.sparsity == sparsity)]
+            six = every[every.method.isin(SIX)]
+            if six.empty:
                 continue
-            best, peer = (table.sort_values("retention").iloc[-1] for table in (group, other))
+            best, peer, any_peer = (
+                table.loc[table.retention.idxmax()] for table in (group, six, every)
+            )
             rows.append(
                 {
                     "encoder": label,
                     "sparsity": sparsity,
                     "best here": best.method,
                     "retention": best.retention,
-                    "best published": peer.method,
+                    "best of six": peer.method,
                     "its retention": peer.retention,
                     "gain in points": 100 * (best.retention - peer.retention),
+                    "best of all": any_peer.method,
+                    "that one": any_peer.retention,
+                    "gain over it": 100 * (best.retention - any_peer.retention),
                 }
             )
     return pd.DataFrame(rows)
@@ -125,7 +132,7 @@ def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
 
 def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
     """The score and repair that kept most at each sparsity, of all that were measured."""
-    ours = left[left.tasks == "embedded"].drop(columns="tasks")
+    ours = left[left.tasks == "embedded"].drop(columns=["tasks", "seeds"])
     table = _methods(pd.concat([ours, _atlas(results)[ours.columns]], ignore_index=True))
     best = table.loc[table.groupby(["encoder", "sparsity"]).retention.idxmax()]
     return best.sort_values(["encoder", "sparsity"])[
@@ -167,7 +174,7 @@ def recovery(results: Path) -> pd.DataFrame:
     }
     parts = []
     for (grid, tasks), (backbone, label) in itertools.product(
-        {"recovery": "embedded", "recovery_real": "larger"}.items(), BACKBONES.items()
+        RECOVERIES.items(), BACKBONES.items()
     ):
         for folder in sorted((results / grid).glob(f"finetune_recovery-{backbone}*")):
             table = pd.read_csv(folder / "gains.csv")
@@ -177,6 +184,35 @@ def recovery(results: Path) -> pd.DataFrame:
             parts.append(marked.assign(encoder=label, tasks=tasks))
     if not parts:
         return pd.DataFrame()
+    table = pd.concat(parts)[list(columns)].rename(columns=columns)
+    return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
+
+
+def refitted(results: Path) -> pd.DataFrame:
+    """Accuracy on every task before and after plain fine-tuning, with both kinds of head.
+
+    Of the first start, penalty and sparsity of a run, which are those that the notebook re-fits
+    heads for, at the largest rate.
+    """
+    parts = []
+    for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
+        path = results / grid / f"finetune_recovery-{backbone}" / "refitted.csv"
+        if path.is_file():
+            table = pd.read_csv(path)
+            table = table[table.learning_rate == table.learning_rate.max()]
+            parts.append(table.assign(encoder=label, tasks=RECOVERIES[grid]))
+    if not parts:
+        return pd.DataFrame()
+    columns = {
+        "encoder": "encoder",
+        "tasks": "tasks",
+        "target": "task",
+        "learning_rate": "rate",
+        "dense": "dense",
+        "pruned": "before",
+        "frozen": "after, frozen head",
+        "refitted": "after, re-fitted head",
+    }
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
 
@@ -368,6 +404,7 @@ def summarise(results: Path) -> list[Path]:
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
         "recovery": recovery(results),
+        "refitted": refitted(results),
         "reach": reach(results),
         "transfer": transfer(results),
         "weights": weights(results),

@@ -65,8 +65,9 @@ def test_an_atlas_is_summed_up_by_its_best_scores_costs_and_overlaps(tmp_path: P
         "scorer_atlas": "**Answer.** On Small, the highest retention on held-out tasks is left at "
         "30% sparsity by `snip`, 0.75 (0.75 to 0.75) and at 50% sparsity by `ggn_diag`, 0.25 "
         "(0.25 to 0.25). The paper's score, `ggn_diag`, costs 1.2 forward and backward passes "
-        "(FB), the dearest, `random`, 99. Masks of two scores share 0.30 of the weights that "
-        "either keeps, in the median over pairs; by chance it would be 0.30.\n"
+        "(FB), the dearest, `random`, 99. At 50% sparsity, masks of two scores share 0.30 of "
+        "the weights that either keeps, in the median over pairs; by chance it would be 0.30, with as many "
+        "weights kept in each layer.\n"
     }
 
 
@@ -124,7 +125,9 @@ def test_the_first_page_has_masks_alone_and_with_a_repair(tmp_path: Path) -> Non
     assert len(overview(stored)) == 3 * 2 + 2
 
 
-def test_a_repair_is_set_beside_published_scores_and_followed_over_sources(tmp_path: Path) -> None:
+def test_a_repair_is_set_beside_scores_without_one_and_followed_over_sources(
+    tmp_path: Path,
+) -> None:
     rows: list[dict[str, object]] = [
         {"source": source, "scorer": "ours", "sparsity": 0.7, "retention": kept}
         for source, kept in (("a+a:altered", 0.75), ("b", 0.25), ("c", 0.5))
@@ -135,13 +138,14 @@ def test_a_repair_is_set_beside_published_scores_and_followed_over_sources(tmp_p
          "low": kept - 0.1, "high": kept + 0.1}
         for tasks, kept in (("embedded", 0.5), ("larger", 0.6))
     ]  # fmt: skip
-    best = {"encoder": ENCODER, "sparsity": 0.7, "best here": "ours", "best published": "snip",
-            "its retention": 0.05}  # fmt: skip
+    best = {"encoder": ENCODER, "sparsity": 0.7, "best here": "ours", "best of six": "snip",
+            "its retention": 0.05, "best of all": "ggn_diag", "that one": 0.1}  # fmt: skip
     stored = _stored(tmp_path, repaired=pd.DataFrame(left), gains=pd.DataFrame([best]))
     assert answers(stored)["repair"] == (
         "**Answer.** At 70% sparsity, `ours` keeps, of the accuracy above chance of tasks that "
         "neither the score nor the repair has seen, 0.50 (0.40 to 0.60) on Small (0.60 on larger "
-        "data sets; the best published score, `snip`, 0.05). It depends on the source: at 70%, "
+        "data sets; without a repair `snip` 0.05, the best of six scores, and `ggn_diag` 0.10, the "
+        "best of all). It depends on the source: at 70%, "
         "from 0.25 around b to 0.75 around a on Small.\n"
     )
 
@@ -155,11 +159,13 @@ def test_the_explorer_counts_pairs_with_and_without_a_repair(tmp_path: Path) -> 
             ["own", "moments", 0.5, 0.9, "a"],
         ],
         columns=columns,
-    ).assign(grid="g", backbone=["x", "x", "x", "y", "y"], variant="")  # fmt: skip
+    ).assign(
+        grid="g", backbone=["x", "x", "x", "y", "y"], variant="", source="s", target="t"
+    )  # fmt: skip
     assert answers(_stored(tmp_path, explorer=pairs))["explorer"] == (
-        "**Answer.** There are 5 retentions of 2 runs, 2 encoders and 2 scores. At 50% sparsity a "
-        "mask alone keeps 0.20 of a held-out task in the median (2 pairs of source and task, all "
-        "scores), a repaired one 0.80 (1 pairs).\n"
+        "**Answer.** There are 5 retentions of 2 runs, 2 encoders and 2 scores. Of masks that are "
+        "stored with and without a repair, one of 50% sparsity keeps 0.10 of a held-out task "
+        "alone, in the median over 1 of them, and 0.80 with a repair.\n"
     )
 
 

@@ -46,8 +46,12 @@ def test_recovery_is_judged_by_its_interval_at_the_best_rate(tmp_path: Path) -> 
     for name, gains in {"one": (0.1, 0.02), "two": (-0.1, -0.2)}.items():
         rows: list[dict[str, object]] = [
             {"start": "pruned", "sparsity": 0.5 if name == "one" else 0.7, "penalty": penalty,
-             "held_out_gain": gain, "held_out_low": gain - 0.01, "held_out_high": gain + 0.01}
-            for penalty, gain in (("none", gains[0]), ("none", gains[1]), ("features", 9.0))
+             "held_out_gain": gain, "held_out_low": gain - 0.01, "held_out_high": gain + 0.01,
+             "source_low": source}
+            for penalty, gain, source in (
+                ("none", gains[0], 0.1), ("none", gains[1], 0.1), ("features", 9.0, 0.1),
+                ("none", 8.0, -0.1),  # did not improve the source
+            )
         ]  # fmt: skip
         _store(tmp_path / "recovery" / f"finetune_recovery-small-{name}" / "gains.csv", rows)
     (row,) = claims(tmp_path, BACKBONES).to_dict("records")
@@ -60,11 +64,36 @@ def test_a_small_loss_is_no_negative_zero(tmp_path: Path) -> None:
     _store(
         path,
         [{"start": "repaired", "sparsity": 0.7, "penalty": "none", "held_out_gain": -0.001,
-          "held_out_low": -0.012, "held_out_high": -0.004}],
+          "held_out_low": -0.012, "held_out_high": -0.004, "source_low": 0.01}],
     )  # fmt: skip
     (row,) = claims(tmp_path, BACKBONES).to_dict("records")
     assert row["measured"].endswith("repaired at 70%: +0.00 (-0.01 to +0.00)")
     assert row["verdict"] == "not reproduced"
+
+
+def test_where_no_rate_improves_the_source_nothing_is_said_of_others(tmp_path: Path) -> None:
+    _store(
+        tmp_path / "recovery_real" / "finetune_recovery-small" / "gains.csv",
+        [{"start": "repaired", "sparsity": 0.7, "penalty": "none", "held_out_gain": 0.5,
+          "held_out_low": 0.4, "held_out_high": 0.6, "source_low": 0.0}],
+    )  # fmt: skip
+    (row,) = claims(tmp_path, BACKBONES).to_dict("records")
+    assert row["measured"].endswith("in 1 more no rate improved the source")
+    assert row["verdict"] == "not tested"
+
+
+def test_the_quadratic_model_is_judged_on_held_out_tasks(tmp_path: Path) -> None:
+    _store(
+        tmp_path / "landscape" / "landscape_analysis-small" / "losses.csv",
+        [{"source": "a", "target": target, "sparsity": 0.2, "fraction": fraction,
+          "measured": 1.0, "taylor": taylor}
+         for target, fraction, taylor in (
+             ("a", 1.0, 0.0), ("b", 1.0, 1.4), ("c", 1.0, 0.6), ("d", 1.0, 1.6), ("b", 0.5, 9.0)
+         )],
+    )  # fmt: skip
+    (row,) = claims(tmp_path, BACKBONES).to_dict("records")
+    assert row["measured"].endswith("held-out tasks at 20%: 67%; own tasks at 20%: 0%")
+    assert row["verdict"] == "reproduced"
 
 
 @pytest.mark.parametrize(
