@@ -6,7 +6,7 @@ Every row is judged by a rule that stands beside it, on tables of other folders 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -142,7 +142,7 @@ def quadratic(results: Path, backbone: str) -> Judged:
     return Judged(f"cells predicted within half, {found}", _judge(held_out > 0.5))
 
 
-def _shares(shares: "pd.Series[float]") -> str:
+def _shares(shares: "pd.Series[Any]") -> str:
     return ", ".join(f"{sparsity:.0%}: {share:.0%}" for sparsity, share in shares.items())
 
 

@@ -111,7 +111,7 @@ def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
             if six.empty:
                 continue
             best, peer, any_peer = (
-                table.loc[table.retention.idxmax()] for table in (group, six, every)
+                table.sort_values("retention").iloc[-1] for table in (group, six, every)
             )
             rows.append(
                 {
@@ -194,7 +194,7 @@ def refitted(results: Path) -> pd.DataFrame:
     Of the first start, penalty and sparsity of a run, which are those that the notebook re-fits
     heads for, at the largest rate.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
     for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
         path = results / grid / f"finetune_recovery-{backbone}" / "refitted.csv"
         if path.is_file():

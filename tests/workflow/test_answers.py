@@ -66,8 +66,8 @@ def test_an_atlas_is_summed_up_by_its_best_scores_costs_and_overlaps(tmp_path: P
         "30% sparsity by `snip`, 0.75 (0.75 to 0.75) and at 50% sparsity by `ggn_diag`, 0.25 "
         "(0.25 to 0.25). The paper's score, `ggn_diag`, costs 1.2 forward and backward passes "
         "(FB), the dearest, `random`, 99. At 50% sparsity, masks of two scores share 0.30 of "
-        "the weights that either keeps, in the median over pairs; by chance it would be 0.30, with as many "
-        "weights kept in each layer.\n"
+        "the weights that either keeps, in the median over pairs; by chance it would be 0.30, "
+        "with as many weights kept in each layer.\n"
     }
 
 
