@@ -93,7 +93,7 @@ def recovery(results: Path, backbone: str) -> Judged:
     ]
     others = len(table.groupby(keys)) - len(best)
     if others:
-        found.append(f"in {others} more no rate improved the source")
+        found.append(f"no rate improved the source in {others} of {others + len(best)} runs")
     return Judged(
         f"gain in accuracy at the best rate, {'; '.join(found)}",
         _judge(best.held_out_low > 0) if len(best) else UNTESTED,

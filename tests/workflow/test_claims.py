@@ -78,7 +78,7 @@ def test_where_no_rate_improves_the_source_nothing_is_said_of_others(tmp_path: P
           "held_out_low": 0.4, "held_out_high": 0.6, "source_low": 0.0}],
     )  # fmt: skip
     (row,) = claims(tmp_path, BACKBONES).to_dict("records")
-    assert row["measured"].endswith("in 1 more no rate improved the source")
+    assert row["measured"].endswith("at the best rate, no rate improved the source in 1 of 1 runs")
     assert row["verdict"] == "not tested"
 
 
