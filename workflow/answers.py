@@ -167,8 +167,8 @@ def repair(stored: Stored) -> str:
             also = f"{larger[key].retention:z.2f} on larger data sets; " if key in larger else ""
             parts.append(
                 f"{_interval(embedded[key])} on {row.encoder} ({also}without a repair "
-                f"`{row['best of six']}` {row['its retention']:z.2f}, the best of six scores, and "
-                f"`{row['best of all']}` {row['that one']:z.2f}, the best of all)"
+                f"`{row['best of six']}` {row['of six']:z.2f}, the best of six scores, and "
+                f"`{row['best of all']}` {row['of all']:z.2f}, the best of all)"
             )
         methods = _listed(f"`{name}`" for name in dict.fromkeys(rows["best here"]))
         sentences.append(

@@ -117,14 +117,14 @@ def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
                 {
                     "encoder": label,
                     "sparsity": sparsity,
-                    "best here": best.method,
                     "retention": best.retention,
+                    "of six": peer.retention,
+                    "gain": 100 * (best.retention - peer.retention),
+                    "of all": any_peer.retention,
+                    "gain over all": 100 * (best.retention - any_peer.retention),
                     "best of six": peer.method,
-                    "its retention": peer.retention,
-                    "gain in points": 100 * (best.retention - peer.retention),
                     "best of all": any_peer.method,
-                    "that one": any_peer.retention,
-                    "gain over it": 100 * (best.retention - any_peer.retention),
+                    "best here": best.method,
                 }
             )
     return pd.DataFrame(rows)
@@ -210,8 +210,8 @@ def refitted(results: Path) -> pd.DataFrame:
         "learning_rate": "rate",
         "dense": "dense",
         "pruned": "before",
-        "frozen": "after, frozen head",
-        "refitted": "after, re-fitted head",
+        "frozen": "after",
+        "refitted": "re-fitted",
     }
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])

@@ -139,7 +139,7 @@ def test_a_repair_is_set_beside_scores_without_one_and_followed_over_sources(
         for tasks, kept in (("embedded", 0.5), ("larger", 0.6))
     ]  # fmt: skip
     best = {"encoder": ENCODER, "sparsity": 0.7, "best here": "ours", "best of six": "snip",
-            "its retention": 0.05, "best of all": "ggn_diag", "that one": 0.1}  # fmt: skip
+            "of six": 0.05, "best of all": "ggn_diag", "of all": 0.1}  # fmt: skip
     stored = _stored(tmp_path, repaired=pd.DataFrame(left), gains=pd.DataFrame([best]))
     assert answers(stored)["repair"] == (
         "**Answer.** At 70% sparsity, `ours` keeps, of the accuracy above chance of tasks that "
