@@ -664,6 +664,5 @@ def _follow_fisher_(
             keep = mask[block.name].flatten()[part].to(weights.device)
             moved = block.compensate(weights, keep)
             target = targets[block.name]
-            entries = target.flatten().clone()  # a channels-last tensor has no flat view
-            entries[part] = moved
-            target.copy_(entries.view(target.shape))
+            places = torch.arange(block.start, block.stop, device=target.device)
+            target[torch.unravel_index(places, target.shape)] = moved  # in any memory layout
