@@ -210,16 +210,19 @@ def compensate_(
     if not parts:
         return
     indices = draw_samples(data, samples, seed)
-    _check_images(data, indices, batch_size, device_of(dense))
+    together = bool({"moments", "layerwise"} & set(parts))
+    size = len(indices) if together else batch_size
+    drawn = batches(data, size, device_of(dense), indices)
+    for rows_drawn, (images, _) in zip(indices.split(size), drawn, strict=True):
+        _check_images(images, rows_drawn)
     if "obs" in parts:
         _follow_fisher_(
             model, dense, mask, data,
             samples=samples, seed=seed, damping=damping, block_size=block_size,
             batch_size=batch_size,
         )  # fmt: skip
-    if not {"moments", "layerwise"} & set(parts):
+    if not together:
         return
-    ((images, _),) = batches(data, len(indices), device_of(dense), indices)
     masked = {name.rpartition(".")[0] for name in mask if name.endswith(".weight")}
     layers = {
         name: module
@@ -260,14 +263,12 @@ def compensate_(
         logger.warning("%s is not called as a layer; its weights are not compensated", name)
 
 
-def _check_images(data: Samples, indices: Tensor, batch_size: int, device: torch.device) -> None:
+def _check_images(images: Tensor, indices: Tensor) -> None:
     """Refuse images that would give weights that are not finite."""
-    drawn = batches(data, batch_size, device, indices)
-    for rows, (images, _) in zip(indices.split(batch_size), drawn, strict=True):
-        broken = ~images.flatten(1).isfinite().all(1)
-        if broken.any():
-            index = int(rows[broken.cpu()][0])
-            raise NonFiniteError(f"image {index} of the data to compensate by is not finite")
+    broken = ~images.flatten(1).isfinite().all(1)
+    if broken.any():
+        index = int(indices[broken.cpu()][0])
+        raise NonFiniteError(f"image {index} of the data to compensate by is not finite")
 
 
 def _residuals(dense: nn.Module, places: dict[str, Any], images: Tensor) -> dict[str, Residual]:
