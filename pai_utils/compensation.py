@@ -67,6 +67,7 @@ from pai_utils.residuals import Residual, find_residuals, shown
 __all__ = ["COMPENSATIONS", "check_compensation", "compensate_", "parse_compensation"]
 
 COMPENSATION_SAMPLES = 512
+COMPENSATION_DAMPING = 0.1
 COMPENSATIONS = ("moments", "layerwise", "obs")
 """The parts that a compensation may have."""
 
@@ -75,8 +76,6 @@ _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows wou
 
 COMPENSATION_OPTIONS = ("samples", "damping", "rows", "streams", "block_size")
 """Keywords of :func:`compensate_` that change its result."""
-
-_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.LayerNorm
 
 
 def parse_compensation(text: str) -> tuple[str, ...]:
@@ -133,7 +132,8 @@ def check_compensation(compensation: str, options: Mapping[str, Any]) -> tuple[s
     for name in options:
         if name not in known:
             raise unknown_name("compensation option", name, known)
-    samples, damping = options.get("samples"), options.get("damping", 0.1)
+    samples = options.get("samples")
+    damping = options.get("damping", COMPENSATION_DAMPING)
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
     if not 0 < damping < math.inf:
@@ -155,7 +155,7 @@ def compensate_(
     *,
     samples: int | None = COMPENSATION_SAMPLES,
     seed: int = 0,
-    damping: float = 0.1,
+    damping: float = COMPENSATION_DAMPING,
     rows: int = 8192,
     streams: bool = True,
     block_size: int = 64,
@@ -238,10 +238,10 @@ def compensate_(
     unscaled = [name for name, module in model.named_modules() if _keeps_its_scale(module)]
     if "moments" in parts and unscaled:
         logger.warning(
-            "%s: no BatchNorm or LayerNorm with a scale and a shift; moments not restored",
+            "%s: no BatchNorm or LayerNorm of channels with scale and shift; moments not restored",
             listed(unscaled),
         )
-    places = {**layers, **{n: m for n, m in model.named_modules() if isinstance(m, _Norm)}}
+    places = {**layers, **{n: m for n, m in model.named_modules() if _is_norm(m)}}
     residuals = _residuals(dense, places, images[:_IMAGES_TO_LOOK_AT]) if streams else {}
     repair = _Repair(parts, mask, damping, rows, seed, residuals, places)
     with (
@@ -310,7 +310,7 @@ def _watched(model: nn.Module, layers: dict[str, Any], observe: Observer) -> Ite
         handles.append(module.register_forward_hook(hook))
 
     for name, module in model.named_modules():
-        if name in layers or isinstance(module, _Norm):
+        if name in layers or _is_norm(module):
             watch(name, module)
     try:
         yield
@@ -340,7 +340,7 @@ class _Repair:
         """Keep what the dense network gives at one place."""
         if name in self.targets:
             return
-        if isinstance(module, _Norm):
+        if _is_norm(module):
             values = _channels_last(_standardised(module, inputs), module)
             outputs = None
         else:
@@ -367,7 +367,7 @@ class _Repair:
         # A channel that the branch does not reach can make nothing good.
         inverse = torch.where(scale == 0, 0, 1 / scale)
         mean = values.double().mean(0) * inverse
-        if isinstance(module, _Norm) or "layerwise" not in self.parts:
+        if _is_norm(module) or "layerwise" not in self.parts:
             return _Stream(mean)
         chosen = self._chosen(module, len(values))
         return _Stream(mean, values[chosen] * inverse.to(values.dtype))
@@ -384,7 +384,7 @@ class _Repair:
                 if name in self.done:
                     return
                 self.done.append(name)
-                if isinstance(module, _Norm):
+                if _is_norm(module):
                     if "moments" in self.parts:
                         self._repair_norm_(name, module, inputs[0])
                     return
@@ -407,11 +407,11 @@ class _Repair:
                 return output + shift.view([-1 if i == axis else 1 for i in range(output.ndim)])
 
             handles.append(module.register_forward_pre_hook(before))
-            if not isinstance(module, _Norm):
+            if not _is_norm(module):
                 handles.append(module.register_forward_hook(after))
 
         for name, module in model.named_modules():
-            if name in layers or isinstance(module, _Norm):
+            if name in layers or _is_norm(module):
                 add(name, module)
         try:
             yield
@@ -531,13 +531,22 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module).forward in {kind.forward for kind in kinds}
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm, or a LayerNorm over channels alone."""
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+
+
 def _keeps_its_scale(module: nn.Module) -> bool:
     """Whether it is a normalisation with a scale that ``moments`` does not repair."""
     scale = module._parameters.get("weight")
     if scale is None:
         return False
-    if isinstance(module, _Norm):
-        return module.bias is None
+    if _is_norm(module):
+        return module._parameters["bias"] is None
+    if isinstance(module, nn.LayerNorm):
+        return True
     # Normalisations share no class, and many are timm's own or another package's.
     return scale.ndim == 1 and "norm" in type(module).__name__.lower()
 
@@ -596,9 +605,7 @@ def _padded(module: Any, inputs: Tensor) -> Tensor:
     if isinstance(module, Conv2dSame):
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
         return cast(Tensor, pad_same(inputs, list(kernel), list(stride), list(dilation)))
-    if isinstance(module.padding, str):
-        raise ValueError(f"padding={module.padding!r} is not supported by layerwise compensation")
-    margins = [m for m in reversed(module.padding) for _ in range(2)]
+    margins = module._reversed_padding_repeated_twice  # also of padding="same"
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(inputs, margins, mode=mode)
 

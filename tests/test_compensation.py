@@ -274,6 +274,7 @@ def test_moments_restores_the_mean_of_the_sum(normalised: bool) -> None:
         nn.Conv2d(4, 6, 3, padding=1),
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
         nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 3, (2, 3), padding="same", dilation=(2, 1)),
         Conv2dSame(4, 4, 5, stride=2, groups=2),
         nn.Conv1d(4, 3, 3, stride=2),
         nn.Conv3d(4, 2, 2),
@@ -474,12 +475,14 @@ def test_normalisations_whose_moments_are_not_restored_are_named(
     dense = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
         nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36),
+        nn.LayerNorm((4, 36)),
     ).double().eval()  # fmt: skip
+    mask = Mask({"0.weight": random_mask(dense)["0.weight"]})
     for compensation in ("layerwise", "moments"):
-        mask = random_mask(dense)
         compensate_(copy.deepcopy(dense), dense, mask, Batch(10), compensation, samples=None)
     assert caplog.messages == [
-        "1, 5, 6, 8: no BatchNorm or LayerNorm with a scale and a shift; moments not restored"
+        "1, 5, 6, 8, 9: no BatchNorm or LayerNorm of channels with scale and shift; moments "
+        "not restored"
     ]
 
 
