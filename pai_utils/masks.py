@@ -225,11 +225,19 @@ class Mask(Mapping[str, Tensor]):
         mask's file; nothing reads it back. Each file is written whole or not at all.
 
         Raises:
-            ValueError: if ``path`` itself ends in ``.json``.
+            ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
+                stands where the report goes; nothing is written then.
         """
         path = Path(path)
         if path.suffix == ".json":
             raise ValueError(f"{path} is where the mask's report goes; end it in .safetensors")
+        stem = path.name.removesuffix(".safetensors")  # any other dot is part of the name
+        target = path.with_name(f"{stem}.json")
+        if target.exists() and not _is_report(target):
+            raise ValueError(
+                f"the report of {path.name} goes to {target}, which is of something else; "
+                "give the mask another name"
+            )
         entries = {name: entry.to(torch.uint8) for name, entry in self._entries.items()}
         text = json.dumps(self.metadata, sort_keys=True)
         content = write_tensors(path, entries, text, format=_FORMAT)
@@ -238,8 +246,6 @@ class Mask(Mapping[str, Tensor]):
             "sha256": hashlib.sha256(content).hexdigest(),
             **self.report(),
         }
-        stem = path.name.removesuffix(".safetensors")  # any other dot is part of the name
-        target = path.with_name(f"{stem}.json")
         write_atomically(target, json.dumps(report, indent=2).encode() + b"\n")
 
     @classmethod
@@ -603,6 +609,15 @@ def _keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
         keep = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
         out.copy_(keep.flatten(-2)[..., :width].movedim(-1, 1))
     return kept
+
+
+def _is_report(path: Path) -> bool:
+    """Whether :meth:`Mask.save` wrote it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"mask", "sha256"} <= found.keys()
 
 
 def _count(entry: Tensor) -> int:

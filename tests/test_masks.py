@@ -365,6 +365,15 @@ def test_names_with_a_dot_keep_their_own_reports(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+@pytest.mark.parametrize("content", ['{"run": "atlas"}', "[1, 2]", "not JSON"])
+def test_a_report_replaces_nothing_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(ValueError, match=r"record\.json, which is of something else"):
+        Mask({"w": torch.ones(2)}).save(tmp_path / "record.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert (tmp_path / "record.json").read_text() == content
+
+
 def test_a_mask_is_not_saved_over_its_own_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"end it in \.safetensors"):
         Mask({"w": torch.ones(2)}).save(tmp_path / "mask.json")
