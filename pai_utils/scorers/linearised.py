@@ -1,7 +1,7 @@
 """A network as a sum over paths, run in place of the network itself.
 
-With all gates fixed, a network is linear in its input: logit k is Σ_p c_p v_p x_s over the paths p
-from an input s to k, where v_p is the product of the weights on the path and c_p that of all other
+With all gates fixed, a network is linear in its input: logit k is Σ_p a_p v_p x_o over the paths p
+from an input o to k, where v_p is the product of the weights on the path and a_p that of all other
 factors, such as the gates of activations. :class:`PathNetwork` runs a model with the parameters
 raised to a ``power`` in absolute value, and with gates of its own, by these rules:
 
@@ -184,7 +184,7 @@ class _Observer(TorchFunctionMode):
 
 
 class Recorder(_Observer):
-    """Collects the factors c_p of a forward pass of the model itself, in ``records``."""
+    """Collects the factors a_p of a forward pass of the model itself, in ``records``."""
 
     def __init__(self) -> None:
         super().__init__()

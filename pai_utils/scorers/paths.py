@@ -90,10 +90,10 @@ def px(
 ) -> dict[str, Tensor]:
     """w² ∂R/∂(w²) / R, R a bound on the trace of the neural tangent kernel, by paths.
 
-    With logit k of sample n as Σ_p c_p(x_n) v_p x_{n,s(p)} over the paths p into k (v_p: product of
-    weights; c_p: gates), the paper bounds the trace by Σ_j ∂R/∂(w_j²) with ::
+    With logit k of sample n as Σ_p a_p(x_n) v_p x_{n,o(p)} over the paths p into k (v_p: product of
+    weights; a_p: gates; o(p): its origin), the paper bounds the trace by Σ_j ∂R/∂(w_j²) with ::
 
-        R = Σ_n Σ_k (Σ_p c_p(x_n)² x_{n,s(p)}²) (Σ_p v_p²)              estimator="bound"
+        R = Σ_n Σ_k (Σ_p a_p(x_n)² x_{n,o(p)}²) (Σ_p v_p²)              estimator="bound"
 
     The first factor is the network with weights of one and the gates of the data, on squared
     images; the second that with squared weights and without gates, on an image of ones. The score
@@ -104,12 +104,12 @@ def px(
     the order does not depend on the data. ``estimator="gated"`` keeps each path's data with
     its weights, ::
 
-        R = Σ_n Σ_k Σ_p c_p(x_n)² v_p² x_{n,s(p)}²                      estimator="gated"
+        R = Σ_n Σ_k Σ_p a_p(x_n)² v_p² x_{n,o(p)}²                      estimator="gated"
 
     so that Σ_j ∂R/∂(w_j²) is the trace without the products of different paths. This second form is
     ours.
 
-    What c_p and v_p are in networks with GELU, SiLU, attention, normalisation or pooling says
+    What a_p and v_p are in networks with GELU, SiLU, attention, normalisation or pooling says
     :mod:`pai_utils.scorers.linearised`. In particular BatchNorm enters by the square of its scale
     γ / √(var + ε), without shift, as if folded into the convolution; squaring its parameters and
     statistics one by one, as public code does, is something else. Weights of queries and keys get a

@@ -95,7 +95,7 @@ def enumerated(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores of ``px`` by walking every path of a ReLU network, one after the other.
 
-    Returns w² ∂R/∂(w²) and, by class, Σ_n Σ_p c_p² x².
+    Returns w² ∂R/∂(w²) and, by class, Σ_n Σ_p a_p² x².
     """
     layers = {
         f"{i}.weight": m for i, m in enumerate(model) if isinstance(m, (nn.Linear, nn.Conv2d))
