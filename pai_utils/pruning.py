@@ -71,10 +71,11 @@ def prune(
 ) -> Pruned:
     """Prune a copy of ``model``; the model itself is untouched.
 
-    Each round scores the network pruned so far and prunes it further; a pruned weight never comes
-    back. After round r of R the fraction of weights that is left is (1 − s)^(r/R) with
-    ``schedule="exponential"``, as in iterative pruning to a constant ratio a round (Tanaka et al.
-    2020), and 1 − s r/R with ``"linear"``. One round is one-shot pruning.
+    Each round scores the network pruned so far, repaired if a compensation is named, and prunes it
+    further; a pruned weight never comes back. After round r of R the fraction of weights that is
+    left is (1 − s)^(r/R) with ``schedule="exponential"``, as in iterative pruning to a constant
+    ratio a round (Tanaka et al. 2020), and 1 − s r/R with ``"linear"``. One round is one-shot
+    pruning.
 
     Args:
         model: images to logits, usually a :class:`~pai_utils.backbones.Classifier`.
@@ -89,9 +90,9 @@ def prune(
             ``None`` for all prunable ones.
         exclude: patterns of the weights to spare, by :func:`select_parameters`.
         source: name of the source task, for the mask's metadata.
-        compensation: what is done to the surviving weights after the last round: ``"none"``, or
-            parts joined by ``+`` of ``moments``, ``layerwise`` and ``obs``
-            (:mod:`pai_utils.compensation`).
+        compensation: what is done to the surviving weights, in every round from their values in
+            ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
+            ``obs`` (:mod:`pai_utils.compensation`).
         compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
         compensation_data: what the compensation looks at; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
@@ -164,18 +165,19 @@ def prune(
             within=mask,
             metadata=metadata,
         )
-        # Not strict: after the first round these are no longer the dense weights.
-        mask.apply_(pruned, strict=False)
+        if step > 1:  # a weight has its dense value, and not that of the last repair
+            pruned = copy.deepcopy(model)
+        mask.apply_(pruned)
+        if parts and seen is not None:
+            compensate_(
+                pruned,
+                model,
+                mask,
+                seen,
+                compensation,
+                **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
+            )
     assert mask is not None
-    if parts and seen is not None:
-        compensate_(
-            pruned,
-            model,
-            mask,
-            seen,
-            compensation,
-            **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
-        )
     if mask.empty_layers:
         logger.warning("pruned to nothing: %s", ", ".join(mask.empty_layers))
     report = PruningReport(

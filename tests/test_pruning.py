@@ -1,3 +1,4 @@
+import copy
 import logging
 import re
 from itertools import pairwise
@@ -8,6 +9,7 @@ import torch
 
 import pai_utils as pai
 from pai_utils import evaluation, pruning
+from pai_utils.compensation import compensate_
 from pai_utils.masks import Mask, make_mask
 from pai_utils.scorers import Scores, score
 from tests.cases import fingerprint, tiny_classifier, tiny_task
@@ -133,6 +135,26 @@ def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
         monkeypatch.undo()
         one_shot = pai.prune(model, data, "ggn_diag", 0.9, scope, samples=8)
         assert any(not torch.equal(pruned.mask[n], one_shot.mask[n]) for n in NAMES)
+
+
+def test_each_round_scores_the_network_repaired_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    repaired: dict[str, Any] = {"compensation": "layerwise+moments", "samples": 8}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watch(name: str, model: torch.nn.Module, *args: Any, **options: Any) -> Scores:
+        seen.append(copy.deepcopy(model.state_dict()))
+        return score(name, model, *args, **options)
+
+    monkeypatch.setattr(pruning, "score", watch)
+    pruned = pai.prune(model, data, "ggn_diag", 0.75, rounds=2, **repaired)
+    half = pai.prune(model, data, "ggn_diag", 0.5, **repaired)
+    torch.testing.assert_close(seen[1], dict(half.model.state_dict()), rtol=0, atol=0)
+    # Both rounds start from the dense weights, so that errors of the first repair are not kept.
+    alone = copy.deepcopy(model)
+    pruned.mask.apply_(alone)
+    compensate_(alone, model, pruned.mask, data, "layerwise+moments")
+    torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
 def test_patterns_prune_in_one_round_only() -> None:
