@@ -30,7 +30,8 @@ from pai_utils.execution import (
     unknown_name,
 )
 from pai_utils.heads import PROTOCOLS, dense_features, features, fit_head
-from pai_utils.masks import Mask, check_sparsity, make_mask
+from pai_utils.masks import Mask, make_mask
+from pai_utils.pruning import check_rounds, prune
 from pai_utils.scorers import SCORERS, Scores, score
 from pai_utils.sources import (
     IMAGE_SETS,
@@ -302,6 +303,7 @@ def retention_sweep(
     seeds: Sequence[int] = (0, 1, 2),
     samples: int | None = 256,
     scope: str = "global",
+    rounds: int = 1,
     batch_size: int = 64,
     precision: str = "float32",
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -328,6 +330,8 @@ def retention_sweep(
         seeds: of the scores' draws.
         samples: images a score; ``None`` for all.
         scope: as in :func:`~pai_utils.masks.make_mask`.
+        rounds: in which every mask is reached, as in :func:`~pai_utils.pruning.prune`. With more
+            than one nothing is shared: each compensation has masks of its own.
         batch_size: images a forward.
         precision: of the forwards that measure accuracy, as in :func:`evaluate`; scores are
             computed in the encoder's own.
@@ -339,7 +343,7 @@ def retention_sweep(
             at no data is compensated on every source.
         compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`, for all of
             them; ``samples`` and ``options`` are the scores' own.
-        observe: is handed every mask before it is evaluated.
+        observe: is handed every mask before it is evaluated; of one round only.
 
     Returns:
         One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
@@ -348,8 +352,8 @@ def retention_sweep(
 
     Raises:
         ValueError: for an unknown source, scorer, scope, precision, compensation or option of it,
-            an impossible sparsity, or a scorer that needs a head, or ``obs``, with a source that is
-            no task.
+            an impossible sparsity or number of rounds, an ``observe`` with several, or a scorer
+            that needs a head, or ``obs``, with a source that is no task.
     """
     for source in sources:
         parts = source_parts(source, tasks)
@@ -369,7 +373,9 @@ def retention_sweep(
     options = options or {}
     _check_names("scorer of options", options, scorers)
     for sparsity in sparsities:
-        check_sparsity(sparsity, scope)
+        check_rounds(rounds, sparsity, scope)
+    if observe is not None and rounds > 1:
+        raise ValueError(f"masks of rounds={rounds} cannot be observed; use rounds=1")
     for compensation in compensations:
         check_compensation(compensation, compensation_options or {})
     tests = {name: task.test for name, task in tasks.items()}
@@ -407,25 +413,54 @@ def retention_sweep(
             **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
         )
 
+    def scored(scorer: str, source: str, seed: int, **keywords: Any) -> Scores:
+        if not SCORERS[scorer].needs_data:
+            return score(scorer, Classifier(backbone, any_head), seed=seed, **keywords)
+        place = loaded(source, seed)
+        model = Classifier(backbone, place.head or any_head)
+        return score_source(scorer, model, place, seed=seed, **keywords)
+
+    def prune_(
+        scorer: str, source: str, sparsity: float, compensation: str, seed: int, **keywords: Any
+    ) -> None:
+        head, data, seen = any_head, None, None
+        if source != "none":
+            place = loaded(source, seed)
+            head = place.head or any_head
+            data, seen = place.images_for(scorer), place.images_to_repair_by(compensation)
+            keywords["samples"] = place.samples_for(scorer, keywords["samples"])
+        found = prune(
+            Classifier(backbone, head),
+            data,
+            scorer,
+            sparsity,
+            scope,
+            rounds=rounds,
+            compensation=compensation,
+            compensation_options=compensation_options,
+            compensation_data=seen,
+            seed=seed,
+            **keywords,
+        )
+        pruned.load_state_dict(cast(Classifier, found.model).backbone.state_dict())
+
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):
         keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
-        if SCORERS[scorer].needs_data:
-            place = loaded(source, seed)
-            model = Classifier(backbone, place.head or any_head)
-            scores = score_source(scorer, model, place, seed=seed, **keywords)
-        else:
-            scores = score(scorer, Classifier(backbone, any_head), seed=seed, **keywords)
+        scores = scored(scorer, source, seed, **keywords) if rounds == 1 else None
         for sparsity in sparsities:
-            whole = make_mask(scores, sparsity, scope)
-            mask = _encoder_part(whole)
-            if observe is not None:
+            whole = None if scores is None else make_mask(scores, sparsity, scope)
+            if observe is not None and scores is not None and whole is not None:
+                mask = _encoder_part(whole)
                 observe(SweepMask(scorer, source, seed, sparsity, scores, mask))
             for compensation in compensations:
                 repaired = compensation != "none"
                 for place_name in sources if repaired and source == "none" else [source]:
-                    mask.apply_(pruned)
-                    if repaired:
-                        repair_(whole, place_name, compensation, seed)
+                    if whole is None:
+                        prune_(scorer, place_name, sparsity, compensation, seed, **keywords)
+                    else:
+                        _encoder_part(whole).apply_(pruned)
+                        if repaired:
+                            repair_(whole, place_name, compensation, seed)
                     label = f"{scorer} + {compensation}" if repaired else scorer
                     table += rows(place_name, label, sparsity, seed)
                     with torch.no_grad():

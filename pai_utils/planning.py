@@ -12,7 +12,7 @@ sustained speed, which is far below what the maker of a GPU states and differs b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -252,12 +252,15 @@ def _sweep(
     config: Any,
     scorers: Iterable[str],
     seeds: int | None = None,
-    compensations: Iterable[str] = (),
+    compensations: Sequence[str] = (),
+    rounds: int = 1,
 ) -> None:
     draws = list(_draws(config, scorers))
     if seeds is not None:  # the encoder without pre-training: one seed
         draws = list(dict.fromkeys(draws))
-    for scorer, source in draws:
+    # More than one round leads to each mask by itself.
+    scores = 1 if rounds == 1 else rounds * len(config.sparsities) * len(compensations)
+    for scorer, source in draws * scores:
         _score(work, config, scorer, source, **getattr(config, "options", {}).get(scorer, {}))
     masks = len(draws) * len(config.sparsities)
     places = [
@@ -273,9 +276,10 @@ def _sweep(
             wanted = getattr(config, "compensation_options", {}).get("samples")
             images = min(wanted or COMPENSATION_SAMPLES, _available(place, config))
             # The dense and the pruned network see the images; blocks need gradients besides.
-            work.forwards += 2 * images * len(config.sparsities)
+            repairs = rounds * len(config.sparsities)
+            work.forwards += 2 * images * repairs
             if "obs" in parts:
-                for _ in config.sparsities:
+                for _ in range(repairs):
                     _score(work, config, "block_fisher", place, samples=images)
             masks += len(config.sparsities)
     work.forwards += (1 + masks) * _total(config, "test")
@@ -298,7 +302,7 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     # Heads, the gap of the protocols, and heads of the encoder without pre-training.
     work.forwards += (train if config.heads == "linear" else 0) + (train + 2 * test) + train
-    _sweep(work, config, config.scorers, compensations=config.compensations)
+    _sweep(work, config, config.scorers, compensations=config.compensations, rounds=config.rounds)
     _sweep(work, config, config.scorers[:1], seeds=1)
     return work
 

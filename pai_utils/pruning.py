@@ -126,10 +126,7 @@ def prune(
         raise ValueError(f"compensation {compensation!r} needs samples of the source task")
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}: at least one round is needed")
-    if check_sparsity(sparsity, scope) is not None and rounds > 1:
-        raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
+    check_rounds(rounds, sparsity, scope)
     start = time.perf_counter()
     names = select_parameters(prunable_parameters(model), include, exclude)
     metadata = describe_weights(model, names) | {
@@ -192,6 +189,19 @@ def prune(
         seconds=time.perf_counter() - start,
     )
     return Pruned(pruned, mask, report)
+
+
+def check_rounds(rounds: int, sparsity: float, scope: str) -> None:
+    """Refuse rounds that :func:`prune` cannot take.
+
+    Raises:
+        ValueError: for fewer than one, or more with a scope that prunes at once, and as
+            :func:`~pai_utils.masks.check_sparsity`.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: at least one round is needed")
+    if check_sparsity(sparsity, scope) is not None and rounds > 1:
+        raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
 
 
 def select_parameters(

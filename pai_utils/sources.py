@@ -71,6 +71,13 @@ class Source:
             return self.labelled
         return self.images
 
+    def samples_for(self, scorer: str, samples: int | None) -> int | None:
+        """How many of them: at most all of the first task's, where there are more in all parts."""
+        data = self.images_for(scorer)
+        if data is self.images or samples is None:
+            return samples
+        return min(samples, len(data))
+
     def images_to_repair_by(self, compensation: str) -> ImageDataset:
         """All parts', or the first task's where gradients, hence labels, are needed."""
         if "obs" in parse_compensation(compensation) and self.labelled is not None:
@@ -208,10 +215,13 @@ def score_source(
     Raises:
         ValueError: as there.
     """
-    data = source.images_for(scorer)
-    if data is not source.images and samples is not None:
-        samples = min(samples, len(data))
-    return score(scorer, model, data, samples=samples, **keywords)
+    return score(
+        scorer,
+        model,
+        source.images_for(scorer),
+        samples=source.samples_for(scorer, samples),
+        **keywords,
+    )
 
 
 def _relabelled(task: Task, seed: int) -> Task:

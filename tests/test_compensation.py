@@ -388,6 +388,42 @@ def test_a_sweep_repairs_each_mask_on_its_source_alone(monkeypatch: pytest.Monke
     assert kept.accuracy.tolist() == plain.accuracy.tolist()
 
 
+def test_a_sweep_in_rounds_reaches_the_masks_that_pruning_reaches() -> None:
+    backbone = tiny_backbone()
+    tasks = {name: tiny_task(name) for name in ("first", "second")}
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    before = fingerprint(backbone)
+    shared: dict[str, Any] = {"rounds": 3, "samples": 12, "compensation_options": {"samples": 16}}
+    table = evaluation.retention_sweep(
+        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"],
+        sparsities=[0.6], seeds=[1], compensations=["none", "layerwise"], **shared,
+    )  # fmt: skip
+    assert fingerprint(backbone) == before
+    rows = table[table.scorer != "dense"]
+    assert len(rows) == (2 * 2 + 1 + 2) * 2
+    for source, label, target, correct in rows[
+        ["source", "scorer", "target", "correct"]
+    ].itertuples(index=False):
+        scorer, _, compensation = label.partition(" + ")
+        place = "first" if source == "none" else source
+        pruned = pai.prune(
+            pai.Classifier(backbone, heads[place]), tasks[place].train, scorer, 0.6,
+            compensation=compensation or "none", seed=1, **shared,
+        )  # fmt: skip
+        model: Any = pruned.model
+        alone = pai.Classifier(model.backbone, heads[target])
+        assert pai.evaluate(alone, tasks[target].test).correct.tolist() == list(correct)
+
+
+def test_a_sweep_in_rounds_hands_no_masks_out() -> None:
+    task, backbone = tiny_task(), tiny_backbone()
+    with pytest.raises(ValueError, match=r"masks of rounds=2 cannot be observed; use rounds=1"):
+        evaluation.retention_sweep(
+            backbone, {"dots": task}, {"dots": pai.fit_head(backbone, task)}, ["dots"],
+            rounds=2, observe=lambda _: None,
+        )  # fmt: skip
+
+
 def test_a_layer_that_is_called_twice_is_shifted_once() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -185,6 +185,19 @@ def test_compensations_are_counted_with_the_masks_they_repair() -> None:
     assert obs - moments == pytest.approx(repaired * 3 * 100 * blocks.passes(blocks.options))
 
 
+def test_rounds_multiply_scores_and_repairs() -> None:
+    given: dict[str, Any] = {"scorers": ["snip"], "compensations": ["none", "moments"]}
+    images = [plan({"cell": retention(rounds=rounds, **given)}).images[0] for rounds in (1, 2, 3)]
+    scores = 2 * 3 * SCORERS["snip"].passes(SCORERS["snip"].options) * 30
+    sparsities, compensations = 2, 2
+    # Of the further round: a score and a repair a mask.
+    repairs = 2 * 3 * sparsities * 2 * 100
+    assert images[2] - images[1] == pytest.approx(scores * sparsities * compensations + repairs)
+    assert images[1] - images[0] == pytest.approx(
+        scores * (2 * sparsities * compensations - 1) + repairs
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -53,6 +53,7 @@ GIVEN: dict[str, Any] = {
         ("source", "digits+leafs", "source: unknown task 'leafs'; did you mean 'leaves'"),
         ("scope", "layers", "unknown scope 'layers'; choose 'global', 'layer'"),
         ("scope", "2:4", "scope '2:4' keeps 2 of every 4 weights: its sparsity is 0.5, not 0.2"),
+        ("rounds", 0, "rounds=0: at least one round is needed"),
         ("compensation_options", {"damp": 1}, "unknown compensation option 'damp'"),
     ],
 )
@@ -88,6 +89,7 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
         "compensations": ["none"],
         "compensation_options": {},
         "scope": "global",
+        "rounds": 1,
         "heads": "linear",
         "precision": "float32",
         "image_size": None,
