@@ -140,14 +140,18 @@ def test_a_channel_without_any_spread_left_keeps_its_scale() -> None:
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("damping", [1e-6, 0.3])
-def test_a_layer_is_solved_by_the_normal_equations(centred: bool, damping: float) -> None:
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.8])
+def test_a_layer_is_solved_by_the_normal_equations(
+    centred: bool, damping: float, kept: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    groups, rows, size, outputs = 2, 40, 7, 3
+    groups, rows, size, outputs = 2, 40, 7, 20
     x = torch.randn(groups, rows, size, generator=generator, dtype=torch.float64) + 1
     y = torch.randn(rows, groups * outputs, generator=generator, dtype=torch.float64) - 2
     start = torch.randn(groups, outputs, size, generator=generator, dtype=torch.float64)
-    keep = torch.rand(groups, outputs, size, generator=generator) > 0.5
+    keep = torch.rand(groups, outputs, size, generator=generator) < kept
     keep[0, 0] = False  # an output that lost everything
+    keep[1, 1] = True  # and one that lost nothing
     found, bias = solve_layer(x, y, start, keep, centred=centred, damping=damping)
     for group in range(groups):
         inner = x[group] - x[group].mean(0) if centred else x[group]
