@@ -427,6 +427,7 @@ def recovery_study(
     seeds: Sequence[int],
     scorer: str,
     scope: str = "global",
+    rounds: int = 1,
     prune_by: str | None = None,
     compensation: str = "layerwise+moments",
     compensation_options: Mapping[str, Any] | None = None,
@@ -447,6 +448,7 @@ def recovery_study(
         seeds: of images, scores, repairs and the order of fine-tuning.
         scorer: of all starts but ``"random"``.
         scope: as in :func:`~pai_utils.masks.make_mask`.
+        rounds: of every mask, as in :func:`~pai_utils.pruning.prune`.
         prune_by: images for scores, repairs and the penalties of a mixture
             (:mod:`pai_utils.sources`); by default the source's own.
         compensation: of the start ``"repaired"``.
@@ -488,6 +490,7 @@ def recovery_study(
                 "random" if start == "random" else scorer,
                 sparsity,
                 scope,
+                rounds=rounds,
                 compensation=compensation if start == "repaired" else "none",
                 compensation_options=compensation_options,
                 compensation_data=pool.images_to_repair_by(compensation),

@@ -317,10 +317,11 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
     for start in config.starts:
         for _ in range(len(config.sparsities) * len(config.seeds)):
             if start in ("pruned", "repaired"):
-                _score(work, config, config.scorer, pool)
+                for _ in range(config.rounds):
+                    _score(work, config, config.scorer, pool)
             if start == "repaired":
                 wanted = config.compensation_options.get("samples") or COMPENSATION_SAMPLES
-                work.forwards += 2 * min(int(wanted), _available(pool, config))
+                work.forwards += config.rounds * 2 * min(int(wanted), _available(pool, config))
     for _ in range(runs_of):
         work.train(max(config.steps) * config.finetune_batch_size)
         # Validation beside the tests, and the last step again, with heads fitted anew.
@@ -396,11 +397,14 @@ def _prune_your_own(config: runs.PruneYourOwnConfig) -> _Work:
     pool = config.prune_by or config.source
     wanted = int(config.compensation_options.get("samples") or COMPENSATION_SAMPLES)
     repaired = min(wanted, _available(pool, config)) if config.compensation != "none" else 0
+    repaired *= config.rounds
     validation = _sizes(config.source, config)["validation"]
     for scorer in config.scorers:
-        _score(work, config, scorer, pool)
+        for _ in range(1 if config.rounds == 1 else config.rounds * len(config.sparsities)):
+            _score(work, config, scorer, pool)
         work.forwards += len(config.sparsities) * (2 * repaired + validation)
-    _score(work, config, config.scorers[0], pool)  # the chosen one, once more
+    for _ in range(config.rounds):  # the chosen one, once more
+        _score(work, config, config.scorers[0], pool)
     work.forwards += 2 * repaired + 3 * validation
     if config.finetune_steps:
         work.train(config.finetune_steps * config.finetune_batch_size)

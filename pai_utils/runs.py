@@ -39,7 +39,6 @@ from pai_utils.export import FORMATS
 from pai_utils.files import write_atomically
 from pai_utils.finetuning import OPTIMISERS, PENALTIES, SCHEDULES, STARTS
 from pai_utils.heads import HEADS
-from pai_utils.masks import check_sparsity
 from pai_utils.pruning import check_rounds
 from pai_utils.scorers import SCORERS
 from pai_utils.shared import digest_of, used_files
@@ -324,11 +323,12 @@ class _Masks(NotebookConfig):
 
     sparsities: list[Sparsity] = Field(min_length=1)
     scope: str = "global"  #: as in `pai_utils.make_mask`
+    rounds: int = 1  #: in which a mask is reached, each with its repair
 
     @model_validator(mode="after")
-    def _scope_fits(self) -> Self:
+    def _scope_and_rounds_fit(self) -> Self:
         for sparsity in self.sparsities:
-            check_sparsity(sparsity, self.scope)
+            check_rounds(self.rounds, sparsity, self.scope)
         return self
 
 
@@ -339,7 +339,6 @@ class ZeroShotRetentionConfig(_Masks):
     source: Annotated[str | list[str], AfterValidator(_known_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)
-    rounds: int = 1  #: in which a mask is reached, each with its repair
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     compensations: list[Compensation] = Field(default=["none"], min_length=1)
     compensation_options: dict[CompensationOption, bool | float | int] = {}
@@ -352,12 +351,6 @@ class ZeroShotRetentionConfig(_Masks):
         if "none" not in compensations:
             raise ValueError("masks without compensation are what others are seen beside; add none")
         return compensations
-
-    @model_validator(mode="after")
-    def _rounds_fit(self) -> Self:
-        for sparsity in self.sparsities:
-            check_rounds(self.rounds, sparsity, self.scope)
-        return self
 
     @model_validator(mode="after")
     def _unseen_tasks(self) -> Self:
