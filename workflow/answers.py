@@ -14,6 +14,7 @@ import pandas as pd
 from claims import BEYOND, KEPT, NOT, PARTLY, REPRODUCED, UNTESTED
 
 from pai_utils.evaluation import retention_verdict
+from pai_utils.runs import read_record
 
 FURTHER_BACKBONES = {"efficientnet_lite2": "EfficientNet-Lite2", "mobilenetv2": "MobileNetV2"}
 PAPERS_SCORE = "ggn_diag"
@@ -30,6 +31,24 @@ class Stored(NamedTuple):
     gains: pd.DataFrame
     explorer: pd.DataFrame
     claims: pd.DataFrame
+
+
+def held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
+    """What the main run of a grid keeps of held-out tasks, and the same in rounds if it is stored.
+
+    Raises:
+        FileNotFoundError: if the main run is not stored.
+    """
+    main = results / grid / f"zero_shot_retention-{backbone}"
+    parts = [pd.read_csv(main / "held_out.csv")]
+    again = main.with_name(f"{main.name}-rounds")
+    if again.is_dir():
+        rounds = read_record(again).parameters["rounds"]
+        table = pd.read_csv(again / "held_out.csv")
+        # Without a repair, and without pre-training, rounds are no method of this book.
+        table = table[table.scorer.str.contains(REPAIRED, regex=False)]
+        parts.append(table.assign(scorer=table.scorer + f", {rounds} rounds"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def answers(stored: Stored) -> dict[str, str]:
@@ -178,8 +197,7 @@ def repair(stored: Stored) -> str:
     highest = stored.gains[stored.gains.sparsity == stored.gains.sparsity.max()]
     spread = []
     for backbone, label in stored.backbones.items():
-        path = stored.results / "retention" / f"zero_shot_retention-{backbone}" / "held_out.csv"
-        table = pd.read_csv(path)
+        table = held_out(stored.results, "retention", backbone)
         best = highest.set_index("encoder").loc[label]
         table = table[(table.scorer == best["best here"]) & (table.sparsity == best.sparsity)]
         ends = table.sort_values("retention").iloc[[0, -1]]
@@ -195,15 +213,16 @@ def repair(stored: Stored) -> str:
 def explorer(stored: Stored) -> str:
     """How many retentions there are, and their medians with and without a repair."""
     pairs = stored.explorer
-    held_out = pairs[pairs["task"] == "held-out"]
-    # A mask and the same with a repair: others differ in scores, tasks and sources.
+    # A mask and the same with a repair: others differ in scores, tasks and sources, and in rounds
+    # each has its own masks.
     mask = ["grid", "backbone", "variant", "source", "target", "scorer", "sparsity"]
-    held_out = held_out[held_out.groupby(mask).repair.transform("nunique") > 1]
-    repaired = held_out.repair != "none"
+    unseen = pairs[(pairs["task"] == "held-out") & (pairs["variant"] != "rounds")]
+    unseen = unseen[unseen.groupby(mask).repair.transform("nunique") > 1]
+    repaired = unseen.repair != "none"
     medians = []
-    for sparsity in sorted(set(held_out[repaired].sparsity) & set(held_out[~repaired].sparsity)):
-        here = held_out.sparsity == sparsity
-        alone, mended = (held_out[here & which].retention for which in (~repaired, repaired))
+    for sparsity in sorted(set(unseen[repaired].sparsity) & set(unseen[~repaired].sparsity)):
+        here = unseen.sparsity == sparsity
+        alone, mended = (unseen[here & which].retention for which in (~repaired, repaired))
         medians.append(
             f"Of masks that are stored with and without a repair, one of {sparsity:.0%} sparsity "
             f"keeps {alone.median():z.2f} of a held-out task alone, in the median over "

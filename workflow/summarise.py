@@ -5,11 +5,12 @@ Every number is read from a table of another folder of `results/`. What is not s
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from answers import Stored, answers, overview
+from answers import Stored, answers, held_out, overview
 from cells import commit_of
 from claims import claims
 from matplotlib.figure import Figure
@@ -62,10 +63,10 @@ def repaired(results: Path) -> pd.DataFrame:
     rows = []
     for grid, tasks in TASKS.items():
         for backbone, label in BACKBONES.items():
-            path = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
-            if not path.is_file():
+            try:
+                table = held_out(results, grid, backbone)
+            except FileNotFoundError:
                 continue
-            table = pd.read_csv(path)
             for scorer in dict.fromkeys(table.scorer):
                 verdict = retention_verdict(table, scorer, threshold=0.9)
                 for row in verdict.itertuples():
@@ -449,9 +450,9 @@ def _figures(stored: Stored) -> Iterator[tuple[str, Figure]]:
         yield "overview", plots.retention_curves(table, title="{}")
     for backbone in BACKBONES:
         for grid in TASKS:
-            path = results / grid / f"zero_shot_retention-{backbone}" / "held_out.csv"
-            if path.is_file():
-                yield f"{grid}-{backbone}", plots.retention_curves(pd.read_csv(path))
+            with suppress(FileNotFoundError):
+                table = held_out(results, grid, backbone)
+                yield f"{grid}-{backbone}", plots.retention_curves(table)
         path = results / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
         if path.is_file():
             correlations = transfer_correlations(pd.read_csv(path))

@@ -157,13 +157,14 @@ def test_the_explorer_counts_pairs_with_and_without_a_repair(tmp_path: Path) -> 
             ["held-out", "none", 0.5, 0.1, "a"], ["held-out", "none", 0.5, 0.3, "b"],
             ["held-out", "moments", 0.5, 0.8, "a"], ["held-out", "none", 0.9, 0.0, "a"],
             ["own", "moments", 0.5, 0.9, "a"],
+            ["held-out", "none", 0.5, 0.5, "a"], ["held-out", "moments", 0.5, 0.6, "a"],
         ],
         columns=columns,
     ).assign(
-        grid="g", backbone=["x", "x", "x", "y", "y"], variant="", source="s", target="t"
+        grid="g", backbone=[*"xxxyyxx"], variant=[""] * 5 + ["rounds"] * 2, source="s", target="t"
     )  # fmt: skip
     assert answers(_stored(tmp_path, explorer=pairs))["explorer"] == (
-        "**Answer.** There are 5 retentions of 2 runs, 2 encoders and 2 scores. Of masks that are "
+        "**Answer.** There are 7 retentions of 3 runs, 2 encoders and 2 scores. Of masks that are "
         "stored with and without a repair, one of 50% sparsity keeps 0.10 of a held-out task "
         "alone, in the median over 1 of them, and 0.80 with a repair.\n"
     )

@@ -27,20 +27,22 @@ from pai_utils.landscape import PREDICTORS
 
 def test_runs_are_listed_from_their_records(results: Path) -> None:
     assert runs(results).empty
-    record = {
-        "notebook": "n", "parameters": {}, "started": "2026-01-02T03:04:05+00:00",
-        "seconds": 90.0, "peak_memory_mib": 700, "device": "cpu", "threads": 1,
-        "platform": "Linux", "python": "3.11", "versions": {}, "commit": "0123456789abcdef",
-        "clean": True, "outputs": {},
-    }  # fmt: skip
-    for name, changed in (("one", {}), ("two", {"clean": False})):
+    for name, clean in (("one", True), ("two", False)):
         folder = results / "grid" / name
         folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps({**record, **changed}))
+        (folder / "record.json").write_text(json.dumps({**RECORD, "clean": clean}))
     first, second = runs(results).to_dict("records")
     assert (first["run"], first["started, UTC"]) == ("grid/one", "2026-01-02 03:04")
     assert (first["minutes"], first["commit"]) == (1.5, "0123456789")
     assert second["commit"] == "0123456789, changed"
+
+
+RECORD = {
+    "notebook": "n", "parameters": {}, "started": "2026-01-02T03:04:05+00:00",
+    "seconds": 90.0, "peak_memory_mib": 700, "device": "cpu", "threads": 1,
+    "platform": "Linux", "python": "3.11", "versions": {}, "commit": "0123456789abcdef",
+    "clean": True, "outputs": {},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -141,6 +143,17 @@ def test_retention_is_the_mean_over_sources(results: Path) -> None:
     assert left.retention["ours"] == pytest.approx(0.6)
     assert left.retention["ours + moments"] == pytest.approx(0.85)
     assert set(left.tasks) == {"embedded"}
+
+
+def test_masks_in_rounds_stand_beside_those_of_one(results: Path) -> None:
+    main = results / "retention" / "zero_shot_retention-efficientnet_lite0"
+    again = main.with_name(f"{main.name}-rounds")
+    again.mkdir()
+    (again / "record.json").write_text(json.dumps({**RECORD, "parameters": {"rounds": 4}}))
+    pd.read_csv(main / "held_out.csv").to_csv(again / "held_out.csv", index=False)
+    left = repaired(results).set_index("method").retention
+    assert left["ours + moments, 4 rounds"] == left["ours + moments"]
+    assert "ours, 4 rounds" not in left
 
 
 def test_the_gain_is_over_the_best_of_six_scores_and_of_all_on_held_out_tasks(
