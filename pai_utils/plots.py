@@ -51,9 +51,11 @@ def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> 
             line = line.sort_values("sparsity")
             style = _style(index)
             axes.plot(line.sparsity, line.retention, label=scorer, **style)
-            axes.fill_between(
-                line.sparsity, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0
-            )
+            color = style["color"]
+            ends = (line.sparsity, line.low, line.high)
+            axes.fill_between(*ends, color=color, alpha=0.15, linewidth=0)
+            if len(line) == 1:  # a band of no width is not seen
+                axes.vlines(*ends, color=color, alpha=0.4, linewidth=2)
         axes.axhline(1, color="0.2", linewidth=0.8)
         axes.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
         axes.set_title(_wrapped(title.format(source)))

@@ -446,7 +446,7 @@ def _figures(stored: Stored) -> Iterator[tuple[str, Figure]]:
     if all((results / grid).is_dir() for grid in ("real", "retention_real")):
         table = overview(stored).rename(columns={"encoder": "source", "method": "scorer"})
         # In short, so that the legend is low; which repair it is stands in the table of them.
-        table["scorer"] = table.scorer.str.replace(r" \+ .*", ", repaired", regex=True)
+        table["scorer"] = table.scorer.str.replace(r" \+ [^,]*", ", repaired", regex=True)
         yield "overview", plots.retention_curves(table, title="{}")
     for backbone in BACKBONES:
         for grid in TASKS:
