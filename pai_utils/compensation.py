@@ -506,40 +506,40 @@ def solve_layer(
 
 
 def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
-    """The systems of all outputs, each of its surviving weights only.
+    """The systems of all outputs, each of its surviving weights only."""
+    solved = [_solve_group(*group) for group in zip(gram, right, keep.cpu(), strict=True)]
+    return torch.stack(solved)
+
+
+def _solve_group(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
+    """Those of one group: ``[K, K]``, ``[M, K]`` and ``[M, K]`` to ``[M, K]``.
 
     Where few of an output's weights are gone, the inverse of the whole matrix tells what their
     loss costs the others, from a system of as many unknowns as are gone.
     """
+    size = len(gram)
+    left = keep.sum(1).double()
+    saved = (left**3 - (size - left) ** 3).clamp(min=0) / 3  # operations
+    inverse = whole = None
+    if saved.sum() > size**3:  # about what the inverse takes, for all outputs together
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        whole = right @ inverse  # [M, K], with no weight gone
     solved = torch.zeros_like(right)
-    survivors = keep.cpu()
-    size = gram.shape[1]
-    left = survivors.sum(2)  # [groups, M]
-    saved = (left.double() ** 3 - (size - left).double() ** 3).clamp(min=0) / 3
-    for group in range(right.shape[0]):
-        # The inverse takes about size³ operations, for all outputs of the group together.
-        through_inverse = bool(saved[group].sum() > size**3)
-        if through_inverse:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[group]))
-            whole = right[group] @ inverse  # [M, K], with no weight gone
-        for output in range(right.shape[1]):
-            alive = survivors[group, output]
-            if through_inverse and 2 * left[group, output] > size:
-                gone = (~alive).nonzero()[:, 0].to(gram.device)
-                found = whole[output].clone()
-                if len(gone):
-                    factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
-                    found -= torch.cholesky_solve(found[gone, None], factor)[:, 0] @ inverse[gone]
-                found[gone] = 0  # rounding left nearly that
-                solved[group, output] = found
-                continue
+    for output, alive in enumerate(keep):
+        if inverse is not None and whole is not None and saved[output] > 0:
+            gone = (~alive).nonzero()[:, 0].to(gram.device)
+            lost = _solve_part(inverse, whole[output], gone)
+            solved[output] = (whole[output] - lost @ inverse[gone]).index_fill(0, gone, 0)
+        else:
             chosen = alive.nonzero()[:, 0].to(gram.device)
-            if len(chosen) == 0:
-                continue
-            factor = torch.linalg.cholesky(gram[group][chosen[:, None], chosen])
-            found = torch.cholesky_solve(right[group, output, chosen, None], factor)
-            solved[group, output, chosen] = found[:, 0]
+            solved[output, chosen] = _solve_part(gram, right[output], chosen)
     return solved
+
+
+def _solve_part(matrix: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
+    """The system of the chosen rows and columns alone."""
+    factor = torch.linalg.cholesky(matrix[chosen[:, None], chosen])
+    return torch.cholesky_solve(right[chosen, None], factor)[:, 0]
 
 
 # --- layouts ---

@@ -448,17 +448,18 @@ def retention_sweep(
         keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
         scores = scored(scorer, source, seed, **keywords) if rounds == 1 else None
         for sparsity in sparsities:
-            whole = None if scores is None else make_mask(scores, sparsity, scope)
-            if observe is not None and scores is not None and whole is not None:
+            if scores is not None:
+                whole = make_mask(scores, sparsity, scope)
                 mask = _encoder_part(whole)
-                observe(SweepMask(scorer, source, seed, sparsity, scores, mask))
+                if observe is not None:
+                    observe(SweepMask(scorer, source, seed, sparsity, scores, mask))
             for compensation in compensations:
                 repaired = compensation != "none"
                 for place_name in sources if repaired and source == "none" else [source]:
-                    if whole is None:
+                    if scores is None:
                         prune_(scorer, place_name, sparsity, compensation, seed, **keywords)
                     else:
-                        _encoder_part(whole).apply_(pruned)
+                        mask.apply_(pruned)
                         if repaired:
                             repair_(whole, place_name, compensation, seed)
                     label = f"{scorer} + {compensation}" if repaired else scorer

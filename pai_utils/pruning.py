@@ -162,9 +162,10 @@ def prune(
             within=mask,
             metadata=metadata,
         )
-        if step > 1:  # a weight has its dense value, and not that of the last repair
+        if parts and step > 1:  # a weight has its dense value, and not that of the last repair
             pruned = copy.deepcopy(model)
-        mask.apply_(pruned)
+        # Not strict: these are the weights it was made for, some of them removed by now.
+        mask.apply_(pruned, strict=False)
         if parts and seen is not None:
             compensate_(
                 pruned,
