@@ -38,6 +38,7 @@ from pai_utils.sources import (
     Source,
     is_held_out,
     load_source,
+    prune_source,
     score_source,
     source_parts,
 )
@@ -423,25 +424,19 @@ def retention_sweep(
     def prune_(
         scorer: str, source: str, sparsity: float, compensation: str, seed: int, **keywords: Any
     ) -> None:
-        head, data, seen = any_head, None, None
-        if source != "none":
-            place = loaded(source, seed)
-            head = place.head or any_head
-            data, seen = place.images_for(scorer), place.images_to_repair_by(compensation)
-            keywords["samples"] = place.samples_for(scorer, keywords["samples"])
-        found = prune(
-            Classifier(backbone, head),
-            data,
-            scorer,
-            sparsity,
-            scope,
-            rounds=rounds,
-            compensation=compensation,
-            compensation_options=compensation_options,
-            compensation_data=seen,
-            seed=seed,
-            **keywords,
-        )
+        place = None if source == "none" else loaded(source, seed)
+        model = Classifier(backbone, any_head if place is None else place.head or any_head)
+        keywords |= {
+            "scope": scope,
+            "rounds": rounds,
+            "compensation": compensation,
+            "compensation_options": compensation_options,
+            "seed": seed,
+        }
+        if place is None:
+            found = prune(model, None, scorer, sparsity, **keywords)
+        else:
+            found = prune_source(scorer, model, place, sparsity, **keywords)
         pruned.load_state_dict(cast(Classifier, found.model).backbone.state_dict())
 
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):

@@ -39,9 +39,8 @@ from pai_utils.execution import (
 )
 from pai_utils.heads import features, fit_head
 from pai_utils.masks import Mask
-from pai_utils.pruning import prune
 from pai_utils.scorers import SCORERS
-from pai_utils.sources import Source, load_source
+from pai_utils.sources import Source, load_source, prune_source
 from pai_utils.tasks import Task
 
 OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float, float, float], torch.optim.Optimizer]]
@@ -481,20 +480,18 @@ def recovery_study(
         if start == "dense" and sparsity != sparsities[0]:
             continue
         pool = pool_of(seed)
-        images = pool.images_for(scorer)
         begun, mask = encoder, None
         if start != "dense":
-            pruned = prune(
-                Classifier(encoder, pool.head or heads[source]),  # whose images these are
-                images,
+            pruned = prune_source(
                 "random" if start == "random" else scorer,
+                Classifier(encoder, pool.head or heads[source]),  # whose images these are
+                pool,
                 sparsity,
-                scope,
+                scope=scope,
                 rounds=rounds,
                 compensation=compensation if start == "repaired" else "none",
                 compensation_options=compensation_options,
-                compensation_data=pool.images_to_repair_by(compensation),
-                samples=len(images) if samples is None else min(samples, len(images)),
+                samples=None if samples is None else min(samples, len(pool.images)),
                 batch_size=batch_size,
                 seed=seed,
             )

@@ -11,8 +11,8 @@ from torch import nn
 
 from pai_utils.backbones import Backbone, Classifier
 from pai_utils.evaluation import evaluate_heads, retention_sweep, summarise_retention
-from pai_utils.pruning import Pruned, prune
-from pai_utils.sources import load_source
+from pai_utils.pruning import Pruned
+from pai_utils.sources import load_source, prune_source
 from pai_utils.tasks import Task
 
 
@@ -160,16 +160,13 @@ def prune_as_chosen(
     """
     pool = load_source(prune_by or name, encoder, {name: task}, {name: head}, seed=seed)
     model = Classifier(encoder, pool.head or head)
-    images = pool.images_for(choice.scorer)
-    pruned = prune(
-        model,
-        images,
+    pruned = prune_source(
         choice.scorer,
+        model,
+        pool,
         choice.sparsity,
-        source=prune_by or name,
         compensation=compensation,
-        compensation_data=pool.images_to_repair_by(compensation),
-        samples=None if samples is None else min(samples, len(images)),
+        samples=None if samples is None else min(samples, len(pool.images)),
         seed=seed,
         **keywords,
     )

@@ -23,6 +23,7 @@ from pai_utils.backbones import Backbone, Classifier, ImageTransform
 from pai_utils.compensation import parse_compensation
 from pai_utils.execution import unknown_name
 from pai_utils.heads import fit_head
+from pai_utils.pruning import Pruned, prune
 from pai_utils.scorers import SCORERS, Scores, score
 from pai_utils.tasks import ImageDataset, Task
 
@@ -32,6 +33,7 @@ __all__ = [
     "Source",
     "load_images",
     "load_source",
+    "prune_source",
     "score_source",
     "source_parts",
 ]
@@ -219,6 +221,43 @@ def score_source(
         scorer,
         model,
         source.images_for(scorer),
+        samples=source.samples_for(scorer, samples),
+        **keywords,
+    )
+
+
+def prune_source(
+    scorer: str,
+    model: Classifier,
+    source: Source,
+    sparsity: float,
+    *,
+    samples: int | None = 256,
+    compensation: str = "none",
+    **keywords: Any,
+) -> Pruned:
+    """Prune by the images of a source that has them for this scorer and compensation.
+
+    Args:
+        scorer: as in :func:`score_source`.
+        model: as there.
+        source: as there.
+        sparsity: as in :func:`~pai_utils.pruning.prune`.
+        samples: as in :func:`score_source`.
+        compensation: as in :func:`~pai_utils.pruning.prune`.
+        keywords: others of it.
+
+    Raises:
+        ValueError: as there.
+    """
+    return prune(
+        model,
+        source.images_for(scorer),
+        scorer,
+        sparsity,
+        source=source.name,
+        compensation=compensation,
+        compensation_data=source.images_to_repair_by(compensation),
         samples=source.samples_for(scorer, samples),
         **keywords,
     )

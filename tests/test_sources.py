@@ -11,6 +11,7 @@ from pai_utils.sources import (
     is_held_out,
     load_images,
     load_source,
+    prune_source,
     source_parts,
 )
 from tests.cases import tiny_backbone, tiny_task
@@ -150,6 +151,35 @@ def test_a_sweep_over_mixed_sources() -> None:
     # A scorer that needs labels looks at the task's own images, whatever else is in the source.
     fisher = pruned[pruned.scorer == "fisher_diag"].groupby("source").accuracy.apply(list)
     assert fisher["spots"] == fisher["spots+noise"]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "compensation", "scored", "repaired"),
+    [
+        ("feature_ggn_diag", "moments", "all", "all"),
+        ("snip", "moments", "labelled", "all"),
+        ("feature_ggn_diag", "obs", "all", "labelled"),
+    ],
+)
+def test_pruning_looks_at_the_images_that_suit_scorer_and_repair(
+    scorer: str, compensation: str, scored: str, repaired: str
+) -> None:
+    backbone = tiny_backbone()
+    heads = {name: pai.fit_head(backbone, task) for name, task in TASKS.items()}
+    source = load_source("spots+noise", backbone, TASKS, heads)
+    assert source.labelled is not None
+    assert source.head is not None
+    parts = {"all": source.images, "labelled": source.labelled}
+    model = pai.Classifier(backbone, source.head)
+    found = prune_source(scorer, model, source, 0.5, samples=None, compensation=compensation)
+    expected = pai.prune(
+        model, parts[scored], scorer, 0.5, samples=None,
+        compensation=compensation, compensation_data=parts[repaired],
+    )  # fmt: skip
+    assert all(torch.equal(found.mask[name], keep) for name, keep in expected.mask.items())
+    for one, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert found.mask.metadata["source"] == "spots+noise"
 
 
 def test_no_source_is_pruned_on_for_a_task_it_holds_out() -> None:
