@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from pai_utils.evaluation import retention_verdict
+from pai_utils.runs import read_record
 
 KEPT = 0.9  # of the accuracy above chance
 REPRODUCED, PARTLY, NOT = "reproduced", "in part", "not reproduced"
 UNTESTED = "not tested"  # where what the claim presumes did not come about
 BEYOND = "beyond the paper"
+RECOVERIES = {"recovery": "embedded", "recovery_real": "larger"}
+"""What tasks the grids of fine-tuning are on."""
 
 
 class Judged(NamedTuple):
@@ -77,10 +80,8 @@ def recovery(results: Path, backbone: str) -> Judged:
     paths = sorted(results.glob(f"recovery*/finetune_recovery-{backbone}*/gains.csv"))
     if not paths:
         raise FileNotFoundError(f"no recovery of {backbone} is stored")
-    larger = {"recovery": "", "recovery_real": " on larger data sets"}
     table = pd.concat(
-        (pd.read_csv(path).assign(where=larger[path.parts[-3]]) for path in paths),
-        ignore_index=True,
+        (pd.read_csv(path).assign(where=_where(path.parent)) for path in paths), ignore_index=True
     )
     table = table[table.penalty == "none"]
     keys = ["where", "start", "sparsity"]
@@ -98,6 +99,12 @@ def recovery(results: Path, backbone: str) -> Judged:
         f"gain in accuracy at the best rate, {'; '.join(found)}",
         _judge(best.held_out_low > 0) if len(best) else UNTESTED,
     )
+
+
+def _where(run: Path) -> str:
+    larger = " on larger data sets" if RECOVERIES[run.parent.name] == "larger" else ""
+    rounds = read_record(run).parameters.get("rounds", 1)
+    return larger + (f" in {rounds} rounds" if rounds > 1 else "")
 
 
 def pre_training(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from answers import Stored, answers, held_out, overview
 from cells import commit_of
-from claims import claims
+from claims import RECOVERIES, claims
 from matplotlib.figure import Figure
 
 from pai_utils import plots
@@ -29,7 +29,6 @@ BACKBONES = {
     "vit_small_saliency": "ViT-S/14",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
-RECOVERIES = {"recovery": "embedded", "recovery_real": "larger"}
 EXPLORED = (
     "grid", "backbone", "variant", "source", "target", "task", "scorer", "repair", "sparsity",
     "retention", "low", "high", "count", "seeds", "interval",
@@ -161,6 +160,8 @@ def recovery(results: Path) -> pd.DataFrame:
         "encoder": "encoder",
         "tasks": "tasks",
         "start": "start",
+        "rounds": "rounds",
+        "optimiser": "optimiser",
         "penalty": "penalty",
         "sparsity": "sparsity",
         "learning_rate": "rate",
@@ -182,7 +183,11 @@ def recovery(results: Path) -> pd.DataFrame:
             keys = ["start", "sparsity", "penalty", "learning_rate"]
             best = chosen_on_validation(table)[keys].assign(chosen="yes")
             marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
-            parts.append(marked.assign(encoder=label, tasks=tasks))
+            used = read_record(folder).parameters
+            strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
+            marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
+            shared = {"rounds": used.get("rounds", 1), "optimiser": used["optimiser"]}
+            parts.append(marked.assign(encoder=label, tasks=tasks, **shared))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
@@ -196,17 +201,21 @@ def refitted(results: Path) -> pd.DataFrame:
     heads for, at the largest rate.
     """
     parts: list[pd.DataFrame] = []
-    for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
-        path = results / grid / f"finetune_recovery-{backbone}" / "refitted.csv"
+    for grid, (backbone, label), variant in itertools.product(
+        RECOVERIES, BACKBONES.items(), ["", "-rounds"]
+    ):
+        path = results / grid / f"finetune_recovery-{backbone}{variant}" / "refitted.csv"
         if path.is_file():
             table = pd.read_csv(path)
             table = table[table.learning_rate == table.learning_rate.max()]
-            parts.append(table.assign(encoder=label, tasks=RECOVERIES[grid]))
+            rounds = read_record(path.parent).parameters.get("rounds", 1)
+            parts.append(table.assign(encoder=label, tasks=RECOVERIES[grid], rounds=rounds))
     if not parts:
         return pd.DataFrame()
     columns = {
         "encoder": "encoder",
         "tasks": "tasks",
+        "rounds": "rounds",
         "target": "task",
         "learning_rate": "rate",
         "dense": "dense",

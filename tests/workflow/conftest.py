@@ -35,6 +35,20 @@ if lose:
 """
 
 
+RECORD = {
+    "notebook": "n", "parameters": {}, "started": "2026-01-02T03:04:05+00:00",
+    "seconds": 90.0, "peak_memory_mib": 700, "device": "cpu", "threads": 1,
+    "platform": "Linux", "python": "3.11", "versions": {}, "commit": "0123456789abcdef",
+    "clean": True, "outputs": {},
+}  # fmt: skip
+
+
+def store_record(folder: Path, **entries: object) -> None:
+    """Put the record of a run into a folder; of its entries, those given are others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.json").write_text(json.dumps({**RECORD, **entries}))
+
+
 class Project:
     """A folder that `build.py` takes for the repository."""
 

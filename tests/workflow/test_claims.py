@@ -8,11 +8,13 @@ from claims import CLAIMS, claims
 from summarise import BACKBONES as STORED
 from summarise import RESULTS
 
+from tests.workflow.conftest import store_record
+
 BACKBONES = {"small": "Small"}
 
 
-def _store(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _store(path: Path, rows: list[dict[str, object]], **parameters: object) -> None:
+    store_record(path.parent, parameters=parameters)
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
@@ -53,10 +55,13 @@ def test_recovery_is_judged_by_its_interval_at_the_best_rate(tmp_path: Path) -> 
                 ("none", 8.0, -0.1),  # did not improve the source
             )
         ]  # fmt: skip
-        _store(tmp_path / "recovery" / f"finetune_recovery-small-{name}" / "gains.csv", rows)
+        path = tmp_path / "recovery" / f"finetune_recovery-small-{name}" / "gains.csv"
+        _store(path, rows, rounds=1 if name == "one" else 6)
     (row,) = claims(tmp_path, BACKBONES).to_dict("records")
     assert row["verdict"] == "in part"
-    assert "pruned at 50%: +0.10 (+0.09 to +0.11); pruned at 70%: -0.10" in row["measured"]
+    assert (
+        "pruned at 50%: +0.10 (+0.09 to +0.11); pruned at 70% in 6 rounds: -0.10" in row["measured"]
+    )
 
 
 def test_a_small_loss_is_no_negative_zero(tmp_path: Path) -> None:

@@ -7,21 +7,8 @@ from cells import Layout
 from store import store
 
 from pai_utils.runs import read_results
+from tests.workflow.conftest import store_record
 
-RECORD = {
-    "notebook": "divide",
-    "parameters": {},
-    "started": "2026-01-01T00:00:00+00:00",
-    "seconds": 1.0,
-    "peak_memory_mib": 1,
-    "device": "cpu",
-    "threads": 1,
-    "platform": "Linux",
-    "python": "3.11",
-    "versions": {},
-    "commit": None,
-    "clean": None,
-}
 RESULTS = """\
 cell,notebook,backbone,source,target,held_out,scorer,sparsity,stage,accuracy,dense_accuracy,chance,\
 retention,low,high,count,seeds
@@ -44,7 +31,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
         (folder / name).write_text(name)
     (folder / "results.csv").write_text(RESULTS)
     outputs = {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    (folder / "record.json").write_text(json.dumps({**RECORD, "outputs": outputs}))
+    store_record(folder, outputs=outputs)
     copy = {"cells": [], "metadata": {"papermill": {"exception": None}}}
     (layout.executed / "half.ipynb").write_text(json.dumps(copy))
     return layout

@@ -1,7 +1,6 @@
 """Tables over several stored results."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -23,26 +22,18 @@ from summarise import (
 )
 
 from pai_utils.landscape import PREDICTORS
+from tests.workflow.conftest import store_record
 
 
-def test_runs_are_listed_from_their_records(results: Path) -> None:
-    assert runs(results).empty
+def test_runs_are_listed_from_their_records(tmp_path: Path) -> None:
+    assert runs(tmp_path).empty
     for name, clean in (("one", True), ("two", False)):
-        folder = results / "grid" / name
-        folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps({**RECORD, "clean": clean}))
-    first, second = runs(results).to_dict("records")
+        folder = tmp_path / "grid" / name
+        store_record(folder, clean=clean)
+    first, second = runs(tmp_path).to_dict("records")
     assert (first["run"], first["started, UTC"]) == ("grid/one", "2026-01-02 03:04")
     assert (first["minutes"], first["commit"]) == (1.5, "0123456789")
     assert second["commit"] == "0123456789, changed"
-
-
-RECORD = {
-    "notebook": "n", "parameters": {}, "started": "2026-01-02T03:04:05+00:00",
-    "seconds": 90.0, "peak_memory_mib": 700, "device": "cpu", "threads": 1,
-    "platform": "Linux", "python": "3.11", "versions": {}, "commit": "0123456789abcdef",
-    "clean": True, "outputs": {},
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -86,6 +77,7 @@ def results(tmp_path: Path) -> Path:
     pd.DataFrame(
         [row | {"validation": 0.9}, row | {"validation": 0.8, "learning_rate": 1e-4}]
     ).to_csv(tuned / "gains.csv", index=False)
+    store_record(tuned, parameters={"penalties": {"none": 0.0}, "optimiser": "adam"})
     _landscape(tmp_path / "landscape" / "landscape_analysis-efficientnet_lite0")
     return tmp_path
 
@@ -149,7 +141,7 @@ def test_masks_in_rounds_stand_beside_those_of_one(results: Path) -> None:
     main = results / "retention" / "zero_shot_retention-efficientnet_lite0"
     again = main.with_name(f"{main.name}-rounds")
     again.mkdir()
-    (again / "record.json").write_text(json.dumps({**RECORD, "parameters": {"rounds": 4}}))
+    store_record(again, parameters={"rounds": 4})
     pd.read_csv(main / "held_out.csv").to_csv(again / "held_out.csv", index=False)
     left = repaired(results).set_index("method").retention
     assert left["ours + moments, 4 rounds"] == left["ours + moments"]
@@ -169,17 +161,22 @@ def test_the_gain_is_over_the_best_of_six_scores_and_of_all_on_held_out_tasks(
     assert row["gain over all"] == pytest.approx(25)
 
 
-def test_heads_are_re_fitted_at_the_largest_rate_of_each_grid(results: Path) -> None:
+def test_heads_are_re_fitted_at_the_largest_rate_of_each_run(results: Path) -> None:
     columns = ["learning_rate", "target", "frozen", "refitted", "pruned", "dense"]
-    for grid, rates in {"recovery": (1e-5, 1e-4), "recovery_real": (1e-6,)}.items():
-        folder = results / grid / "finetune_recovery-efficientnet_lite0"
-        folder.mkdir(parents=True, exist_ok=True)
+    for (grid, variant), rates in {
+        ("recovery", ""): (1e-5, 1e-4),
+        ("recovery_real", ""): (1e-6,),
+        ("recovery_real", "-rounds"): (1e-7,),
+    }.items():
+        folder = results / grid / f"finetune_recovery-efficientnet_lite0{variant}"
+        store_record(folder, parameters={"rounds": 4} if variant else {})
         rows = [[rate, "digits", 0.5, 0.75, 0.25, 1.0] for rate in rates]
         pd.DataFrame(rows, columns=columns).to_csv(folder / "refitted.csv", index=False)
     table = refitted(results)
-    assert table["rate"].to_list() == ["1e-04", "1e-06"]
-    assert table["tasks"].to_list() == ["embedded", "larger"]
-    assert table["re-fitted"].to_list() == [0.75, 0.75]
+    assert table["rate"].to_list() == ["1e-04", "1e-06", "1e-07"]
+    assert table["tasks"].to_list() == ["embedded", "larger", "larger"]
+    assert table["rounds"].to_list() == [1, 1, 4]
+    assert table["re-fitted"].to_list() == [0.75, 0.75, 0.75]
 
 
 def test_what_to_use_is_the_best_of_all_that_was_measured(results: Path) -> None:
@@ -238,6 +235,20 @@ def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
     assert (table["held-out before"] == 0.25).all()
 
 
+def test_recovery_names_rounds_optimiser_and_strength(results: Path) -> None:
+    first = results / "recovery" / "finetune_recovery-efficientnet_lite0"
+    again = first.with_name(f"{first.name}-rounds")
+    used = {"penalties": {"none": 0.0, "features": 30.0}, "optimiser": "sgd", "rounds": 4}
+    store_record(again, parameters=used)
+    rows = pd.read_csv(first / "gains.csv")
+    rows["penalty"] = ["none", "features"]
+    rows.to_csv(again / "gains.csv", index=False)
+    shown = recovery(results)[["rounds", "optimiser", "penalty"]].to_numpy().tolist()
+    assert shown == [
+        [1, "adam", "none"], [1, "adam", "none"], [4, "sgd", "none"], [4, "sgd", "features 30"],
+    ]  # fmt: skip
+
+
 def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(results: Path) -> None:
     rows = {(row["task"], row["step"]): row for row in reach(results).to_dict("records")}
     assert set(rows) == {(t, step) for t in ("own", "held-out") for step in (0.25, 0.5, 1.0)}
@@ -281,13 +292,14 @@ def test_every_table_is_written(results: Path) -> None:
     written = summarise(results)
     tables = [path for path in written if path.suffix == ".csv"]
     names = [
-        "barriers", "claims", "gains", "levers", "reach", "recovery", "repaired", "spectra",
-        "transfer", "weights", "what_to_use",
+        "barriers", "claims", "gains", "levers", "reach", "recovery", "repaired", "runs",
+        "spectra", "transfer", "weights", "what_to_use",
     ]  # fmt: skip
     assert sorted(path.stem for path in tables) == names
     assert all(path.read_text().count("\n") > 1 for path in tables)
     texts = [path for path in written if path.suffix == ".txt"]
-    assert [path.name for path in texts] == ["claims.txt"]  # what else is stored here is too little
+    # What else is stored here is too little.
+    assert sorted(path.name for path in texts) == ["claims.txt", "status.txt"]
     figures = sorted(set(written) - set(tables) - set(texts))
     names = ["retention-efficientnet_lite0.png", "transfer-efficientnet_lite0.png"]
     assert [figure.name for figure in figures] == names
