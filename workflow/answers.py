@@ -29,6 +29,7 @@ class Stored(NamedTuple):
     runs: pd.DataFrame
     repaired: pd.DataFrame
     gains: pd.DataFrame
+    recovery: pd.DataFrame
     explorer: pd.DataFrame
     claims: pd.DataFrame
 
@@ -210,6 +211,41 @@ def repair(stored: Stored) -> str:
     )
 
 
+def finetune_recovery(stored: Stored) -> str:
+    """What fine-tuning does to held-out tasks from the best repaired masks, and how it is held."""
+    table = stored.recovery[stored.recovery["start"] == "repaired"]
+    if table.empty:
+        raise FileNotFoundError("no recovery from repaired masks is stored")
+    plain, lines = [], []
+    for (encoder, tasks), runs in table.groupby(["encoder", "tasks"]):
+        run = runs[runs["rounds"] == runs["rounds"].max()]
+        plain.append(run[run.penalty == "none"])
+        rounds = int(run["rounds"].iloc[0])
+        masks = f"masks of {run.sparsity.iloc[0]:.0%} sparsity in {rounds} round" + "s" * (
+            rounds > 1
+        )
+        parts = [
+            f"{row['held-out after']:z.2f} "
+            + ("without a penalty" if row.penalty == "none" else f"with `{row.penalty}`")
+            + f" ({row.gain:+z.3f}, {row.low:+z.3f} to {row.high:+z.3f})"
+            for _, row in run[run.chosen == "yes"].iterrows()
+        ]
+        lines.append(
+            f"- {encoder}, {tasks} tasks, {masks}: {run['held-out before'].iloc[0]:z.2f} before, "
+            + _listed(parts)
+        )
+    gained = sum(bool((rows.low > 0).any()) for rows in plain)
+    lost = sum(bool((rows.high < 0).any()) for rows in plain)
+    return (
+        f"From repaired encoders, held-out tasks gain by plain fine-tuning at some rate, with an "
+        f"interval above zero, in {gained} of {len(plain)} runs, and lose at some rate in {lost}. "
+        "What is kept of them before and after, at the rate that the source's validation part "
+        "chooses, and in brackets what that is as a change in accuracy:\n\n"
+        + ";\n".join(lines)
+        + "."
+    )
+
+
 def explorer(stored: Stored) -> str:
     """How many retentions there are, and their medians with and without a repair."""
     pairs = stored.explorer
@@ -310,6 +346,7 @@ ANSWERS: dict[str, Callable[[Stored], str]] = {
     "scorer_atlas": scorer_atlas,
     "real_data": real_data,
     "repair": repair,
+    "finetune_recovery": finetune_recovery,
     "explorer": explorer,
     "benchmarks": benchmarks,
     "claims": claims,

@@ -397,6 +397,7 @@ def stored_in(results: Path, left: pd.DataFrame) -> Stored:
         runs=runs(results),
         repaired=left,
         gains=gains(left, results),
+        recovery=recovery(results),
         explorer=explorer(results),
         claims=claims(results, BACKBONES),
     )
