@@ -255,7 +255,8 @@ def gain_replicates(
         items = len(first)
         counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
         total += counts @ (second.astype(float) - first.astype(float)) / items
-    return np.asarray(total / len(before))
+    # Shares of several models are no exact sums: a gain of nothing would be one above zero.
+    return np.asarray(np.round(total / len(before), 12))
 
 
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
@@ -426,7 +427,7 @@ def retention_sweep(
     ) -> None:
         place = None if source == "none" else loaded(source, seed)
         model = Classifier(backbone, any_head if place is None else place.head or any_head)
-        keywords |= {
+        shared: dict[str, Any] = {
             "scope": scope,
             "rounds": rounds,
             "compensation": compensation,
@@ -434,9 +435,9 @@ def retention_sweep(
             "seed": seed,
         }
         if place is None:
-            found = prune(model, None, scorer, sparsity, **keywords)
+            found = prune(model, None, scorer, sparsity, **shared, **keywords)
         else:
-            found = prune_source(scorer, model, place, sparsity, **keywords)
+            found = prune_source(scorer, model, place, sparsity, **shared, **keywords)
         pruned.load_state_dict(cast(Classifier, found.model).backbone.state_dict())
 
     for scorer, source, seed in progress(cells, "retention", total=len(cells)):

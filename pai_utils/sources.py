@@ -239,16 +239,22 @@ def prune_source(
     """Prune by the images of a source that has them for this scorer and compensation.
 
     Args:
-        scorer: as in :func:`score_source`.
-        model: as there.
-        source: as there.
+        scorer: a key of :data:`~pai_utils.scorers.SCORERS`; what looks at no data prunes as ever.
+        model: the encoder with the source's head, or with any where neither the scorer nor the
+            compensation needs one.
+        source: what to look at; its name goes into the mask's metadata.
         sparsity: as in :func:`~pai_utils.pruning.prune`.
-        samples: as in :func:`score_source`.
-        compensation: as in :func:`~pai_utils.pruning.prune`.
-        keywords: others of it.
+        samples: images a score; ``None`` for all.
+        compensation: as in :func:`~pai_utils.pruning.prune`; it looks at all parts, but ``obs`` at
+            the first task among them.
+        keywords: others of :func:`~pai_utils.pruning.prune`; not ``compensation_data``, which is
+            the source's.
+
+    Returns:
+        As :func:`~pai_utils.pruning.prune`.
 
     Raises:
-        ValueError: as there.
+        ValueError: as :func:`~pai_utils.pruning.prune`.
     """
     return prune(
         model,

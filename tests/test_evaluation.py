@@ -161,6 +161,14 @@ def test_replicates_of_certain_outcomes_are_certain() -> None:
     assert np.allclose(gain_replicates([wrong, right], [right, right]), 0.5)
 
 
+def test_a_gain_of_nothing_is_exactly_zero() -> None:
+    before = np.full(6, 1 / 3)  # shares of three models
+    after = np.array([2 / 3, 2 / 3, 0, 2 / 3, 2 / 3, -1 / 3]) + 0.1
+    gains = gain_replicates([before + 0.1], [after])
+    assert (gains == 0).any()
+    assert (np.abs(gains[gains != 0]) > 1e-9).all()
+
+
 def test_replicates_are_not_a_number_where_nothing_is_above_chance() -> None:
     wrong = np.zeros(20, dtype=bool)
     assert np.isnan(retention_replicates([wrong[None]], [wrong], [0.1])).all()

@@ -500,19 +500,20 @@ def test_a_study_scores_with_the_head_that_belongs_to_the_images(
     seen = []
 
     def watched(model: pai.Classifier, images: Any, *rest: Any, **options: Any) -> pai.Pruned:
-        seen.append((model.head, images, options["samples"]))
+        seen.append((model.head, images, options["samples"], options["rounds"]))
         return pai.prune(model, images, *rest, **options)
 
     monkeypatch.setattr("pai_utils.sources.prune", watched)
     table = recovery_study(
         encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
-        scorer="snip", prune_by="other", samples=None, learning_rates=[1e-3], at_steps=[0],
-        refit=False,
+        scorer="snip", prune_by="other", samples=1_000_000, rounds=2, learning_rates=[1e-3],
+        at_steps=[0], refit=False,
     )  # fmt: skip
-    ((head, images, samples),) = seen
+    ((head, images, samples, rounds),) = seen
     assert head is heads["other"]
     assert images is tasks["other"].train
-    assert samples is None
+    assert samples == len(images)
+    assert rounds == 2
     assert set(table.target) == {"spots", "other"}
     with pytest.raises(ValueError, match="samples=0"):
         recovery_study(

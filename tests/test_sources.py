@@ -171,9 +171,10 @@ def test_pruning_looks_at_the_images_that_suit_scorer_and_repair(
     assert source.head is not None
     parts = {"all": source.images, "labelled": source.labelled}
     model = pai.Classifier(backbone, source.head)
-    found = prune_source(scorer, model, source, 0.5, samples=None, compensation=compensation)
+    samples = len(source.images)  # more than the first task has, and then all of it
+    found = prune_source(scorer, model, source, 0.5, samples=samples, compensation=compensation)
     expected = pai.prune(
-        model, parts[scored], scorer, 0.5, samples=None,
+        model, parts[scored], scorer, 0.5, samples=len(parts[scored]),
         compensation=compensation, compensation_data=parts[repaired],
     )  # fmt: skip
     assert all(torch.equal(found.mask[name], keep) for name, keep in expected.mask.items())

@@ -103,8 +103,13 @@ def recovery(results: Path, backbone: str) -> Judged:
 
 def _where(run: Path) -> str:
     larger = " on larger data sets" if RECOVERIES[run.parent.name] == "larger" else ""
-    rounds = read_record(run).parameters.get("rounds", 1)
+    rounds = rounds_of(run)
     return larger + (f" in {rounds} rounds" if rounds > 1 else "")
+
+
+def rounds_of(run: Path) -> int:
+    """In how many rounds the masks of a stored run were reached; older records do not say so."""
+    return int(read_record(run).parameters.get("rounds", 1))
 
 
 def pre_training(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from answers import Stored, answers, held_out, overview
 from cells import commit_of
-from claims import RECOVERIES, claims
+from claims import RECOVERIES, claims, rounds_of
 from matplotlib.figure import Figure
 
 from pai_utils import plots
@@ -186,7 +186,7 @@ def recovery(results: Path) -> pd.DataFrame:
             used = read_record(folder).parameters
             strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
             marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
-            shared = {"rounds": used.get("rounds", 1), "optimiser": used["optimiser"]}
+            shared = {"rounds": rounds_of(folder), "optimiser": used["optimiser"]}
             parts.append(marked.assign(encoder=label, tasks=tasks, **shared))
     if not parts:
         return pd.DataFrame()
@@ -197,19 +197,18 @@ def recovery(results: Path) -> pd.DataFrame:
 def refitted(results: Path) -> pd.DataFrame:
     """Accuracy on every task before and after plain fine-tuning, with both kinds of head.
 
-    Of the first start, penalty and sparsity of a run, which are those that the notebook re-fits
-    heads for, at the largest rate.
+    Of runs from repaired masks, at the first sparsity, which is the one that the notebook re-fits
+    heads for, and the largest rate.
     """
     parts: list[pd.DataFrame] = []
-    for grid, (backbone, label), variant in itertools.product(
-        RECOVERIES, BACKBONES.items(), ["", "-rounds"]
-    ):
-        path = results / grid / f"finetune_recovery-{backbone}{variant}" / "refitted.csv"
-        if path.is_file():
+    for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
+        for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/refitted.csv")):
+            if read_record(path.parent).parameters["starts"][0] != "repaired":
+                continue
             table = pd.read_csv(path)
             table = table[table.learning_rate == table.learning_rate.max()]
-            rounds = read_record(path.parent).parameters.get("rounds", 1)
-            parts.append(table.assign(encoder=label, tasks=RECOVERIES[grid], rounds=rounds))
+            shared = {"tasks": RECOVERIES[grid], "rounds": rounds_of(path.parent)}
+            parts.append(table.assign(encoder=label, **shared))
     if not parts:
         return pd.DataFrame()
     columns = {
@@ -414,7 +413,7 @@ def summarise(results: Path) -> list[Path]:
         "gains": stored.gains,
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
-        "recovery": recovery(results),
+        "recovery": stored.recovery,
         "refitted": refitted(results),
         "reach": reach(results),
         "transfer": transfer(results),

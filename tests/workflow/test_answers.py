@@ -170,25 +170,39 @@ def test_the_explorer_counts_pairs_with_and_without_a_repair(tmp_path: Path) -> 
     )
 
 
-def test_recovery_is_told_from_the_masks_of_most_rounds(tmp_path: Path) -> None:
-    columns = ["start", "rounds", "penalty", "chosen", "held-out after", "gain", "low", "high"]
+def test_recovery_is_told_by_the_claim_and_from_the_masks_of_most_rounds(tmp_path: Path) -> None:
+    columns = [
+        "encoder", "start", "rounds", "penalty", "chosen", "held-out before", "held-out after",
+        "gain", "low", "high",
+    ]  # fmt: skip
     table = pd.DataFrame(
         [
-            ["repaired", 1, "none", "yes", 0.1, -0.5, -0.6, -0.4],
-            ["repaired", 6, "none", "yes", 0.7, -0.01, -0.02, 0.003],
-            ["repaired", 6, "none", "", 0.8, 0.02, 0.01, 0.03],
-            ["repaired", 6, "features 30", "yes", 0.85, 0.04, -0.01, 0.05],
-            ["pruned", 9, "none", "yes", 0.2, -0.5, -0.6, -0.4],
+            ["Small", "repaired", 1, "none", "yes", 0.5, 0.1, -0.5, -0.6, -0.4],
+            ["Small", "repaired", 6, "none", "yes", 0.75, 0.7, -0.01, -0.02, 0.003],
+            ["Small", "repaired", 6, "none", "", 0.75, 0.8, 0.02, 0.01, 0.03],
+            ["Small", "repaired", 6, "features 30", "yes", 0.75, 0.85, 0.04, -0.01, 0.05],
+            ["Small", "pruned", 9, "none", "yes", 0.3, 0.2, -0.5, -0.6, -0.4],
+            ["Large", "repaired", 1, "none", "yes", 0.5, 0.4, -0.05, -0.06, -0.04],
         ],
         columns=columns,
-    ).assign(encoder=ENCODER, tasks="larger", sparsity=0.7, **{"held-out before": 0.75})
-    assert answers(_stored(tmp_path, recovery=table))["finetune_recovery"] == (
-        "**Answer.** From repaired encoders, held-out tasks gain by plain fine-tuning at some "
-        "rate, with an interval above zero, in 1 of 1 runs, and lose at some rate in 0. What is "
-        "kept of them before and after, at the rate that the source's validation part chooses, "
-        "and in brackets what that is as a change in accuracy:\n\n"
-        "- Small, larger tasks, masks of 70% sparsity in 6 rounds: 0.75 before, 0.70 without a "
-        "penalty (-0.010, -0.020 to +0.003) and 0.85 with `features 30` (+0.040, -0.010 to "
+    ).assign(tasks="larger", sparsity=0.7)
+    claims = pd.DataFrame(
+        [["Others", "Small", "in part", "x"], ["This (P2)", "Small", "reproduced", "gain: 1"],
+         ["This (P2)", "Large", "in part", "gain: 2"]],
+        columns=["claim", "encoder", "verdict", "measured"],
+    )  # fmt: skip
+    stored = _stored(tmp_path, recovery=table, claims=claims)
+    assert answers(stored)["finetune_recovery"] == (
+        "**Answer.** That plain fine-tuning recovers unseen tasks: on Small reproduced (gain: 1); "
+        "on Large in part (gain: 2).\n\n"
+        "From repaired masks, those of most rounds, what is kept of the accuracy of held-out tasks "
+        "above chance, before fine-tuning and after it, each at the rate that the source's "
+        "validation part chooses; in brackets the change in accuracy, with its 95% interval over "
+        "test images:\n\n"
+        "- on Large, larger tasks, at 70% sparsity in 1 round: 0.50 before; 0.40 with no penalty "
+        "(-0.050, -0.060 to -0.040);\n"
+        "- on Small, larger tasks, at 70% sparsity in 6 rounds: 0.75 before; 0.70 with no penalty "
+        "(-0.010, -0.020 to +0.003) and 0.85 with the penalty `features 30` (+0.040, -0.010 to "
         "+0.050).\n"
     )
 

@@ -169,9 +169,13 @@ def test_heads_are_re_fitted_at_the_largest_rate_of_each_run(results: Path) -> N
         ("recovery_real", "-rounds"): (1e-7,),
     }.items():
         folder = results / grid / f"finetune_recovery-efficientnet_lite0{variant}"
-        store_record(folder, parameters={"rounds": 4} if variant else {})
+        parameters = {"starts": ["repaired"], **({"rounds": 4} if variant else {})}
+        store_record(folder, parameters=parameters)
         rows = [[rate, "digits", 0.5, 0.75, 0.25, 1.0] for rate in rates]
         pd.DataFrame(rows, columns=columns).to_csv(folder / "refitted.csv", index=False)
+    unrepaired = results / "recovery" / "finetune_recovery-efficientnet_lite0-sparsities"
+    store_record(unrepaired, parameters={"starts": ["pruned", "repaired"]})
+    pd.DataFrame(rows, columns=columns).to_csv(unrepaired / "refitted.csv", index=False)
     table = refitted(results)
     assert table["rate"].to_list() == ["1e-04", "1e-06", "1e-07"]
     assert table["tasks"].to_list() == ["embedded", "larger", "larger"]
