@@ -207,20 +207,18 @@ def refitted(results: Path) -> pd.DataFrame:
                 continue
             table = pd.read_csv(path)
             table = table[table.learning_rate == table.learning_rate.max()]
-            shared = {"tasks": RECOVERIES[grid], "rounds": rounds_of(path.parent)}
-            parts.append(table.assign(encoder=label, **shared))
+            parts.append(table.assign(encoder=label, rounds=rounds_of(path.parent)))
     if not parts:
         return pd.DataFrame()
     columns = {
         "encoder": "encoder",
-        "tasks": "tasks",
         "rounds": "rounds",
         "target": "task",
-        "learning_rate": "rate",
         "dense": "dense",
         "pruned": "before",
         "frozen": "after",
         "refitted": "re-fitted",
+        "learning_rate": "rate",
     }
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
@@ -383,6 +381,39 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     return table[[*(name for name in table if name not in long), *long]]
 
 
+def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The rows of one encoder, what matters first, for narrow pages."""
+    if table.empty:
+        return table
+    rows = table[table.encoder == label]
+    within = {
+        name: [f"{before:z.2f} → {after:z.2f}" for before, after in zip(*columns, strict=True)]
+        for name in ("held-out", "source")
+        for columns in [(rows[f"{name} before"], rows[f"{name} after"])]
+    }
+    masks = [
+        f"{row.sparsity:.0%} {row.start}"
+        + (f", {row['rounds']} rounds" if row["rounds"] > 1 else "")
+        for _, row in rows.iterrows()
+    ]
+    return pd.DataFrame(
+        {
+            "tasks": rows.tasks,
+            "masks": masks,
+            "penalty": rows.penalty,
+            "rate": rows.rate,
+            "held-out": within["held-out"],
+            "gain": [
+                f"{gain:+z.3f} ({low:+z.3f} to {high:+z.3f})"
+                for gain, low, high in zip(rows.gain, rows.low, rows.high, strict=True)
+            ],
+            "source": within["source"],
+            "chosen": rows.chosen,
+            "optimiser": rows.optimiser,
+        }
+    )
+
+
 def stored_in(results: Path, left: pd.DataFrame) -> Stored:
     """What answers are made of.
 
@@ -413,7 +444,10 @@ def summarise(results: Path) -> list[Path]:
         "gains": stored.gains,
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
-        "recovery": stored.recovery,
+        **{
+            f"recovery-{backbone}": _recovery_shown(stored.recovery, label)
+            for backbone, label in BACKBONES.items()
+        },
         "refitted": refitted(results),
         "reach": reach(results),
         "transfer": transfer(results),
