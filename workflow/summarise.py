@@ -392,14 +392,17 @@ def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
         for columns in [(rows[f"{name} before"], rows[f"{name} after"])]
     }
     masks = [
-        f"{row.sparsity:.0%} {row.start}"
-        + (f", {row['rounds']} rounds" if row["rounds"] > 1 else "")
+        f"{row.sparsity:.0%}, "
+        + (
+            f"{row['rounds']} round" + "s" * (row["rounds"] > 1)
+            if row.start == "repaired"
+            else str(row.start)
+        )
         for _, row in rows.iterrows()
     ]
     return pd.DataFrame(
         {
             "tasks": rows.tasks,
-            "masks": masks,
             "penalty": rows.penalty,
             "rate": rows.rate,
             "held-out": within["held-out"],
@@ -407,6 +410,7 @@ def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
                 f"{gain:+z.3f} ({low:+z.3f} to {high:+z.3f})"
                 for gain, low, high in zip(rows.gain, rows.low, rows.high, strict=True)
             ],
+            "masks": masks,
             "source": within["source"],
             "chosen": rows.chosen,
             "optimiser": rows.optimiser,

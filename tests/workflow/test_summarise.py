@@ -241,7 +241,7 @@ def test_recovery_marks_the_rate_that_validation_chose(results: Path) -> None:
 def test_the_page_shows_recovery_of_one_encoder_before_and_after(results: Path) -> None:
     summarise(results)
     shown = pd.read_csv(results / "summary" / "recovery-efficientnet_lite0.csv").iloc[0]
-    assert (shown.masks, shown.rate, shown.optimiser) == ("70% repaired", 3e-6, "adam")
+    assert (shown.masks, shown.rate, shown.optimiser) == ("70%, 1 round", 3e-6, "adam")
     assert shown["held-out"] == shown["source"] == "0.25 → 0.25"
     assert shown.gain == "+0.250 (+0.250 to +0.250)"
     assert not (results / "summary" / "recovery-vit_small_saliency.csv").exists()
