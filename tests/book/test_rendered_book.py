@@ -267,6 +267,8 @@ LOOK = """async () => {
     const patience = new Promise((resolve) => setTimeout(resolve, 15000));
     await Promise.race([window.MathJax?.startup?.promise, patience]);
     await document.fonts.ready;
+    // Buttons fade to the colours of the dark scheme: look at what they come to.
+    document.getAnimations().forEach((a) => a instanceof CSSTransition && a.finish());
     const scrolls = (element) => {
         for (let e = element; e.tagName !== "ARTICLE"; e = e.parentElement)
             if (getComputedStyle(e).overflowX !== "visible") return true;
