@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from claims import BEYOND, KEPT, NOT, PARTLY, REPRODUCED, UNTESTED
+from claims import BEYOND, KEPT, NOT, PARTLY, REPRODUCED, UNTESTED, in_words
 
 from pai_utils.evaluation import retention_verdict
 from pai_utils.runs import read_record
@@ -230,9 +230,9 @@ def finetune_recovery(stored: Stored) -> str:
             for _, row in run.iterrows()
         ]
         first = run.iloc[0]
-        rounds = f"{first['rounds']} round" + ("" if first["rounds"] == 1 else "s")
         lines.append(
-            f"- on {encoder}, {tasks} tasks, at {sparsity:.0%} sparsity in {rounds}: "
+            f"- on {encoder}, {tasks} tasks, at {sparsity:.0%} sparsity "
+            f"in {in_words(first['rounds'])}: "
             f"{first['held-out before']:z.2f} before; {_listed(parts)}"
         )
     return (

@@ -103,13 +103,18 @@ def recovery(results: Path, backbone: str) -> Judged:
 
 def _where(run: Path) -> str:
     larger = " on larger data sets" if RECOVERIES[run.parent.name] == "larger" else ""
-    rounds = rounds_of(run)
-    return larger + (f" in {rounds} rounds" if rounds > 1 else "")
+    rounds = rounds_of(read_record(run).parameters)
+    return larger + (f" in {in_words(rounds)}" if rounds > 1 else "")
 
 
-def rounds_of(run: Path) -> int:
-    """In how many rounds the masks of a stored run were reached; older records do not say so."""
-    return int(read_record(run).parameters.get("rounds", 1))
+def rounds_of(parameters: Mapping[str, Any]) -> int:
+    """In how many rounds the masks of a run were reached; older records do not say so."""
+    return int(parameters.get("rounds", 1))
+
+
+def in_words(rounds: int) -> str:
+    """As "1 round" or "6 rounds"."""
+    return f"{rounds} round" + ("" if rounds == 1 else "s")
 
 
 def pre_training(

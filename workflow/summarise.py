@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from answers import Stored, answers, held_out, overview
 from cells import commit_of
-from claims import RECOVERIES, claims, rounds_of
+from claims import RECOVERIES, claims, in_words, rounds_of
 from matplotlib.figure import Figure
 
 from pai_utils import plots
@@ -186,7 +186,7 @@ def recovery(results: Path) -> pd.DataFrame:
             used = read_record(folder).parameters
             strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
             marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
-            shared = {"rounds": rounds_of(folder), "optimiser": used["optimiser"]}
+            shared = {"rounds": rounds_of(used), "optimiser": used["optimiser"]}
             parts.append(marked.assign(encoder=label, tasks=tasks, **shared))
     if not parts:
         return pd.DataFrame()
@@ -203,11 +203,12 @@ def refitted(results: Path) -> pd.DataFrame:
     parts: list[pd.DataFrame] = []
     for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
         for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/refitted.csv")):
-            if read_record(path.parent).parameters["starts"][0] != "repaired":
+            used = read_record(path.parent).parameters
+            if used["starts"][0] != "repaired":
                 continue
             table = pd.read_csv(path)
             table = table[table.learning_rate == table.learning_rate.max()]
-            parts.append(table.assign(encoder=label, rounds=rounds_of(path.parent)))
+            parts.append(table.assign(encoder=label, rounds=rounds_of(used)))
     if not parts:
         return pd.DataFrame()
     columns = {
@@ -360,11 +361,14 @@ def _significant(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_interval(
-    value: "pd.Series[float]", low: "pd.Series[float]", high: "pd.Series[float]"
+    value: "pd.Series[float]",
+    low: "pd.Series[float]",
+    high: "pd.Series[float]",
+    form: str = "z.2f",  # z: no "-0.00"
 ) -> "pd.Series[str]":
     """Each value with its interval in brackets, where there is one."""
     texts = [
-        f"{v:z.2f}" if pd.isna(a) else f"{v:z.2f} ({a:z.2f} to {b:z.2f})"  # no "-0.00"
+        f"{v:{form}}" if pd.isna(a) else f"{v:{form}} ({a:{form}} to {b:{form}})"
         for v, a, b in zip(value, low, high, strict=True)
     ]
     return pd.Series(texts, index=value.index)
@@ -386,34 +390,26 @@ def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
     if table.empty:
         return table
     rows = table[table.encoder == label]
-    within = {
-        name: [f"{before:z.2f} → {after:z.2f}" for before, after in zip(*columns, strict=True)]
-        for name in ("held-out", "source")
-        for columns in [(rows[f"{name} before"], rows[f"{name} after"])]
-    }
+
+    def change(name: str) -> list[str]:
+        pairs = zip(rows[f"{name} before"], rows[f"{name} after"], strict=True)
+        return [f"{before:z.2f} → {after:z.2f}" for before, after in pairs]
+
     masks = [
-        f"{row.sparsity:.0%}, "
-        + (
-            f"{row['rounds']} round" + "s" * (row["rounds"] > 1)
-            if row.start == "repaired"
-            else str(row.start)
-        )
-        for _, row in rows.iterrows()
+        f"{sparsity:.0%}, {in_words(rounds) if start == 'repaired' else start}"
+        for sparsity, rounds, start in zip(rows.sparsity, rows["rounds"], rows.start, strict=True)
     ]
     return pd.DataFrame(
         {
             "tasks": rows.tasks,
             "penalty": rows.penalty,
             "rate": rows.rate,
-            "held-out": within["held-out"],
-            "gain": [
-                f"{gain:+z.3f} ({low:+z.3f} to {high:+z.3f})"
-                for gain, low, high in zip(rows.gain, rows.low, rows.high, strict=True)
-            ],
+            "held-out": change("held-out"),
+            "gain": _with_interval(rows.gain, rows.low, rows.high, "+z.3f"),
             "masks": masks,
-            "source": within["source"],
             "chosen": rows.chosen,
             "optimiser": rows.optimiser,
+            "source": change("source"),
         }
     )
 
