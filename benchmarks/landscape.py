@@ -21,8 +21,8 @@ from benchmarks.storing import store
 from pai_utils.curvature.products import HessianOperator, Operator
 from pai_utils.curvature.spectra import top_eigenpairs
 from pai_utils.evaluation import evaluate_heads
-from pai_utils.execution import device_of
 from pai_utils.landscape import losses_on_plane, random_plane
+from pai_utils.support.common import device_of
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("mnist5k", "digits")

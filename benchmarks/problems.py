@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from pai_utils.backbones import prunable_parameters
-from pai_utils.execution import unknown_name
+from pai_utils.models.encoders import prunable_parameters
+from pai_utils.support.common import unknown_name
 
 CLASSES = 1000
 LAYOUTS = ("contiguous", "channels-last images", "channels-last images and weights")

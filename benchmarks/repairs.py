@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import pai_utils as pai
 from benchmarks.measuring import in_turns, keep_freed_memory
 from benchmarks.storing import store
-from pai_utils.compensation import compensate_
-from pai_utils.execution import device_of
+from pai_utils.repair.methods import repair_
+from pai_utils.support.common import device_of
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {"efficientnet_lite0": 64, "vit_small_saliency": 56}  # pixels
@@ -47,7 +47,7 @@ def measure(name: str, image_size: int, images: int, *, budget: float) -> list[d
         def step(repair: str = repair, pruned: torch.nn.Module = pruned) -> None:
             pruned.load_state_dict(model.state_dict())
             mask.apply_(pruned)
-            compensate_(pruned, model, mask, task.train, repair, samples=None)
+            repair_(pruned, model, mask, task.train, repair, samples=None)
 
         timing = in_turns(step, unit, device, budget=budget)
         low, high = timing.spread

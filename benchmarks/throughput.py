@@ -17,8 +17,8 @@ import torch
 import pai_utils as pai
 from benchmarks.measuring import in_turns, keep_freed_memory
 from benchmarks.storing import store
-from pai_utils.execution import device_of
-from pai_utils.tasks import Task
+from pai_utils.data.tasks import Task
+from pai_utils.support.common import device_of
 
 ROOT = Path(__file__).parents[1]
 CASES = {"efficientnet_lite0": (64, 1500), "vit_small_saliency": (84, 300)}  # pixels, images

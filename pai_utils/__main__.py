@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from pai_utils.runs import RunConfig
+    from pai_utils.studies.parameters import RunParameters
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 # What notebooks import to be run, and the extra that installs it.
@@ -42,10 +42,10 @@ def main() -> None:
 @main.command("list")
 def list_names() -> None:
     """Name the backbones, tasks and scorers, with a line on each."""
-    from pai_utils.backbones import BACKBONES, PRESETS
-    from pai_utils.datasets import DATASETS
+    from pai_utils.data.datasets import DATASETS
+    from pai_utils.data.embedded import TASKS
+    from pai_utils.models.published import BACKBONES, PRESETS
     from pai_utils.scorers import SCORERS
-    from pai_utils.tasks import TASKS
 
     tables = {
         "Backbones": {
@@ -132,7 +132,7 @@ def plan(grid: Path, tflops: float | None) -> None:
     GRID is a file such as workflow/grids/paper.yaml. Nothing is fetched.
     """
     from pai_utils import planning
-    from pai_utils.datasets import DATASETS
+    from pai_utils.data.datasets import DATASETS
     from pai_utils.grids import read_grid
 
     speed = planning.DEFAULT_TFLOPS if tflops is None else tflops
@@ -181,7 +181,7 @@ def doctor() -> None:
 
 
 def _find_notebook(name: str) -> Path:
-    from pai_utils.execution import unknown_name
+    from pai_utils.support.common import unknown_name
 
     path = Path(name)
     if path.is_file():
@@ -206,9 +206,9 @@ def _read_value(text: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
-def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
+def _validate(path: Path, values: Mapping[str, Any]) -> RunParameters:
     """The notebook's parameters with ``values`` in place of its own."""
-    from pai_utils.runs import read_parameters
+    from pai_utils.studies.parameters import read_parameters
 
     try:
         return read_parameters(path, values)
@@ -299,9 +299,9 @@ def _device() -> _Check:
 
 def _embedded() -> Iterator[_Check]:
     """Weights, whose checksums are compared, and images, which are read."""
-    from pai_utils.backbones import BACKBONES
-    from pai_utils.checkpoints import check_digest
-    from pai_utils.tasks import TASKS
+    from pai_utils.data.embedded import TASKS
+    from pai_utils.models.checkpoints import check_digest
+    from pai_utils.models.published import BACKBONES
 
     for name, spec in BACKBONES.items():
         try:
@@ -319,9 +319,9 @@ def _embedded() -> Iterator[_Check]:
 
 def _fetched() -> Iterator[_Check]:
     """Published weights and data sets on disk: weights that are altered one by one."""
-    from pai_utils.backbones import PRESETS
-    from pai_utils.checkpoints import check_digest, weights_root
-    from pai_utils.datasets import DATASETS, data_root
+    from pai_utils.data.datasets import DATASETS, data_root
+    from pai_utils.models.checkpoints import check_digest, weights_root
+    from pai_utils.models.published import PRESETS
 
     found, absent = [], []
     for name, preset in PRESETS.items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -15,34 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.backbones import Backbone, Classifier
-from pai_utils.compensation import check_compensation, compensate_, parse_compensation
-from pai_utils.execution import (
-    NonFiniteError,
-    Samples,
-    batches,
-    check_labels,
-    device_of,
-    fitting_batches,
-    in_precision,
-    progress,
-    undisturbed,
-    unknown_name,
-)
+from pai_utils.data.mixtures import is_held_out
+from pai_utils.data.tasks import Task
 from pai_utils.heads import PROTOCOLS, dense_features, features, fit_head
-from pai_utils.masks import Mask, make_mask
-from pai_utils.pruning import check_rounds, prune
-from pai_utils.scorers import SCORERS, Scores, score
-from pai_utils.sources import (
-    IMAGE_SETS,
-    Source,
-    is_held_out,
-    load_source,
-    prune_source,
-    score_source,
-    source_parts,
-)
-from pai_utils.tasks import Task
+from pai_utils.models.encoders import Backbone
+from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
+from pai_utils.support.sampling import Samples, batches, check_labels, fitting_batches, in_precision
 
 
 @dataclass(frozen=True)
@@ -75,7 +51,7 @@ def evaluate(
         model: from images to logits.
         data: labelled images.
         batch_size: images a forward.
-        precision: of the forward's products, a key of `pai_utils.execution.PRECISIONS`.
+        precision: of the forward's products, a key of `pai_utils.support.sampling.PRECISIONS`.
 
     Raises:
         ValueError: if the labels go beyond the model's classes, the loss is not finite, ``data``
@@ -124,7 +100,7 @@ def evaluate_heads(
     Raises:
         ValueError: as :func:`evaluate`, or if a task has no head.
     """
-    _check_names("head of task", data, heads)
+    check_names("head of task", data, heads)
     results = {}
     for name, samples in data.items():
         values, labels = features(backbone, samples, batch_size=batch_size, precision=precision)
@@ -282,190 +258,6 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class SweepMask:
-    """One mask of a :func:`retention_sweep`, and what made it."""
-
-    scorer: str
-    source: str  #: "none" for a scorer that looks at no data
-    seed: int
-    sparsity: float
-    scores: Scores
-    mask: Mask
-
-
-def retention_sweep(
-    backbone: Backbone,
-    tasks: Mapping[str, Task],
-    heads: Mapping[str, nn.Linear],
-    sources: Sequence[str],
-    *,
-    scorers: Sequence[str] = ("ggn_diag", "magnitude", "random"),
-    sparsities: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
-    seeds: Sequence[int] = (0, 1, 2),
-    samples: int | None = 256,
-    scope: str = "global",
-    rounds: int = 1,
-    batch_size: int = 64,
-    precision: str = "float32",
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    compensations: Sequence[str] = ("none",),
-    compensation_options: Mapping[str, Any] | None = None,
-    observe: Callable[[SweepMask], None] | None = None,
-) -> pd.DataFrame:
-    """Prune on every source, evaluate on every task with its frozen head.
-
-    No data but the source's touches a mask, of tasks their training split. Scores are computed once
-    a source, scorer and seed and shared by all sparsities. A scorer that looks at no data is run
-    once and recorded under the source ``"none"``, and one that draws nothing with the first seed
-    alone. Of a source with several parts a scorer that needs a head looks at the first task alone;
-    compensation and the others look at all.
-
-    Args:
-        backbone: the dense encoder; it is left as it is.
-        tasks: by name, the sources among them.
-        heads: a frozen head for each task.
-        sources: what masks are computed on: a task, or parts joined by ``+`` that may also be
-            images of no task (:mod:`pai_utils.sources`).
-        scorers: keys of :data:`~pai_utils.scorers.SCORERS`.
-        sparsities: fractions of the prunable weights to remove.
-        seeds: of the scores' draws.
-        samples: images a score; ``None`` for all.
-        scope: as in :func:`~pai_utils.masks.make_mask`.
-        rounds: in which every mask is reached, as in :func:`~pai_utils.pruning.prune`. With more
-            than one nothing is shared: each compensation has masks of its own.
-        batch_size: images a forward.
-        precision: of the forwards that measure accuracy, as in :func:`evaluate`; scores are
-            computed in the encoder's own.
-        options: for a scorer, keywords of its own, or others for its ``samples`` and
-            ``batch_size``.
-        compensations: what is done to the surviving weights of every mask, each in turn
-            (:mod:`pai_utils.compensation`), on the source's training images. A scorer with a
-            compensation is named ``"scorer + compensation"`` in the table, and a mask that looked
-            at no data is compensated on every source.
-        compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`, for all of
-            them; ``samples`` and ``options`` are the scores' own.
-        observe: is handed every mask before it is evaluated; of one round only.
-
-    Returns:
-        One row a source, scorer, seed, sparsity and target, and the dense rows (scorer
-        ``"dense"``, sparsity 0): columns ``target, source, scorer, sparsity, seed, accuracy,
-        loss, count, chance, correct`` (the last one ``[count]`` bool).
-
-    Raises:
-        ValueError: for an unknown source, scorer, scope, precision, compensation or option of it,
-            an impossible sparsity or number of rounds, an ``observe`` with several, or a scorer
-            that needs a head, or ``obs``, with a source that is no task.
-    """
-    for source in sources:
-        parts = source_parts(source, tasks)
-        if all(part in IMAGE_SETS for part in parts):
-            for scorer in scorers:
-                if scorer in SCORERS and SCORERS[scorer].needs_data and SCORERS[scorer].needs_head:
-                    raise ValueError(
-                        f"scorer {scorer!r} needs a task's head, and source {source!r} has none; "
-                        "use feature_ggn_diag, or add a task to the source with a +"
-                    )
-            if any("obs" in parse_compensation(compensation) for compensation in compensations):
-                raise ValueError(
-                    f"compensation 'obs' needs labels, and source {source!r} has none; add a task "
-                    "to the source with a +"
-                )
-    _check_names("scorer", scorers, SCORERS)
-    options = options or {}
-    _check_names("scorer of options", options, scorers)
-    for sparsity in sparsities:
-        check_rounds(rounds, sparsity, scope)
-    if observe is not None and rounds > 1:
-        raise ValueError(f"masks of rounds={rounds} cannot be observed; use rounds=1")
-    for compensation in compensations:
-        check_compensation(compensation, compensation_options or {})
-    tests = {name: task.test for name, task in tasks.items()}
-    pruned = copy.deepcopy(backbone)
-    weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
-
-    def rows(source: str, scorer: str, sparsity: float, seed: int) -> Iterator[dict[str, object]]:
-        results = evaluate_heads(pruned, heads, tests, batch_size=batch_size, precision=precision)
-        for target, result in results.items():
-            mask = {"source": source, "scorer": scorer, "sparsity": sparsity, "seed": seed}
-            yield {"target": target, **mask, **result.row(tasks[target].chance)}
-
-    cells = [
-        (scorer, source, seed)
-        for scorer in scorers
-        for source in (sources if SCORERS[scorer].needs_data else ["none"])
-        for seed in (seeds if SCORERS[scorer].seeded else seeds[:1])
-    ]
-    table = list(rows("none", "dense", 0.0, 0))
-    any_head = next(iter(heads.values()))  # for what looks at features only
-
-    @cache
-    def loaded(source: str, seed: int) -> Source:
-        return load_source(source, backbone, tasks, heads, seed=seed)
-
-    def repair_(whole: Mask, source: str, compensation: str, seed: int) -> None:
-        place = loaded(source, seed)
-        head = place.head or any_head
-        compensate_(
-            Classifier(pruned, head),
-            Classifier(backbone, head),
-            whole,
-            place.images_to_repair_by(compensation),
-            compensation,
-            **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
-        )
-
-    def scored(scorer: str, source: str, seed: int, **keywords: Any) -> Scores:
-        if not SCORERS[scorer].needs_data:
-            return score(scorer, Classifier(backbone, any_head), seed=seed, **keywords)
-        place = loaded(source, seed)
-        model = Classifier(backbone, place.head or any_head)
-        return score_source(scorer, model, place, seed=seed, **keywords)
-
-    def prune_(
-        scorer: str, source: str, sparsity: float, compensation: str, seed: int, **keywords: Any
-    ) -> None:
-        place = None if source == "none" else loaded(source, seed)
-        model = Classifier(backbone, any_head if place is None else place.head or any_head)
-        shared: dict[str, Any] = {
-            "scope": scope,
-            "rounds": rounds,
-            "compensation": compensation,
-            "compensation_options": compensation_options,
-            "seed": seed,
-        }
-        if place is None:
-            found = prune(model, None, scorer, sparsity, **shared, **keywords)
-        else:
-            found = prune_source(scorer, model, place, sparsity, **shared, **keywords)
-        pruned.load_state_dict(cast(Classifier, found.model).backbone.state_dict())
-
-    for scorer, source, seed in progress(cells, "retention", total=len(cells)):
-        keywords = {"samples": samples, "batch_size": batch_size, **options.get(scorer, {})}
-        scores = scored(scorer, source, seed, **keywords) if rounds == 1 else None
-        for sparsity in sparsities:
-            if scores is not None:
-                whole = make_mask(scores, sparsity, scope)
-                mask = _encoder_part(whole)
-                if observe is not None:
-                    observe(SweepMask(scorer, source, seed, sparsity, scores, mask))
-            for compensation in compensations:
-                repaired = compensation != "none"
-                for place_name in sources if repaired and source == "none" else [source]:
-                    if scores is None:
-                        prune_(scorer, place_name, sparsity, compensation, seed, **keywords)
-                    else:
-                        mask.apply_(pruned)
-                        if repaired:
-                            repair_(whole, place_name, compensation, seed)
-                    label = f"{scorer} + {compensation}" if repaired else scorer
-                    table += rows(place_name, label, sparsity, seed)
-                    with torch.no_grad():
-                        for name, parameter in pruned.named_parameters():
-                            parameter.copy_(weights[name])
-    return pd.DataFrame(table)
-
-
 def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """Means and bootstrap intervals over items and seeds of a :func:`retention_sweep`.
 
@@ -546,13 +338,6 @@ def held_out_retention(
                 }
             )
     return pd.DataFrame(summary)
-
-
-def _check_names(kind: str, names: Iterable[str], valid: Iterable[str]) -> None:
-    known = list(valid)
-    for name in names:
-        if name not in known:
-            raise unknown_name(kind, name, known)
 
 
 def retention_verdict(
@@ -663,11 +448,6 @@ def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The dense encoder's row of each target."""
     rows = table[table.scorer == "dense"].to_dict("records")
     return {str(row["target"]): {str(k): v for k, v in row.items()} for row in rows}
-
-
-def _encoder_part(mask: Mask) -> Mask:
-    """The mask of a classifier as a mask of its encoder."""
-    return Mask({name.removeprefix("backbone."): entry for name, entry in mask.items()})
 
 
 def _evaluation(logits: Tensor, labels: Tensor) -> Evaluation:

@@ -22,15 +22,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Backbone, Classifier, load_backbone, resolve_device
-from pai_utils.execution import device_of, hash_tensors, listed, undisturbed, unknown_name
-from pai_utils.files import write_atomically
 from pai_utils.masks import Mask, describe_weights
-from pai_utils.tensor_files import read_tensors, write_tensors
+from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.models.loading import load_backbone, resolve_device
+from pai_utils.support.common import device_of, hash_tensors, listed, undisturbed, unknown_name
+from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import read_tensors, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
 """What :func:`write_formats` writes."""
-
 _FORMAT = "pai_utils.compressed/1"
 _WHAT = "compressed checkpoint"
 _FOR_ONNX = ("onnxscript", "onnxruntime")
@@ -166,8 +166,8 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
     """The encoder with its head from a compressed file alone, with no download.
 
     Args:
-        path: a file of :func:`save_compressed`, of a :class:`~pai_utils.backbones.Classifier`
-            whose encoder :func:`~pai_utils.backbones.load_backbone` knows by name.
+        path: a file of :func:`save_compressed`, of a :class:`~pai_utils.models.encoders.Classifier`
+            whose encoder :func:`~pai_utils.models.loading.load_backbone` knows by name.
         device: where to put it.
 
     Raises:

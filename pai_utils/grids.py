@@ -17,8 +17,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Cell", "read_grid"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 

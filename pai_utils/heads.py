@@ -7,23 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Backbone
-from pai_utils.clip import zero_shot_head
-from pai_utils.execution import (
-    Samples,
-    batches,
-    device_of,
-    fitting_batches,
-    in_precision,
-    undisturbed,
-    unknown_name,
-)
-from pai_utils.shared import Kept, reused
-from pai_utils.tasks import ImageDataset, Task
+from pai_utils.data.images import ImageDataset
+from pai_utils.data.tasks import Task
+from pai_utils.models.clip import zero_shot_head
+from pai_utils.models.encoders import Backbone
+from pai_utils.support.cache import Kept, reused
+from pai_utils.support.common import device_of, undisturbed, unknown_name
+from pai_utils.support.sampling import Samples, batches, fitting_batches, in_precision
 
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
-
 HEADS = ("linear", "text")
 """What heads are made of, labelled features or class names."""
 
@@ -33,8 +26,8 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, feature_dim]`` and labels ``[N]`` of all of ``data``, in order, on the CPU.
 
-    ``precision`` is that of the forward's products (`pai_utils.execution.PRECISIONS`); features
-    are float32 at least.
+    ``precision`` is that of the forward's products (`pai_utils.support.sampling.PRECISIONS`);
+    features are float32 at least.
     """
     device = device_of(backbone)
 
@@ -50,7 +43,7 @@ def features(
 def dense_features(
     backbone: nn.Module, data: ImageDataset, *, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`features`, of an encoder that other runs may use too (:mod:`pai_utils.shared`)."""
+    """As :func:`features`, kept for other runs (:mod:`pai_utils.support.cache`)."""
 
     def compute() -> Kept:
         values, labels = features(backbone, data, batch_size=batch_size)
@@ -70,7 +63,7 @@ def make_heads(
         backbone: the dense encoder.
         tasks: by name.
         kind: ``"linear"`` fits each on the task's training images (:func:`fit_head`); ``"text"``
-            makes it of the class names (:func:`pai_utils.clip.zero_shot_head`), for CLIP only.
+            makes it of the class names (:func:`~pai_utils.models.clip.zero_shot_head`): CLIP only.
         batch_size: images a forward.
 
     Raises:

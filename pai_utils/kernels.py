@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["kernel_settings"]
-
 _POSIX = os.name == "posix"
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Backbone, Classifier
-from pai_utils.execution import hash_tensors, listed
-from pai_utils.files import write_atomically
-from pai_utils.tensor_files import read_tensors, write_tensors
+from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.support.common import hash_tensors, listed
+from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import read_tensors, write_tensors
 
 SCOPES = ("global", "layer", "erk", "N:M")
 _FORMAT = "pai_utils.Mask/2"
@@ -154,7 +154,7 @@ class Mask(Mapping[str, Tensor]):
         Names and shapes must fit. So must the encoder's name and the weights' checksum, where the
         metadata has them (:func:`describe_weights`). The checksum is of the dense weights, so it
         is not asked of a model whose pruned weights are all zero already, such as one that was
-        compensated or fine-tuned after pruning: there is nothing left to prune.
+        repaired or fine-tuned after pruning: there is nothing left to prune.
 
         Args:
             model: the model to prune.

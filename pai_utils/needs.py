@@ -1,6 +1,6 @@
 """What runs of notebooks have in common: features, heads and scores, to be computed once.
 
-:func:`needs` lists what a run will look for in the folder of :mod:`pai_utils.shared`, from its
+:func:`needs` lists what a run will look for in :mod:`pai_utils.support.cache`, from its
 parameters alone; :func:`make` computes one of them there. A run finds by content, not by these
 names: one that needs what was not foreseen computes it itself.
 """
@@ -15,12 +15,18 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from pai_utils import runs
-from pai_utils.runs import RunConfig
+from pai_utils.data.mixtures import IMAGE_SETS, task_of
 from pai_utils.scorers import SCORERS
-from pai_utils.sources import IMAGE_SETS, task_of
-
-__all__ = ["KINDS", "Need", "make", "needs"]
+from pai_utils.studies import (
+    finetune_recovery,
+    landscape_analysis,
+    prune_per_task,
+    prune_your_own,
+    scorer_atlas,
+    worked_examples,
+    zero_shot_retention,
+)
+from pai_utils.studies.parameters import RunParameters
 
 KINDS = ("features", "head", "scores")
 
@@ -82,7 +88,7 @@ class Need:
         return [replace(self, kind="head", source=task, **plain) for task in self.tasks[:1]]
 
 
-def needs(config: RunConfig) -> list[Need]:
+def needs(config: RunParameters) -> list[Need]:
     """What a run with these parameters reads from a shared folder, if it is there.
 
     Those of the pre-trained encoder only: encoders without pre-training, pruned and fine-tuned
@@ -97,18 +103,19 @@ def needs(config: RunConfig) -> list[Need]:
 
 
 def make(need: Need) -> None:
-    """Compute a need; inside :func:`pai_utils.shared.keeping` it is kept.
+    """Compute a need; inside :func:`pai_utils.support.cache.keeping` it is kept.
 
     Raises:
         ValueError: as the functions that compute it.
     """
     from torch import nn
 
-    from pai_utils.backbones import Classifier, load_backbone
-    from pai_utils.execution import device_of
+    from pai_utils.data.tasks import load_task
     from pai_utils.heads import dense_features, fit_head
-    from pai_utils.sources import load_source, score_source
-    from pai_utils.tasks import load_task
+    from pai_utils.models.encoders import Classifier
+    from pai_utils.models.loading import load_backbone
+    from pai_utils.studies.suite import load_source, score_source
+    from pai_utils.support.common import device_of
 
     encoder = load_backbone(
         need.backbone,
@@ -191,12 +198,12 @@ def _scores(
                     )
 
 
-def _prune_per_task(config: runs.PrunePerTaskConfig) -> Iterator[Need]:
+def _prune_per_task(config: prune_per_task.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.sources)
     yield from _scores(config, config.scorers, config.sources, [config.seed])
 
 
-def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> Iterator[Need]:
+def _zero_shot_retention(config: zero_shot_retention.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.tasks)  # also of text heads, for the gap of the protocols
     for task in config.tasks:
         yield _common(config, "features", task, "test")
@@ -204,7 +211,7 @@ def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> Iterator[Need]
         yield from _scores(config, config.scorers, config.sources, config.seeds)
 
 
-def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> Iterator[Need]:
+def _finetune_recovery(config: finetune_recovery.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.tasks)
     pool = config.prune_by or config.source
     masked = {"pruned", "repaired"} & set(config.starts)
@@ -213,30 +220,30 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> Iterator[Need]:
         yield from _scores(config, [config.scorer], [pool], config.seeds)
 
 
-def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> Iterator[Need]:
+def _landscape_analysis(config: landscape_analysis.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.tasks)
     yield from _scores(config, config.scorers, config.tasks, [config.seed])
 
 
-def _scorer_atlas(config: runs.ScorerAtlasConfig) -> Iterator[Need]:
+def _scorer_atlas(config: scorer_atlas.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.sources)  # but no scores: what they cost is measured
 
 
-def _worked_examples(config: runs.WorkedExamplesConfig) -> Iterator[Need]:
+def _worked_examples(config: worked_examples.Parameters) -> Iterator[Need]:
     yield from ()  # no encoder
 
 
-def _prune_your_own(config: runs.PruneYourOwnConfig) -> Iterator[Need]:
+def _prune_your_own(config: prune_your_own.Parameters) -> Iterator[Need]:
     yield from _heads(config, config.tasks)
     yield from _scores(config, config.scorers, [config.prune_by or config.source], [config.seed])
 
 
-_LISTS: dict[type[RunConfig], Callable[[Any], Iterator[Need]]] = {
-    runs.PrunePerTaskConfig: _prune_per_task,
-    runs.ZeroShotRetentionConfig: _zero_shot_retention,
-    runs.FinetuneRecoveryConfig: _finetune_recovery,
-    runs.LandscapeAnalysisConfig: _landscape_analysis,
-    runs.ScorerAtlasConfig: _scorer_atlas,
-    runs.WorkedExamplesConfig: _worked_examples,
-    runs.PruneYourOwnConfig: _prune_your_own,
+_LISTS: dict[type[RunParameters], Callable[[Any], Iterator[Need]]] = {
+    prune_per_task.Parameters: _prune_per_task,
+    zero_shot_retention.Parameters: _zero_shot_retention,
+    finetune_recovery.Parameters: _finetune_recovery,
+    landscape_analysis.Parameters: _landscape_analysis,
+    scorer_atlas.Parameters: _scorer_atlas,
+    worked_examples.Parameters: _worked_examples,
+    prune_your_own.Parameters: _prune_your_own,
 }

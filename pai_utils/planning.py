@@ -19,21 +19,26 @@ from typing import Any
 
 import pandas as pd
 
-from pai_utils import runs
-from pai_utils.compensation import COMPENSATION_SAMPLES, parse_compensation
-from pai_utils.datasets import DATASETS
-from pai_utils.execution import progress
+from pai_utils.data.datasets import DATASETS
+from pai_utils.data.mixtures import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
+from pai_utils.data.tasks import check_size, part_sizes
 from pai_utils.needs import Need
-from pai_utils.runs import NotebookConfig, RunConfig
+from pai_utils.repair.methods import REPAIR_SAMPLES, parse_repair
 from pai_utils.scorers import SCORERS
-from pai_utils.sources import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
-from pai_utils.tasks import check_size, part_sizes
-
-__all__ = ["DEFAULT_TFLOPS", "downloads", "plan", "plan_need"]
+from pai_utils.studies import (
+    finetune_recovery,
+    landscape_analysis,
+    prune_per_task,
+    prune_your_own,
+    scorer_atlas,
+    worked_examples,
+    zero_shot_retention,
+)
+from pai_utils.studies.parameters import EncoderParameters, RunParameters
+from pai_utils.support.common import progress
 
 DEFAULT_TFLOPS = 20.0
 """Sustained by a data-centre GPU in float32 with TensorFloat-32, by order of magnitude."""
-
 _BACKWARD = 2  # forwards
 _FIGURES_MIB = 2.0
 _LIBRARIES_MIB = 1200.0
@@ -62,7 +67,7 @@ class _Work:
         self.forwards += (1 + _BACKWARD) * images
 
 
-def plan(cells: Mapping[str, RunConfig], *, tflops: float = DEFAULT_TFLOPS) -> pd.DataFrame:
+def plan(cells: Mapping[str, RunParameters], *, tflops: float = DEFAULT_TFLOPS) -> pd.DataFrame:
     """Estimate every cell of a grid.
 
     Args:
@@ -91,7 +96,7 @@ def plan(cells: Mapping[str, RunConfig], *, tflops: float = DEFAULT_TFLOPS) -> p
             work = _COUNTS[type(config)](config)
         except ValueError as error:
             raise ValueError(f"cell {name!r}: {error}") from error
-        if not isinstance(config, NotebookConfig):
+        if not isinstance(config, EncoderParameters):
             rows.append(
                 {"cell": name, "backbone": "", "images": 0.0, "pflop": 0.0, "hours": 0.0}
                 | {"results_mib": _FIGURES_MIB, "pixels_mib": 0.0, "memory_mib": _LIBRARIES_MIB}
@@ -137,14 +142,11 @@ def plan_need(need: Need, *, tflops: float = DEFAULT_TFLOPS) -> dict[str, float]
     }
 
 
-def downloads(cells: Iterable[RunConfig]) -> dict[str, int]:
+def downloads(cells: Iterable[RunParameters]) -> dict[str, int]:
     """The data sets on disk that runs need, each once, with their megabytes."""
-    encoders = [config for config in cells if isinstance(config, NotebookConfig)]
+    encoders = [config for config in cells if isinstance(config, EncoderParameters)]
     names = dict.fromkeys(name for config in encoders for name in _tasks(config))
     return {name: DATASETS[name].megabytes for name in names if name in DATASETS}
-
-
-# --- encoders and tasks ---
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _encoder(name: str, image_size: int | None) -> _Encoder:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pai_utils.backbones import load_backbone, prunable_parameters
+    from pai_utils.models.encoders import prunable_parameters
+    from pai_utils.models.loading import load_backbone
 
     if name.startswith("file:"):
         name = name.rpartition("@")[2]
@@ -203,9 +206,6 @@ def _sizes(name: str, config: Any) -> dict[str, int]:
 def _tasks(config: Any) -> list[str]:
     names: list[str] = config.sources if not hasattr(config, "targets") else config.tasks
     return list(dict.fromkeys(names))
-
-
-# --- what the notebooks do ---
 
 
 def _total(config: Any, split: str) -> int:
@@ -252,14 +252,14 @@ def _sweep(
     config: Any,
     scorers: Iterable[str],
     seeds: int | None = None,
-    compensations: Sequence[str] = (),
+    repairs: Sequence[str] = (),
     rounds: int = 1,
 ) -> None:
     draws = list(_draws(config, scorers))
     if seeds is not None:  # the encoder without pre-training: one seed
         draws = list(dict.fromkeys(draws))
     # More than one round leads to each mask by itself.
-    scores = 1 if rounds == 1 else rounds * len(config.sparsities) * len(compensations)
+    scores = 1 if rounds == 1 else rounds * len(config.sparsities) * len(repairs)
     for scorer, source in draws * scores:
         _score(work, config, scorer, source, **getattr(config, "options", {}).get(scorer, {}))
     masks = len(draws) * len(config.sparsities)
@@ -268,25 +268,25 @@ def _sweep(
         for scorer, source in draws
         for place in ([source] if SCORERS[scorer].needs_data else config.sources)
     ]
-    for compensation in compensations:
-        parts = parse_compensation(compensation)
+    for repair in repairs:
+        parts = parse_repair(repair)
         if parts:
             work.copies, work.products_mib = 40, _PRODUCTS_MIB
         for place in places if parts else []:
-            wanted = getattr(config, "compensation_options", {}).get("samples")
-            images = min(wanted or COMPENSATION_SAMPLES, _available(place, config))
+            wanted = getattr(config, "repair_options", {}).get("samples")
+            images = min(wanted or REPAIR_SAMPLES, _available(place, config))
             # The dense and the pruned network see the images; blocks need gradients besides.
-            repairs = rounds * len(config.sparsities)
-            work.forwards += 2 * images * repairs
+            repaired = rounds * len(config.sparsities)
+            work.forwards += 2 * images * repaired
             if "obs" in parts:
-                for _ in range(repairs):
+                for _ in range(repaired):
                     _score(work, config, "block_fisher", place, samples=images)
             masks += len(config.sparsities)
     work.forwards += (1 + masks) * _total(config, "test")
     work.rows += 2 * (1 + masks) * len(_tasks(config))
 
 
-def _prune_per_task(config: runs.PrunePerTaskConfig) -> _Work:
+def _prune_per_task(config: prune_per_task.Parameters) -> _Work:
     work = _Work(forwards=_total(config, "train") + _total(config, "test"))
     for scorer in config.scorers:
         for source in config.sources if SCORERS[scorer].needs_data else config.sources[:1]:
@@ -297,17 +297,17 @@ def _prune_per_task(config: runs.PrunePerTaskConfig) -> _Work:
     return work
 
 
-def _zero_shot_retention(config: runs.ZeroShotRetentionConfig) -> _Work:
+def _zero_shot_retention(config: zero_shot_retention.Parameters) -> _Work:
     work = _Work()
     train, test = _total(config, "train"), _total(config, "test")
     # Heads, the gap of the protocols, and heads of the encoder without pre-training.
     work.forwards += (train if config.heads == "linear" else 0) + (train + 2 * test) + train
-    _sweep(work, config, config.scorers, compensations=config.compensations, rounds=config.rounds)
+    _sweep(work, config, config.scorers, repairs=config.repairs, rounds=config.rounds)
     _sweep(work, config, config.scorers[:1], seeds=1)
     return work
 
 
-def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
+def _finetune_recovery(config: finetune_recovery.Parameters) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     work = _Work(forwards=train + test, copies=40, products_mib=_PRODUCTS_MIB)
     pool = config.prune_by or config.source
@@ -320,7 +320,7 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
                 for _ in range(config.rounds):
                     _score(work, config, config.scorer, pool)
             if start == "repaired":
-                wanted = config.compensation_options.get("samples") or COMPENSATION_SAMPLES
+                wanted = config.repair_options.get("samples") or REPAIR_SAMPLES
                 work.forwards += config.rounds * 2 * min(int(wanted), _available(pool, config))
     for _ in range(runs_of):
         work.train(max(config.steps) * config.finetune_batch_size)
@@ -331,7 +331,7 @@ def _finetune_recovery(config: runs.FinetuneRecoveryConfig) -> _Work:
     return work
 
 
-def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
+def _landscape_analysis(config: landscape_analysis.Parameters) -> _Work:
     work = _Work()
     _study(work, config, config.scorers, len(config.sparsities), len(config.fractions))
     for name in config.comparisons:
@@ -345,7 +345,7 @@ def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
     work.rows += networks * _DENSITY_ROWS
     _score(work, config, config.scorers[0], config.source)
     work.forwards += 2 * min(
-        config.compensation_options.get("samples", COMPENSATION_SAMPLES),
+        config.repair_options.get("samples", REPAIR_SAMPLES),
         _available(config.source, config),
     )
     work.train(config.finetune_steps * config.batch_size)
@@ -361,7 +361,7 @@ def _landscape_analysis(config: runs.LandscapeAnalysisConfig) -> _Work:
 def _study(
     work: _Work, config: Any, scorers: Iterable[str], sparsities: int, fractions: int
 ) -> None:
-    """Of :func:`pai_utils.landscape.study`."""
+    """Of :func:`pai_utils.studies.landscape_analysis.study`."""
     masks = 0
     for scorer in scorers:
         sources = config.tasks if SCORERS[scorer].needs_data else config.tasks[:1]
@@ -379,7 +379,7 @@ def _study(
     work.rows += masks * len(config.tasks) * (fractions + 2)
 
 
-def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:
+def _scorer_atlas(config: scorer_atlas.Parameters) -> _Work:
     work = _Work(forwards=_total(config, "train"))
     if "block_fisher" in config.scorers:
         work.block_size = config.options.get("block_fisher", {}).get("block_size", 64)
@@ -387,16 +387,16 @@ def _scorer_atlas(config: runs.ScorerAtlasConfig) -> _Work:
     return work
 
 
-def _worked_examples(config: runs.WorkedExamplesConfig) -> _Work:
+def _worked_examples(config: worked_examples.Parameters) -> _Work:
     return _Work()  # networks of a few weights
 
 
-def _prune_your_own(config: runs.PruneYourOwnConfig) -> _Work:
+def _prune_your_own(config: prune_your_own.Parameters) -> _Work:
     train, test = _total(config, "train"), _total(config, "test")
     work = _Work(forwards=train + 2 * test, copies=40, products_mib=_PRODUCTS_MIB)
     pool = config.prune_by or config.source
-    wanted = int(config.compensation_options.get("samples") or COMPENSATION_SAMPLES)
-    repaired = min(wanted, _available(pool, config)) if config.compensation != "none" else 0
+    wanted = int(config.repair_options.get("samples") or REPAIR_SAMPLES)
+    repaired = min(wanted, _available(pool, config)) if config.repair != "none" else 0
     repaired *= config.rounds
     validation = _sizes(config.source, config)["validation"]
     for scorer in config.scorers:
@@ -414,12 +414,12 @@ def _prune_your_own(config: runs.PruneYourOwnConfig) -> _Work:
     return work
 
 
-_COUNTS: dict[type[RunConfig], Callable[[Any], _Work]] = {
-    runs.PrunePerTaskConfig: _prune_per_task,
-    runs.ZeroShotRetentionConfig: _zero_shot_retention,
-    runs.FinetuneRecoveryConfig: _finetune_recovery,
-    runs.LandscapeAnalysisConfig: _landscape_analysis,
-    runs.ScorerAtlasConfig: _scorer_atlas,
-    runs.WorkedExamplesConfig: _worked_examples,
-    runs.PruneYourOwnConfig: _prune_your_own,
+_COUNTS: dict[type[RunParameters], Callable[[Any], _Work]] = {
+    prune_per_task.Parameters: _prune_per_task,
+    zero_shot_retention.Parameters: _zero_shot_retention,
+    finetune_recovery.Parameters: _finetune_recovery,
+    landscape_analysis.Parameters: _landscape_analysis,
+    scorer_atlas.Parameters: _scorer_atlas,
+    worked_examples.Parameters: _worked_examples,
+    prune_your_own.Parameters: _prune_your_own,
 }

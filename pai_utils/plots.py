@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pai_utils.landscape import PREDICTORS
-from pai_utils.selection import Choice
+from pai_utils.studies.prune_your_own import Choice
 
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
@@ -69,8 +69,8 @@ def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float
     """Retention on the validation part against sparsity; what was chosen is in a square.
 
     Args:
-        candidates: as from :func:`~pai_utils.selection.validation_sweep`.
-        choice: as from :func:`~pai_utils.selection.choose`.
+        candidates: as from :func:`~pai_utils.studies.prune_your_own.validation_sweep`.
+        choice: as from :func:`~pai_utils.studies.prune_your_own.choose`.
         tolerance: as given to it; a dashed line is at what must be kept.
     """
     with _look():
@@ -102,7 +102,7 @@ def stages_compared(table: pd.DataFrame, source: str) -> Figure:
     """Retention of every task after each stage of a pruning, with intervals.
 
     Args:
-        table: as from :func:`~pai_utils.selection.compare_stages`.
+        table: as from :func:`~pai_utils.studies.prune_your_own.compare_stages`.
         source: the task that was looked at; it stands on top.
     """
     others = [name for name in dict.fromkeys(table.target) if name != source]
@@ -167,9 +167,9 @@ def recovery_arrows(gains: pd.DataFrame) -> Figure:
     """What fine-tuning changed, from each start: an arrow from retention before to after.
 
     Args:
-        gains: as from :func:`~pai_utils.finetuning.recovery_gains` with dense accuracies, one row
-            a start, sparsity and penalty, such as
-            :func:`~pai_utils.finetuning.chosen_on_validation` leaves. One panel a sparsity.
+        gains: as from `recovery_gains` of the study of recovery, with dense accuracies, one row
+            a start, sparsity and penalty, such as `chosen_on_validation` leaves. One panel a
+            sparsity.
     """
     labelled = gains.assign(
         label=[
@@ -205,7 +205,7 @@ def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: 
     """Accuracy over fine-tuning steps, one panel a learning rate, one line a task.
 
     Args:
-        recovery: as from :func:`~pai_utils.finetuning.recovery_sweep`, of one start and penalty.
+        recovery: as from `recovery_sweep` of the study of recovery, of one start and penalty.
         dense: dense accuracy of each task, drawn at the right edge.
         source: the task fine-tuned on, drawn thicker.
     """
@@ -310,7 +310,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
     """Predicted against measured loss increase, one panel a prediction, one marker a scorer.
 
     Args:
-        cells: of a :class:`~pai_utils.landscape.Study`; filled markers are held-out tasks.
+        cells: of a `Study` of the landscape; filled markers are held-out tasks.
     """
     scorers = list(dict.fromkeys(cells.scorer))
     positive = cells.measured[cells.measured > 0]
@@ -382,7 +382,7 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
     """Correlation of each predictor with held-out retention, with intervals.
 
     Args:
-        table: as from :func:`~pai_utils.landscape.transfer_correlations`.
+        table: as from :func:`~pai_utils.studies.landscape_analysis.transfer_correlations`.
     """
     rows = table[::-1]
     kinds = {
@@ -445,7 +445,7 @@ def spectra(density: pd.DataFrame) -> Figure:
     """Densities of eigenvalues on a logarithmic axis, one line a network.
 
     Args:
-        density: second part of :func:`~pai_utils.landscape.spectra`.
+        density: second part of :func:`~pai_utils.studies.landscape_analysis.spectra`.
     """
     with _look():
         figure, axes = plt.subplots(figsize=(6.4, 3.6))
@@ -596,7 +596,7 @@ def accuracy_left(table: pd.DataFrame) -> Figure:
     """Retention of every scorer on source and held-out tasks, one panel a sparsity.
 
     Args:
-        table: as from :func:`~pai_utils.atlas.accuracy_left`.
+        table: as from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`.
     """
     scorers = list(dict.fromkeys(table.scorer))[::-1]
     series = {"source": ("o", "black"), "held-out": ("s", "white")}
@@ -655,7 +655,7 @@ def sample_images(tasks: Mapping[str, Any], columns: int = 8) -> Figure:
     """The first test images of each task, one row a task.
 
     Args:
-        tasks: name to :class:`~pai_utils.tasks.Task`.
+        tasks: name to :class:`~pai_utils.data.tasks.Task`.
         columns: images a row.
     """
     with _look():

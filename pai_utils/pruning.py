@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from pai_utils.backbones import prunable_parameters
-from pai_utils.compensation import check_compensation, compensate_
-from pai_utils.execution import Samples, logger, unknown_name
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
+from pai_utils.models.encoders import prunable_parameters
+from pai_utils.repair.methods import check_repair, repair_
 from pai_utils.scorers import score
+from pai_utils.support.common import logger, unknown_name
+from pai_utils.support.sampling import Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda sparsity, progress: (1 - sparsity) ** progress,
@@ -61,9 +62,9 @@ def prune(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     source: str | None = None,
-    compensation: str = "none",
-    compensation_options: Mapping[str, Any] | None = None,
-    compensation_data: Samples | None = None,
+    repair: str = "none",
+    repair_options: Mapping[str, Any] | None = None,
+    repair_data: Samples | None = None,
     samples: int | None = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -71,14 +72,14 @@ def prune(
 ) -> Pruned:
     """Prune a copy of ``model``; the model itself is untouched.
 
-    Each round scores the network pruned so far, repaired if a compensation is named, and prunes it
+    Each round scores the network pruned so far, repaired if a repair is named, and prunes it
     further; a pruned weight never comes back. After round r of R the fraction of weights that is
     left is (1 − s)^(r/R) with ``schedule="exponential"``, as in iterative pruning to a constant
     ratio a round (Tanaka et al. 2020), and 1 − s r/R with ``"linear"``. One round is one-shot
     pruning.
 
     Args:
-        model: images to logits, usually a :class:`~pai_utils.backbones.Classifier`.
+        model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`.
         data: samples of the source task.
         scorer: a key of :data:`~pai_utils.scorers.SCORERS`.
         sparsity: fraction s to remove, in [0, 1), of the weights that ``include`` and ``exclude``
@@ -90,18 +91,18 @@ def prune(
             ``None`` for all prunable ones.
         exclude: patterns of the weights to spare, by :func:`select_parameters`.
         source: name of the source task, for the mask's metadata.
-        compensation: what is done to the surviving weights, in every round from their values in
+        repair: what is done to the surviving weights, in every round from their values in
             ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
-            ``obs`` (:mod:`pai_utils.compensation`).
-        compensation_options: keywords of :func:`~pai_utils.compensation.compensate_`.
-        compensation_data: what the compensation looks at; by default ``data``.
+            ``obs`` (:mod:`pai_utils.repair.methods`).
+        repair_options: keywords of :func:`~pai_utils.repair.methods.repair_`.
+        repair_data: what the repair looks at; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
         seed: seed of every draw.
         options: the scorer's own keywords.
 
     Raises:
-        ValueError: for an unknown scorer, scope, schedule, option or compensation, an impossible
+        ValueError: for an unknown scorer, scope, schedule, option or repair, an impossible
             sparsity, a pattern without a match, or fewer rounds than one.
 
     Examples:
@@ -120,10 +121,10 @@ def prune(
         0.5
     """
     # Before the costly scores, so that a misspelling is told at once.
-    parts = check_compensation(compensation, compensation_options or {})
-    seen = data if compensation_data is None else compensation_data
+    parts = check_repair(repair, repair_options or {})
+    seen = data if repair_data is None else repair_data
     if parts and seen is None:
-        raise ValueError(f"compensation {compensation!r} needs samples of the source task")
+        raise ValueError(f"repair {repair!r} needs samples of the source task")
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
     check_rounds(rounds, sparsity, scope)
@@ -137,7 +138,7 @@ def prune(
         "scope": scope,
         "rounds": str(rounds),
         "schedule": schedule,
-        "compensation": compensation,
+        "repair": repair,
         "samples": str(samples),
         "seed": str(seed),
     }
@@ -167,13 +168,13 @@ def prune(
         # Not strict: these are the weights it was made for, some of them removed by now.
         mask.apply_(pruned, strict=False)
         if parts and seen is not None:
-            compensate_(
+            repair_(
                 pruned,
                 model,
                 mask,
                 seen,
-                compensation,
-                **{"batch_size": batch_size, "seed": seed, **(compensation_options or {})},
+                repair,
+                **{"batch_size": batch_size, "seed": seed, **(repair_options or {})},
             )
     assert mask is not None
     if mask.empty_layers:
@@ -218,7 +219,7 @@ def select_parameters(
 
     Args:
         names: parameters to choose from, such as
-            :func:`~pai_utils.backbones.prunable_parameters`.
+            :func:`~pai_utils.models.encoders.prunable_parameters`.
         include: one pattern or several, of which one must match; ``None`` for all.
         exclude: one pattern or several, of which none may match.
 

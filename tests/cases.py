@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from pai_utils.backbones import Backbone, Classifier, ImageTransform, Provenance
-from pai_utils.tasks import ImageDataset, Task
+from pai_utils.data.images import ImageDataset, ImageTransform
+from pai_utils.data.tasks import Task
+from pai_utils.models.encoders import Backbone, Classifier, Provenance
 
 CLASSES = 4
 SIDE = 8

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils import decoding
+from pai_utils.data import decoding
+from pai_utils.data.images import ImageDataset
 from pai_utils.evaluation import (
     evaluate_heads,
     gain_replicates,
@@ -22,10 +23,9 @@ from pai_utils.evaluation import (
     interval,
     retention,
     retention_replicates,
-    retention_sweep,
     summarise_retention,
 )
-from pai_utils.tasks import ImageDataset
+from pai_utils.studies.sweeps import retention_sweep
 from tests.cases import (
     Case,
     Images,

@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pai_utils import export
-from pai_utils.backbones import Classifier, load_backbone, prunable_parameters
-from pai_utils.execution import hash_tensors
 from pai_utils.export import (
     check_compressed,
     check_onnx,
@@ -26,6 +24,9 @@ from pai_utils.export import (
     write_formats,
 )
 from pai_utils.masks import Mask, make_mask
+from pai_utils.models.encoders import Classifier, prunable_parameters
+from pai_utils.models.loading import load_backbone
+from pai_utils.support.common import hash_tensors
 from tests.cases import tiny_classifier
 
 ROOT = Path(__file__).resolve().parents[1]

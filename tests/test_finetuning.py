@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 import pai_utils as pai
 from pai_utils.evaluation import Evaluation
-from pai_utils.finetuning import (
-    OPTIMISERS,
-    FeaturePenalty,
-    Penalty,
+from pai_utils.finetuning import OPTIMISERS, FeaturePenalty, Penalty
+from pai_utils.heads import features
+from pai_utils.studies.finetune_recovery import (
     chosen_on_validation,
     make_penalties,
     recovery_gains,
@@ -24,7 +23,6 @@ from pai_utils.finetuning import (
     recovery_study,
     recovery_sweep,
 )
-from pai_utils.heads import features
 from tests.cases import Images, fingerprint, tiny_backbone, tiny_classifier, tiny_task
 
 
@@ -503,7 +501,7 @@ def test_a_study_scores_with_the_head_that_belongs_to_the_images(
         seen.append((model.head, images, options["samples"], options["rounds"]))
         return pai.prune(model, images, *rest, **options)
 
-    monkeypatch.setattr("pai_utils.sources.prune", watched)
+    monkeypatch.setattr("pai_utils.data.mixtures.prune", watched)
     table = recovery_study(
         encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
         scorer="snip", prune_by="other", samples=1_000_000, rounds=2, learning_rates=[1e-3],

@@ -8,8 +8,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import pai_utils as pai
-from pai_utils.backbones import Backbone
 from pai_utils.heads import features
+from pai_utils.models.encoders import Backbone
 from tests.cases import Limited, fingerprint, tiny_backbone, tiny_dataset, tiny_task
 
 

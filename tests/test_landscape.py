@@ -11,19 +11,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import pai_utils as pai
-from pai_utils.backbones import Backbone, Classifier
 from pai_utils.curvature.partial import partial_terms
 from pai_utils.curvature.products import GGNOperator, directional_terms, inner_product
 from pai_utils.curvature.spectra import Eigenpairs
+from pai_utils.data.tasks import Task
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.landscape import (
     PARTS,
-    QUANTITIES,
     Plane,
     TaskCurvature,
-    barriers,
-    briefly_trained,
-    compared,
     difference,
     error_parts,
     losses_along,
@@ -35,14 +31,20 @@ from pai_utils.landscape import (
     pruning_direction,
     random_plane,
     rank_agreement,
-    spectra,
-    study,
     task_alignment,
     task_curvature,
-    transfer_correlations,
 )
 from pai_utils.masks import make_mask
-from pai_utils.tasks import Task
+from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.studies.landscape_analysis import (
+    QUANTITIES,
+    barriers,
+    briefly_trained,
+    compared,
+    spectra,
+    study,
+    transfer_correlations,
+)
 from tests.cases import (
     Case,
     Images,

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 import pai_utils as pai
 from pai_utils import __main__ as command_line
-from pai_utils import backbones, tasks
-from pai_utils.datasets import DATASETS
+from pai_utils.data import embedded
+from pai_utils.data.datasets import DATASETS
 from pai_utils.grids import read_grid
+from pai_utils.models import published
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = """
@@ -31,7 +32,7 @@ out = "results"
 CONFIG = """
 import pai_utils as pai
 
-config = pai.runs.ZeroShotRetentionConfig.from_notebook(globals())
+config = pai.studies.zero_shot_retention.Parameters.from_notebook(globals())
 """
 
 
@@ -95,9 +96,9 @@ def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:
     result = call("list")
     assert result.exit_code == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
-    for name, spec in backbones.BACKBONES.items():
+    for name, spec in published.BACKBONES.items():
         assert spec.description in lines[name]
-    for name, preset in backbones.PRESETS.items():
+    for name, preset in published.PRESETS.items():
         assert f"{preset.description}; 224 px, {preset.licence}" in lines[name]
     for name, task in pai.TASKS.items():
         assert lines[name].endswith(task.description)
@@ -259,7 +260,7 @@ def test_the_doctor_finds_versions_device_weights_and_data() -> None:
     for name in ("Python", "torch", "timm", "papermill", "device"):
         assert name in names
     assert [n for n in names if n.startswith("weights")] == [
-        f"weights {name}" for name in backbones.BACKBONES
+        f"weights {name}" for name in published.BACKBONES
     ]
     assert [n for n in names if n.startswith("data")] == [
         *(f"data {name}" for name in pai.TASKS),
@@ -353,17 +354,17 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
     name = "efficientnet_lite0"
     damaged = tmp_path / "encoder.pth"
     damaged.write_bytes(b"half a file")
-    spec = backbones.BACKBONES[name]
+    spec = published.BACKBONES[name]
 
     class Damaged(type(spec)):  # type: ignore[misc]
         path = damaged
 
-    monkeypatch.setitem(backbones.BACKBONES, name, Damaged(**vars(spec)))
+    monkeypatch.setitem(published.BACKBONES, name, Damaged(**vars(spec)))
 
     def absent() -> Any:
-        return tasks._data_folder("no_such_module", "no-such-package")
+        return embedded._data_folder("no_such_module", "no-such-package")
 
-    monkeypatch.setitem(tasks.TASKS, "digits", tasks.TaskSpec("digits", ("0", "1"), absent))
+    monkeypatch.setitem(embedded.TASKS, "digits", embedded.TaskSpec("digits", ("0", "1"), absent))
     monkeypatch.setattr(
         "importlib.metadata.requires",
         lambda _: ["no-such-library>=2", "no-such-runner ; extra == 'book'", "x ; extra == 'test'"],

@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 
 import pai_utils as pai
-from pai_utils import shared
-from pai_utils.evaluation import protocol_gap, retention_sweep
+from pai_utils.evaluation import protocol_gap
 from pai_utils.needs import Need, make, needs
-from pai_utils.runs import NotebookConfig, RunConfig, ZeroShotRetentionConfig, read_parameters
-from pai_utils.shared import keeping, used_files
+from pai_utils.studies.parameters import EncoderParameters, RunParameters, read_parameters
+from pai_utils.studies.sweeps import retention_sweep
+from pai_utils.studies.zero_shot_retention import Parameters as ZeroShotRetentionParameters
+from pai_utils.support import cache
+from pai_utils.support.cache import keeping, used_files
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-def _config(notebook: str, **values: Any) -> RunConfig:
+def _config(notebook: str, **values: Any) -> RunParameters:
     return read_parameters(NOTEBOOKS / f"{notebook}.ipynb", values)
 
 
-def _listed(config: RunConfig, kind: str) -> list[tuple[str, str, int, int | None]]:
+def _listed(config: RunParameters, kind: str) -> list[tuple[str, str, int, int | None]]:
     return [(n.source, n.scorer, n.seed, n.samples) for n in needs(config) if n.kind == kind]
 
 
@@ -28,7 +30,7 @@ def test_everything_made_is_what_a_run_then_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAI_SHARED", str(tmp_path))
-    monkeypatch.setattr(shared, "_used", {})
+    monkeypatch.setattr(cache, "_used", {})
     config = _config(
         "zero_shot_retention",
         source=["digits", "photos+noise", "leaves"],
@@ -40,13 +42,13 @@ def test_everything_made_is_what_a_run_then_reads(
         train_size=60,
         test_size=40,
     )
-    assert isinstance(config, ZeroShotRetentionConfig)
+    assert isinstance(config, ZeroShotRetentionParameters)
     made = set()
     for need in needs(config):
         with keeping() as names:
             make(need)
         made |= set(names)
-    shared._used.clear()
+    cache._used.clear()
 
     encoder = pai.load_backbone(config.backbone, device="cpu")
     tasks = {
@@ -139,8 +141,8 @@ def test_scores_are_made_from_heads_and_heads_from_features() -> None:
 
 
 def test_a_notebook_without_a_list_is_refused() -> None:
-    config = NotebookConfig(backbone="efficientnet_lite0", out="x")
-    with pytest.raises(ValueError, match="no list of needs for NotebookConfig"):
+    config = EncoderParameters(backbone="efficientnet_lite0", out="x")
+    with pytest.raises(ValueError, match="no list of needs for EncoderParameters"):
         needs(config)
 
 

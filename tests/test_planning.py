@@ -7,13 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from pai_utils import runs
-from pai_utils.backbones import load_backbone
-from pai_utils.datasets import DATASETS
+from pai_utils.data.datasets import DATASETS
+from pai_utils.data.tasks import part_sizes
 from pai_utils.grids import read_grid
+from pai_utils.models.loading import load_backbone
 from pai_utils.planning import downloads, plan
 from pai_utils.scorers import SCORERS
-from pai_utils.tasks import part_sizes
+from pai_utils.studies import (
+    finetune_recovery,
+    landscape_analysis,
+    parameters,
+    prune_per_task,
+    prune_your_own,
+    scorer_atlas,
+    worked_examples,
+    zero_shot_retention,
+)
 
 COMMON: dict[str, Any] = {
     "backbone": "timm:test_resnet",
@@ -25,7 +34,7 @@ COMMON: dict[str, Any] = {
 }
 
 
-def retention(**changes: Any) -> runs.ZeroShotRetentionConfig:
+def retention(**changes: Any) -> zero_shot_retention.Parameters:
     values = {
         "source": ["digits", "photos"],
         "targets": ["digits", "photos", "glyphs"],
@@ -33,7 +42,7 @@ def retention(**changes: Any) -> runs.ZeroShotRetentionConfig:
         "sparsities": [0.2, 0.4],
         "seeds": [0, 1, 2],
     }
-    return runs.ZeroShotRetentionConfig(**{**COMMON, **values, **changes})
+    return zero_shot_retention.Parameters(**{**COMMON, **values, **changes})
 
 
 def test_a_sweep_is_counted_as_it_runs() -> None:
@@ -82,16 +91,16 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
     ("config", "images"),
     [
         (
-            runs.PrunePerTaskConfig(
+            prune_per_task.Parameters(
                 **COMMON, sources=["digits", "photos"], scorers=["snip", "random"], sparsity=0.5
             ),
             2 * 140 + 2 * (3 * 10 + 40) + 40,
         ),
         (
-            runs.FinetuneRecoveryConfig(
+            finetune_recovery.Parameters(
                 **COMMON, source="digits", targets=["photos"], scorer="snip",
                 sparsities=[0.5, 0.7], starts=["pruned", "repaired", "dense"],
-                compensation="moments", penalties={"none": 0, "source": 1},
+                repair="moments", penalties={"none": 0, "source": 1},
                 learning_rates=[1e-5, 1e-4], steps=[0, 2, 6], seeds=[0], finetune_batch_size=4,
             ),
             # Heads; scores and repairs; twelve runs, each watched at three steps and fitted anew.
@@ -99,7 +108,7 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
             + 12 * (3 * 6 * 4 + 3 * (80 + part_sizes("digits")["validation"]) + 80 + 200),
         ),
         (
-            runs.LandscapeAnalysisConfig(
+            landscape_analysis.Parameters(
                 **COMMON, source="digits", targets=["photos"], scorers=["snip"],
                 sparsities=[0.2, 0.4], fractions=[0.5, 1.0], products=4, eigenvectors=2,
                 comparisons=["random", "trained"], brief_steps=5, spectrum_samples=6, probes=2,
@@ -114,9 +123,9 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
             + 2 * 9 * (7 + 7),
         ),
         (
-            runs.PruneYourOwnConfig(
+            prune_your_own.Parameters(
                 **COMMON, source="digits", targets=["photos"], scorers=["snip", "magnitude"],
-                sparsities=[0.2, 0.4], compensation="moments", finetune_steps=5,
+                sparsities=[0.2, 0.4], repair="moments", finetune_steps=5,
                 finetune_batch_size=4,
             ),
             # Heads and tests; scores, repairs and validation of candidates; the chosen one again
@@ -126,7 +135,7 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
             + 3 * 5 * 4 + 80,
         ),
         (
-            runs.ScorerAtlasConfig(
+            scorer_atlas.Parameters(
                 **COMMON, sources=["digits", "photos"], scorers=["hessian_diag", "random"],
                 sparsities=[0.5], seeds=[0, 1],
                 options={"hessian_diag": {"probes": 5, "samples": 7}},
@@ -136,12 +145,12 @@ def test_operations_are_those_of_the_encoders_forward() -> None:
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, (int, float)) else "",
 )  # fmt: skip
-def test_every_notebook_is_counted(config: runs.NotebookConfig, images: float) -> None:
+def test_every_notebook_is_counted(config: parameters.EncoderParameters, images: float) -> None:
     assert plan({"a": config}).images[0] == pytest.approx(images)
 
 
 def test_a_notebook_without_an_encoder_is_planned_beside_others() -> None:
-    examples = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.9, out="x")
+    examples = worked_examples.Parameters(fractions=[0.5, 1.0], correlation=0.9, out="x")
     cells = {"examples": examples, "mine": retention(targets=["digits", "MNIST"])}
     first, second = plan(cells).to_dict("records")
     assert (first["backbone"], first["images"], first["hours"]) == ("", 0, 0)
@@ -171,11 +180,11 @@ def test_data_sets_to_fetch_are_named_once() -> None:
     }
 
 
-def test_compensations_are_counted_with_the_masks_they_repair() -> None:
+def test_repairs_are_counted_with_the_masks_they_repair() -> None:
     configs = {
         "plain": retention(),
-        "moments": retention(compensations=["none", "moments"]),
-        "obs": retention(compensations=["none", "obs"]),
+        "moments": retention(repairs=["none", "moments"]),
+        "obs": retention(repairs=["none", "obs"]),
     }
     plain, moments, obs = plan(configs).images
     # snip on two sources with three seeds; magnitude, and random three times, on each source
@@ -186,16 +195,14 @@ def test_compensations_are_counted_with_the_masks_they_repair() -> None:
 
 
 def test_rounds_multiply_scores_and_repairs() -> None:
-    given: dict[str, Any] = {"scorers": ["snip"], "compensations": ["none", "moments"]}
+    given: dict[str, Any] = {"scorers": ["snip"], "repairs": ["none", "moments"]}
     images = [plan({"cell": retention(rounds=rounds, **given)}).images[0] for rounds in (1, 2, 3)]
     scores = 2 * 3 * SCORERS["snip"].passes(SCORERS["snip"].options) * 30
-    sparsities, compensations = 2, 2
+    sparsities, repairs = 2, 2
     # Of the further round: a score and a repair a mask.
     repairs = 2 * 3 * sparsities * 2 * 100
-    assert images[2] - images[1] == pytest.approx(scores * sparsities * compensations + repairs)
-    assert images[1] - images[0] == pytest.approx(
-        scores * (2 * sparsities * compensations - 1) + repairs
-    )
+    assert images[2] - images[1] == pytest.approx(scores * sparsities * repairs + repairs)
+    assert images[1] - images[0] == pytest.approx(scores * (2 * sparsities * repairs - 1) + repairs)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +232,7 @@ def test_the_grid_of_the_paper_asks_for_no_more_than_there_is() -> None:
 def test_what_cannot_be_estimated_is_refused() -> None:
     with pytest.raises(ValueError, match="tflops must be above 0, got 0"):
         plan({}, tflops=0)
-    with pytest.raises(ValueError, match="cell 'a': no estimate for NotebookConfig"):
-        plan({"a": runs.NotebookConfig(**COMMON)})
+    with pytest.raises(ValueError, match="cell 'a': no estimate for EncoderParameters"):
+        plan({"a": parameters.EncoderParameters(**COMMON)})
     with pytest.raises(ValueError, match="unknown backbone 'test_resnett'"):
         plan({"a": retention(backbone="timm:test_resnett")})

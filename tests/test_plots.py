@@ -14,7 +14,7 @@ from pai_utils.plots import (
     transfer_heatmap,
     validation_choice,
 )
-from pai_utils.selection import Choice
+from pai_utils.studies.prune_your_own import Choice
 
 MIXED = "mnist5k+mnist5k:altered+photographs+contours"
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import pai_utils as pai
-from pai_utils import evaluation, pruning
-from pai_utils.compensation import compensate_
+from pai_utils import pruning
 from pai_utils.masks import Mask, make_mask
+from pai_utils.repair.methods import repair_
 from pai_utils.scorers import Scores, score
+from pai_utils.studies import sweeps
 from tests.cases import fingerprint, tiny_classifier, tiny_task
 
 NAMES = ["backbone.encoder.0.weight", "backbone.encoder.3.weight"]
@@ -60,7 +61,7 @@ def test_the_mask_says_what_it_was_made_for_and_how() -> None:
     assert mask.metadata == {
         "encoder": model.backbone.name,
         "provenance": model.backbone.provenance.source,
-        "compensation": "none",
+        "repair": "none",
         "source": "spots",
         "scorer": "ggn_diag",
         "scorer.estimator": "exact",
@@ -139,7 +140,7 @@ def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
 
 def test_each_round_scores_the_network_repaired_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny_classifier(), tiny_task().train
-    repaired: dict[str, Any] = {"compensation": "layerwise+moments", "samples": 8}
+    repaired: dict[str, Any] = {"repair": "layerwise+moments", "samples": 8}
     seen: list[dict[str, torch.Tensor]] = []
 
     def watch(name: str, model: torch.nn.Module, *args: Any, **options: Any) -> Scores:
@@ -153,7 +154,7 @@ def test_each_round_scores_the_network_repaired_so_far(monkeypatch: pytest.Monke
     # Both rounds start from the dense weights, so that errors of the first repair are not kept.
     alone = copy.deepcopy(model)
     pruned.mask.apply_(alone)
-    compensate_(alone, model, pruned.mask, data, "layerwise+moments")
+    repair_(alone, model, pruned.mask, data, "layerwise+moments")
     torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
@@ -184,7 +185,7 @@ def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compensation": "moment"}, "unknown compensation 'moment'.* Choose from: none"),
+        ({"repair": "moment"}, "unknown repair 'moment'.* Choose from: none"),
         ({"rounds": 0}, "rounds=0"),
         ({"schedule": "cubic"}, "unknown schedule 'cubic'.* Choose from: exponential, linear"),
         (
@@ -214,10 +215,10 @@ def test_a_misspelled_scope_is_told_before_the_scores(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("compensation", "options", "message"),
+    ("repair", "options", "message"),
     [
-        ("none", {"damp": 1}, "unknown compensation option 'damp'; did you mean 'damping'"),
-        ("obs", {"model": None}, "unknown compensation option 'model'"),
+        ("none", {"damp": 1}, "unknown repair option 'damp'; did you mean 'damping'"),
+        ("obs", {"model": None}, "unknown repair option 'model'"),
         ("moments", {"samples": 0}, "samples=0: at least one sample"),
         ("layerwise", {"damping": -1}, "damping=-1 must be a finite number above zero"),
         ("layerwise", {"rows": 0}, "rows=0: at least one row"),
@@ -226,20 +227,18 @@ def test_a_misspelled_scope_is_told_before_the_scores(monkeypatch: pytest.Monkey
         ("obs", {"damping": 1e-12}, "damping=1e-12 must be a finite number of at least 1e-10"),
     ],
 )
-def test_impossible_compensation_options_are_told_before_the_scores(
-    compensation: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+def test_impossible_repair_options_are_told_before_the_scores(
+    repair: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored first"))
-    monkeypatch.setattr(evaluation, "evaluate_heads", lambda *_, **__: pytest.fail("ran first"))
+    monkeypatch.setattr(sweeps, "evaluate_heads", lambda *_, **__: pytest.fail("ran first"))
     task, model = tiny_task(), tiny_classifier()
     with pytest.raises(ValueError, match=message):
-        pai.prune(
-            model, task.train, compensation=compensation, compensation_options=options, samples=8
-        )
+        pai.prune(model, task.train, repair=repair, repair_options=options, samples=8)
     with pytest.raises(ValueError, match=message):
-        evaluation.retention_sweep(
+        sweeps.retention_sweep(
             model.backbone, {"dots": task}, {"dots": model.head}, ["dots"],
-            compensations=[compensation], compensation_options=options,
+            repairs=[repair], repair_options=options,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 import pai_utils as pai
-from pai_utils.runs import read_parameters
+from pai_utils.studies.parameters import read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

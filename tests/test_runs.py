@@ -14,19 +14,14 @@ import torch
 
 import pai_utils as pai
 from pai_utils import SCORERS, TASKS, runs
-from pai_utils.runs import (
-    FinetuneRecoveryConfig,
-    LandscapeAnalysisConfig,
-    PrunePerTaskConfig,
-    PruneYourOwnConfig,
-    Run,
-    ScorerAtlasConfig,
-    ZeroShotRetentionConfig,
-    altered_outputs,
-    check_results,
-    read_record,
-    read_results,
-)
+from pai_utils.runs import Run, altered_outputs, check_results, read_record, read_results
+from pai_utils.studies.finetune_recovery import Parameters as FinetuneRecoveryParameters
+from pai_utils.studies.landscape_analysis import Parameters as LandscapeAnalysisParameters
+from pai_utils.studies.prune_per_task import Parameters as PrunePerTaskParameters
+from pai_utils.studies.prune_your_own import Parameters as PruneYourOwnParameters
+from pai_utils.studies.scorer_atlas import Parameters as ScorerAtlasParameters
+from pai_utils.studies.worked_examples import Parameters as WorkedExamplesParameters
+from pai_utils.studies.zero_shot_retention import Parameters as ZeroShotRetentionParameters
 from tests.cases import tiny_task
 
 GIVEN: dict[str, Any] = {
@@ -46,29 +41,29 @@ GIVEN: dict[str, Any] = {
         ("precision", "float61", "precision: unknown precision 'float61'; did you mean 'float16'"),
         ("heads", "texts", "heads: unknown kind of head 'texts'; did you mean 'text'"),
         (
-            "compensations",
+            "repairs",
             ["none", "layerwize"],
-            "compensations.1: unknown compensation 'layerwize'; did you mean 'layerwise'",
+            "repairs.1: unknown repair 'layerwize'; did you mean 'layerwise'",
         ),
         ("source", "digits+leafs", "source: unknown task 'leafs'; did you mean 'leaves'"),
         ("scope", "layers", "unknown scope 'layers'; choose 'global', 'layer'"),
         ("scope", "2:4", "scope '2:4' keeps 2 of every 4 weights: its sparsity is 0.5, not 0.2"),
         ("rounds", 0, "rounds=0: at least one round is needed"),
-        ("compensation_options", {"damp": 1}, "unknown compensation option 'damp'"),
+        ("repair_options", {"damp": 1}, "unknown repair option 'damp'"),
     ],
 )
 def test_choices_of_the_sweep_are_looked_up_before_it_runs(
     name: str, value: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        ZeroShotRetentionConfig.from_notebook({**GIVEN, name: value})
+        ZeroShotRetentionParameters.from_notebook({**GIVEN, name: value})
 
 
-def test_options_of_a_compensation_keep_their_types() -> None:
+def test_options_of_a_repair_keep_their_types() -> None:
     options = {"samples": 600, "damping": 0.1, "streams": False}
-    config = ZeroShotRetentionConfig.from_notebook({**GIVEN, "compensation_options": options})
-    assert config.compensation_options == options
-    assert [type(v) for v in config.compensation_options.values()] == [int, float, bool]
+    config = ZeroShotRetentionParameters.from_notebook({**GIVEN, "repair_options": options})
+    assert config.repair_options == options
+    assert [type(v) for v in config.repair_options.values()] == [int, float, bool]
 
 
 def test_a_notebooks_namespace_becomes_its_configuration() -> None:
@@ -84,10 +79,10 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
         "open": open,
         "get_ipython": object(),
     }
-    config = ZeroShotRetentionConfig.from_notebook(namespace)
+    config = ZeroShotRetentionParameters.from_notebook(namespace)
     assert config.model_dump() == GIVEN | {
-        "compensations": ["none"],
-        "compensation_options": {},
+        "repairs": ["none"],
+        "repair_options": {},
         "scope": "global",
         "rounds": 1,
         "heads": "linear",
@@ -114,12 +109,12 @@ def test_a_notebooks_namespace_becomes_its_configuration() -> None:
     ],
 )
 def test_lists_that_papermill_passes_as_text_are_read(text: str, value: list[float]) -> None:
-    config = ZeroShotRetentionConfig.from_notebook(GIVEN | {"sparsities": text})
+    config = ZeroShotRetentionParameters.from_notebook(GIVEN | {"sparsities": text})
     assert config.sparsities == value
 
 
 def test_lists_of_names_may_go_without_quotes() -> None:
-    config = ZeroShotRetentionConfig.from_notebook(
+    config = ZeroShotRetentionParameters.from_notebook(
         GIVEN | {"source": "[digits, mnist5k]", "targets": '["photos"]'}
     )
     assert config.sources == ["digits", "mnist5k"]
@@ -151,7 +146,7 @@ def test_lists_of_names_may_go_without_quotes() -> None:
         ({"source": ["digits", "mnist"]}, "source: unknown task 'mnist'"),
         ({"targets": ["digits", "photo"]}, r"targets\.1: unknown task 'photo'"),
         ({"scorers": ["magnitud"]}, r"scorers\.0: unknown scorer 'magnitud'; did you mean"),
-        ({"compensations": ["moments"]}, "compensations: masks without compensation .*add none"),
+        ({"repairs": ["moments"]}, "repairs: masks without repair .*add none"),
         (
             {"source": ["digits"], "targets": ["digits"]},
             "the only target is the source digits; add an unseen task",
@@ -164,33 +159,35 @@ def test_a_wrong_parameter_is_told_with_the_valid_names(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        ZeroShotRetentionConfig.from_notebook(GIVEN | changes)
-    for name in ZeroShotRetentionConfig.model_fields:
+        ZeroShotRetentionParameters.from_notebook(GIVEN | changes)
+    for name in ZeroShotRetentionParameters.model_fields:
         assert name in str(error.value)
 
 
 def test_an_unknown_name_is_told_in_plain_words() -> None:
     with pytest.raises(ValueError, match="parameters refused") as error:
-        ZeroShotRetentionConfig.from_notebook(GIVEN | {"targets": ["digit"], "scorers": ["snap"]})
+        ZeroShotRetentionParameters.from_notebook(
+            GIVEN | {"targets": ["digit"], "scorers": ["snap"]}
+        )
     assert str(error.value) == (
         "parameters refused: "
         f"targets.0: unknown task 'digit'; did you mean 'digits'? Choose from: {', '.join(TASKS)}; "
         f"scorers.0: unknown scorer 'snap'; did you mean 'snip'? Choose from: {', '.join(SCORERS)}."
-        f" Valid parameters: {', '.join(ZeroShotRetentionConfig.model_fields)}"
+        f" Valid parameters: {', '.join(ZeroShotRetentionParameters.model_fields)}"
     )
     atlas: dict[str, Any] = {
         "backbone": "b", "sources": ["digits", "photos"], "scorers": ["snip", "random"],
         "sparsities": [0.5], "seeds": [0], "out": "o", "options": {"px": {}},
     }  # fmt: skip
     with pytest.raises(ValueError, match="refused: unknown scorer of options 'px'"):
-        ScorerAtlasConfig.from_notebook(atlas)
+        ScorerAtlasParameters.from_notebook(atlas)
 
 
 @pytest.mark.parametrize("name", ["backbone", "source", "seeds", "out"])
 def test_a_missing_parameter_is_named(name: str) -> None:
     given = {key: value for key, value in GIVEN.items() if key != name}
     with pytest.raises(ValueError, match=f"{name}: Field required.*Valid parameters: .*backbone, "):
-        ZeroShotRetentionConfig.from_notebook(given)
+        ZeroShotRetentionParameters.from_notebook(given)
 
 
 def test_an_infinite_learning_rate_is_refused() -> None:
@@ -198,12 +195,12 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         "backbone": "b", "source": "digits", "targets": ["photos"], "scorer": "ggn_diag",
         "sparsities": [0.5], "starts": ["pruned"], "seeds": [0], "steps": [0, 5], "out": "o",
     }  # fmt: skip
-    config = FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": "[1e-4, 2e-3]"})
+    config = FinetuneRecoveryParameters.from_notebook(given | {"learning_rates": "[1e-4, 2e-3]"})
     assert config.learning_rates == [1e-4, 2e-3]
     assert config.tasks == ["digits", "photos"]
     for rate in (float("inf"), 0.0, -1.0):
         with pytest.raises(ValueError, match=r"learning_rates\.0"):
-            FinetuneRecoveryConfig.from_notebook(given | {"learning_rates": [rate]})
+            FinetuneRecoveryParameters.from_notebook(given | {"learning_rates": [rate]})
 
 
 @pytest.mark.parametrize(
@@ -225,13 +222,13 @@ def test_an_impossible_recovery_is_refused_at_once(name: str, value: object, mes
         "sparsities": [0.5], "starts": ["pruned"], "seeds": [0], "steps": [0, 5], "out": "o",
         "learning_rates": [1e-4],
     }  # fmt: skip
-    assert FinetuneRecoveryConfig.from_notebook(given).penalties == {"none": 0}
-    sorted_by_name = FinetuneRecoveryConfig.from_notebook(
+    assert FinetuneRecoveryParameters.from_notebook(given).penalties == {"none": 0}
+    sorted_by_name = FinetuneRecoveryParameters.from_notebook(
         given | {"penalties": {"features": 1, "none": 0}}
     )
     assert list(sorted_by_name.penalties) == ["none", "features"]
     with pytest.raises(ValueError, match=message):
-        FinetuneRecoveryConfig.from_notebook(given | {name: value})
+        FinetuneRecoveryParameters.from_notebook(given | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -256,11 +253,11 @@ def test_an_impossible_choice_is_refused_at_once(name: str, value: object, messa
         "backbone": "b", "source": "digits", "targets": ["photos"], "scorers": ["snip"],
         "sparsities": [0.2, 0.5], "out": "o",
     }  # fmt: skip
-    config = PruneYourOwnConfig.from_notebook(given)
+    config = PruneYourOwnParameters.from_notebook(given)
     assert config.tasks == ["digits", "photos"]
     assert config.formats == ["compressed", "dense", "onnx"]
     with pytest.raises(ValueError, match=message):
-        PruneYourOwnConfig.from_notebook(given | {name: value})
+        PruneYourOwnParameters.from_notebook(given | {name: value})
 
 
 def test_the_other_notebooks_have_their_parameters() -> None:
@@ -268,33 +265,33 @@ def test_the_other_notebooks_have_their_parameters() -> None:
     per_task = common | {
         "sources": ["digits", "photos"], "scorers": ["random", "snip"], "sparsity": 0.5
     }  # fmt: skip
-    assert PrunePerTaskConfig.from_notebook(per_task).sources == ["digits", "photos"]
+    assert PrunePerTaskParameters.from_notebook(per_task).sources == ["digits", "photos"]
     with pytest.raises(ValueError, match="sources"):
-        PrunePerTaskConfig.from_notebook(per_task | {"sources": ["digits"]})
+        PrunePerTaskParameters.from_notebook(per_task | {"sources": ["digits"]})
     with pytest.raises(
         ValueError,
         match="refused: scorers: none of random, magnitude looks at a task; add at least one of: "
         "snip, ",
     ):
-        PrunePerTaskConfig.from_notebook(per_task | {"scorers": ["random", "magnitude"]})
+        PrunePerTaskParameters.from_notebook(per_task | {"scorers": ["random", "magnitude"]})
     landscape = common | {
         "source": "digits", "targets": ["photos"], "sparsities": [0.1], "fractions": [0.5, 1.0]
     }  # fmt: skip
-    assert LandscapeAnalysisConfig.from_notebook(landscape).tasks == ["digits", "photos"]
+    assert LandscapeAnalysisParameters.from_notebook(landscape).tasks == ["digits", "photos"]
     with pytest.raises(ValueError, match=r"fractions\.1"):
-        LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.5, 1.5]})
+        LandscapeAnalysisParameters.from_notebook(landscape | {"fractions": [0.5, 1.5]})
     with pytest.raises(ValueError, match="9 eigenvectors need as many products; got 5"):
-        LandscapeAnalysisConfig.from_notebook(landscape | {"eigenvectors": 9, "products": 5})
+        LandscapeAnalysisParameters.from_notebook(landscape | {"eigenvectors": 9, "products": 5})
     with pytest.raises(ValueError, match=r"add 1\.0"):
-        LandscapeAnalysisConfig.from_notebook(landscape | {"fractions": [0.25, 0.5]})
+        LandscapeAnalysisParameters.from_notebook(landscape | {"fractions": [0.25, 0.5]})
     with pytest.raises(ValueError, match="the only target is the source digits"):
-        LandscapeAnalysisConfig.from_notebook(landscape | {"targets": ["digits"]})
+        LandscapeAnalysisParameters.from_notebook(landscape | {"targets": ["digits"]})
     with pytest.raises(ValueError, match=r"unknown comparison 'brief'.*random, trained"):
-        LandscapeAnalysisConfig.from_notebook(landscape | {"comparisons": ["brief"]})
+        LandscapeAnalysisParameters.from_notebook(landscape | {"comparisons": ["brief"]})
 
 
-def config(folder: Path) -> ZeroShotRetentionConfig:
-    return ZeroShotRetentionConfig.from_notebook(GIVEN | {"out": str(folder)})
+def config(folder: Path) -> ZeroShotRetentionParameters:
+    return ZeroShotRetentionParameters.from_notebook(GIVEN | {"out": str(folder)})
 
 
 def test_a_run_writes_tables_masks_figures_and_their_record(tmp_path: Path) -> None:
@@ -464,7 +461,7 @@ def test_results_come_back_from_a_file_and_are_checked_there(tmp_path: Path) -> 
 
 
 def test_a_run_writes_results_without_the_dense_rows(tmp_path: Path) -> None:
-    config = PrunePerTaskConfig(
+    config = PrunePerTaskParameters(
         backbone="b", sources=["digits", "photos"], scorers=["snip"], sparsity=0.5,
         out=str(tmp_path / "cell"),
     )  # fmt: skip
@@ -478,15 +475,15 @@ def test_a_run_writes_results_without_the_dense_rows(tmp_path: Path) -> None:
 
 
 def test_results_need_an_encoder(tmp_path: Path) -> None:
-    config = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.9, out=str(tmp_path))
+    config = WorkedExamplesParameters(fractions=[0.5, 1.0], correlation=0.9, out=str(tmp_path))
     with pytest.raises(ValueError, match="results are those of an encoder, and worked_examples"):
         runs.Run("worked_examples", config).write_results(_result())
     with pytest.raises(ValueError, match="unknown parameter 'backbone'"):
-        runs.WorkedExamplesConfig.from_notebook({"backbone": "efficientnet_lite0", "out": "x"})
+        WorkedExamplesParameters.from_notebook({"backbone": "efficientnet_lite0", "out": "x"})
 
 
 def test_a_record_is_checked_when_it_is_read(tmp_path: Path) -> None:
-    config = PrunePerTaskConfig(
+    config = PrunePerTaskParameters(
         backbone="b", sources=["digits", "photos"], scorers=["snip"], sparsity=0.5,
         out=str(tmp_path),
     )  # fmt: skip
@@ -510,7 +507,7 @@ def test_a_record_is_checked_when_it_is_read(tmp_path: Path) -> None:
 
 
 def test_files_written_by_others_are_in_the_record(tmp_path: Path) -> None:
-    config = runs.WorkedExamplesConfig(fractions=[0.5, 1.0], correlation=0.5, out=str(tmp_path))
+    config = WorkedExamplesParameters(fractions=[0.5, 1.0], correlation=0.5, out=str(tmp_path))
     run = Run("worked_examples", config)
     (tmp_path / "model.onnx").write_bytes(b"content")
     run.record_files("model.onnx")

@@ -47,7 +47,7 @@ def found_by_name(files: list[Path]) -> Iterator[None]:
     if not files:
         yield
         return
-    from pai_utils.shared import FOLDER, gather
+    from pai_utils.support.cache import FOLDER, gather
 
     with TemporaryDirectory() as folder:
         gather(files, Path(folder))

@@ -13,8 +13,8 @@ from typing import Any
 
 from cells import Layout
 
-from pai_utils.files import write_atomically
 from pai_utils.grids import Cell, read_grid
+from pai_utils.support.files import write_atomically
 
 LIBRARY = Path("pai_utils")
 NOTEBOOKS = Path("notebooks")
@@ -75,7 +75,7 @@ def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
     configs = {}
     for name, cell in cells.items():
         if cell.notebook in checked:
-            from pai_utils.runs import read_parameters
+            from pai_utils.studies.parameters import read_parameters
 
             try:
                 configs[name] = read_parameters(_path(cell.notebook), cell.parameters)

@@ -15,8 +15,8 @@ from typing import Any
 from attempts import Attempt, read_attempts
 from cells import KERNEL_DIED, Layout, commit_of
 
-from pai_utils.files import write_atomically
 from pai_utils.grids import read_grid
+from pai_utils.support.files import write_atomically
 
 COLUMNS = (
     "cell",

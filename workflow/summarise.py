@@ -16,12 +16,13 @@ from claims import RECOVERIES, claims, in_words, rounds_of
 from matplotlib.figure import Figure
 
 from pai_utils import plots
+from pai_utils.data.mixtures import is_held_out
 from pai_utils.evaluation import retention_verdict
-from pai_utils.files import write_atomically
-from pai_utils.finetuning import chosen_on_validation
-from pai_utils.landscape import PREDICTORS, transfer_correlations
+from pai_utils.landscape import PREDICTORS
 from pai_utils.runs import read_record
-from pai_utils.sources import is_held_out
+from pai_utils.studies.finetune_recovery import chosen_on_validation
+from pai_utils.studies.landscape_analysis import transfer_correlations
+from pai_utils.support.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {

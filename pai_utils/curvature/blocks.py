@@ -46,16 +46,8 @@ from pai_utils.curvature.persample import (
     receive_gradients,
     samples_at_once,
 )
-from pai_utils.execution import (
-    Samples,
-    device_of,
-    draw_samples,
-    fitting_batches,
-    logger,
-    sum_over_processes_,
-    undisturbed,
-    unknown_name,
-)
+from pai_utils.support.common import device_of, logger, undisturbed, unknown_name
+from pai_utils.support.sampling import Samples, draw_samples, fitting_batches, sum_over_processes_
 
 FISHER_ESTIMATORS = ("empirical", "mc")
 SMALLEST_DAMPING = 1e-10
@@ -79,7 +71,7 @@ class BlockFisher:
         >>> weights = torch.ones(4)
         >>> fisher.saliency(weights)  # of two weights that move together, either can go
         tensor([0.0050, 0.0050, 1.0050, 0.0050], dtype=torch.float64)
-        >>> fisher.compensate(weights, torch.tensor([False, True, True, True]))
+        >>> fisher.repair(weights, torch.tensor([False, True, True, True]))
         tensor([0.0000, 1.9901, 1.0000, 1.0000])
     """
 
@@ -154,7 +146,7 @@ class BlockFisher:
             parts.append(torch.where(scale[:, None] == 0, math.inf, diagonal / safe))
         return torch.cat(parts).flatten()[: self.stop - self.start]
 
-    def compensate(self, weights: Tensor, keep: Tensor) -> Tensor:
+    def repair(self, weights: Tensor, keep: Tensor) -> Tensor:
         """Weights after removing those with ``keep`` false and moving the others of their block.
 
         Args:

@@ -25,21 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.labels import DrawnLabels, TrueLabels
-from pai_utils.curvature.persample import (
-    Batch,
-    Cotangents,
-    drawn_batches,
-    sum_squared_gradients,
-)
-from pai_utils.execution import (
+from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
+from pai_utils.support.common import device_of, undisturbed, unknown_name
+from pai_utils.support.sampling import (
     Samples,
-    device_of,
     draw_samples,
     fitting_batches,
     paired,
     sum_over_processes,
-    undisturbed,
-    unknown_name,
 )
 
 GGN_ESTIMATORS = ("mc", "exact", "batch")
@@ -201,7 +194,7 @@ def sum_squared_batch_gradients(
     """Σ over batches b and cotangents v of (Σ_{n in b} J_nᵀ v_n)².
 
     Arguments and result as :func:`~pai_utils.curvature.persample.sum_squared_gradients`; to be
-    called inside :func:`~pai_utils.execution.undisturbed`, since it sets ``requires_grad``.
+    called inside :func:`~pai_utils.support.common.undisturbed`, since it sets ``requires_grad``.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

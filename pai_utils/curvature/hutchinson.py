@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pai_utils.curvature.products import Operator, inner_product
-from pai_utils.execution import NonFiniteError, progress
+from pai_utils.support.common import NonFiniteError, progress
 
 
 @dataclass(frozen=True)

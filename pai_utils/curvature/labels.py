@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pai_utils.execution import check_labels
+from pai_utils.support.sampling import check_labels
 
 
 class TrueLabels:

@@ -34,14 +34,8 @@ from pai_utils.curvature.persample import (
     samples_at_once,
 )
 from pai_utils.curvature.products import check_directions
-from pai_utils.execution import (
-    Samples,
-    device_of,
-    draw_samples,
-    fitting_batches,
-    sum_over_processes_,
-    undisturbed,
-)
+from pai_utils.support.common import device_of, undisturbed
+from pai_utils.support.sampling import Samples, draw_samples, fitting_batches, sum_over_processes_
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
-from pai_utils.execution import (
-    Samples,
-    batches,
-    logger,
-    paired,
-    progress,
-    share_of_work,
-)
+from pai_utils.support.common import logger, progress
+from pai_utils.support.sampling import Samples, batches, paired, share_of_work
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """``(images [B, 3, H, W], labels [B], rows [B])``; ``rows`` are positions within the draw."""
@@ -451,7 +445,7 @@ def sum_squared_gradients(
 
     Args:
         model: images to logits; run as it is, so put it in evaluation mode first
-            (:func:`pai_utils.execution.undisturbed`).
+            (:func:`pai_utils.support.common.undisturbed`).
         names: parameter names, as in ``model.named_parameters()``.
         batches: triples ``(images [B, 3, H, W], labels [B], rows [B])``.
         cotangents: for the logits of a batch, the cotangents ``[B, C]`` to pull back.

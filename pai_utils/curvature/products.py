@@ -28,21 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
-from pai_utils.execution import (
-    NonFiniteError,
+from pai_utils.support.common import NonFiniteError, device_of, progress, undisturbed, unknown_name
+from pai_utils.support.sampling import (
     Samples,
     batches,
     check_labels,
-    device_of,
     draw_samples,
     fitting_batches,
     paired,
-    progress,
     share_of_work,
     sum_over_processes,
     sum_over_processes_,
-    undisturbed,
-    unknown_name,
 )
 
 GRAPH_MEMORY = 4 * 2**30

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pai_utils.curvature.hutchinson import rademacher
 from pai_utils.curvature.products import Operator
-from pai_utils.execution import NonFiniteError, progress, unknown_name
+from pai_utils.support.common import NonFiniteError, progress, unknown_name
 
 _Multiply = Callable[[Tensor], Tensor]
 

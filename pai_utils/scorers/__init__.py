@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Classifier, prunable_parameters
-from pai_utils.execution import Samples, clock, device_of, logger, unknown_name
+from pai_utils.models.encoders import Classifier, prunable_parameters
 from pai_utils.scorers.baselines import magnitude, random
 from pai_utils.scorers.block import block_fisher
 from pai_utils.scorers.diagonal import feature_ggn_diag, fisher_diag, ggn_diag
@@ -27,7 +26,9 @@ from pai_utils.scorers.gradient import grasp, snip
 from pai_utils.scorers.hessian import EstimatedScores, hessian_diag
 from pai_utils.scorers.ntk import ntk_sap
 from pai_utils.scorers.paths import px, synflow
-from pai_utils.shared import Kept, reused
+from pai_utils.support.cache import Kept, reused
+from pai_utils.support.common import clock, device_of, logger, unknown_name
+from pai_utils.support.sampling import Samples
 
 __all__ = ["SCORERS", "Scorer", "Scores", "score"]
 
@@ -127,7 +128,7 @@ class Scores(dict[str, Tensor]):
 
     ``standard_error`` holds the sampling error of each score where the scorer knows it (see the
     scorer for what it covers), and is empty otherwise. ``seconds`` is what the scorer took, of the
-    processor on a CPU; of scores that are read from a folder (:mod:`pai_utils.shared`), what it
+    processor on a CPU; of scores that were kept (:mod:`pai_utils.support.cache`), what it
     took when they were computed.
     """
 
@@ -164,12 +165,11 @@ def score(
         name: a key of :data:`SCORERS`.
         model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
             Scored in evaluation mode and left exactly as it was. Of a
-            :class:`~pai_utils.backbones.Classifier` the head is left out.
+            :class:`~pai_utils.models.encoders.Classifier` the head is left out.
         data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
-        names: the parameters to score, of any kind; by default
-            :func:`~pai_utils.backbones.prunable_parameters`. ``grasp``, ``ntk_sap`` and the probes
-            of ``hessian_diag`` vary these parameters only, so that a score depends on the others
-            named; ``random`` draws in their order.
+        names: the parameters to score, of any kind; by default the prunable ones.
+            ``grasp``, ``ntk_sap`` and the probes of ``hessian_diag`` vary these parameters only,
+            so that a score depends on the others named; ``random`` draws in their order.
         samples: size of the seeded draw without replacement; ``None`` for all, in order.
         batch_size: samples a forward; halved when memory runs out. No score depends on it.
         seed: seed of every draw.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pai_utils.execution import Samples
+from pai_utils.support.sampling import Samples
 
 
 def random(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.blocks import fisher_blocks
-from pai_utils.execution import Samples
+from pai_utils.support.sampling import Samples
 
 
 def block_fisher(

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pai_utils.backbones import Classifier
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
-from pai_utils.execution import Samples
+from pai_utils.models.encoders import Classifier
+from pai_utils.support.sampling import Samples
 
 
 def fisher_diag(
@@ -82,7 +82,7 @@ def feature_ggn_diag(
 ) -> dict[str, Tensor]:
     """½ w² · diagonal of the Gauss-Newton matrix of the features' squared change.
 
-    The features are a :class:`~pai_utils.backbones.Classifier`'s input to its head, and the
+    The features are a :class:`~pai_utils.models.encoders.Classifier`'s input to its head, and the
     outputs of any other model. No head and no label matters: what the score guards is the whole
     representation, of which any later task may use another part. Options and errors are those of
     :func:`~pai_utils.curvature.diagonals.output_diagonal`. The score is our own.

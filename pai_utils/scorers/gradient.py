@@ -15,18 +15,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from pai_utils.curvature.products import HessianOperator
-from pai_utils.execution import (
+from pai_utils.support.common import device_of, progress, undisturbed
+from pai_utils.support.sampling import (
     Samples,
     batches,
     check_labels,
-    device_of,
     draw_samples,
     fitting_batches,
     paired,
-    progress,
     share_of_work,
     sum_over_processes,
-    undisturbed,
 )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import GRAPH_MEMORY, HessianOperator
-from pai_utils.execution import Samples, logger
+from pai_utils.support.common import logger
+from pai_utils.support.sampling import Samples
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ class Recorder(_Observer):
 class PathNetwork:
     """The sum over paths of ``model``; see the module. Computes in float64.
 
-    To be made and used inside :func:`~pai_utils.execution.undisturbed`.
+    To be made and used inside :func:`~pai_utils.support.common.undisturbed`.
 
     Args:
         model: images to logits; neither its parameters nor torch's functions are touched.

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pai_utils.execution import (
+from pai_utils.support.common import device_of, progress, undisturbed, unknown_name
+from pai_utils.support.sampling import (
     Samples,
     batches,
-    device_of,
     draw_samples,
     fitting_batches,
     paired,
-    progress,
     share_of_work,
     sum_over_processes,
-    undisturbed,
-    unknown_name,
 )
 
 INPUTS = ("data", "noise")

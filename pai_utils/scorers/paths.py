@@ -11,19 +11,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pai_utils.execution import (
+from pai_utils.scorers.linearised import PathNetwork, Recorder
+from pai_utils.support.common import device_of, progress, undisturbed, unknown_name
+from pai_utils.support.sampling import (
     Samples,
     batches,
-    device_of,
     draw_samples,
     fitting_batches,
-    progress,
     share_of_work,
     sum_over_processes,
-    undisturbed,
-    unknown_name,
 )
-from pai_utils.scorers.linearised import PathNetwork, Recorder
 
 ESTIMATORS = ("bound", "gated")
 

@@ -194,7 +194,7 @@ def test_a_block_of_zero_gradients_costs_nothing_and_moves_nothing(samples: int)
     assert bool((saliency[:8] > 0).all())
     assert bool((saliency[16:] > 0).all())
     keep = torch.arange(24) % 3 > 0
-    moved = blocks.compensate(weights, keep)
+    moved = blocks.repair(weights, keep)
     assert torch.equal(moved[8:16], (weights * keep)[8:16])
 
 
@@ -210,7 +210,7 @@ def test_the_scale_of_the_gradients_is_only_a_factor(scale: float) -> None:
 
 
 @pytest.mark.parametrize(("samples", "block_size"), [(40, 8), (5, 8), (40, 30), (3, 1)])
-def test_compensation_is_the_closed_form(samples: int, block_size: int) -> None:
+def test_repair_is_the_closed_form(samples: int, block_size: int) -> None:
     gradients = spread_gradients(samples, 30)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(30, generator=generator, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_compensation_is_the_closed_form(samples: int, block_size: int) -> None:
     keep[:8] = True  # a block that nothing is removed from
     keep[8:16] = False  # and one that loses all
     blocks = BlockFisher.from_gradients(gradients, block_size=block_size, damping=1e-2)
-    found = blocks.compensate(weights, keep)
+    found = blocks.repair(weights, keep)
     expected = []
     parts = zip(weights.split(block_size), keep.split(block_size), strict=True)
     matrices = dense_blocks(gradients, block_size, 1e-2)
@@ -233,23 +233,23 @@ def test_compensation_is_the_closed_form(samples: int, block_size: int) -> None:
         assert torch.equal(found[:8], weights[:8])
 
 
-def test_compensation_lowers_the_increase_to_the_saliency() -> None:
+def test_repair_lowers_the_increase_to_the_saliency() -> None:
     gradients = spread_gradients(64, 16)
     weights = torch.ones(16, dtype=torch.float64)
     blocks = BlockFisher.from_gradients(gradients, block_size=16, damping=1e-2)
     (matrix,) = dense_blocks(gradients, 16, 1e-2)
     for i in range(16):
         keep = torch.arange(16) != i
-        step = blocks.compensate(weights, keep) - weights
+        step = blocks.repair(weights, keep) - weights
         assert float(step @ matrix @ step / 2) == pytest.approx(
             float(blocks.saliency(weights)[i]), rel=1e-10
         )
         assert blocks.saliency(weights)[i] < weights[i] ** 2 * matrix[i, i] / 2
 
 
-def test_compensated_weights_keep_their_dtype() -> None:
+def test_repaired_weights_keep_their_dtype() -> None:
     blocks = BlockFisher.from_gradients(spread_gradients(9, 10), block_size=4, damping=1e-2)
-    found = blocks.compensate(torch.ones(10), torch.arange(10) > 3)
+    found = blocks.repair(torch.ones(10), torch.arange(10) > 3)
     assert found.dtype == torch.float32
 
 
@@ -359,7 +359,7 @@ def test_bad_options_for_given_gradients_are_refused() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     blocks = BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=1e-2)
     with pytest.raises(ValueError, match=r"weights \(5,\) and keep \(4,\) .* shape \(4,\)"):
-        blocks.compensate(torch.ones(5), torch.ones(4).bool())
+        blocks.repair(torch.ones(5), torch.ones(4).bool())
 
 
 def test_a_singular_block_is_refused_not_turned_into_nan() -> None:

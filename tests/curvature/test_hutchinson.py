@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pai_utils.curvature.hutchinson import hutchinson_diagonal, hutchinson_trace
 from pai_utils.curvature.products import HessianOperator
-from pai_utils.execution import NonFiniteError
+from pai_utils.support.common import NonFiniteError
 from tests.cases import build, dense_hessian, flattened
 from tests.matrices import MatrixOperator, symmetric
 

@@ -10,7 +10,7 @@ from pai_utils.curvature.products import (
     HessianOperator,
     dense_matrix,
 )
-from pai_utils.execution import NonFiniteError
+from pai_utils.support.common import NonFiniteError
 from tests.cases import (
     Case,
     Head,

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pai_utils.curvature import persample
 from pai_utils.curvature.persample import sum_squared_gradients
-from pai_utils.execution import undisturbed
+from pai_utils.support.common import undisturbed
 from tests.cases import (
     MODELS,
     Case,

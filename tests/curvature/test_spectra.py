@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.curvature.spectra import Eigenpairs, spectral_density, top_eigenpairs
-from pai_utils.execution import NonFiniteError
+from pai_utils.support.common import NonFiniteError
 from tests.cases import Case, build, dense_hessian, fingerprint
 from tests.matrices import MatrixOperator, symmetric
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.execution import undisturbed
 from pai_utils.scorers.linearised import PathNetwork
 from pai_utils.scorers.paths import px
+from pai_utils.support.common import undisturbed
 from tests.cases import (
     BatchNorm,
     Case,

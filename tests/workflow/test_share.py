@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pai_utils.needs import needs
-from pai_utils.runs import read_parameters
+from pai_utils.studies.parameters import read_parameters
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,1 @@
+"""Images and labels: from files and packages to batches of pixels."""

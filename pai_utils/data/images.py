@@ -1,0 +1,244 @@
+"""Pixels on their way into an encoder: its transform, and labelled images kept decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pai_utils.support.common import unknown_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def check_image_size(image_size: int) -> None:
+    """Refuse what is no number of pixels.
+
+    Raises:
+        ValueError: if it is no positive integer.
+    """
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Preprocessing of one encoder, in two steps: `resize` to uint8, then `normalize` to float.
+
+    Calling it does both. Datasets apply `resize` once and `normalize` at each access.
+
+    Attributes:
+        image_size: side S of the square result, in pixels.
+        mean: per channel, subtracted from values in [0, 1].
+        std: per channel, divided by.
+        interpolation: "bilinear" or "bicubic", always antialiased.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"mean and std need 3 values each, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
+
+    def __call__(self, images: Image | Tensor) -> Tensor:
+        """Resize and normalise one image, or a batch as a tensor.
+
+        Args:
+            images: a PIL image of any mode, or a uint8 tensor [C, H, W] or [N, C, H, W] with C
+                of 1 or 3.
+
+        Returns:
+            float32 [3, S, S], or [N, 3, S, S] for a batch.
+
+        Raises:
+            ValueError: the input is neither of these.
+        """
+        return self.normalize(self.resize(images))
+
+    def resize(self, images: Image | Tensor) -> Tensor:
+        """Bring images to uint8 [..., 3, S, S].
+
+        The shorter side becomes S with the aspect ratio kept, then the centre is cut out. Grey
+        images are repeated over the three channels.
+
+        Raises:
+            ValueError: the input is neither a PIL image nor a uint8 tensor of 1 or 3 channels.
+        """
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        pixels = images if isinstance(images, Tensor) else _from_pil(images)
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"images to resize must be uint8, got {pixels.dtype}")
+        if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3):
+            raise ValueError(
+                "images to resize must be [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
+                f"got {list(pixels.shape)}"
+            )
+        if min(pixels.shape[-2:]) < 1:
+            raise ValueError(f"images to resize must not be empty, got {list(pixels.shape)}")
+        size = self.image_size
+        if tuple(pixels.shape[-2:]) != (size, size):
+            height, width = pixels.shape[-2:]
+            short = min(height, width)
+            scaled = [max(size, round(side * size / short)) for side in (height, width)]
+            pixels = functional.resize(
+                pixels, scaled, InterpolationMode(self.interpolation), antialias=True
+            )
+            pixels = functional.center_crop(pixels, [size, size])
+        shape = (*pixels.shape[:-3], 3, size, size)
+        return pixels.expand(shape).contiguous()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn uint8 [..., 3, S, S] into float32 of the same shape: (x / 255 - mean) / std.
+
+        Raises:
+            ValueError: another type or shape.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != expected:
+            raise ValueError(
+                f"images to normalise must be uint8 [..., {', '.join(map(str, expected))}], got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        scale = images.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1) * 255
+        shift = images.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1) * 255
+        return images.to(torch.float32).sub_(shift).div_(scale)
+
+
+def _from_pil(image: object) -> Tensor:
+    """Read a PIL image of any mode as uint8 [3, H, W]."""
+    import numpy as np
+    from PIL.Image import Image
+
+    if not isinstance(image, Image):
+        raise ValueError(
+            f"an image must be a PIL image or a uint8 tensor, got {type(image).__name__}"
+        )
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Labelled images kept decoded: in memory, or in a memory-mapped file.
+
+    Attributes:
+        images: uint8 [N, 3, S, S]. With an `ImageTransform`, S is its size and only the
+            normalisation is left for each access; otherwise these are the raw images.
+        labels: int64 [N].
+        transform: an `ImageTransform`, or any callable from a PIL image to a float tensor
+            [3, H, W], which is then applied at each access.
+
+    Raises:
+        ValueError: images and labels of other types, shapes or counts.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        transform: ImageTransform | Callable[[Image], Tensor],
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
+            )
+        if isinstance(transform, ImageTransform):
+            images = transform.resize(images)
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        if isinstance(self.transform, ImageTransform):
+            return self.transform.normalize(image), int(self.labels[index])
+        from PIL.Image import fromarray
+
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        result = self.transform(fromarray(pixels))
+        if not isinstance(result, Tensor) or result.ndim != 3 or not result.is_floating_point():
+            what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
+            raise ValueError(f"transform must give a float tensor [3, H, W], got {what}")
+        return result, int(self.labels[index])
+
+    def batch(
+        self, indices: Sequence[int] | Tensor | slice, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Several items at once: float [B, 3, S, S] and int64 [B].
+
+        With an `ImageTransform`, pixels are moved to a GPU once, as uint8, and normalised there;
+        more than one image comes in channels-last order, in which convolutions run faster.
+
+        Args:
+            indices: positions in the dataset, in the order wanted, or a slice.
+            device: where the batch is wanted. Default: where the images are.
+        """
+        chosen = _positions(indices)
+        labels = self.labels[chosen]
+        if isinstance(self.transform, ImageTransform):
+            pixels = self._pixels(device)[chosen].to(device or self.images.device)
+            if len(pixels) > 1:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            images = self.transform.normalize(pixels)
+        else:
+            each = torch.arange(len(self))[chosen].tolist()
+            images = torch.stack([self[index][0] for index in each])
+        return images.to(device or images.device), labels.to(device or labels.device)
+
+    def _pixels(self, device: torch.device | None) -> Tensor:
+        """The images on ``device``, moved there once; where they are if they would not fit."""
+        if device is None or device.type == self.images.device.type:
+            return self.images
+        source, copied = self._copies.get(device, (None, self.images))
+        if source is self.images:  # and not others, which were put in their place since
+            return copied
+        copied = self.images
+        if device.type != "cuda" or self._leaves_room(device):
+            with suppress(torch.OutOfMemoryError):  # others may have taken what was free
+                copied = self.images.to(device)
+        self._copies[device] = self.images, copied
+        return copied
+
+    def _leaves_room(self, device: torch.device) -> bool:
+        """Whether half of a GPU's memory stays free for activations beside these images."""
+        free, total = torch.cuda.mem_get_info(device)
+        return free - self.images.nbytes > total / 2
+
+    def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
+        """Keep the given items, in the given order."""
+        chosen = _positions(indices)
+        return ImageDataset(self.images[chosen], self.labels[chosen], self.transform)
+
+
+def _positions(indices: Sequence[int] | Tensor | slice) -> Tensor | slice:
+    """Index a tensor by positions; an empty list has no type of its own."""
+    if isinstance(indices, slice):
+        return indices
+    positions = torch.as_tensor(indices)
+    if positions.numel() and (positions.dtype == torch.bool or positions.is_floating_point()):
+        raise ValueError(f"indices must be integers, got {positions.dtype}")
+    return positions.to(torch.int64)

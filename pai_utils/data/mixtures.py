@@ -1,0 +1,235 @@
+"""What a mask is computed on: a task, several pooled, or images of no task at all.
+
+A source is named by its parts, joined by ``+``. A part is a task (``"mnist5k"``), a task whose
+labels are dealt out at random (``"mnist5k:random_labels"``), a task's images turned, scaled,
+sheared and recoloured (``"mnist5k:altered"``), or a set of images that belong to no task, of
+:data:`IMAGE_SETS` (``"photographs"``). Every part gives as many images as the smallest task holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pai_utils.data.images import ImageDataset, ImageTransform
+from pai_utils.support.common import unknown_name
+
+RANDOM_LABELS = ":random_labels"
+ALTERED = ":altered"
+UNLABELLED = -1
+UNLABELLED_IMAGES = 512  # of a source without any task
+MOST_POOLED = 2048  # of a part that is pooled: ample for any score or repair
+_RAW_SIDE = 96
+_LEAST_CONTRAST = 10.0  # of 255: a piece of sky, or of white, says nothing
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A row of the registry."""
+
+    summary: str
+    make: Callable[[int, np.random.Generator], NDArray[np.uint8]]  #: [count, S, S, 3]
+
+
+def source_parts(name: str, tasks: Sequence[str] | Mapping[str, object]) -> list[str]:
+    """The parts of a source's name, each checked.
+
+    Args:
+        name: as in the module's description.
+        tasks: names of the tasks that may be among them.
+
+    Raises:
+        ValueError: for an unknown part, or one named twice.
+
+    Examples:
+        >>> from pai_utils.data.mixtures import source_parts
+        >>> source_parts("digits+mnist5k:altered+noise", tasks=["digits", "mnist5k"])
+        ['digits', 'mnist5k:altered', 'noise']
+    """
+    parts = [name] if name in tasks else name.split("+")
+    for part in parts:
+        if part not in IMAGE_SETS and task_of(part) not in tasks:
+            raise unknown_name("source", part, [*tasks, *IMAGE_SETS])
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"source {name!r} names a part twice")
+    return parts
+
+
+def task_of(part: str) -> str:
+    """The task that a part of a source's name speaks of."""
+    return part.removesuffix(RANDOM_LABELS).removesuffix(ALTERED)
+
+
+def is_held_out(task: str, source: str) -> bool:
+    """Whether a mask of ``source`` saw none of the task's images."""
+    return task != source and task not in map(task_of, source.split("+"))
+
+
+def load_images(
+    name: str, transform: ImageTransform, *, count: int = 512, seed: int = 0
+) -> ImageDataset:
+    """Images that belong to no task; all labels are -1.
+
+    Args:
+        name: a key of :data:`IMAGE_SETS`.
+        transform: the encoder's.
+        count: how many.
+        seed: of their draw.
+
+    Raises:
+        ValueError: for an unknown name, or fewer images than one.
+    """
+    if name not in IMAGE_SETS:
+        raise unknown_name("image set", name, IMAGE_SETS)
+    if count < 1:
+        raise ValueError(f"count={count}: at least one image is needed")
+    pixels = IMAGE_SETS[name].make(count, np.random.default_rng(seed))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return ImageDataset(images, torch.full((count,), UNLABELLED), transform)
+
+
+def altered_copies(data: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """Images of a task turned, scaled, sheared and recoloured, so that strokes and edges vary."""
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    random = np.random.default_rng(seed)
+    copies = []
+    for index in random.permutation(len(data))[:count]:
+        image = data.images[int(index)].float()
+        image = functional.affine(
+            image,
+            angle=random.uniform(-30, 30),
+            translate=[0, 0],
+            scale=math.exp(random.uniform(math.log(0.4), math.log(2))),
+            shear=[random.uniform(-15, 15), 0.0],
+            interpolation=InterpolationMode.BILINEAR,
+            fill=image[:, 0, 0].tolist(),  # the paper goes on where the image ends
+        )
+        copies.append(_recoloured(image, random))
+    return ImageDataset(torch.stack(copies), torch.full((len(copies),), UNLABELLED), data.transform)
+
+
+def _photographs(count: int, random: np.random.Generator, most: int = 2) -> NDArray[np.uint8]:
+    """Crops of the photographs that scikit-learn bundles, in other sizes, colours and contrasts.
+
+    That one photograph, cut and altered in many ways, goes far in the early layers of a network is
+    the finding of Asano et al. (2020), "A critical analysis of self-supervision, or what we can
+    learn from a single image".
+    """
+    from sklearn.datasets import load_sample_images
+    from torchvision.transforms.v2 import functional
+
+    photographs = [
+        torch.from_numpy(image.copy()).permute(2, 0, 1).float()
+        for image in load_sample_images().images[:most]
+    ]
+    crops: list[Tensor] = []
+    while len(crops) < count:
+        photograph = photographs[len(crops) % len(photographs)]
+        height, width = photograph.shape[1:]
+        side = round(math.exp(random.uniform(math.log(24), math.log(min(height, width)))))
+        top = int(random.integers(height - side + 1))
+        left = int(random.integers(width - side + 1))
+        crop = functional.resized_crop(
+            photograph, top, left, side, side, [_RAW_SIDE, _RAW_SIDE], antialias=True
+        )
+        recoloured = _recoloured(crop, random)
+        if recoloured.float().std() >= _LEAST_CONTRAST:
+            crops.append(recoloured)
+    return np.stack([crop.permute(1, 2, 0).numpy() for crop in crops])
+
+
+def _recoloured(image: Tensor, random: np.random.Generator) -> Tensor:
+    """Mirror at random; change brightness, contrast, saturation, hues; seldom invert."""
+    if random.random() < 0.5:
+        image = image.flip(2)
+    image = image * random.uniform(0.6, 1.4)
+    mean = image.mean()
+    image = (image - mean) * random.uniform(0.6, 1.4) + mean
+    grey = image.mean(0, keepdim=True)
+    image = grey + (image - grey) * (random.uniform(0, 1.3) if random.random() < 0.8 else 0.0)
+    if random.random() < 0.3:
+        image = image[torch.from_numpy(random.permutation(3))]
+    if random.random() < 0.15:
+        image = 255 - image
+    return image.round().clamp(0, 255).to(torch.uint8)
+
+
+def _one_photograph(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+    return _photographs(count, random, most=1)
+
+
+def _leaves(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Dead leaves: discs that hide each other, their radii r of density r⁻³.
+
+    Their statistics are those of natural images at all scales (Lee, Mumford & Huang 2001,
+    "Occlusion models for natural images"); networks learn from them (Baradad et al. 2021,
+    "Learning to see by looking at noise").
+    """
+    side, discs = 64, 120
+    images = np.zeros((count, side, side, 3), dtype=np.uint8)
+    rows, columns = np.mgrid[:side, :side]
+    largest, smallest = (side / 2) ** -2, 2.0**-2
+    for _ in range(discs):
+        radii = random.uniform(largest, smallest, size=count) ** -0.5
+        centres = random.uniform(0, side, size=(2, count))
+        colours = random.integers(256, size=(count, 3), dtype=np.uint8)
+        for image, radius, (row, column), colour in zip(
+            images, radii, centres.T, colours, strict=True
+        ):
+            image[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = colour
+    return images
+
+
+def _contours(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Outlines of up to three ragged polygons, each drawn a few times in growing sizes.
+
+    Pre-training on such images alone rivals ImageNet (Kataoka et al. 2022, "Replacing labeled
+    real-image datasets with auto-generated contours"). Their strokes on an even ground are what
+    photographs lack.
+    """
+    from PIL import Image, ImageDraw
+
+    images = np.empty((count, _RAW_SIDE, _RAW_SIDE, 3), dtype=np.uint8)
+    for index in range(count):
+        ground, *inks = random.integers(256, size=(4, 3)).tolist()
+        canvas = Image.new("RGB", (_RAW_SIDE, _RAW_SIDE), tuple(ground))
+        pen = ImageDraw.Draw(canvas)
+        for ink in inks[: random.integers(1, 4)]:
+            corners = int(random.integers(3, 40))
+            angles = np.arange(corners + 1) * 2 * np.pi / corners + random.uniform(0, 2 * np.pi)
+            ragged = 1 + random.uniform(0, 0.6) * random.uniform(-1, 1, size=corners)
+            radii = np.append(ragged, ragged[0]) * random.uniform(6, 24)
+            centre = random.uniform(0.25, 0.75, size=(2, 1)) * _RAW_SIDE
+            stretch = random.uniform(0.5, 1.5, size=(2, 1))
+            outline = radii * np.stack([np.cos(angles), np.sin(angles)]) * stretch
+            width = int(random.integers(1, 9))
+            for size in 1 + 0.35 * np.arange(random.integers(1, 4)):
+                points = [(float(x), float(y)) for x, y in (centre + outline * size).T]
+                pen.line(points, fill=tuple(ink), width=width, joint="curve")
+        drawn = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float()
+        images[index] = _recoloured(drawn, random).permute(1, 2, 0).numpy()
+    return images
+
+
+def _noise(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+    values = random.normal(127.5, 64, size=(count, 64, 64, 3))
+    return values.round().clip(0, 255).astype(np.uint8)
+
+
+IMAGE_SETS: dict[str, ImageSet] = {
+    "photographs": ImageSet(
+        "altered crops of the two photographs that scikit-learn bundles", _photographs
+    ),
+    "one_photograph": ImageSet("altered crops of the first of them", _one_photograph),
+    "leaves": ImageSet("dead leaves: random discs that hide each other", _leaves),
+    "contours": ImageSet("outlines of ragged polygons on an even ground", _contours),
+    "noise": ImageSet("white Gaussian noise", _noise),
+}
+"""Images that belong to no task, by name."""

@@ -1,0 +1,305 @@
+"""Image classification tasks: images that packages of the environment ship, and data sets on disk.
+
+Every task has three fixed parts that share nothing: `train`, `validation` (chooses
+hyper-parameters) and `test` (read once for a reported number). The parts never depend on a seed;
+`seed` only draws which items a smaller `train_size` or `test_size` keeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pai_utils.data.datasets import DATASETS, FOLDER, OpenDataset, open_dataset
+from pai_utils.data.decoding import (
+    Decoded,
+    ImageArrays,
+    OnError,
+    Positions,
+    Source,
+    decode,
+    to_channels,
+)
+from pai_utils.data.embedded import FRACTIONS, SPLITS, TASKS, cut, stratified_order
+from pai_utils.data.images import ImageDataset, ImageTransform
+from pai_utils.support.common import unknown_name
+from pai_utils.support.sampling import check_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Of a published training split, where no validation split is published.
+_VALIDATION_FRACTION = 0.10
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task with fixed, disjoint parts."""
+
+    name: str
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    train: ImageDataset
+    """Fits heads, scores weights, fine-tunes."""
+    validation: ImageDataset
+    """Chooses hyper-parameters."""
+    test: ImageDataset
+    """Read once, for the reported number."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read and were left out."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always answering the most frequent class of `test`."""
+        return float(self.test.labels.bincount().max()) / len(self.test)
+
+
+def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
+    """Refuse a name that `load_task` does not know.
+
+    Args:
+        name: of a task.
+        unlisted: what else may have been meant.
+
+    Raises:
+        ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
+    """
+    if name in TASKS or name in DATASETS or name.startswith(FOLDER):
+        return
+    for known in DATASETS:
+        if known.casefold() == name.casefold():
+            raise ValueError(f"unknown task {name!r}; did you mean {known!r}?")
+    raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
+
+
+def load_task(
+    name: str,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    root: str | Path | None = None,
+    *,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+    download: bool | None = None,
+    on_error: OnError = "raise",
+    validation_size: int | None = None,
+    balanced: bool = False,
+) -> Task:
+    """Load a task, with its images prepared for one encoder.
+
+    Data sets on disk keep their published splits. Where no validation split is published, a tenth
+    of the training split becomes it; a set published whole is cut into three parts. Both choices
+    are fixed and keep the proportions of the classes. Each image is decoded once. Where the
+    decoded images do not fit `PAI_DATA_MEMORY`, they lie in memory-mapped files beside the data.
+
+    Args:
+        name: a key of `TASKS` (shipped by packages) or of `datasets.DATASETS` (on disk), or
+            `folder:<path>` for class folders with images, alone or under `train`, `val` (or
+            `validation`) and `test`; without `test`, `val` is the test.
+        transform: `backbone.transform`, or any callable from a PIL image to a float tensor
+            [3, H, W]; image files of any size need the former.
+        root: folder of data sets kept on disk. Default: `PAI_DATA_ROOT`, then
+            `~/.cache/pai_utils/data`. The tasks that packages ship do not use it; a relative
+            `folder:` that is not in the working directory is looked for there.
+        train_size: number of training items to keep. Default: all. The choice keeps the
+            proportions of the classes, and a smaller one is contained in a larger one.
+        test_size: the same for the test items.
+        seed: of these choices.
+        download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
+        on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
+            of its part, logged, and listed in `Task.skipped`.
+        validation_size: as `train_size`, for the validation items; a large data set takes long to
+            decode.
+        balanced: let smaller sizes hold equally many items of each class, as far as there are,
+            instead of the classes' proportions.
+
+    Raises:
+        ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
+            folder with fewer than two classes or a class without images.
+        FileNotFoundError: the data set is not on disk; the message says what fetches it.
+        ConnectionError: it was to be fetched and its publisher cannot be reached.
+        ModuleNotFoundError: the package that ships or reads the images is not installed.
+
+    Examples:
+        >>> import pai_utils as pai
+        >>> backbone = pai.load_backbone("efficientnet_lite0", image_size=32, device="cpu")
+        >>> task = pai.load_task("digits", backbone.transform, train_size=100, test_size=50)
+        >>> len(task.train), len(task.validation), len(task.test)
+        (100, 270, 50)
+        >>> image, label = task.train[0]
+        >>> image.shape
+        torch.Size([3, 32, 32])
+        >>> task.class_names[label]
+        '2'
+    """
+    check_task_name(name)
+    if not callable(transform):
+        raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")
+    check_seed(seed)
+    if on_error not in get_args(OnError):
+        raise unknown_name("on_error", on_error, get_args(OnError))
+    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+    if name not in TASKS:
+        opened = open_dataset(name, root, download=download)
+        return _decoded_task(name, opened, transform, sizes, seed, on_error, balanced)
+    spec = TASKS[name]
+    parts = spec.read()
+    datasets = {}
+    for split in SPLITS:
+        images, labels = parts[split]
+        chosen = _choose(labels, split, sizes[split], seed, name, balanced)
+        datasets[split] = ImageDataset(
+            to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
+        )
+    train, validation, test = (datasets[split] for split in SPLITS)
+    return Task(name, spec.class_names, train, validation, test)
+
+
+@cache
+def part_sizes(name: str) -> dict[str, int]:
+    """Number of images in each part of a task, without decoding any.
+
+    Data sets on disk are not looked at: their published sizes are known.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load_task`.
+    """
+    check_task_name(name)
+    if name in TASKS:
+        return {split: len(part.labels) for split, part in TASKS[name].read().items()}
+    if name not in DATASETS:
+        opened = open_dataset(name)
+        return {split: len(positions) for split, (_, positions) in _parts_of(opened).items()}
+    published = DATASETS[name].images
+    if "all" in published:
+        edges = [round(e * published["all"]) for e in itertools.accumulate(FRACTIONS.values())]
+        return {
+            split: end - start
+            for split, start, end in zip(FRACTIONS, [0, *edges], edges, strict=False)
+        }
+    if "validation" in published:
+        return dict(published)
+    carved = round(_VALIDATION_FRACTION * published["train"])
+    return {**published, "train": published["train"] - carved, "validation": carved}
+
+
+def _choose(
+    labels: NDArray[np.int64], split: str, size: int | None, seed: int, name: str, balanced: bool
+) -> Positions:
+    """Positions of the items of one part to keep, increasing."""
+    if size is None:
+        return np.arange(len(labels))
+    check_size(size, len(labels), split, name)
+    generator = np.random.default_rng([seed, SPLITS.index(split)])
+    return np.sort(stratified_order(labels, generator, balanced=balanced)[:size])
+
+
+def _decoded_task(
+    name: str,
+    opened: OpenDataset,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    sizes: dict[str, int | None],
+    seed: int,
+    on_error: OnError,
+    balanced: bool,
+) -> Task:
+    """Cut a data set on disk into parts, choose items of each, and decode those only."""
+    chosen: dict[str, tuple[str, Positions]] = {}
+    for split, (published, members) in _parts_of(opened).items():
+        labels = opened.parts[published].labels[members]
+        absent = set(range(len(opened.class_names))) - set(labels.tolist())
+        if absent and split != "validation":
+            raise ValueError(
+                f"the {split} part of {name} has no images of the class "
+                f"{opened.class_names[min(absent)]!r}; each class needs several"
+            )
+        if not len(labels):
+            raise ValueError(f"{name} has too few images to carve a validation part from them")
+        picked = _choose(labels, split, sizes[split], seed, name, balanced)
+        chosen[split] = published, members[picked]
+    datasets = {}
+    skipped: list[str] = []
+    for split in SPLITS:
+        published, positions = chosen.pop(split)
+        source = opened.parts[published]
+        # Arrays that no other part needs make room for its images.
+        if published not in {other for other, _ in chosen.values()}:
+            del opened.parts[published]
+        decoded = _decode_part(source, positions, transform, f"{name} {split}", opened, on_error)
+        labels = source.labels[decoded.kept]
+        lost = set(source.labels[positions].tolist()) - set(labels.tolist())
+        if lost:
+            raise ValueError(
+                f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
+                f"{name} can be read"
+            )
+        del source
+        skipped += decoded.skipped
+        datasets[split] = ImageDataset(decoded.images, torch.from_numpy(labels), transform)
+    train, validation, test = (datasets[split] for split in SPLITS)
+    return Task(name, opened.class_names, train, validation, test, tuple(skipped))
+
+
+def _decode_part(
+    source: Source,
+    positions: Positions,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    name: str,
+    opened: OpenDataset,
+    on_error: OnError,
+) -> Decoded:
+    """Images as the transform takes them: resized, or as they are for any other callable."""
+    if isinstance(transform, ImageTransform):
+        return decode(
+            source,
+            positions,
+            transform,
+            name=name,
+            cache=opened.cache,
+            on_error=on_error,
+        )
+    if isinstance(source, ImageArrays):
+        return Decoded(source.raw(positions).contiguous(), positions, ())
+    raise ValueError(
+        f"the images of {name} are files of any size, which an ImageTransform brings to one; pass "
+        "backbone.transform"
+    )
+
+
+def _parts_of(opened: OpenDataset) -> dict[str, tuple[str, Positions]]:
+    """The published split of each part, and the positions there that belong to it."""
+    if "all" in opened.parts:
+        parts = cut(opened.parts["all"].labels, FRACTIONS)
+        return {split: ("all", np.sort(positions)) for split, positions in parts.items()}
+    whole = {split: np.arange(len(source.labels)) for split, source in opened.parts.items()}
+    if "validation" in whole:
+        return {split: (split, whole[split]) for split in SPLITS}
+    carved = {"validation": _VALIDATION_FRACTION, "train": 1 - _VALIDATION_FRACTION}
+    parts = cut(opened.parts["train"].labels, carved)
+    return {
+        "train": ("train", np.sort(parts["train"])),
+        "validation": ("train", np.sort(parts["validation"])),
+        "test": ("test", whole["test"]),
+    }
+
+
+def check_size(size: int, available: int, split: str, name: str) -> None:
+    """Refuse a number of items that a part does not have.
+
+    Raises:
+        ValueError: it is no whole number from 1 to ``available``.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= available:
+        raise ValueError(
+            f"{split}_size must be between 1 and {available}, the number of {split} items of "
+            f"{name}; got {size!r}"
+        )

@@ -1,0 +1,1 @@
+"""Encoders: their weights, where they come from, and the modules made of them."""

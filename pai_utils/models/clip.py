@@ -1,0 +1,254 @@
+"""CLIP's towers through open_clip: image encoders, and heads made of class names alone.
+
+A head that was fitted on labelled images is not zero-shot in the strict sense. CLIP's text tower
+gives one without any image: the embedding of sentences that name the class (Radford et al. 2021,
+"Learning transferable visual models from natural language supervision", section 3.1).
+
+Needs the optional extra `clip`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.models.checkpoints import fetch, sha256_of, weights_root
+from pai_utils.support.common import device_of, may_download, unknown_name
+
+if TYPE_CHECKING:
+    from pai_utils.models.encoders import Backbone
+
+CLIP = "clip:"
+"""What the name of a CLIP backbone starts with."""
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
+"""Sentences that name a class; their embeddings are averaged."""
+# What open_clip, torch and safetensors raise for other or damaged files; shapes are asserted.
+_UNREADABLE = (
+    AssertionError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class ImageTower(nn.Module):
+    """Images [N, 3, S, S] to embeddings [N, D] of unit length, in which CLIP compares."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed float images."""
+        return F.normalize(self.visual(images), dim=-1)
+
+
+class Towers(NamedTuple):
+    """A CLIP model and what its images need."""
+
+    model: nn.Module
+    preprocessing: dict[str, Any]
+    """`size`, `mean`, `std` and `interpolation`, as open_clip names them."""
+    path: Path | None
+    """File of the weights; `None` for random ones."""
+
+
+def load_towers(
+    name: str,
+    *,
+    image_size: int | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    download: bool | None = None,
+) -> Towers:
+    """Build both towers of `clip:<model>@<weights>`, on the CPU, in evaluation mode.
+
+    Args:
+        name: `<model>` is one of open_clip's; `<weights>` one of its tags for it, or the path of
+            a local checkpoint. Without pre-training `clip:<model>` is enough.
+        image_size: side of the images. Default: the model's own.
+        pretrained: `False` gives random weights.
+        seed: of the random weights; the global random state is left as it was.
+        download: fetch weights that are not there; `None` does so if `PAI_DOWNLOAD=1`.
+
+    Raises:
+        ValueError: an unknown model or tag, or a file of another architecture.
+        FileNotFoundError: the weights are not there and may not be fetched.
+        ConnectionError: they cannot be fetched.
+        ModuleNotFoundError: open_clip is not installed, or transformers, which some models' text
+            towers need.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        raise ModuleNotFoundError(
+            f"{name} is read with open_clip, which is not installed; pip install 'pai-utils[clip]'",
+            name="open_clip",
+        )
+    import open_clip
+
+    model, _, tag = name.removeprefix(CLIP).partition("@")
+    if model not in open_clip.list_models():
+        raise unknown_name("CLIP model", model, open_clip.list_models())
+    _check_text_package(name, "hf_model_name")
+    options: dict[str, Any] = {}
+    path = None
+    if pretrained:
+        config = open_clip.get_pretrained_cfg(model, tag)
+        path = _find(name, tag, config, may_download(download))
+        if config:
+            given = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
+            options = {
+                "force_preprocess_cfg": given,
+                # Some weights were trained with an approximation of GELU that the model's own
+                # configuration does not always name.
+                "force_quick_gelu": config.get("quick_gelu", False),
+            }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            towers = open_clip.create_model(
+                model,
+                pretrained=None if path is None else str(path),
+                pretrained_image=False,
+                pretrained_text=False,
+                force_image_size=image_size,
+                weights_only=True,
+                **options,
+            )
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
+            ) from error
+    return Towers(towers.eval(), open_clip.get_model_preprocess_cfg(towers), path)
+
+
+def _check_text_package(name: str, key: str) -> str | None:
+    """What open_clip takes from transformers for a model's text; that package must be there."""
+    import open_clip
+
+    model = name.removeprefix(CLIP).partition("@")[0]
+    text: dict[str, str] = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    if text.get(key) and importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            f"{name} reads text with {text[key]} of the package transformers, which is not "
+            "installed; pip install transformers",
+            name="transformers",
+        )
+    return text.get(key)
+
+
+def _find(name: str, tag: str, config: dict[str, Any], download: bool) -> Path:
+    """The file of the weights, fetched if that is allowed."""
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    if not config:
+        path = Path(tag).expanduser()
+        if tag and path.is_file():
+            return path
+        tags = open_clip.list_pretrained_tags_by_model(name.removeprefix(CLIP).partition("@")[0])
+        raise unknown_name(f"weights in {name}:", tag, [*tags, "<path of a checkpoint>"])
+    model, _, file = str(config.get("hf_hub", "")).rpartition("/")
+    url = str(config.get("url", ""))
+    for candidate in (file,) if file else _HUB_FILES:
+        found = try_to_load_from_cache(model, candidate) if model else None
+        if isinstance(found, str):
+            return Path(found)
+    local = weights_root() / url.rpartition("/")[2]
+    if not model and local.is_file():
+        return local
+    if not download:
+        raise FileNotFoundError(
+            f"the weights of {name} are not on this computer; pass download=True, or set "
+            f"PAI_DOWNLOAD=1, to fetch them from {model or url}"
+        )
+    if not model:
+        fetch(url, local, None)
+        return local
+    try:
+        return Path(open_clip.download_pretrained(config))
+    except OSError as error:
+        raise ConnectionError(f"the weights of {name} could not be fetched: {error}") from error
+
+
+def zero_shot_head(
+    backbone: Backbone,
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    download: bool | None = None,
+) -> nn.Linear:
+    """Make a head of class names, with CLIP's text tower; no image is looked at.
+
+    Args:
+        backbone: a pre-trained `clip:<model>@<weights>`, dense or pruned.
+        class_names: in the order of the labels.
+        templates: sentences with `{}` in the place of the class name.
+        download: as in `load_backbone`.
+
+    Returns:
+        Frozen `nn.Linear(feature_dim, classes)` on the encoder's device; its logits are CLIP's
+        scaled cosine similarities.
+
+    Raises:
+        ValueError: another kind of backbone or one without pre-training, no class names or
+            templates, names that repeat, or a template without `{}`.
+        ModuleNotFoundError: the model's tokenizer needs transformers, which is not installed.
+        FileNotFoundError: its tokenizer is not on this computer and may not be fetched.
+        ConnectionError: it cannot be fetched.
+    """
+    if not backbone.name.startswith(CLIP) or backbone.provenance.checksum is None:
+        raise ValueError(
+            f"{backbone.name} has no text tower to make a head of class names; load a pre-trained "
+            "clip:<model>@<weights>, or fit a head with fit_head"
+        )
+    if not class_names or len(set(class_names)) < len(class_names):
+        raise ValueError(f"class names must be given and differ, got {list(class_names)}")
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError(f"templates need {{}} where the class name goes, got {list(templates)}")
+    import open_clip
+
+    tokenizer = _load_tokenizer(backbone.name, may_download(download))
+    towers = load_towers(backbone.name, download=download)
+    assert towers.path is not None
+    if f"sha256:{sha256_of(towers.path)}" != backbone.provenance.checksum:
+        raise ValueError(f"{towers.path} changed since {backbone.name} was loaded; load it again")
+    model: Any = towers.model
+    with torch.inference_mode():
+        embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
+        weight = model.logit_scale.exp() * embeddings.T
+        bias = getattr(model, "logit_bias", None)
+    head = nn.Linear(backbone.feature_dim, len(class_names))
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.fill_(0.0 if bias is None else float(bias))
+    return head.requires_grad_(False).to(device_of(backbone)).eval()
+
+
+def _load_tokenizer(name: str, download: bool) -> Any:
+    """What turns sentences into tokens; most models use the one that open_clip brings."""
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    published = _check_text_package(name, "hf_tokenizer_name")
+    found = published and try_to_load_from_cache(published, "tokenizer_config.json")
+    if published and not download and not isinstance(found, str):
+        raise FileNotFoundError(
+            f"the tokenizer of {name} is not on this computer; pass download=True, or set "
+            f"PAI_DOWNLOAD=1, to fetch {published} from the Hugging Face hub"
+        )
+    try:
+        return open_clip.get_tokenizer(name.removeprefix(CLIP).partition("@")[0])
+    except OSError as error:
+        raise ConnectionError(f"the tokenizer of {name} could not be fetched: {error}") from error

@@ -1,0 +1,1 @@
+"""What is done to the weights that a mask leaves."""

@@ -1,0 +1,304 @@
+"""Parameters that notebooks share, and how they are read and refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
+from pai_utils.data.tasks import check_task_name
+from pai_utils.pruning import check_rounds
+from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
+from pai_utils.scorers import SCORERS
+from pai_utils.studies.finetune_recovery import PENALTIES, STARTS
+from pai_utils.support.common import unknown_name
+from pai_utils.support.sampling import PRECISIONS
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+def _known_task(name: str) -> str:
+    check_task_name(name)
+    return name
+
+
+def known_sources(names: str | list[str]) -> str | list[str]:
+    """Refuse a source, or one of several, with an unknown part."""
+    for name in [names] if isinstance(names, str) else names:
+        for part in name.split("+"):
+            if part not in IMAGE_SETS:
+                check_task_name(task_of(part), unlisted=IMAGE_SETS)
+    return names
+
+
+def _known_pool(name: str | None) -> str | None:
+    return name if name is None else str(known_sources(name))
+
+
+def one_of(kind: str, names: Collection[str]) -> AfterValidator:
+    """A check that a parameter is one of some names."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise unknown_name(kind, name, names)
+        return name
+
+    return AfterValidator(check)
+
+
+def _known_repair(text: str) -> str:
+    parse_repair(text)
+    return text
+
+
+# Names are looked up before a run starts, which would meet the last of them after minutes.
+TaskName = Annotated[str, AfterValidator(_known_task)]
+RepairOption = Annotated[str, one_of("repair option", REPAIR_OPTIONS)]
+Start = Annotated[str, one_of("start", STARTS)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PenaltyName = Annotated[str, one_of("penalty", PENALTIES)]
+ScorerName = Annotated[str, one_of("scorer", SCORERS)]
+Precision = Annotated[str, one_of("precision", PRECISIONS)]
+Repair = Annotated[str, AfterValidator(_known_repair)]
+Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+COMPARISONS = ("random", "trained")
+"""Weights to set beside an encoder's, not trained at all, or briefly on the source."""
+# What a kernel puts beside the notebook's own names.
+STUDIES = (
+    "finetune_recovery",
+    "landscape_analysis",
+    "prune_per_task",
+    "prune_your_own",
+    "scorer_atlas",
+    "worked_examples",
+    "zero_shot_retention",
+)
+"""Notebooks, each with its parameters in the module of its name."""
+
+_KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+
+
+class RunParameters(BaseModel):
+    """Parameters common to all notebooks. Subclasses add their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    device: str = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: str = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_texts(cls, values: Any) -> Any:
+        """Papermill's ``-p`` passes lists and mappings as text; read it."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: _read_text(value) for name, value in values.items()}
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
+        """Validate the parameters that a notebook's first cells defined.
+
+        Args:
+            namespace: the notebook's ``globals()``, holding parameters and imported modules only.
+
+        Raises:
+            ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
+
+        Examples:
+            >>> from pai_utils.runs import PrunePerTaskParameters
+            >>> given = {"backbone": "mobilenetv2", "scorers": ["snip"], "out": "results"}
+            >>> given |= {"sources": ["digits", "glyphs"], "sparsity": 0.5}
+            >>> PrunePerTaskParameters.from_notebook(given).batch_size
+            64
+            >>> PrunePerTaskParameters.from_notebook(given | {"sparsity": 50})  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+                ...
+            ValueError: parameters refused: sparsity: Input should be less than 1, not 50. Valid...
+        """
+        given = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_")
+            and name not in _KERNEL_NAMES
+            and not isinstance(value, ModuleType)
+            and not callable(value)  # imported functions and classes
+        }
+        fields = list(cls.model_fields)
+        for name in given:
+            if name not in fields:
+                raise unknown_name("parameter", name, fields)
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            problems = "; ".join(map(describe_problem, error.errors()))
+            raise ValueError(
+                f"parameters refused: {problems}. Valid parameters: {', '.join(fields)}"
+            ) from error
+
+
+class EncoderParameters(RunParameters):
+    """Parameters common to the notebooks that load an encoder."""
+
+    backbone: str
+    image_size: Positive | None = None  #: None: the backbone's own
+    pretrained: bool = True
+    train_size: Positive | None = None  #: images a task; None: all
+    test_size: Positive | None = None
+    samples: Positive | None = 256  #: images a score; None: all
+    batch_size: Positive = 64
+
+
+def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
+    """A notebook's parameters with ``values`` in place of its own, by its own schema; nothing runs.
+
+    Args:
+        notebook: the file, with one cell tagged ``parameters`` that holds plain assignments.
+        values: to set, by name.
+
+    Raises:
+        ValueError: no such notebook, or a value that its schema refuses.
+    """
+    try:
+        text = notebook.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
+    schema = schema_of(notebook.stem)
+    try:
+        defaults = _defaults(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{notebook} {error}") from error
+    for name in values:
+        if name not in schema.model_fields:
+            raise unknown_name("parameter", name, schema.model_fields)
+    return schema.from_notebook({**defaults, **values})
+
+
+def schema_of(notebook: str) -> type[RunParameters]:
+    """The parameters of a notebook, found by its name.
+
+    Raises:
+        ValueError: for a notebook that has no study.
+    """
+    if notebook not in STUDIES:
+        raise unknown_name("notebook", notebook, STUDIES)
+    schema: type[RunParameters] = import_module(f"pai_utils.studies.{notebook}").Parameters
+    return schema
+
+
+@cache  # a grid reads one notebook for thousands of cells
+def _defaults(text: str) -> dict[str, Any]:
+    """The parameters that a notebook sets itself, from its file's text.
+
+    Raises:
+        ValueError, SyntaxError: with what is wrong, to be put after the notebook's name.
+    """
+    try:
+        cells = json.loads(text)["cells"]
+        tagged = [
+            "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"is no readable notebook: {error!r}") from error
+    if len(tagged) != 1:
+        raise ValueError("has no cell tagged 'parameters', or several")
+    return _assignments(tagged[0])
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    """The names that a cell of plain assignments defines, without running it."""
+    return {
+        target.id: ast.literal_eval(statement.value)
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def describe_problem(details: ErrorDetails) -> str:
+    """What is wrong with which parameter, from an entry of pydantic's errors."""
+    if details["type"] == "value_error":  # raised by this module, in whole sentences
+        text = str(details["ctx"]["error"])
+    elif details["type"] == "missing":
+        text = details["msg"]
+    else:
+        text = f"{details['msg']}, not {details['input']!r}"
+    # A check of several parameters together is at no place.
+    return ": ".join(filter(None, (".".join(map(str, details["loc"])), text)))
+
+
+def _read_text(value: Any) -> Any:
+    """A list or mapping written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``.
+
+    Anything else is returned as it is, for the schema to judge.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    # JSON first: YAML takes 1e-4, without a point, for text.
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+class Masks(EncoderParameters):
+    """Parameters of masks of several sparsities."""
+
+    sparsities: list[Sparsity] = Field(min_length=1)
+    scope: str = "global"  #: as in `pai_utils.make_mask`
+    rounds: int = 1  #: in which a mask is reached, each with its repair
+
+    @model_validator(mode="after")
+    def _scope_and_rounds_fit(self) -> Self:
+        for sparsity in self.sparsities:
+            check_rounds(self.rounds, sparsity, self.scope)
+        return self
+
+
+class OneSource(EncoderParameters):
+    """Parameters of a source and the tasks beside it."""
+
+    source: TaskName
+    targets: list[TaskName] = Field(min_length=1)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Source and targets, each once, the source first."""
+        return list(dict.fromkeys([self.source, *self.targets]))
+
+
+class RepairedMasks(Masks, OneSource):
+    """Parameters of masks of one source, and of the repair that follows them."""
+
+    #: Images to prune and repair by, as of `pai_utils.data.mixtures`; the source's own by default.
+    prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
+    repair: Repair = "layerwise+moments"
+    repair_options: dict[RepairOption, bool | float | int] = {}
+
+    @model_validator(mode="after")
+    def _held_out(self) -> Self:
+        pool = self.prune_by or self.source
+        seen = [t for t in self.targets if t != self.source and not is_held_out(t, pool)]
+        if seen:
+            raise ValueError(f"prune_by={pool} looks at the target {seen[0]}, which is held out")
+        if self.source not in map(task_of, pool.split("+")):
+            raise ValueError(f"prune_by={pool} has no part of the source {self.source}")
+        return self

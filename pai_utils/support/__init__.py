@@ -1,0 +1,1 @@
+"""What every room uses: sampling, errors, files, and what is kept between runs."""

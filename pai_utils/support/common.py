@@ -1,0 +1,132 @@
+"""Errors, progress, devices, digests, and leaving a model as it was: what every room uses."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+logger = logging.getLogger("pai_utils")
+
+
+class NonFiniteError(ValueError, FloatingPointError):
+    """A loss or a weight that is not finite: bad input, or arithmetic that went wrong."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate ``model`` inside; on leaving, modes, buffers, ``grad`` and ``requires_grad`` return.
+
+    Parameter *values* are not copied: whoever changes them inside restores them.
+    """
+    modes = {module: module.training for module in model.modules()}
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds for measuring what work on ``device`` costs.
+
+    On a CPU those of this process's threads, which other processes do not lengthen; on a GPU those
+    of the wall, once all work is done.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Wrap ``items`` in a progress bar on stderr, where a person may watch: terminal or notebook.
+
+    The bar is text that is wiped at the end, and the book drops what notebooks write to stderr, so
+    a rendered page holds no trace of it. ``PAI_PROGRESS=0`` turns it off.
+    """
+    from tqdm import tqdm
+
+    bar: Any = tqdm(items, desc=description, total=total, leave=False, disable=not watched())
+    return cast(Iterable[T], bar)
+
+
+def watched() -> bool:
+    """Whether to show progress: a person may watch stderr, and ``PAI_PROGRESS=0`` is not set."""
+    # Only a running kernel: other code may import its package.
+    ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    seen = sys.stderr.isatty() or hasattr(ipython, "kernel")
+    return seen and os.environ.get("PAI_PROGRESS") != "0"
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of tensors: their names, shapes, types and bytes, in order of names.
+
+    Nothing is copied but a tensor that lies on a GPU or is not contiguous.
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """The first of some items, separated by commas, and how many more there are."""
+    texts = list(map(str, items))
+    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + rest
+
+
+def unknown_name(
+    kind: str, name: object, valid: Iterable[str], *, unlisted: Iterable[str] = ()
+) -> ValueError:
+    """The error for a name that is in no registry: says the name and the valid choices.
+
+    ``unlisted`` are further valid names, too many to say; one of them may be what was meant.
+    """
+    choices = list(valid)
+    near = difflib.get_close_matches(str(name), [*choices, *unlisted], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {kind} {name!r}{hint} Choose from: {', '.join(choices)}")
+
+
+def may_download(download: bool | None) -> bool:
+    """Whether a missing file may be fetched: as asked, or if `None` as `PAI_DOWNLOAD=1` says."""
+    return os.environ.get("PAI_DOWNLOAD") == "1" if download is None else download
+
+
+def check_names(kind: str, names: Iterable[str], valid: Iterable[str]) -> None:
+    """Refuse the first of some names that is not among the valid ones.
+
+    Raises:
+        ValueError: as `unknown_name`.
+    """
+    known = list(valid)
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)

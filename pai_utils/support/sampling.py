@@ -1,0 +1,192 @@
+"""How data runs through a model: seeded draws, batches, devices, memory, and leaving no trace.
+
+Everything that loops over samples (heads, scores, evaluation, fine-tuning) uses these few
+functions, so that a seed, a batch split or an out-of-memory retry means the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from pai_utils.support.common import logger, unknown_name
+
+Samples = Dataset[tuple[Tensor, int]]
+"""A map-style dataset of ``(image [3, H, W], class index)``."""
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that a forward's products are computed in, by name; `None` is the model's own."""
+T = TypeVar("T")
+
+
+def draw_samples(data: Samples, samples: int | None, seed: int) -> Tensor:
+    """Indices of the samples to use.
+
+    Args:
+        data: the dataset drawn from.
+        samples: how many; ``None`` for all of them, in order.
+        seed: seed of the draw without replacement. The global random state is not touched.
+
+    Returns:
+        Long tensor ``[samples]`` on the CPU.
+
+    Raises:
+        ValueError: if ``samples`` is below one or above the size of the dataset.
+    """
+    available = len(cast(Sized, data))
+    if available < 1:
+        raise ValueError("the dataset is empty; at least one sample is needed")
+    if samples is None:
+        return torch.arange(available)
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
+    if samples > available:
+        raise ValueError(
+            f"samples={samples} but the dataset holds {available}; ask for at most that many, "
+            "or pass samples=None for all"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(available, generator=generator)[:samples]
+
+
+def batches(
+    data: Samples, batch_size: int, device: torch.device, indices: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``(images [B, 3, H, W], labels [B])`` on ``device``, in the order of ``indices``.
+
+    A dataset with a ``batch(indices, device)`` method is asked for whole batches; any other
+    map-style dataset is read item by item.
+
+    Raises:
+        ValueError: if ``batch_size`` is below one or there is no sample.
+    """
+    check_batch_size(batch_size)
+    if indices is None:
+        indices = torch.arange(len(cast(Sized, data)))
+    if len(indices) == 0:
+        raise ValueError("the dataset is empty; at least one sample is needed")
+    whole = getattr(data, "batch", None)
+    for rows in indices.split(batch_size):
+        if whole is not None:
+            images, labels = whole(rows, device)
+        else:
+            images, labels = default_collate([data[int(row)] for row in rows])
+        if images.dim() == 4 and len(images) > 1:
+            # Convolutions run up to twice as fast so; see `paired` for why not for one image.
+            images = images.contiguous(memory_format=torch.channels_last)
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision inside: products in ``precision``, sums and normalisations in float32.
+
+    Raises:
+        ValueError: if ``precision`` is no key of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
+    # A caller's own autocast stays in force unless another precision is asked for.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def share_of_work(count: int) -> Tensor:
+    """Positions ``0 … count - 1`` that this process takes: all, or under ``torchrun`` its share."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return torch.arange(rank, count, ranks)
+    return torch.arange(count)
+
+
+def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum tensors of one type over the processes of ``torchrun`` in one all-reduce.
+
+    Every process must call it, with tensors of the same names and shapes. Alone it does nothing.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    flat = torch.cat([value.flatten() for value in tensors.values()])
+    sum_over_processes_(flat)
+    parts = flat.split([value.numel() for value in tensors.values()])
+    return {n: p.view(v.shape) for (n, v), p in zip(tensors.items(), parts, strict=True)}
+
+
+def sum_over_processes_(tensor: Tensor) -> None:
+    """Sum one contiguous tensor over the processes of ``torchrun``, where it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that a model with so many classes cannot give.
+
+    Raises:
+        ValueError: if a label is negative or not below ``classes``.
+    """
+    lowest, highest = (int(bound) for bound in torch.aminmax(labels))
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"the data has a label {lowest if lowest < 0 else highest} but the model's classes are "
+            f"0 to {classes - 1}; the head was made for another task"
+        )
+
+
+def paired(batch: Tensor) -> Tensor:
+    """A batch of one sample twice; any other batch as it is.
+
+    A mean over it is the same. On CPUs, torch's BatchNorm in evaluation mode gives wrong gradients
+    for a single sample whose incoming gradient lies channels-last (seen in torch 2.15).
+    """
+    return torch.cat([batch, batch]) if len(batch) == 1 else batch
+
+
+def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
+    """Return ``compute(batch_size)``; when memory runs out, start again with half the batch.
+
+    ``compute`` must give the same result for every batch size and have no effect when it fails.
+
+    Raises:
+        torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``).
+        ValueError: if ``batch_size`` is below one.
+    """
+    check_batch_size(batch_size)
+    while True:
+        try:
+            return compute(batch_size)
+        except RuntimeError as error:
+            if batch_size == 1 or not _ran_out_of_memory(error):
+                raise
+            batch_size //= 2
+        # Outside the handler: the traceback would keep the failed batch's tensors alive.
+        logger.warning("out of memory; starting again with batches of %d", batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of fewer samples than one.
+
+    Raises:
+        ValueError: if ``batch_size`` is below one.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        ValueError: if it is no integer from 0 to 2**63 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")

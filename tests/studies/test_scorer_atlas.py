@@ -1,0 +1,217 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import pai_utils as pai
+from pai_utils.evaluation import held_out_retention
+from pai_utils.scorers import Scores
+from pai_utils.studies.scorer_atlas import (
+    Atlas,
+    accuracy_left,
+    forward_backward_seconds,
+    summary_table,
+)
+from pai_utils.studies.sweeps import SweepMask, retention_sweep
+from tests.cases import fingerprint, tiny_backbone, tiny_classifier, tiny_task
+
+
+def step(
+    kept: list[bool],
+    scorer: str = "snip",
+    source: str = "first",
+    seed: int = 0,
+    sparsity: float = 0.5,
+    seconds: float = 1.0,
+) -> SweepMask:
+    entry: Tensor = torch.tensor(kept)
+    mask = pai.Mask({"encoder.a": entry[:2], "encoder.b": entry[2:]})
+    scores = Scores({"a": entry.double()}, scorer, seconds=seconds)
+    return SweepMask(scorer, source, seed, sparsity, scores, mask)
+
+
+def collected(*steps: SweepMask) -> Atlas:
+    atlas = Atlas(0.5)
+    for each in steps:
+        atlas(each)
+    return atlas
+
+
+A = [True, True, False, False]
+B = [True, False, True, False]
+
+
+def test_overlaps_between_scorers_are_means_over_the_same_sources() -> None:
+    atlas = collected(
+        step(A), step(A, source="second"), step(A, "px"), step(B, "px", "second"), step(B, "random")
+    )
+    overlap, chance = atlas.between_scorers()
+    assert list(overlap) == list(overlap.index) == ["snip", "px", "random"]
+    # Of A and B one weight is kept by both and three by either.
+    assert overlap.loc["snip", "px"] == pytest.approx((1 + 1 / 3) / 2)
+    assert overlap.loc["snip", "random"] == pytest.approx(1 / 3)
+    assert overlap.loc["px", "random"] == pytest.approx((1 / 3 + 1) / 2)
+    assert (overlap.to_numpy() == overlap.to_numpy().T).all()
+    assert (np.diag(overlap) == 1).all()
+    one, other = (atlas.masks["snip", "first", 0], atlas.masks["random", "first", 0])
+    assert chance.loc["snip", "random"] == pytest.approx(one.expected_overlap(other))
+
+
+def test_draws_differ_between_sources_and_between_seeds() -> None:
+    atlas = collected(
+        step(A),
+        step(B, source="second"),
+        step(A, seed=1),
+        step(B, source="second", seed=1),  # neither the first source nor the first seed
+        step(A, "magnitude", "none"),
+    )
+    assert len(atlas.masks) == 4
+    draws = atlas.between_draws().set_index(["scorer", "between"])
+    assert draws.overlap.to_dict() == {
+        ("snip", "sources"): pytest.approx(1 / 3),
+        ("snip", "seeds"): pytest.approx(1),
+    }
+    assert (draws.pairs == 1).all()
+
+
+def test_masks_are_kept_at_the_compared_sparsity_alone_and_layers_at_all() -> None:
+    atlas = collected(step(A), step([True, False, False, False], sparsity=0.75))
+    assert list(atlas.masks) == [("snip", "first", 0)]
+    layers = atlas.layers.set_index(["sparsity", "layer"]).layer_sparsity
+    assert layers.to_dict() == {
+        (0.5, "a"): 0.0,
+        (0.5, "b"): 1.0,
+        (0.75, "a"): 0.5,
+        (0.75, "b"): 1.0,
+    }
+    lost = atlas.lost_layers().set_index("sparsity")
+    assert lost.lost.to_dict() == {0.5: 1, 0.75: 1}
+    assert lost.most_pruned.to_dict() == {0.5: 1, 0.75: 1}
+
+
+def test_costs_are_means_over_runs_in_the_given_unit() -> None:
+    atlas = collected(
+        step(A, seconds=2), step(A, source="second", seconds=4), step(A, sparsity=0.7, seconds=2)
+    )
+    costs = atlas.costs(unit=2.0)
+    assert costs.seconds.tolist() == [3.0]
+    assert costs.fb.tolist() == [1.5]
+
+
+def test_the_atlas_follows_a_sweep() -> None:
+    backbone = tiny_backbone()
+    tasks = {"first": tiny_task("first", classes=2), "second": tiny_task("second")}
+    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
+    atlas = Atlas(0.5)
+    table = retention_sweep(
+        backbone,
+        tasks,
+        heads,
+        list(tasks),
+        scorers=["snip", "synflow", "random"],
+        sparsities=(0.3, 0.5),
+        seeds=(0, 1),
+        samples=8,
+        options={"snip": {"samples": 4}},
+        observe=atlas,
+    )
+    assert list(atlas.masks) == [
+        ("snip", "first", 0),
+        ("snip", "first", 1),
+        ("snip", "second", 0),
+        ("synflow", "none", 0),
+        ("random", "none", 0),
+        ("random", "none", 1),
+    ]
+    assert all(mask.sparsity == pytest.approx(0.5, abs=0.01) for mask in atlas.masks.values())
+    model = pai.Classifier(backbone, heads["second"])
+    pruned = pai.prune(model, tasks["second"].train, "snip", 0.5, samples=4)
+    for name, entry in atlas.masks["snip", "second", 0].items():
+        assert torch.equal(entry, pruned.mask[f"backbone.{name}"])
+    assert set(atlas.distributions) == {"snip", "synflow", "random"}
+
+    left = accuracy_left(table, list(tasks)).set_index(["scorer", "sparsity", "tasks"])
+    assert len(left) == 3 * 2 * 2
+    for tasks_, own in (("source", True), ("held-out", False)):
+        rows = held_out_retention(table, list(tasks), own=own)
+        rows = rows[(rows.scorer == "snip") & (rows.sparsity == 0.5)]
+        assert len(rows) == 2
+        assert left.retention["snip", 0.5, tasks_] == pytest.approx(rows.retention.mean())
+        seen = table[(table.scorer == "snip") & (table.sparsity == 0.5)]
+        seen = seen[(seen.source == seen.target) == own]
+        assert left.accuracy["snip", 0.5, tasks_] == pytest.approx(seen.accuracy.mean())
+    assert (left.low <= left.retention + 1e-9).all()
+    assert (left.retention <= left.high + 1e-9).all()
+
+
+def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
+    left = pd.DataFrame(
+        {
+            "scorer": scorer,
+            "sparsity": sparsity,
+            "tasks": tasks,
+            "retention": retention,
+            "low": -0.001,
+            "high": 1.0,
+        }
+        for scorer, retention in (("snip", 0.25), ("px", 0.75))
+        for sparsity in (0.3, 0.5)
+        for tasks in ("source", "held-out")
+    )
+    costs = pd.DataFrame({"scorer": ["snip", "px"], "fb": [1.04, 12.3]})
+    table = summary_table(left, costs)
+    assert table.scorer.tolist() == ["px", "snip"]
+    assert list(table) == [
+        "scorer",
+        "held-out 30%",
+        "held-out 50%",
+        "source 30%",
+        "source 50%",
+        "cost (FB)",
+    ]
+    assert table.loc[1, "held-out 50%"] == "0.25 (0.00 to 1.00)"
+    assert table["cost (FB)"].tolist() == ["12", "1"]
+
+
+def test_options_for_a_scorer_that_is_not_run_are_refused() -> None:
+    backbone, task = tiny_backbone(), tiny_task()
+    heads = {"spots": pai.fit_head(backbone, task)}
+    with pytest.raises(ValueError, match=r"unknown scorer of options 'px'"):
+        retention_sweep(
+            backbone, {"spots": task}, heads, ["spots"], scorers=["snip"], options={"px": {}}
+        )
+
+
+def test_the_unit_of_cost_is_positive_and_leaves_the_model_alone() -> None:
+    model, task = tiny_classifier(), tiny_task()
+    before = fingerprint(model)
+    assert forward_backward_seconds(model, task.train, samples=8, batch_size=4) > 0
+    assert fingerprint(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="repeats=0"):
+        forward_backward_seconds(model, task.train, samples=8, repeats=0)
+
+
+def test_figures_of_the_atlas_show_every_scorer() -> None:
+    rows = [
+        {
+            "scorer": scorer,
+            "sparsity": sparsity,
+            "tasks": tasks,
+            "retention": 0.5,
+            "low": 0.4,
+            "high": 0.7,
+        }
+        for scorer in ("snip", "px")
+        for sparsity in (0.3, 0.5)
+        for tasks in ("source", "held-out")
+    ]
+    figure = pai.plots.accuracy_left(pd.DataFrame(rows))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["sparsity 0.3", "sparsity 0.5"]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["px", "snip"]
+    overlap, chance = collected(step(A), step(B, "px")).between_scorers()
+    written = [t.get_text() for t in pai.plots.mask_overlaps(overlap, chance).axes[0].texts]
+    assert written[1] == "0.33\n(0.33)"

@@ -1,0 +1,203 @@
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pai_utils.support.common import progress, undisturbed, unknown_name, watched
+from pai_utils.support.files import write_atomically
+from pai_utils.support.sampling import batches, check_labels, draw_samples, fitting_batches
+from tests.cases import Case, Images, fingerprint
+
+CPU = torch.device("cpu")
+
+
+def test_a_draw_is_seeded_without_replacement_and_touches_no_global_state() -> None:
+    data = Images(50)
+    state = torch.get_rng_state()
+    drawn = draw_samples(data, 20, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(set(drawn.tolist())) == 20
+    assert torch.equal(drawn, draw_samples(data, 20, 3))
+    assert not torch.equal(drawn, draw_samples(data, 20, 4))
+    assert draw_samples(data, None, 3).tolist() == list(range(50))
+    assert sorted(draw_samples(data, 50, 3).tolist()) == list(range(50))
+
+
+@pytest.mark.parametrize("samples", [0, -1, 51])
+def test_a_draw_of_too_few_or_too_many_is_refused(samples: int) -> None:
+    with pytest.raises(ValueError, match=f"samples={samples}"):
+        draw_samples(Images(50), samples, 0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 64])
+def test_batches_hold_every_sample_once_and_in_order(size: int) -> None:
+    data = Images(7)
+    order = torch.tensor([6, 0, 3, 2, 1, 5, 4])
+
+    class ByItem(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return data[index]
+
+    for source in (data, ByItem()):
+        got = list(batches(source, size, CPU, order))
+        assert [len(y) for _, y in got] == [len(part) for part in order.split(size)]
+        assert torch.equal(torch.cat([x for x, _ in got]), data.images[order])
+        assert torch.equal(torch.cat([y for _, y in got]), data.labels[order])
+    assert torch.equal(torch.cat([x for x, _ in batches(data, size, CPU)]), data.images)
+
+
+def test_empty_data_and_impossible_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="dataset is empty"):
+        draw_samples(Images(0), None, 0)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        list(batches(Images(0), 4, CPU))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        list(batches(Images(2), 0, CPU))
+
+
+def test_labels_within_the_classes_pass_and_others_do_not() -> None:
+    check_labels(torch.tensor([0, 3]), 4)
+    with pytest.raises(ValueError, match=r"label 4 .* 0 to 3"):
+        check_labels(torch.tensor([0, 4]), 4)
+    with pytest.raises(ValueError, match=r"label -1 .* 0 to 3"):
+        check_labels(torch.tensor([-1, 3]), 4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_left_undisturbed(case: Case, fails: bool) -> None:
+    parameters = list(case.model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    parameters[-1].requires_grad_(False)
+    case.model.get_submodule("0").eval()
+    before = fingerprint(case.model)
+    try:
+        with undisturbed(case.model):
+            assert not any(module.training for module in case.model.modules())
+            case.model.train()
+            case.model(case.data.images).sum().backward()
+            case.model.requires_grad_(False)
+            assert fingerprint(case.model) != before
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert fingerprint(case.model) == before
+
+
+def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[int] = []
+
+    def compute(size: int) -> str:
+        tried.append(size)
+        if size > 5:
+            raise torch.OutOfMemoryError
+        return f"done with {size}"
+
+    with caplog.at_level(logging.WARNING, "pai_utils"):
+        assert fitting_batches(compute, 64) == "done with 4"
+    assert tried == [64, 32, 16, 8, 4]
+    assert caplog.messages[-1] == "out of memory; starting again with batches of 4"
+
+
+def test_the_cpus_own_lack_of_memory_counts_too() -> None:
+    assert fitting_batches(lambda size: len(torch.empty((size - 1) << 50)), 2) == 0
+
+
+def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
+    def fail(_: int) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    def break_(_: int) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        fitting_batches(fail, 64)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fitting_batches(break_, 64)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        fitting_batches(break_, 0)
+
+
+def test_progress_yields_the_items_and_writes_nothing_unwatched(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items: Iterable[int] = progress([1, 2, 3], "counting")
+    assert list(items) == [1, 2, 3]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_person_may_watch_a_kernel_but_not_a_package_that_lies_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shell = SimpleNamespace()
+    fake = SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not watched()
+    shell.kernel = object()
+    assert watched()
+    monkeypatch.setenv("PAI_PROGRESS", "0")
+    assert not watched()
+
+
+def test_a_write_replaces_the_file_with_usual_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_atomically(path, b"first")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+    other = tmp_path / "other"
+    other.write_text("")
+    assert path.stat().st_mode == other.stat().st_mode
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+    script = (
+        "import os, sys, time\n"
+        "from pai_utils.support.files import write_atomically\n"
+        "def wait(handle):\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(60)\n"
+        "os.fsync = wait\n"
+        "write_atomically(sys.argv[1], b'new' * 1000)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        started = time.perf_counter()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert time.perf_counter() - started < 30
+    assert path.read_bytes() == b"old"
+
+
+def test_an_unknown_name_is_told_with_the_nearest_and_all_choices() -> None:
+    error = unknown_name("scorer", "magnitud", ["random", "magnitude"])
+    assert str(error) == (
+        "unknown scorer 'magnitud'; did you mean 'magnitude'? Choose from: random, magnitude"
+    )
+    assert "did you mean" not in str(unknown_name("scorer", "xyz", ["random"]))
+    assert str(unknown_name("model", "vit_smal", ["any"], unlisted=["vit_small", "resnet"])) == (
+        "unknown model 'vit_smal'; did you mean 'vit_small'? Choose from: any"
+    )

@@ -1,0 +1,43 @@
+"""Tensors with a text and a checksum in safetensors files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pai_utils.support.stored import read_header, read_tensors, write_tensors
+
+TENSORS = {"a": torch.arange(3), "b": torch.tensor([[0.5]], dtype=torch.float16)}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "x.safetensors"
+    content = write_tensors(path, TENSORS, "said", format="kind/1", name="x")
+    assert path.read_bytes() == content
+    tensors, header = read_tensors(path, "kind/1", what="thing")
+    assert (header["text"], header["name"]) == ("said", "x")
+    assert read_header(path) == header
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+
+
+def test_another_kind_and_another_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    content = write_tensors(path, TENSORS, "said", format="kind/1")
+    with pytest.raises(ValueError, match="is no thing: its format is 'kind/1'"):
+        read_tensors(path, "kind/2", what="thing")
+    path.write_bytes(content.replace(b"said", b"sawn"))
+    with pytest.raises(ValueError, match="was altered"):
+        read_tensors(path, "kind/1", what="thing")
+    assert read_header(path)["text"] == "sawn"
+
+
+def test_a_missing_and_a_truncated_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no thing at .*x\.safetensors"):
+        read_tensors(path, "kind/1", what="thing")
+    path.write_bytes(write_tensors(path, TENSORS, "", format="kind/1")[:20])
+    with pytest.raises(ValueError, match=r"x\.safetensors is truncated or no safetensors file"):
+        read_header(path)
