@@ -6,7 +6,7 @@ import copy
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,15 +15,75 @@ from torch import nn
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.repair.methods import check_repair, repair_
-from pai_utils.scorers import score
+from pai_utils.scorers import Scores, check_options, score
 from pai_utils.support.common import logger, unknown_name
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda sparsity, progress: (1 - sparsity) ** progress,
     "linear": lambda sparsity, progress: 1 - sparsity * progress,
 }
 """The fraction *kept* once a fraction ``progress`` of the rounds is done, at a final sparsity."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a mask is made, and what is done to the weights that it leaves."""
+
+    scorer: str = "ggn_diag"  #: a key of `pai_utils.SCORERS`
+    sparsity: float = 0.7  #: fraction to remove, in [0, 1), of the weights that may be pruned
+    scope: str = "global"  #: as in `pai_utils.make_mask`
+    rounds: int = 1  #: the scopes "N:M" take one
+    schedule: str = "exponential"  #: a key of `SCHEDULES`
+    repair: str = "none"  #: or parts joined by + of "moments", "layerwise" and "obs"
+    options: Mapping[str, Any] = field(default_factory=dict)  #: the scorer's own keywords
+    repair_options: Mapping[str, Any] = field(default_factory=dict)  #: those of `repair_`
+    include: str | Sequence[str] | None = None  #: patterns, as in `select_parameters`; None: all
+    exclude: str | Sequence[str] = ()
+
+    @property
+    def label(self) -> str:
+        """The scorer, and the repair where there is one, as tables name them."""
+        return self.scorer if self.repair == "none" else f"{self.scorer} + {self.repair}"
+
+    def check(self) -> None:
+        """Refuse a recipe that cannot be followed, before anything is computed.
+
+        Raises:
+            ValueError: for an unknown scorer, scope, schedule, repair or option, an impossible
+                sparsity, or fewer rounds than one, or more with a scope that prunes at once.
+        """
+        check_options(self.scorer, self.options)
+        check_repair(self.repair, self.repair_options)
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}: at least one round is needed")
+        if check_sparsity(self.sparsity, self.scope) is not None and self.rounds > 1:
+            raise ValueError(
+                f"scope {self.scope!r} fixes the sparsity at once; use rounds=1 with it"
+            )
+
+    def pruned_after(self, step: int) -> float:
+        """The fraction pruned after a round: the sparsity itself after the last, exactly."""
+        if step == self.rounds:
+            return self.sparsity
+        return 1 - SCHEDULES[self.schedule](self.sparsity, step / self.rounds)
+
+    def metadata(self, draw: Draw, source: str | None) -> dict[str, str]:
+        """What a mask made by it is labelled with, apart from the weights."""
+        return {
+            **({} if source is None else {"source": source}),
+            "scorer": self.scorer,
+            **{f"scorer.{option}": str(value) for option, value in self.options.items()},
+            "sparsity": str(self.sparsity),
+            "scope": self.scope,
+            "rounds": str(self.rounds),
+            "schedule": self.schedule,
+            "repair": self.repair,
+            "samples": str(draw.samples),
+            "seed": str(draw.seed),
+        }
 
 
 @dataclass(frozen=True)
@@ -120,90 +180,92 @@ def prune(
         >>> pruned.report.sparsity
         0.5
     """
-    # Before the costly scores, so that a misspelling is told at once.
-    parts = check_repair(repair, repair_options or {})
+    recipe = Recipe(
+        scorer=scorer,
+        sparsity=sparsity,
+        scope=scope,
+        rounds=rounds,
+        schedule=schedule,
+        repair=repair,
+        options=options,
+        repair_options=repair_options or {},
+        include=include,
+        exclude=exclude,
+    )
+    draw = Draw(samples, batch_size, seed)
+    return follow(recipe, model, data, draw, repair_data=repair_data, source=source)
+
+
+def follow(
+    recipe: Recipe,
+    model: nn.Module,
+    data: Samples | None,
+    draw: Draw,
+    *,
+    repair_data: Samples | None = None,
+    source: str | None = None,
+    scores: Scores | None = None,
+) -> Pruned:
+    """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
+
+    Args:
+        recipe: how.
+        model: images to logits; it is untouched.
+        data: what the scores look at.
+        draw: of that, for the scores; its batches and its seed are the repair's too.
+        repair_data: what the repair looks at; by default ``data``.
+        source: name of the data, for the mask's metadata.
+        scores: of the dense model by this recipe and draw, where they are known already.
+
+    Raises:
+        ValueError: as :func:`prune`.
+    """
+    recipe.check()
     seen = data if repair_data is None else repair_data
-    if parts and seen is None:
-        raise ValueError(f"repair {repair!r} needs samples of the source task")
-    if schedule not in SCHEDULES:
-        raise unknown_name("schedule", schedule, SCHEDULES)
-    check_rounds(rounds, sparsity, scope)
+    if recipe.repair != "none" and seen is None:
+        raise ValueError(f"repair {recipe.repair!r} needs samples of the source task")
     start = time.perf_counter()
-    names = select_parameters(prunable_parameters(model), include, exclude)
-    metadata = describe_weights(model, names) | {
-        **({} if source is None else {"source": source}),
-        "scorer": scorer,
-        **{f"scorer.{option}": str(value) for option, value in options.items()},
-        "sparsity": str(sparsity),
-        "scope": scope,
-        "rounds": str(rounds),
-        "schedule": schedule,
-        "repair": repair,
-        "samples": str(samples),
-        "seed": str(seed),
-    }
+    names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
+    metadata = describe_weights(model, names) | recipe.metadata(draw, source)
     pruned = copy.deepcopy(model)
     mask: Mask | None = None
-    for step in range(1, rounds + 1):
-        scores = score(
-            scorer,
-            pruned,
-            data,
-            names=names,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            **options,
-        )
+    for step in range(1, recipe.rounds + 1):
+        if scores is None or step > 1:
+            scores = score(
+                recipe.scorer,
+                pruned,
+                data,
+                names=names,
+                samples=draw.samples,
+                batch_size=draw.batch_size,
+                seed=draw.seed,
+                **recipe.options,
+            )
         mask = make_mask(
-            scores,
-            # At the last step the given number itself, so that the count is exact.
-            sparsity if step == rounds else 1 - SCHEDULES[schedule](sparsity, step / rounds),
-            scope,
-            within=mask,
-            metadata=metadata,
+            scores, recipe.pruned_after(step), recipe.scope, within=mask, metadata=metadata
         )
-        if parts and step > 1:  # a weight has its dense value, and not that of the last repair
-            pruned = copy.deepcopy(model)
+        if recipe.repair != "none" and step > 1:
+            pruned = copy.deepcopy(model)  # a weight has its dense value, not its last repair's
         # Not strict: these are the weights it was made for, some of them removed by now.
         mask.apply_(pruned, strict=False)
-        if parts and seen is not None:
-            repair_(
-                pruned,
-                model,
-                mask,
-                seen,
-                repair,
-                **{"batch_size": batch_size, "seed": seed, **(repair_options or {})},
-            )
+        if recipe.repair != "none" and seen is not None:
+            shared = {"batch_size": draw.batch_size, "seed": draw.seed}
+            repair_(pruned, model, mask, seen, recipe.repair, **shared | {**recipe.repair_options})
     assert mask is not None
     if mask.empty_layers:
         logger.warning("pruned to nothing: %s", ", ".join(mask.empty_layers))
     report = PruningReport(
-        scorer=scorer,
-        scope=scope,
+        scorer=recipe.scorer,
+        scope=recipe.scope,
         sparsity=mask.sparsity,
         layer_sparsity=mask.layer_sparsity,
         empty_layers=mask.empty_layers,
         left_out=[name for name, _ in model.named_parameters() if name not in mask],
-        rounds=rounds,
-        schedule=schedule,
+        rounds=recipe.rounds,
+        schedule=recipe.schedule,
         seconds=time.perf_counter() - start,
     )
     return Pruned(pruned, mask, report)
-
-
-def check_rounds(rounds: int, sparsity: float, scope: str) -> None:
-    """Refuse rounds that :func:`prune` cannot take.
-
-    Raises:
-        ValueError: for fewer than one, or more with a scope that prunes at once, and as
-            :func:`~pai_utils.masks.check_sparsity`.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}: at least one round is needed")
-    if check_sparsity(sparsity, scope) is not None and rounds > 1:
-        raise ValueError(f"scope {scope!r} fixes the sparsity at once; use rounds=1 with it")
 
 
 def select_parameters(

@@ -200,15 +200,7 @@ def score(
         >>> pai.score("snip", model, data, samples=2).left_out
         []
     """
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, list(SCORERS))
-    scorer = SCORERS[name]
-    unknown = [option for option in options if option not in scorer.options]
-    if unknown:
-        raise ValueError(
-            f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
-            + (", ".join(scorer.options) or "none")
-        )
+    scorer = check_options(name, options)
     if scorer.needs_data and data is None:
         raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
     chosen = prunable_parameters(model) if names is None else list(dict.fromkeys(names))
@@ -257,6 +249,24 @@ def score(
     left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     return Scores(scores, name, left_out, errors, found.facts["seconds"])
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
+    """The scorer of this name, which has these options.
+
+    Raises:
+        ValueError: for an unknown scorer or option.
+    """
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, list(SCORERS))
+    scorer = SCORERS[name]
+    unknown = [option for option in options if option not in scorer.options]
+    if unknown:
+        raise ValueError(
+            f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
+            + (", ".join(scorer.options) or "none")
+        )
+    return scorer
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

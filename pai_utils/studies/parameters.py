@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
 from pai_utils.data.tasks import check_task_name
-from pai_utils.pruning import check_rounds
+from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import SCORERS
 from pai_utils.studies.finetune_recovery import PENALTIES, STARTS
@@ -269,7 +269,7 @@ class Masks(EncoderParameters):
     @model_validator(mode="after")
     def _scope_and_rounds_fit(self) -> Self:
         for sparsity in self.sparsities:
-            check_rounds(self.rounds, sparsity, self.scope)
+            Recipe(sparsity=sparsity, scope=self.scope, rounds=self.rounds).check()
         return self
 
 

@@ -17,7 +17,7 @@ from pai_utils.data.tasks import Task
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.masks import Mask, make_mask
 from pai_utils.models.encoders import Backbone, Classifier
-from pai_utils.pruning import check_rounds, prune
+from pai_utils.pruning import Recipe, prune
 from pai_utils.repair.methods import check_repair, parse_repair, repair_
 from pai_utils.scorers import SCORERS, Scores, score
 from pai_utils.studies.suite import Source, load_source, prune_source, score_source
@@ -117,7 +117,7 @@ def retention_sweep(
     options = options or {}
     check_names("scorer of options", options, scorers)
     for sparsity in sparsities:
-        check_rounds(rounds, sparsity, scope)
+        Recipe(sparsity=sparsity, scope=scope, rounds=rounds).check()
     if observe is not None and rounds > 1:
         raise ValueError(f"masks of rounds={rounds} cannot be observed; use rounds=1")
     for repair in repairs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -23,34 +24,45 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which samples a score, a curvature or a repair looks at, and how many at a time."""
+
+    samples: int | None = 256  #: drawn without replacement; None: all, in order
+    batch_size: int = 64  #: a forward; halved when memory runs out, and no result depends on it
+    seed: int = 0  #: of this draw and of whatever else is drawn
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples={self.samples}: at least one is needed (None takes all)")
+        check_batch_size(self.batch_size)
+        check_seed(self.seed)
+
+    def indices(self, data: Samples) -> Tensor:
+        """Positions of the samples in ``data``: long ``[samples]``, on the CPU.
+
+        The global random state is not touched.
+
+        Raises:
+            ValueError: if ``data`` is empty, or holds fewer than are to be drawn.
+        """
+        available = len(cast(Sized, data))
+        if available < 1:
+            raise ValueError("the dataset is empty; at least one sample is needed")
+        if self.samples is None:
+            return torch.arange(available)
+        if self.samples > available:
+            raise ValueError(
+                f"samples={self.samples} but the dataset holds {available}; ask for at most that "
+                "many, or pass samples=None for all"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(available, generator=generator)[: self.samples]
+
+
 def draw_samples(data: Samples, samples: int | None, seed: int) -> Tensor:
-    """Indices of the samples to use.
-
-    Args:
-        data: the dataset drawn from.
-        samples: how many; ``None`` for all of them, in order.
-        seed: seed of the draw without replacement. The global random state is not touched.
-
-    Returns:
-        Long tensor ``[samples]`` on the CPU.
-
-    Raises:
-        ValueError: if ``samples`` is below one or above the size of the dataset.
-    """
-    available = len(cast(Sized, data))
-    if available < 1:
-        raise ValueError("the dataset is empty; at least one sample is needed")
-    if samples is None:
-        return torch.arange(available)
-    if samples < 1:
-        raise ValueError(f"samples={samples}: at least one sample is needed (None takes all)")
-    if samples > available:
-        raise ValueError(
-            f"samples={samples} but the dataset holds {available}; ask for at most that many, "
-            "or pass samples=None for all"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(available, generator=generator)[:samples]
+    """Indices of the samples to use, as :meth:`Draw.indices`."""
+    return Draw(samples, seed=seed).indices(data)
 
 
 def batches(
