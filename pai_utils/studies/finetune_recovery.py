@@ -30,12 +30,10 @@ from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.scorers import SCORERS
 from pai_utils.studies.parameters import (
-    PenaltyName,
     Positive,
     Rate,
     RepairedMasks,
     ScorerName,
-    Start,
     Strength,
     one_of,
 )
@@ -452,6 +450,10 @@ def chosen_on_validation(gains: pd.DataFrame) -> pd.DataFrame:
     """
     keys = [key for key in _SETTINGS if key in gains and key != "learning_rate"]
     return gains.loc[gains.groupby(keys, sort=False).validation.idxmax()].reset_index(drop=True)
+
+
+Start = Annotated[str, one_of("start", STARTS)]
+PenaltyName = Annotated[str, one_of("penalty", PENALTIES)]
 
 
 class Parameters(RepairedMasks):

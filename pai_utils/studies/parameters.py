@@ -19,7 +19,6 @@ from pai_utils.data.tasks import check_task_name
 from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import SCORERS
-from pai_utils.studies.finetune_recovery import PENALTIES, STARTS
 from pai_utils.support.common import unknown_name
 from pai_utils.support.sampling import PRECISIONS
 
@@ -64,9 +63,7 @@ def _known_repair(text: str) -> str:
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, AfterValidator(_known_task)]
 RepairOption = Annotated[str, one_of("repair option", REPAIR_OPTIONS)]
-Start = Annotated[str, one_of("start", STARTS)]
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PenaltyName = Annotated[str, one_of("penalty", PENALTIES)]
 ScorerName = Annotated[str, one_of("scorer", SCORERS)]
 Precision = Annotated[str, one_of("precision", PRECISIONS)]
 Repair = Annotated[str, AfterValidator(_known_repair)]
