@@ -193,7 +193,11 @@ def prune(
         exclude=exclude,
     )
     draw = Draw(samples, batch_size, seed)
-    return follow(recipe, model, data, draw, repair_data=repair_data, source=source)
+    pruned = follow(recipe, model, data, draw, repair_data=repair_data, source=source)
+    pruned.mask.metadata.update(describe_weights(model, pruned.mask))
+    if pruned.report.empty_layers:
+        logger.warning("pruned to nothing: %s", ", ".join(pruned.report.empty_layers))
+    return pruned
 
 
 def follow(
@@ -207,6 +211,10 @@ def follow(
     scores: Scores | None = None,
 ) -> Pruned:
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
+
+    Unlike there, the mask's metadata do not identify the weights that it was made for, since
+    hashing them takes longer than pruning by scores that are known;
+    :func:`~pai_utils.masks.describe_weights` does that for a mask that goes to a file.
 
     Args:
         recipe: how.
@@ -226,7 +234,7 @@ def follow(
         raise ValueError(f"repair {recipe.repair!r} needs samples of the source task")
     start = time.perf_counter()
     names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
-    metadata = describe_weights(model, names) | recipe.metadata(draw, source)
+    metadata = recipe.metadata(draw, source)
     pruned = copy.deepcopy(model)
     mask: Mask | None = None
     for step in range(1, recipe.rounds + 1):
@@ -252,8 +260,6 @@ def follow(
             shared = {"batch_size": draw.batch_size, "seed": draw.seed}
             repair_(pruned, model, mask, seen, recipe.repair, **shared | {**recipe.repair_options})
     assert mask is not None
-    if mask.empty_layers:
-        logger.warning("pruned to nothing: %s", ", ".join(mask.empty_layers))
     report = PruningReport(
         scorer=recipe.scorer,
         scope=recipe.scope,
