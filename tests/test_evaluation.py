@@ -328,8 +328,8 @@ def test_no_data_but_the_sources_training_split_touches_a_mask(
         during.append({k: d.reads - before[k] for k, d in parts.items() if d.reads > before[k]})
         return scores
 
-    for module in ("evaluation", "sources"):
-        monkeypatch.setattr(f"pai_utils.{module}.score", watch)
+    for module in ("sweeps", "suite"):
+        monkeypatch.setattr(f"pai_utils.studies.{module}.score", watch)
     retention_sweep(
         backbone, watched, heads, ["first", "third"], scorers=["ggn_diag", "fisher_diag", "random"],
         sparsities=(0.5,), seeds=(0,), samples=8,

@@ -501,7 +501,7 @@ def test_a_study_scores_with_the_head_that_belongs_to_the_images(
         seen.append((model.head, images, options["samples"], options["rounds"]))
         return pai.prune(model, images, *rest, **options)
 
-    monkeypatch.setattr("pai_utils.data.mixtures.prune", watched)
+    monkeypatch.setattr("pai_utils.studies.suite.prune", watched)
     table = recovery_study(
         encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
         scorer="snip", prune_by="other", samples=1_000_000, rounds=2, learning_rates=[1e-3],

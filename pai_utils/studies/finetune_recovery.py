@@ -85,7 +85,7 @@ def recovery_sweep(
         with its last finite rows.
     """
     tests = {name: task.test for name, task in tasks.items()}
-    table: list[dict[str, object]] = Field(default=[])
+    table: list[dict[str, object]] = []
     settings = list(itertools.product((penalties or {"none": None}).items(), learning_rates))
     for (label, penalty), rate in progress(settings, "fine-tuning", total=len(settings)):
         tuned = copy.deepcopy(model)

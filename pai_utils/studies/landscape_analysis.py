@@ -114,7 +114,7 @@ def study(
         raise ValueError(f"fractions={list(fractions)} must hold 1, the full step")
     if eigenvectors > products:
         raise ValueError(f"eigenvectors={eigenvectors} need as many products; got {products}")
-    masks: dict[tuple[str, str, float], Mask] = Field(default={})
+    masks: dict[tuple[str, str, float], Mask] = {}
 
     def observe(step: SweepMask) -> None:
         masks[step.source, step.scorer, step.sparsity] = step.mask
@@ -134,7 +134,7 @@ def study(
     kept = summarise_retention(table)
     settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
     models = {name: Classifier(backbone, heads[name]) for name in tasks}
-    directions: dict[str, Direction] = Field(default={})
+    directions: dict[str, Direction] = {}
     keys = {}
     for key, mask in masks.items():
         name = " ".join(map(str, key))

@@ -56,8 +56,9 @@ def test_parameters_are_plain_values_and_name_the_out_folder_and_the_encoder(pat
 def test_second_code_cell_checks_the_parameters_before_anything_else(path: Path) -> None:
     statements = ast.parse(_code(path)[1].source).body
     first = next(s for s in statements if not isinstance(s, ast.Import | ast.ImportFrom))
-    name = "".join(word.capitalize() for word in path.stem.split("_"))
-    assert ast.unparse(first) == f"config = pai.runs.{name}Config.from_notebook(globals())"
+    assert ast.unparse(first) == "config = study.Parameters.from_notebook(globals())"
+    imports = [ast.unparse(s) for s in statements if isinstance(s, ast.ImportFrom)]
+    assert f"from pai_utils.studies import {path.stem} as study" in imports
 
 
 def test_notebook_defines_no_function_and_no_class(path: Path) -> None:
