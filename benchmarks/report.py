@@ -15,7 +15,7 @@ import pandas as pd
 from benchmarks.problems import NETWORKS
 from benchmarks.results import read
 from pai_utils.plots import cost_multiples
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 NOTHING = "–"
 _FLOOR = (

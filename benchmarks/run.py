@@ -35,7 +35,7 @@ from benchmarks.results import UNIT, Row, table
 from benchmarks.tasks import Task
 from pai_utils.runs import surroundings
 from pai_utils.support.common import progress
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 ROOT = Path(__file__).parents[1]
 CPU_BLOCKS, GPU_BLOCKS = "an eighth of resnet50's largest layer", "resnet50's largest layer"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pai_utils.runs import surroundings
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 
 def store(table: pd.DataFrame, out: Path, name: str, **settings: object) -> None:

@@ -26,8 +26,7 @@ from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.models.loading import load_backbone, resolve_device
 from pai_utils.support.common import device_of, hash_tensors, listed, undisturbed, unknown_name
-from pai_utils.support.files import write_atomically
-from pai_utils.support.stored import read_tensors, write_tensors
+from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
 """What :func:`write_formats` writes."""

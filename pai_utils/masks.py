@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.support.common import hash_tensors, listed
-from pai_utils.support.files import write_atomically
-from pai_utils.support.stored import read_tensors, write_tensors
+from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
 
 SCOPES = ("global", "layer", "erk", "N:M")
 _FORMAT = "pai_utils.Mask/2"

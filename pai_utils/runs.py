@@ -27,7 +27,7 @@ from pai_utils.studies.parameters import (
     describe_problem,
 )
 from pai_utils.support.cache import digest_of, used_files
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 Outcome = Literal["running", "finished", "failed", "stopped", "killed"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from cells import Layout
 
 from pai_utils.grids import Cell, read_grid
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 LIBRARY = Path("pai_utils")
 NOTEBOOKS = Path("notebooks")

@@ -18,7 +18,7 @@ from machine import held_gpus
 
 from pai_utils.needs import Need, make
 from pai_utils.support.cache import FOLDER, gather, keeping
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 
 def share(need: Need, before: list[Path], out: Path) -> None:

@@ -16,7 +16,7 @@ from attempts import Attempt, read_attempts
 from cells import KERNEL_DIED, Layout, commit_of
 
 from pai_utils.grids import read_grid
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 COLUMNS = (
     "cell",

@@ -14,7 +14,7 @@ from cells import Layout, problems
 
 from pai_utils.grids import read_grid
 from pai_utils.runs import altered_outputs, check_results, read_results
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 KEPT = (".csv", ".json", ".png")
 

@@ -22,7 +22,7 @@ from pai_utils.landscape import PREDICTORS
 from pai_utils.runs import read_record
 from pai_utils.studies.finetune_recovery import chosen_on_validation
 from pai_utils.studies.landscape_analysis import transfer_correlations
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {

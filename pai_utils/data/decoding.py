@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pai_utils.data.images import ImageTransform
 from pai_utils.support.common import logger, progress
-from pai_utils.support.files import write_atomically
+from pai_utils.support.stored import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

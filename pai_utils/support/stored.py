@@ -1,14 +1,34 @@
-"""Safetensors files that carry a text and a checksum of everything in them."""
+"""Files that are whole or not there, and safetensors files with a checksum of all they hold.
+
+The workflow writes files too and starts often, so torch is imported only where tensors are read.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from pai_utils.support.common import hash_tensors
-from pai_utils.support.files import write_atomically
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` through a temporary file beside it: all of it or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(
@@ -20,9 +40,12 @@ def write_tensors(
         path: the file.
         tensors: contiguous, on the CPU.
         text: any, such as JSON.
-        header: what else the file's header says, such as ``format``; not checked.
+        header: further entries of the file's header, such as ``format``; the checksum leaves them
+            out.
     """
     from safetensors.torch import save
+
+    from pai_utils.support.common import hash_tensors
 
     checked = {**header, "text": text, "sha256": hash_tensors(tensors, text)}
     content = save(dict(tensors), metadata=checked)
@@ -35,7 +58,7 @@ def read_header(path: str | Path) -> dict[str, str]:
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is truncated or none of these.
+        ValueError: if it is truncated or no safetensors file.
     """
     return _open(path, "safetensors file", whole=False)[1]
 
@@ -47,13 +70,15 @@ def read_tensors(
 
     Args:
         path: the file.
-        kind: the ``format`` that its header must say.
-        what: what such a file is called in errors.
+        kind: the ``format`` that its header must have.
+        what: what errors call such a file.
 
     Raises:
         OSError: if the file cannot be opened.
         ValueError: if it is truncated, of another format, or does not match its checksum.
     """
+    from pai_utils.support.common import hash_tensors
+
     tensors, header = _open(path, what, whole=True)
     if header.get("format") != kind:
         raise ValueError(f"{path} is no {what}: its format is {header.get('format')!r}")

@@ -1,12 +1,7 @@
 import io
 import logging
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pai_utils.support.common import progress, undisturbed, unknown_name, watched
-from pai_utils.support.files import write_atomically
 from pai_utils.support.sampling import batches, check_labels, draw_samples, fitting_batches
 from tests.cases import Case, Images, fingerprint
 
@@ -152,44 +146,6 @@ def test_a_person_may_watch_a_kernel_but_not_a_package_that_lies_about(
     assert watched()
     monkeypatch.setenv("PAI_PROGRESS", "0")
     assert not watched()
-
-
-def test_a_write_replaces_the_file_with_usual_permissions(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.txt"
-    write_atomically(path, b"first")
-    write_atomically(path, b"second")
-    assert path.read_bytes() == b"second"
-    other = tmp_path / "other"
-    other.write_text("")
-    assert path.stat().st_mode == other.stat().st_mode
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file.bin"
-    write_atomically(path, b"old")
-    script = (
-        "import os, sys, time\n"
-        "from pai_utils.support.files import write_atomically\n"
-        "def wait(handle):\n"
-        "    print('written', flush=True)\n"
-        "    time.sleep(60)\n"
-        "os.fsync = wait\n"
-        "write_atomically(sys.argv[1], b'new' * 1000)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
-        started = time.perf_counter()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert time.perf_counter() - started < 30
-    assert path.read_bytes() == b"old"
 
 
 def test_an_unknown_name_is_told_with_the_nearest_and_all_choices() -> None:
