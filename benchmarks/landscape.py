@@ -23,6 +23,7 @@ from pai_utils.curvature.spectra import top_eigenpairs
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.landscape import losses_on_plane, random_plane
 from pai_utils.support.common import device_of
+from pai_utils.support.sampling import Draw
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("mnist5k", "digits")
@@ -84,7 +85,7 @@ def measure_eigenpairs(count: int, images: int, products: int) -> dict[str, obje
     task = pai.load_task("mnist5k", backbone.transform, train_size=200, test_size=100)
     model = pai.Classifier(backbone, pai.fit_head(backbone, task))
     names = pai.prunable_parameters(model)
-    operator = _Timed(HessianOperator(model, names, task.train, samples=images))
+    operator = _Timed(HessianOperator(model, names, task.train, Draw(images)))
     start = time.perf_counter()
     found = top_eigenpairs(operator, count, products=products, tolerance=0)
     ratio = (time.perf_counter() - start) / sum(operator.seconds)

@@ -28,19 +28,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
-from pai_utils.curvature.partial import partial_terms
 from pai_utils.curvature.products import (
     GGNOperator,
     check_directions,
     directional_terms,
     inner_product,
 )
+from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.curvature.spectra import Eigenpairs, top_eigenpairs
 from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, prunable_parameters
 from pai_utils.support.common import NonFiniteError, progress
-from pai_utils.support.sampling import Samples, draw_samples
+from pai_utils.support.sampling import Draw, Samples
 
 Direction = Mapping[str, Tensor]
 """A step in weight space, as one tensor a parameter name, of the parameter's shape."""
@@ -109,7 +109,7 @@ def predicted_and_measured(
     All quantities are over the same samples. Those with gradient, Hessian and Gauss-Newton matrix
     are exact up to rounding; the diagonal, blocks and tensors of the latter are Monte Carlo
     estimates with ``draws`` labels a sample, the same ones for all three
-    (:func:`~pai_utils.curvature.partial.partial_terms`): noisy where the model is sure of its
+    (:func:`~pai_utils.curvature.quadratic.partial_terms`): noisy where the model is sure of its
     labels, and low for a direction that a score chose by the same labels, as ``ggn_diag`` does
     with the same seed and samples. Costs about five forward and backward passes, two for each
     direction, and one forward for each direction and fraction.
@@ -131,14 +131,11 @@ def predicted_and_measured(
         diagonal, the blocks and the whole tensors of G, for G and for H; α gᵀδ; gradient and
         Hessian together; and the measured difference.
     """
-    settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
+    draw = Draw(samples, batch_size, seed)
     steps = list(directions.values())
-    exact = directional_terms(model, steps, data, **settings)  # type: ignore[arg-type]
-    partial = partial_terms(
-        model, steps, data,
-        block_size=block_size, draws=draws, **settings,  # type: ignore[arg-type]
-    )  # fmt: skip
-    drawn = torch.utils.data.Subset(data, draw_samples(data, samples, seed).tolist())
+    exact = directional_terms(model, steps, data, draw)
+    partial = partial_terms(model, steps, data, draw, block_size=block_size, draws=draws)
+    drawn = torch.utils.data.Subset(data, draw.indices(data).tolist())
     rows = []
     for name, terms, parts in zip(directions, exact, partial, strict=True):
         losses = losses_along(model, directions[name], drawn, fractions, batch_size=batch_size)
@@ -281,10 +278,10 @@ def task_curvature(
         batch_size: samples a forward.
         seed: of the draw, of the labels and of the start vector.
     """
-    settings = {"samples": samples, "batch_size": batch_size, "seed": seed}
+    draw = Draw(samples, batch_size, seed)
     names = prunable_parameters(model)
-    diagonal = ggn_diagonal(model, names, data, **settings)  # type: ignore[arg-type]
-    operator = GGNOperator(model, names, data, **settings)  # type: ignore[arg-type]
+    diagonal = ggn_diagonal(model, names, data, draw)
+    operator = GGNOperator(model, names, data, draw)
     # Angles are good to the residual over the gap to the next eigenvalue, which is not known.
     pairs = top_eigenpairs(operator, eigenvectors, products=products, tolerance=1e-2, seed=seed)
     return TaskCurvature(diagonal, pairs)

@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import pai_utils as pai
-from pai_utils.curvature.partial import partial_terms
 from pai_utils.curvature.products import GGNOperator, directional_terms, inner_product
+from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.data.tasks import Task
 from pai_utils.evaluation import evaluate_heads
@@ -45,6 +45,7 @@ from pai_utils.studies.landscape_analysis import (
     study,
     transfer_correlations,
 )
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Images,
@@ -138,7 +139,9 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
     parts = dict(
         zip(
             directions,
-            partial_terms(case.model, [*directions.values()], drawn, block_size=5, seed=2),
+            partial_terms(
+                case.model, [*directions.values()], drawn, Draw(None, seed=2), block_size=5
+            ),
             strict=True,
         )
     )

@@ -19,6 +19,7 @@ from benchmarks.problems import Problem
 from benchmarks.tasks import EITHER_LAYOUT, Contender, Steps, Vector
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.labels import DrawnLabels
+from pai_utils.support.sampling import Draw
 
 CHUNK = 8
 """Samples whose gradients ``vmap`` holds at once."""
@@ -28,7 +29,7 @@ def ours_fisher(problem: Problem) -> Steps:
     """``fisher_diagonal`` on all images in one batch."""
     data, count = problem.data, len(problem.labels)
     return {
-        "whole": lambda: fisher_diagonal(problem.model, problem.names, data, batch_size=count),
+        "whole": lambda: fisher_diagonal(problem.model, problem.names, data, Draw(None, count)),
     }
 
 
@@ -37,7 +38,7 @@ def ours_ggn(problem: Problem, estimator: str = "mc") -> Steps:
     data, count = problem.data, len(problem.labels)
     return {
         "whole": lambda: ggn_diagonal(
-            problem.model, problem.names, data, batch_size=count, estimator=estimator
+            problem.model, problem.names, data, Draw(None, count), estimator=estimator
         ),
     }
 

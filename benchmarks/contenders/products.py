@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.problems import Problem
 from benchmarks.tasks import EITHER_LAYOUT, Contender, Steps, Vector
 from pai_utils.curvature.products import CurvatureOperator, GGNOperator, HessianOperator
+from pai_utils.support.sampling import Draw
 
 
 def probe(problem: Problem) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def ours(problem: Problem, kind: type[CurvatureOperator]) -> Steps:
     data, count, vector = problem.data, len(problem.labels), probe(problem)
 
     def make() -> Callable[[], Vector]:
-        operator = kind(problem.model, problem.names, data, batch_size=count, memory=2**40)
+        operator = kind(problem.model, problem.names, data, Draw(None, count), memory=2**40)
         return lambda: operator(vector)
 
     return _cached(make)

@@ -12,6 +12,7 @@ from benchmarks.problems import Problem
 from benchmarks.tasks import EITHER_LAYOUT, Contender, Steps, Vector
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.curvature.spectra import top_eigenpairs
+from pai_utils.support.sampling import Draw
 
 COUNT = 10
 TOLERANCE = 1e-3
@@ -23,7 +24,7 @@ def ours(problem: Problem) -> Steps:
     data, count = problem.data, len(problem.labels)
 
     def whole() -> Vector:
-        operator = HessianOperator(problem.model, problem.names, data, batch_size=count)
+        operator = HessianOperator(problem.model, problem.names, data, Draw(None, count))
         found = top_eigenpairs(
             operator, COUNT, order="magnitude", tolerance=TOLERANCE, products=PRODUCTS
         )

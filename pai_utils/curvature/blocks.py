@@ -47,7 +47,7 @@ from pai_utils.curvature.persample import (
     samples_at_once,
 )
 from pai_utils.support.common import device_of, logger, undisturbed, unknown_name
-from pai_utils.support.sampling import Samples, draw_samples, fitting_batches, sum_over_processes_
+from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 FISHER_ESTIMATORS = ("empirical", "mc")
 SMALLEST_DAMPING = 1e-10
@@ -236,10 +236,8 @@ def fisher_blocks(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
+    draw: Draw = ALL,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     block_size: int = 64,
     damping: float = 1e-2,
     estimator: str = "empirical",
@@ -252,9 +250,8 @@ def fisher_blocks(
             the caller has control.
         names: the parameters to take.
         data: samples, labelled for ``estimator="empirical"``.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; the result does not depend on it beyond rounding.
-        seed: seed of the draw of samples and of labels.
+        draw: the samples to take; its seed also draws the labels. The result does not depend on the
+            batches beyond rounding.
         block_size: B, weights a block.
         damping: λ over the block's mean diagonal.
         estimator: ``"empirical"`` takes the gradients of the true labels, as the sources above do
@@ -277,7 +274,7 @@ def fisher_blocks(
     check_block_options(block_size, damping)
     if estimator not in FISHER_ESTIMATORS:
         raise unknown_name("estimator", estimator, FISHER_ESTIMATORS)
-    indices = draw_samples(data, samples, seed)
+    indices = draw.indices(data)
     parameters = dict(model.named_parameters())
     weights = {name: parameters[name].detach() for name in names}
     passes = _plan(weights, block_size, len(indices), memory_budget)
@@ -298,7 +295,7 @@ def fisher_blocks(
                 for name, entries, size in parts
             }
             with undisturbed(model):
-                _fill(sums, model, data, indices, batch_size, estimator, seed, work)
+                _fill(sums, model, data, indices, draw, estimator, work)
             for name in list(sums):
                 yield sums.pop(name).fisher(damping)
 
@@ -456,9 +453,8 @@ def _fill(
     model: nn.Module,
     data: Samples,
     indices: Tensor,
-    batch_size: int,
+    draw: Draw,
     estimator: str,
-    seed: int,
     work: int,
 ) -> None:
     """One pass over the data; under ``torchrun`` each process takes its share of it."""
@@ -467,7 +463,7 @@ def _fill(
     def compute(size: int) -> None:
         true = TrueLabels(device)
         cotangents: Cotangents = (
-            true if estimator == "empirical" else DrawnLabels(len(indices), 1, seed)
+            true if estimator == "empirical" else DrawnLabels(len(indices), 1, draw.seed)
         )
         for part in sums.values():
             part.stored.zero_()
@@ -478,7 +474,7 @@ def _fill(
         if estimator == "empirical":
             true.check()
 
-    fitting_batches(compute, batch_size)
+    fitting_batches(compute, draw.batch_size)
     for part in sums.values():
         sum_over_processes_(part.stored)
 

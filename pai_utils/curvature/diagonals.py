@@ -28,8 +28,9 @@ from pai_utils.curvature.labels import DrawnLabels, TrueLabels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
 from pai_utils.support.common import device_of, undisturbed, unknown_name
 from pai_utils.support.sampling import (
+    ALL,
+    Draw,
     Samples,
-    draw_samples,
     fitting_batches,
     paired,
     sum_over_processes,
@@ -43,10 +44,7 @@ def fisher_diagonal(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
-    *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    draw: Draw = ALL,
 ) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher matrix: the mean squared per-sample gradient.
 
@@ -54,9 +52,7 @@ def fisher_diagonal(
         model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
         names: the parameters to take, of shapes ``[out, in, ...]``.
         data: labelled samples.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; the result does not depend on it beyond rounding.
-        seed: seed of the draw.
+        draw: the samples to take; the result does not depend on the batches beyond rounding.
 
     Returns:
         One tensor a name, of the parameter's shape. No estimation error beyond the draw's.
@@ -75,9 +71,9 @@ def fisher_diagonal(
         tensor([[0.0241, 0.0047, 0.0241],
                 [0.0241, 0.0047, 0.0241]])
     """
-    indices = draw_samples(data, samples, seed)
+    indices = draw.indices(data)
     cotangents = TrueLabels(device_of(model))
-    diagonal = _mean_squares(model, names, data, indices, batch_size, cotangents)
+    diagonal = _mean_squares(model, names, data, indices, draw.batch_size, cotangents)
     cotangents.check()
     return diagonal
 
@@ -86,10 +82,8 @@ def ggn_diagonal(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
+    draw: Draw = ALL,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     estimator: str = "mc",
     draws: int = 1,
 ) -> dict[str, Tensor]:
@@ -99,17 +93,15 @@ def ggn_diagonal(
         model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
         names: the parameters to take.
         data: samples; their labels are not used.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; the draw of labels does not depend on it, nor does the
-            result, except for ``estimator="batch"``.
-        seed: seed of the draw of samples and of labels.
+        draw: the samples to take; its seed also draws labels. These do not depend on the batches,
+            nor does the result, except for ``estimator="batch"``.
         estimator: ``"mc"`` draws ``draws`` labels a sample from the model: unbiased, one backward
             a draw, relative variance proportional to 1/(samples * draws), and larger the surer the
             model is of its labels. ``"exact"`` costs one backward a class and has no error.
             ``"batch"`` squares the gradient of a whole batch: labels are drawn independently with
             zero-mean gradients, so that cross terms vanish in expectation. Unbiased and no dearer
             than training, but its relative variance is of order 1/(batches * draws), and it depends
-            on ``batch_size``.
+            on the batches.
         draws: labels a sample for ``"mc"``.
 
     Returns:
@@ -133,22 +125,20 @@ def ggn_diagonal(
         raise unknown_name("estimator", estimator, GGN_ESTIMATORS)
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one label a sample is needed")
-    indices = draw_samples(data, samples, seed)
+    indices = draw.indices(data)
     if estimator == "exact":
-        return _mean_squares(model, names, data, indices, batch_size, _factor_columns)
-    cotangents = DrawnLabels(len(indices), draws, seed)
+        return _mean_squares(model, names, data, indices, draw.batch_size, _factor_columns)
+    cotangents = DrawnLabels(len(indices), draws, draw.seed)
     sums = sum_squared_batch_gradients if estimator == "batch" else sum_squared_gradients
-    return _mean_squares(model, names, data, indices, batch_size, cotangents, sums)
+    return _mean_squares(model, names, data, indices, draw.batch_size, cotangents, sums)
 
 
 def output_diagonal(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
+    draw: Draw = ALL,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     estimator: str = "mc",
     draws: int = 1,
 ) -> dict[str, Tensor]:
@@ -162,9 +152,7 @@ def output_diagonal(
         model: images to outputs ``[B, D]``; evaluated in evaluation mode, left as it was.
         names: the parameters to take.
         data: samples; their labels are not used.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; the result does not depend on it beyond rounding.
-        seed: seed of the draw of samples and of directions.
+        draw: the samples to take; its seed also draws the directions.
         estimator: ``"mc"`` takes E[(Jᵀv)²] over ``draws`` vectors v of random signs a sample:
             unbiased, one backward a draw, relative variance of order 1/(samples * draws).
             ``"exact"`` costs one backward an output and has no error.
@@ -180,9 +168,11 @@ def output_diagonal(
         raise unknown_name("estimator", estimator, OUTPUT_ESTIMATORS)
     if draws < 1:
         raise ValueError(f"draws={draws}: at least one direction a sample is needed")
-    indices = draw_samples(data, samples, seed)
-    cotangents = _unit_columns if estimator == "exact" else _RandomSigns(len(indices), draws, seed)
-    return _mean_squares(model, names, data, indices, batch_size, cotangents)
+    indices = draw.indices(data)
+    cotangents = (
+        _unit_columns if estimator == "exact" else _RandomSigns(len(indices), draws, draw.seed)
+    )
+    return _mean_squares(model, names, data, indices, draw.batch_size, cotangents)
 
 
 def sum_squared_batch_gradients(

@@ -30,10 +30,11 @@ from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
 from pai_utils.support.common import NonFiniteError, device_of, progress, undisturbed, unknown_name
 from pai_utils.support.sampling import (
+    ALL,
+    Draw,
     Samples,
     batches,
     check_labels,
-    draw_samples,
     fitting_batches,
     paired,
     share_of_work,
@@ -81,15 +82,13 @@ class CurvatureOperator(ABC):
             products it is as it was; its weights must not change while the operator is used.
         names: the parameters to take.
         data: labelled samples, the same at each reading.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward, weighted by their number: the product does not depend on
-            it beyond rounding. When memory runs out it is halved and nothing is kept any more.
-        seed: seed of the draw.
+        draw: the samples to take. The product does not depend on the batches beyond rounding; when
+            memory runs out they are halved and nothing is kept any more.
         memory: bytes that graphs kept between products may hold; 0 keeps none.
 
     Raises:
-        ValueError: if a name is no parameter of the model or comes twice, or ``batch_size`` or
-            ``memory`` is too small; at the first product, if the loss is not finite or a label
+        ValueError: if a name is no parameter of the model or comes twice, or ``memory``
+            is negative; at the first product, if the loss is not finite or a label
             goes beyond the model's classes.
     """
 
@@ -101,16 +100,12 @@ class CurvatureOperator(ABC):
         model: nn.Module,
         names: Sequence[str],
         data: Samples,
+        draw: Draw = ALL,
         *,
-        samples: int | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
         memory: int = GRAPH_MEMORY,
     ) -> None:
         if memory < 0:
             raise ValueError(f"memory={memory}: the bytes to keep graphs in cannot be negative")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
         self._originals = dict(model.named_parameters())
         _check_names(self._originals, names)
         self._versions = {name: p._version for name, p in self._originals.items()}
@@ -122,10 +117,10 @@ class CurvatureOperator(ABC):
         self._names = list(names)
         self._model = model
         self._data = data
-        drawn = draw_samples(data, samples, seed)
+        drawn = draw.indices(data)
         self._count = len(drawn)
         self._indices = drawn[share_of_work(len(drawn))]
-        self._batch_size = batch_size
+        self._batch_size = draw.batch_size
         self._memory = memory
         self._kept: dict[int, _Graph] = {}
         self._kept_bytes = 0
@@ -449,10 +444,7 @@ def directional_terms(
     model: nn.Module,
     directions: Sequence[Mapping[str, Tensor]],
     data: Samples,
-    *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    draw: Draw = ALL,
 ) -> list[DirectionalTerms]:
     """Loss, gᵀv, vᵀHv and vᵀGv of the mean cross-entropy at the model's parameters.
 
@@ -464,9 +456,7 @@ def directional_terms(
         directions: each a v, one tensor a parameter name, of the parameter's shape; all of the
             same names.
         data: labelled samples.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; halved when memory runs out.
-        seed: seed of the draw.
+        draw: the samples to take.
 
     Returns:
         The terms of each direction, in their order.
@@ -488,7 +478,7 @@ def directional_terms(
         '0.693 -0.333 1.000 1.000'
     """
     check_directions(model, directions)
-    indices = draw_samples(data, samples, seed)
+    indices = draw.indices(data)
     share = indices[share_of_work(len(indices))]
 
     def compute(size: int) -> Tensor:
@@ -502,7 +492,7 @@ def directional_terms(
 
     # The fused attention kernels have no second derivative; the plain one has.
     with undisturbed(model), sdpa_kernel(SDPBackend.MATH), _own_precision(model):
-        total = fitting_batches(compute, batch_size)
+        total = fitting_batches(compute, draw.batch_size)
     sum_over_processes_(total)
     found = [
         DirectionalTerms(loss, gradient, hessian, ggn, len(indices))

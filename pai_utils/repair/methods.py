@@ -70,7 +70,7 @@ from pai_utils.support.common import (
     undisturbed,
     unknown_name,
 )
-from pai_utils.support.sampling import Samples, batches, check_batch_size, draw_samples
+from pai_utils.support.sampling import Draw, Samples, batches, check_batch_size, draw_samples
 
 REPAIR_SAMPLES = 512
 REPAIR_DAMPING = 0.1
@@ -486,9 +486,7 @@ def _follow_fisher_(
         dense,
         list(mask),
         data,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
+        Draw(samples, batch_size, seed),
         block_size=block_size,
         damping=damping,
     )

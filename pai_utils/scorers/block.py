@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.blocks import fisher_blocks
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 
 def block_fisher(
@@ -45,9 +45,7 @@ def block_fisher(
         model,
         names,
         data,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
+        Draw(samples, batch_size, seed),
         block_size=block_size,
         damping=damping,
         estimator=estimator,

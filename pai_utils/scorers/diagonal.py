@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
 from pai_utils.models.encoders import Classifier
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 
 def fisher_diag(
@@ -32,9 +32,7 @@ def fisher_diag(
     Raises:
         ValueError: as :func:`~pai_utils.curvature.diagonals.fisher_diagonal`.
     """
-    diagonal = fisher_diagonal(
-        model, names, data, samples=samples, batch_size=batch_size, seed=seed
-    )
+    diagonal = fisher_diagonal(model, names, data, Draw(samples, batch_size, seed))
     return _saliency(model, diagonal)
 
 
@@ -60,9 +58,7 @@ def ggn_diag(
         model,
         names,
         data,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
+        Draw(samples, batch_size, seed),
         estimator=estimator,
         draws=draws,
     )
@@ -94,9 +90,7 @@ def feature_ggn_diag(
         encoder,
         [name.removeprefix(prefix) for name in names if name.startswith(prefix)],
         data,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
+        Draw(samples, batch_size, seed),
         estimator=estimator,
         draws=draws,
     )

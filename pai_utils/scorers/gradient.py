@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.support.common import device_of, progress, undisturbed
 from pai_utils.support.sampling import (
+    Draw,
     Samples,
     batches,
     check_labels,
@@ -108,9 +109,7 @@ def grasp(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be positive and finite")
-    operator = _TemperedHessian(
-        model, names, data, samples=samples, batch_size=batch_size, seed=seed
-    )
+    operator = _TemperedHessian(model, names, data, Draw(samples, batch_size, seed))
     operator.temperature = temperature
     product = operator(operator.gradient())
     return {name: product[name].mul_(weight) for name, weight in operator.parameters.items()}

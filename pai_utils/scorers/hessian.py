@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import GRAPH_MEMORY, HessianOperator
 from pai_utils.support.common import logger
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ def hessian_diag(
     Raises:
         ValueError: as :func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`.
     """
-    operator = HessianOperator(
-        model, names, data, samples=samples, batch_size=batch_size, seed=seed, memory=memory
-    )
+    draw = Draw(samples, batch_size, seed)
+    operator = HessianOperator(model, names, data, draw, memory=memory)
     estimate = hutchinson_diagonal(operator, probes=probes, tolerance=tolerance, seed=seed)
     logger.info(
         "hessian_diag: relative standard error %.3g after %d probes%s",

@@ -39,7 +39,7 @@ from pai_utils.studies.parameters import (
 )
 from pai_utils.studies.suite import Source, load_source, prune_source
 from pai_utils.support.common import NonFiniteError, logger, progress, unknown_name
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 _SETTINGS = ("start", "sparsity", "penalty", "learning_rate")  # of a run, as columns
 
@@ -315,9 +315,7 @@ def make_penalties(
             encoder,
             names,
             data,
-            samples=count if samples is None else min(samples, count),
-            batch_size=batch_size,
-            seed=seed,
+            Draw(count if samples is None else min(samples, count), batch_size, seed),
         )
         mean = float(torch.cat([values.flatten() for values in diagonal.values()]).double().mean())
         curvature = {f"backbone.{name}": values / mean for name, values in diagonal.items()}

@@ -47,7 +47,7 @@ from pai_utils.studies.parameters import (
 )
 from pai_utils.studies.sweeps import SweepMask, retention_sweep
 from pai_utils.support.common import progress
-from pai_utils.support.sampling import Samples
+from pai_utils.support.sampling import Draw, Samples
 
 
 @dataclass(frozen=True)
@@ -396,9 +396,7 @@ def spectra(
     summary, found = [], {}
     for name, model in progress(models.items(), "spectra", len(models)):
         names = prunable_parameters(model)
-        operator = HessianOperator(
-            model, names, data, samples=samples, batch_size=batch_size, seed=seed
-        )
+        operator = HessianOperator(model, names, data, Draw(samples, batch_size, seed))
         found[name] = here = spectral_density(operator, probes=probes, steps=steps, seed=seed)
         size = sum(values.numel() for values in operator.parameters.values())
         traces = size * (here.weights * here.nodes).sum(1)

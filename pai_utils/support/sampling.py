@@ -202,3 +202,7 @@ def check_seed(seed: int) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+
+
+ALL = Draw(samples=None)
+"""Every sample, in order."""

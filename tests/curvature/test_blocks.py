@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import BlockFisher, fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Limited,
@@ -80,7 +81,7 @@ def saliencies(case: Case, **options: object) -> dict[str, Tensor]:
 # Ten samples: blocks of 7 and of 16 weights take the Cholesky and the Woodbury path.
 @pytest.mark.parametrize("block_size", [7, 16])
 def test_saliency_equals_the_dense_inverse(case: Case, block_size: int) -> None:
-    found = saliencies(case, block_size=block_size, batch_size=4)
+    found = saliencies(case, block_size=block_size, draw=Draw(None, 4))
     for name, gradients in gradients_of(case).items():
         weight = case.model.get_parameter(name).detach().flatten()
         expected = dense_saliency(gradients, weight, block_size, 1e-2)
@@ -274,7 +275,7 @@ def test_float32_scores_do_not_depend_on_the_batches(estimator: str, block_size:
     case = Case(case.model.float(), case.names, case.data)
     case.data.images = case.data.images.float()
     found = [
-        saliencies(case, estimator=estimator, block_size=block_size, batch_size=size)
+        saliencies(case, estimator=estimator, block_size=block_size, draw=Draw(None, size))
         for size in (10, 3, 1)
     ]
     for name in case.names:
@@ -326,7 +327,7 @@ def test_tokens_of_one_sample_are_summed_before_the_outer_product() -> None:
         ({"damping": math.inf}, "damping=inf must"),
         ({"damping": math.nan}, "damping=nan must"),
         ({"estimator": "true"}, "unknown estimator 'true'.*empirical, mc"),
-        ({"samples": 0}, "samples=0"),
+        ({"draw": Draw(11)}, "samples=11 but the dataset holds 10"),
         ({"memory_budget": 500}, "memory_budget=500 is too small: one block of 7 .* 392 bytes"),
     ],
 )

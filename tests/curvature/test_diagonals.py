@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Images,
@@ -33,7 +34,7 @@ DIAGONALS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_fisher_equals_the_mean_of_squared_gradients(case: Case, batch_size: int) -> None:
-    found = fisher_diagonal(case.model, case.names, case.data, batch_size=batch_size)
+    found = fisher_diagonal(case.model, case.names, case.data, Draw(None, batch_size))
     expected = dense_fisher_diagonal(case)
     for name in case.names:
         assert relative_error(found[name], expected[name]) <= 1e-10, name
@@ -42,7 +43,7 @@ def test_fisher_equals_the_mean_of_squared_gradients(case: Case, batch_size: int
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_exact_ggn_equals_the_dense_one(case: Case, batch_size: int) -> None:
     found = ggn_diagonal(
-        case.model, case.names, case.data, estimator="exact", batch_size=batch_size
+        case.model, case.names, case.data, Draw(None, batch_size), estimator="exact"
     )
     expected = dense_ggn_diagonal(case)
     for name in case.names:
@@ -52,7 +53,7 @@ def test_exact_ggn_equals_the_dense_one(case: Case, batch_size: int) -> None:
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_exact_output_diagonal_equals_the_dense_one(case: Case, batch_size: int) -> None:
     found = output_diagonal(
-        case.model, case.names, case.data, estimator="exact", batch_size=batch_size
+        case.model, case.names, case.data, Draw(None, batch_size), estimator="exact"
     )
     expected = dense_output_diagonal(case)
     for name in case.names:
@@ -84,7 +85,10 @@ def test_monte_carlo_is_unbiased(name: str, diagonal: Callable[..., dict[str, Te
     case = build(name)
     exact = flattened(diagonal(case.model, case.names, case.data, estimator="exact"))
     repeats = torch.stack(
-        [flattened(diagonal(case.model, case.names, case.data, seed=s)) for s in range(100)]
+        [
+            flattened(diagonal(case.model, case.names, case.data, Draw(None, seed=s)))
+            for s in range(100)
+        ]
     )
     # The sum over all weights, and every weight on its own (hundreds of them: the largest
     # deviation of so many is near 3 standard errors, and of a few correlated ones above 4).
@@ -103,11 +107,12 @@ def test_monte_carlo_is_unbiased(name: str, diagonal: Callable[..., dict[str, Te
 @pytest.mark.parametrize("name", ["conv", "linear over vectors", "nn.MultiheadAttention"])
 def test_the_square_of_a_batch_gradient_is_unbiased(name: str) -> None:
     case = build(name)
-    options = {"estimator": "batch", "batch_size": 4}
     exact = flattened(ggn_diagonal(case.model, case.names, case.data, estimator="exact"))
     repeats = torch.stack(
         [
-            flattened(ggn_diagonal(case.model, case.names, case.data, seed=s, **options))  # type: ignore[arg-type]
+            flattened(
+                ggn_diagonal(case.model, case.names, case.data, Draw(None, 4, s), estimator="batch")
+            )
             for s in range(200)
         ]
     )
@@ -126,7 +131,9 @@ def test_more_draws_a_sample_lower_the_variance_as_they_should(
 
     def variance(draws: int) -> float:
         repeats = [
-            flattened(diagonal(case.model, case.names, case.data, seed=seed, draws=draws))
+            flattened(
+                diagonal(case.model, case.names, case.data, Draw(None, seed=seed), draws=draws)
+            )
             for seed in range(60)
         ]
         return float(torch.stack(repeats).var(0).sum())
@@ -152,7 +159,7 @@ def test_batches_change_nothing_in_float32(case: Case, kind: str) -> None:
     model = copy.deepcopy(case.model).float()
     data = Images(dtype=torch.float32)
     whole, parts, single = (
-        DIAGONALS[kind](model, case.names, data, batch_size=size, seed=3) for size in (10, 3, 1)
+        DIAGONALS[kind](model, case.names, data, Draw(None, size, 3)) for size in (10, 3, 1)
     )
     for name in case.names:
         assert whole[name].dtype == torch.float32
@@ -166,11 +173,11 @@ def test_nothing_is_left_changed_and_the_mode_does_not_matter(case: Case, kind: 
     parameters[0].grad = torch.ones_like(parameters[0])
     parameters[-1].requires_grad_(False)
     before = fingerprint(case.model)
-    training = DIAGONALS[kind](case.model, case.names, case.data, batch_size=4)
+    training = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, 4))
     assert fingerprint(case.model) == before
     assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
     case.model.eval()
-    evaluation = DIAGONALS[kind](case.model, case.names, case.data, batch_size=4)
+    evaluation = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, 4))
     for name in case.names:
         assert torch.equal(training[name], evaluation[name])
 
@@ -195,9 +202,9 @@ def test_hessian_and_ggn_share_their_diagonal_on_piecewise_linear_networks(name:
 def test_a_seeded_draw_uses_those_samples_alone(kind: str) -> None:
     case = build("linear over vectors")
     drawn = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:4]
-    found = DIAGONALS[kind](case.model, case.names, case.data, samples=4, seed=5)
+    found = DIAGONALS[kind](case.model, case.names, case.data, Draw(4, seed=5))
     case.data.images, case.data.labels = case.data.batch(drawn)
-    expected = DIAGONALS[kind](case.model, case.names, case.data, seed=5)
+    expected = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, seed=5))
     for name in case.names:
         assert torch.equal(found[name], expected[name])
 
@@ -238,16 +245,13 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
     case = build("linear over vectors")
     case.data.labels[7] = label
     with pytest.raises(ValueError, match=rf"label {label} but the model's classes are 0 to 3"):
-        fisher_diagonal(case.model, case.names, case.data, batch_size=3)
+        fisher_diagonal(case.model, case.names, case.data, Draw(None, 3))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples=0: at least one"),
-        ({"samples": 11}, "samples=11 but the dataset holds 10"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": -2}, "batch_size=-2"),
+        ({"draw": Draw(11)}, "samples=11 but the dataset holds 10"),
         (
             {"estimator": "montecarlo"},
             "unknown estimator 'montecarlo'.* Choose from: mc, exact, batch",
@@ -267,17 +271,15 @@ def test_monte_carlo_draws_follow_the_probabilities() -> None:
     data = Images(4000)
     data.images.fill_(1)
     p = logits_of(model, data.images[:1]).softmax(1)[0]
-    found = ggn_diagonal(model, ["2.weight"], data, batch_size=1000)["2.weight"][:, 0]
+    found = ggn_diagonal(model, ["2.weight"], data, Draw(None, 1000))["2.weight"][:, 0]
     # E (p_c − 1[y = c])² = p_c (1 − p_c); its variance is p_c (1 − p_c) (1 − 2 p_c)².
     error = (p * (1 - p) * (1 - 2 * p) ** 2 / len(data)).sqrt()
     assert ((found - p * (1 - p)).abs() <= 4 * error).all()
 
 
 def test_the_gradient_of_a_batch_of_one_is_the_samples_own(case: Case) -> None:
-    each = ggn_diagonal(case.model, case.names, case.data, seed=3)
-    singly = ggn_diagonal(
-        case.model, case.names, case.data, seed=3, estimator="batch", batch_size=1
-    )
+    each = ggn_diagonal(case.model, case.names, case.data, Draw(None, seed=3))
+    singly = ggn_diagonal(case.model, case.names, case.data, Draw(None, 1, 3), estimator="batch")
     before = fingerprint(case.model)
     for name in case.names:
         assert relative_error(singly[name], each[name]) <= 1e-10, name

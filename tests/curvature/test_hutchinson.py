@@ -7,6 +7,7 @@ from torch import Tensor
 from pai_utils.curvature.hutchinson import hutchinson_diagonal, hutchinson_trace
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.support.common import NonFiniteError
+from pai_utils.support.sampling import Draw
 from tests.cases import build, dense_hessian, flattened
 from tests.matrices import MatrixOperator, symmetric
 
@@ -135,7 +136,7 @@ def test_probes_do_not_depend_on_the_batches() -> None:
     case = build("conv")
     one, other = (
         hutchinson_diagonal(
-            HessianOperator(case.model, case.names, case.data, batch_size=size), probes=4
+            HessianOperator(case.model, case.names, case.data, Draw(None, size)), probes=4
         )
         for size in (3, 10)
     )

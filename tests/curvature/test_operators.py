@@ -11,6 +11,7 @@ from pai_utils.curvature.products import (
     dense_matrix,
 )
 from pai_utils.support.common import NonFiniteError
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Head,
@@ -64,7 +65,7 @@ def dense_ggn(case: Case) -> Tensor:
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_hessian_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
     v = vector_for(case)
-    product = HessianOperator(case.model, case.names, case.data, batch_size=batch_size)(v)
+    product = HessianOperator(case.model, case.names, case.data, Draw(None, batch_size))(v)
     assert list(product) == case.names
     dense = dense_hessian(case.model, case.names, case.data)
     assert relative_error(flattened(product), dense @ flattened(v)) <= 1e-10
@@ -73,16 +74,18 @@ def test_hessian_product_equals_that_of_the_dense_matrix(case: Case, batch_size:
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_ggn_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
     v = vector_for(case)
-    product = GGNOperator(case.model, case.names, case.data, batch_size=batch_size)(v)
+    product = GGNOperator(case.model, case.names, case.data, Draw(None, batch_size))(v)
     assert list(product) == case.names
     assert relative_error(flattened(product), dense_ggn(case) @ flattened(v)) <= 1e-10
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_size": 3}, {"batch_size": 3, "memory": 0}])
+@pytest.mark.parametrize(("batch_size", "memory"), [(64, 2**30), (3, 2**30), (3, 0)])
 def test_the_gradient_shares_its_graphs_with_the_products(
-    case: Case, settings: dict[str, int]
+    case: Case, batch_size: int, memory: int
 ) -> None:
-    operator = HessianOperator(case.model, case.names, case.data, **settings)
+    operator = HessianOperator(
+        case.model, case.names, case.data, Draw(None, batch_size), memory=memory
+    )
     vector = vector_for(case)
     first = flattened(operator(vector))
     gradient = operator.gradient()
@@ -100,11 +103,11 @@ def test_the_gradient_shares_its_graphs_with_the_products(
 def test_products_on_kept_and_on_rebuilt_graphs_are_the_same(
     kind: type[CurvatureOperator], case: Case
 ) -> None:
-    kept = kind(case.model, case.names, case.data, batch_size=4)
+    kept = kind(case.model, case.names, case.data, Draw(None, 4))
     first = kept(vector_for(case))
     size = kept.kept_bytes
-    partly = kind(case.model, case.names, case.data, batch_size=4, memory=size - 1)
-    rebuilt = kind(case.model, case.names, case.data, batch_size=4, memory=0)
+    partly = kind(case.model, case.names, case.data, Draw(None, 4), memory=size - 1)
+    rebuilt = kind(case.model, case.names, case.data, Draw(None, 4), memory=0)
     for seed in (2, 3):
         v = vector_for(case, seed)
         expected = kept(v)
@@ -124,7 +127,7 @@ def test_kept_graphs_need_no_further_forward(kind: type[CurvatureOperator]) -> N
     counted = Limited(case.model, limit=10)
     names = [f"model.{name}" for name in case.names]
     v = {f"model.{name}": value for name, value in vector_for(case).items()}
-    operator = kind(counted, names, case.data, batch_size=4)
+    operator = kind(counted, names, case.data, Draw(None, 4))
     operator(v)
     operator(v)
     assert counted.sizes == [4, 4, 2]
@@ -137,14 +140,14 @@ def test_product_takes_the_seeded_draw(kind: type[CurvatureOperator]) -> None:
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:6]
     drawn = Images(6)
     drawn.images, drawn.labels = case.data.batch(rows)
-    found = kind(case.model, case.names, case.data, samples=6, seed=5)(v)
+    found = kind(case.model, case.names, case.data, Draw(6, seed=5))(v)
     expected = kind(case.model, case.names, drawn)(v)
     assert all(torch.equal(found[name], expected[name]) for name in case.names)
 
 
 @kinds
 def test_matrix_is_symmetric(kind: type[CurvatureOperator], case: Case) -> None:
-    operator = kind(case.model, case.names, case.data, batch_size=4)
+    operator = kind(case.model, case.names, case.data, Draw(None, 4))
     u, v = vector_for(case, 2), vector_for(case, 3)
     left = flattened(u) @ flattened(operator(v))
     right = flattened(v) @ flattened(operator(u))
@@ -192,7 +195,7 @@ def test_a_dense_matrix_has_the_rows_and_columns_of_the_operator() -> None:
 def test_model_is_left_as_it_was(kind: type[CurvatureOperator], case: Case, memory: int) -> None:
     next(case.model.parameters()).requires_grad_(False)
     before = fingerprint(case.model)
-    operator = kind(case.model, case.names, case.data, batch_size=4, memory=memory)
+    operator = kind(case.model, case.names, case.data, Draw(None, 4), memory=memory)
     operator(vector_for(case))
     assert fingerprint(case.model) == before
     operator(vector_for(case))
@@ -221,7 +224,7 @@ def test_batch_is_halved_when_memory_runs_out(kind: type[CurvatureOperator]) -> 
     limited = Limited(case.model, limit=3)
     names = [f"model.{name}" for name in case.names]
     v = {f"model.{name}": value for name, value in vector_for(case).items()}
-    operator = kind(limited, names, case.data, batch_size=10)
+    operator = kind(limited, names, case.data, Draw(None, 10))
     found = flattened(operator(v))
     expected = flattened(kind(case.model, case.names, case.data)(vector_for(case)))
     assert relative_error(found, expected) <= 1e-12
@@ -243,7 +246,7 @@ def test_timm_encoders_give_what_plain_autograd_gives(
     data = Images(3, side=side)
     parameters = dict(model.named_parameters())
     v = {n: torch.randn_like(parameters[n]) for n in names}
-    found = kind(model, names, data, batch_size=2)(v)
+    found = kind(model, names, data, Draw(None, 2))(v)
     weights = [parameters[n] for n in names]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         logits = model(data.images)
@@ -269,8 +272,6 @@ def test_names_and_vectors_that_do_not_fit_are_refused(kind: type[CurvatureOpera
         kind(case.model, ["2.weight", "2.weight"], case.data)
     with pytest.raises(ValueError, match="memory=-1"):
         kind(case.model, case.names, case.data, memory=-1)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        kind(case.model, case.names, case.data, batch_size=0)
     operator = kind(case.model, case.names, case.data)
     v = vector_for(case)
     with pytest.raises(ValueError, match=r"lacks '2.weight'"):

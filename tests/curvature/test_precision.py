@@ -10,6 +10,7 @@ from torch import Tensor
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, Images, build, flattened, relative_error
 
 # bfloat16 has 8 bits; errors of a few layers add up.
@@ -70,7 +71,7 @@ def test_many_small_squares_do_not_get_lost() -> None:
         data = Images(count)
         data.images = case.data.images[:1].expand(count, -1, -1, -1)
         data.labels = case.data.labels[:1].expand(count)
-        return flattened(fisher_diagonal(case.model, case.names, data, batch_size=2))
+        return flattened(fisher_diagonal(case.model, case.names, data, Draw(None, 2)))
 
     assert relative_error(repeated(4000), repeated(2)) <= 1e-4
 

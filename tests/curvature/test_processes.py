@@ -13,29 +13,30 @@ from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator, directional_terms
 from pai_utils.curvature.spectra import top_eigenpairs
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, flattened, relative_error
 
 SAMPLES = [7, 1]  # 1: fewer than processes
 
 
 def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
-    arguments = (case.model, case.names, case.data)
-    yield "fisher", flattened(fisher_diagonal(*arguments, samples=samples, batch_size=2))
+    arguments = (case.model, case.names, case.data, Draw(samples, 2))
+    yield "fisher", flattened(fisher_diagonal(*arguments))
     for estimator in ("mc", "exact"):
-        diagonal = ggn_diagonal(*arguments, samples=samples, batch_size=2, estimator=estimator)
+        diagonal = ggn_diagonal(*arguments, estimator=estimator)
         yield f"ggn {estimator}", flattened(diagonal)
     for size in (3, 20):  # as sums, and as gradients kept for Woodbury's identity
-        blocks = fisher_blocks(*arguments, samples=samples, batch_size=2, block_size=size)
+        blocks = fisher_blocks(*arguments, block_size=size)
         yield f"blocks of {size}", torch.cat([part.inverse_diagonal() for part in blocks])
     vector = {n: p.detach().cos() for n, p in case.model.named_parameters() if n in case.names}
     for operator in (HessianOperator, GGNOperator):
-        products = operator(*arguments, samples=samples, batch_size=2)
+        products = operator(*arguments)
         yield operator.__name__, flattened(products(vector))
         yield f"{operator.__name__} again", flattened(products(vector))
         estimate = hutchinson_diagonal(products, probes=4, tolerance=0)
         yield f"{operator.__name__}, diagonal", flattened(estimate.diagonal)
         yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
-    (terms,) = directional_terms(case.model, [vector], case.data, samples=samples, batch_size=2)
+    (terms,) = directional_terms(case.model, [vector], case.data, Draw(samples, 2))
     yield (
         "terms",
         torch.tensor([terms.loss, terms.gradient, terms.hessian, terms.ggn], dtype=torch.float64),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.products import DirectionalTerms, directional_terms
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Images,
@@ -32,7 +33,7 @@ def direction_for(case: Case) -> dict[str, Tensor]:
 def terms_along(
     model: nn.Module, v: dict[str, Tensor], data: Images, *, batch_size: int = 64
 ) -> DirectionalTerms:
-    (terms,) = directional_terms(model, [v], data, batch_size=batch_size)
+    (terms,) = directional_terms(model, [v], data, Draw(None, batch_size))
     return terms
 
 
@@ -70,7 +71,7 @@ def test_terms_equal_those_of_the_dense_matrices(case: Case) -> None:
 def test_directions_do_not_disturb_each_other(case: Case) -> None:
     v = direction_for(case)
     other = {name: part.cos() for name, part in v.items()}
-    both = directional_terms(case.model, [v, other, v], case.data, batch_size=4)
+    both = directional_terms(case.model, [v, other, v], case.data, Draw(None, 4))
     alone = [terms_along(case.model, w, case.data, batch_size=4) for w in (v, other)]
     assert both == [alone[0], alone[1], alone[0]]
 

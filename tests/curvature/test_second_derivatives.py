@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
+from pai_utils.support.sampling import Draw
 from tests.cases import MODELS, build, dense_hessian, flattened, relative_error
 
 X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -66,7 +67,7 @@ def test_hessian_over_all_parameters_is_the_dense_one(name: str) -> None:
         n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
         for n, p in case.model.named_parameters()
     }
-    found = HessianOperator(case.model, names, case.data, batch_size=4)(v)
+    found = HessianOperator(case.model, names, case.data, Draw(None, 4))(v)
     dense = dense_hessian(case.model, names, case.data)
     assert relative_error(flattened(found), dense @ flattened(v)) <= 1e-10
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.curvature.spectra import Eigenpairs, spectral_density, top_eigenpairs
 from pai_utils.support.common import NonFiniteError
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, dense_hessian, fingerprint
 from tests.matrices import MatrixOperator, symmetric
 
@@ -156,7 +157,7 @@ def test_ggn_of_a_network_has_no_density_below_zero() -> None:
 def test_model_is_left_as_it_was() -> None:
     case = build("eval BatchNorm")
     before = fingerprint(case.model)
-    operator = HessianOperator(case.model, case.names, case.data, batch_size=4)
+    operator = HessianOperator(case.model, case.names, case.data, Draw(None, 4))
     top_eigenpairs(operator, 2)
     spectral_density(operator, probes=1, steps=3)
     assert fingerprint(case.model) == before

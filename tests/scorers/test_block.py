@@ -6,6 +6,7 @@ from torch import nn
 
 import pai_utils as pai
 from pai_utils.curvature.blocks import fisher_blocks
+from pai_utils.support.sampling import Draw
 from tests.cases import Images, build, logits_of, relative_error, tiny_classifier, tiny_task
 
 
@@ -13,9 +14,9 @@ from tests.cases import Images, build, logits_of, relative_error, tiny_classifie
 def test_scores_are_the_saliencies_of_the_blocks(name: str) -> None:
     case = build(name)
     names = pai.prunable_parameters(case.model)
-    options = {"samples": 8, "seed": 3, "block_size": 5, "damping": 0.1, "estimator": "mc"}
-    scores = pai.score("block_fisher", case.model, case.data, **options)  # type: ignore[arg-type]
-    for blocks in fisher_blocks(case.model, names, case.data, **options):  # type: ignore[arg-type]
+    options = {"block_size": 5, "damping": 0.1, "estimator": "mc"}
+    scores = pai.score("block_fisher", case.model, case.data, samples=8, seed=3, **options)  # type: ignore[arg-type]
+    for blocks in fisher_blocks(case.model, names, case.data, Draw(8, seed=3), **options):  # type: ignore[arg-type]
         weight = case.model.get_parameter(blocks.name).detach()
         expected = blocks.saliency(weight.flatten()).view_as(weight)
         assert torch.equal(scores[blocks.name], expected)

@@ -6,6 +6,7 @@ import torch
 import pai_utils as pai
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import HessianOperator
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, dense_hessian, flattened
 
 
@@ -28,7 +29,7 @@ def test_standard_error_is_half_the_squared_weight_times_the_diagonals() -> None
     case = build("conv")
     scores = pai.score("hessian_diag", case.model, case.data, samples=8, probes=5, seed=3)
     names = list(scores)
-    operator = HessianOperator(case.model, names, case.data, samples=8, seed=3)
+    operator = HessianOperator(case.model, names, case.data, Draw(8, seed=3))
     estimate = hutchinson_diagonal(operator, probes=5, seed=3)
     for name in names:
         half = case.model.get_parameter(name).detach().square() / 2

@@ -4,8 +4,9 @@ from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
 from pai_utils.curvature.labels import DrawnLabels
-from pai_utils.curvature.partial import partial_terms
 from pai_utils.curvature.products import directional_terms
+from pai_utils.curvature.quadratic import partial_terms
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, fingerprint, flattened, logits_of, per_sample_gradients
 
 
@@ -55,7 +56,7 @@ def test_forms_are_those_of_dense_gradients_of_the_drawn_labels(
     for batch_size in (3, 64):
         found = partial_terms(
             case.model, directions, case.data,
-            block_size=block_size, batch_size=batch_size, seed=7, draws=3,
+            Draw(None, batch_size, 7), block_size=block_size, draws=3,
         )  # fmt: skip
         values = [[terms.diagonal, terms.blocks, terms.tensors] for terms in found]
         assert torch.allclose(torch.tensor(values, dtype=torch.float64), expected, rtol=1e-9)
@@ -65,8 +66,8 @@ def test_forms_are_those_of_dense_gradients_of_the_drawn_labels(
 
 def test_the_diagonal_is_that_of_the_same_labels(case: Case) -> None:
     directions = directions_for(case)
-    diagonal = ggn_diagonal(case.model, case.names, case.data, samples=6, seed=3)
-    found = partial_terms(case.model, directions, case.data, samples=6, seed=3)
+    diagonal = ggn_diagonal(case.model, case.names, case.data, Draw(6, seed=3))
+    found = partial_terms(case.model, directions, case.data, Draw(6, seed=3))
     for v, terms in zip(directions, found, strict=True):
         own = (flattened(diagonal) * flattened(v).square()).sum()
         assert terms.diagonal == pytest.approx(float(own), rel=1e-9)
@@ -79,7 +80,7 @@ def test_of_a_single_tensor_the_form_is_unbiased_for_the_whole_matrix() -> None:
     v = {name: directions_for(case, 1)[0][name]}
     draws = 400
     found = [
-        partial_terms(case.model, [v], case.data, seed=seed, draws=draws)[0].tensors
+        partial_terms(case.model, [v], case.data, Draw(None, seed=seed), draws=draws)[0].tensors
         for seed in range(20)
     ]
     (exact,) = directional_terms(case.model, [v], case.data)
@@ -91,7 +92,7 @@ def test_of_a_single_tensor_the_form_is_unbiased_for_the_whole_matrix() -> None:
 def test_memory_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     directions = directions_for(case)
     whole = partial_terms(case.model, directions, case.data, block_size=4)
-    monkeypatch.setattr("pai_utils.curvature.partial.chunk_bytes", lambda device: 256)
+    monkeypatch.setattr("pai_utils.curvature.quadratic.chunk_bytes", lambda device: 256)
     for found, expected in zip(
         partial_terms(case.model, directions, case.data, block_size=4), whole, strict=True
     ):

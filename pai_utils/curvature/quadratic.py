@@ -35,7 +35,7 @@ from pai_utils.curvature.persample import (
 )
 from pai_utils.curvature.products import check_directions
 from pai_utils.support.common import device_of, undisturbed
-from pai_utils.support.sampling import Samples, draw_samples, fitting_batches, sum_over_processes_
+from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,9 @@ def partial_terms(
     model: nn.Module,
     directions: Sequence[Mapping[str, Tensor]],
     data: Samples,
+    draw: Draw = ALL,
     *,
     block_size: int = 64,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     draws: int = 1,
 ) -> list[PartialTerms]:
     """Quadratic forms with the diagonal, blocks and tensors of the GGN of the mean cross-entropy.
@@ -73,10 +71,9 @@ def partial_terms(
         directions: each a v, one tensor a parameter name, of the parameter's shape; all of the
             same names.
         data: samples; their labels are not used.
+        draw: the samples to take; its seed also draws the labels. The result does not depend on the
+            batches beyond rounding.
         block_size: weights a block; the last of a tensor may be shorter.
-        samples: size of the seeded draw without replacement; ``None`` for all.
-        batch_size: samples a forward; the result does not depend on it beyond rounding.
-        seed: seed of the draw of samples and of labels.
         draws: labels a sample.
 
     Returns:
@@ -90,7 +87,7 @@ def partial_terms(
     for name, value in {"block_size": block_size, "draws": draws}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: at least one is needed")
-    indices = draw_samples(data, samples, seed)
+    indices = draw.indices(data)
     device = device_of(model)
     names = list(directions[0])
     # One row a direction, whole blocks.
@@ -102,12 +99,12 @@ def partial_terms(
     def compute(size: int) -> Tensor:
         receiver = _Forms(flat, block_size)
         drawn = drawn_batches(data, indices, size, device, "quadratic forms")
-        cotangents = DrawnLabels(len(indices), draws, seed)
+        cotangents = DrawnLabels(len(indices), draws, draw.seed)
         receive_gradients(model, names, drawn, cotangents, receiver)
         return receiver.sums
 
     with undisturbed(model):
-        sums = fitting_batches(compute, batch_size)
+        sums = fitting_batches(compute, draw.batch_size)
     sum_over_processes_(sums)
     return [
         PartialTerms(diagonal, blocks, tensors, len(indices))
