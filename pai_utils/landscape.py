@@ -85,7 +85,8 @@ def pruning_direction(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     Raises:
         ValueError: for a mask of another architecture.
     """
-    mask._check(parameters := dict(model.named_parameters()))
+    mask.check(model, strict=False)
+    parameters = dict(model.named_parameters())
     return {
         name: parameters[name].detach().masked_fill(entry.to(parameters[name].device), 0).neg()
         for name, entry in mask.items()
@@ -584,7 +585,7 @@ def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -
     """
     parameters = dict(model.named_parameters())
     if mask is not None:
-        mask._check(parameters)
+        mask.check(model, strict=False)
     generator = torch.Generator().manual_seed(seed)
     directions = []
     for _ in range(2):
