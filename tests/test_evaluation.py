@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.data import decoding
-from pai_utils.data.images import ImageDataset
+from pai_utils.data.images import ImageDataset, open_image
 from pai_utils.evaluation import (
     evaluate_heads,
     gain_replicates,
@@ -216,8 +215,10 @@ def counted(data: ImageDataset) -> Counting:
 
 def test_a_sweep_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[Path] = Counter()
-    read = decoding.open_image
-    monkeypatch.setattr(decoding, "open_image", lambda path: (opened.update([path]), read(path))[1])
+    monkeypatch.setattr(
+        "pai_utils.data.decoding.open_image",
+        lambda path: (opened.update([path]), open_image(path))[1],
+    )
     backbone = tiny_backbone()
     tasks = {}
     for name in ("one", "two", "three", "four"):

@@ -13,68 +13,48 @@ import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 import weakref
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pai_utils.data.images import ImageTransform
-from pai_utils.support.common import logger, progress
+from pai_utils.data.images import ImageTransform, open_image
+from pai_utils.support.common import listed, logger, progress
 from pai_utils.support.stored import write_atomically
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
 _CHUNK = 64
 _WORKERS = 8
-_NAMED_FILES = 5
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _STEM_LENGTH = 60
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Formats whose 32-bit integer mode holds 16-bit grey values.
-_SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}
-# What Pillow raises for files that are truncated, altered or no image.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-
-
-def to_channels(images: Pixels) -> Tensor:
-    """Turn grey [N, H, W] or colour [N, H, W, 3] pixels into uint8 [N, 3, H, W]."""
-    if images.ndim == 3:
-        return torch.from_numpy(images).unsqueeze(1).expand(-1, 3, -1, -1)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
 class ImageArrays:
     """Images of one size that lie in one array.
 
-    Attributes:
-        pixels: uint8 [N, H, W] or [N, H, W, 3]; anything that numpy-like indexing by increasing
-            positions reads from.
-        labels: int64 [N].
-        identity: names the array's content where reading all of it would take long.
-
     Raises:
         ValueError: images and labels of different counts, or pixels of another type or shape.
     """
 
     pixels: Any
+    """uint8 [N, H, W] or [N, H, W, 3], of NumPy or read from disk by increasing positions."""
     labels: NDArray[np.int64]
+    """[N]."""
     identity: str | None = None
+    """Names the array's content where reading all of it would take long."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)
@@ -88,54 +68,53 @@ class ImageArrays:
 
     def raw(self, positions: Positions) -> Tensor:
         """Images as they are: uint8 [n, 3, H, W]."""
-        return to_channels(np.asarray(self.pixels[positions]))
+        pixels = torch.from_numpy(np.asarray(self.pixels[positions]))
+        if pixels.ndim == 3:
+            return pixels.unsqueeze(1).expand(-1, 3, -1, -1)
+        return pixels.permute(0, 3, 1, 2)
 
-    def chunks(
+    def resized(
         self, positions: Positions, transform: ImageTransform
-    ) -> Iterator[list[Tensor | ValueError]]:
-        """Resized images, some at a time."""
+    ) -> Iterator[Tensor | ValueError]:
+        """Each image as uint8 [3, S, S]."""
         for chunk in _chunked(positions):
-            yield list(transform.resize(self.raw(chunk)))
+            yield from transform.resize(self.raw(chunk))
 
-    def fingerprint(self, positions: Positions) -> bytes:
+    def fingerprint(self, positions: Positions) -> str:
         """What tells these images from others."""
         if self.identity is not None:
-            return self.identity.encode()
+            return self.identity
         digest = hashlib.sha256()
         for chunk in _chunked(positions):
             digest.update(np.ascontiguousarray(self.pixels[chunk]).data)
-        return digest.digest()
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that lie in files, of any size and mode.
-
-    Attributes:
-        paths: one file an image.
-        labels: int64 [N].
-    """
+    """Images that lie in files, of any size and mode."""
 
     paths: Sequence[Path]
+    """One file an image."""
     labels: NDArray[np.int64]
+    """[N]."""
 
-    def chunks(
+    def resized(
         self, positions: Positions, transform: ImageTransform
-    ) -> Iterator[list[Tensor | ValueError]]:
-        """Resized images, some at a time; an error in the place of a file that is unreadable."""
+    ) -> Iterator[Tensor | ValueError]:
+        """Each image as uint8 [3, S, S]; an error in the place of a file that is unreadable."""
 
         def read(position: int) -> Tensor | ValueError:
-            path = self.paths[position]
             try:
-                return transform.resize(open_image(path))
+                return transform.resize(open_image(self.paths[position]))
             except ValueError as error:
                 return error
 
         with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
             for chunk in _chunked(positions):
-                yield list(pool.map(read, chunk.tolist()))
+                yield from pool.map(read, chunk.tolist())
 
-    def fingerprint(self, positions: Positions) -> bytes:
+    def fingerprint(self, positions: Positions) -> str:
         """What tells these files from others: names, sizes and times of change."""
         digest = hashlib.sha256()
         for position in positions.tolist():
@@ -144,7 +123,7 @@ class ImageFiles:
             if path.exists():
                 found = path.stat()
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\0".encode())
-        return digest.digest()
+        return digest.hexdigest()
 
 
 Source = ImageArrays | ImageFiles
@@ -154,80 +133,32 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
     return (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
 
 
-def open_image(path: Path) -> Image:
-    """Read an image file as RGB.
-
-    Raises:
-        ValueError: the file is missing, truncated, no image, or of a mode without a known range.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def to_rgb(image: Image) -> Image:
-    """Convert a PIL image of any mode to RGB.
-
-    Sixteen-bit grey values are scaled to eight bits. Transparent images are laid on white, as a
-    viewer shows them: what colour lies under full transparency is arbitrary.
-
-    Raises:
-        ValueError: 32-bit integers or floats, whose range is not known.
-    """
-    from PIL import Image
-
-    sixteen = image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS
-    )
-    if sixteen:
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no known range; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        paper = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(paper, opaque).convert("RGB")
-    return image.convert("RGB")
-
-
 class MemoryBudget:
     """How many bytes of pixels may be kept in memory; they count for as long as they are used.
 
-    Args:
-        limit: bytes. Default: `PAI_DATA_MEMORY`, such as `8G` or a number of bytes, then a quarter
-            of the machine's memory.
+    The limit is `PAI_DATA_MEMORY`, such as `8G` or a number of bytes, or else a quarter of the
+    machine's memory.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit
-        self._taken = 0
+    def __init__(self) -> None:
+        self.taken = 0
 
-    @property
-    def left(self) -> int:
-        """Bytes that may still be taken.
+    def empty(self, shape: tuple[int, ...]) -> Pixels | None:
+        """An array for pixels, or `None` if it does not fit.
 
         Raises:
             ValueError: `PAI_DATA_MEMORY` is no amount of memory.
         """
-        return (_memory_limit() if self._limit is None else self._limit) - self._taken
-
-    def empty(self, shape: tuple[int, ...]) -> Pixels | None:
-        """An array for pixels, or `None` if it does not fit."""
         size = math.prod(shape)
-        if size > self.left:
+        if self.taken + size > _memory_limit():
             return None
         pixels: Pixels = np.empty(shape, np.uint8)
-        self._taken += size
+        self.taken += size
         weakref.finalize(pixels, self._give_back, size)
         return pixels
 
     def _give_back(self, size: int) -> None:
-        self._taken -= size
+        self.taken -= size
 
 
 _OF_PROCESS = MemoryBudget()  # all tasks share the machine's memory
@@ -253,7 +184,7 @@ class Decoded:
     """uint8 [n, 3, S, S]."""
     kept: Positions
     """Positions in the source of the images that could be read, [n]."""
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
     """Files that could not."""
 
 
@@ -264,7 +195,6 @@ def decode(
     *,
     name: str,
     cache: Path,
-    budget: MemoryBudget | None = None,
     on_error: OnError = "raise",
 ) -> Decoded:
     """Decode and resize the chosen images of a source, each of them once.
@@ -275,8 +205,7 @@ def decode(
         transform: whose `resize` is applied.
         name: of the data set and its part, for messages and the cache's files.
         cache: folder of memory-mapped pixels, used when they do not fit the budget.
-        budget: of what may be kept in memory. Default: one that all calls share.
-        on_error: "raise" at the first file that cannot be read, or "skip" and count them.
+        on_error: "raise" at the first file that cannot be read, or "skip" such files.
 
     Raises:
         ValueError: a file cannot be read, and `on_error` is "raise".
@@ -284,132 +213,110 @@ def decode(
     """
     side = transform.image_size
     shape = (len(positions), 3, side, side)
-    pixels = (budget or _OF_PROCESS).empty(shape)
+
+    def fill(out: Pixels) -> Positions:
+        """Write the images that can be read into `out`, one after the other."""
+        kept: list[int] = []
+        results = source.resized(positions, transform)
+        shown: Iterable[Tensor | ValueError] = progress(results, f"decoding {name}", len(positions))
+        for position, result in zip(positions.tolist(), shown, strict=True):
+            if isinstance(result, Tensor):
+                out[len(kept)] = result.numpy()
+                kept.append(position)
+            elif on_error == "raise":
+                raise ValueError(
+                    f'{result}; restore the file, or pass on_error="skip" to leave such images out'
+                ) from result
+        return np.asarray(kept, dtype=np.int64)
+
+    pixels = _OF_PROCESS.empty(shape)
     if pixels is not None:
-        decoded = _fill(pixels, source, positions, transform, name, on_error)
+        kept = fill(pixels)
+        images = torch.from_numpy(pixels[: len(kept)])
     else:
-        decoded = _through_cache(shape, source, positions, transform, name, cache, on_error)
-    if decoded.skipped:
-        named = ", ".join(decoded.skipped[:_NAMED_FILES])
-        more = len(decoded.skipped) - _NAMED_FILES
-        logger.warning(
-            "%s: %d of %d images cannot be read and are left out: %s",
-            name,
-            len(decoded.skipped),
-            len(positions),
-            f"{named} and {more} more" if more > 0 else named,
-        )
-    return decoded
+        versions = version("pillow"), version("torchvision")
+        facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
+        digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
+        digest.update(np.ascontiguousarray(positions).data)
+        key = digest.hexdigest()
+        stem = re.sub(r"\W+", "-", name)[-_STEM_LENGTH:].strip("-")
+        path = cache / f"{stem}-{side}-{key[:16]}.npy"
+        found = _read_cache(path, key, positions)
+        # Files that were left out make an incomplete cache when they are an error now.
+        if found is None or (on_error == "raise" and len(found[1]) < len(positions)):
+            cache.mkdir(parents=True, exist_ok=True)
+            _check_room(cache, math.prod(shape), name)
+            found = _write_cache(path, key, positions, shape, fill)
+        images, kept = found
+    unread = np.setdiff1d(positions, kept).tolist()
+    if not unread or not isinstance(source, ImageFiles):
+        return Decoded(images, kept)
+    skipped = tuple(str(source.paths[position]) for position in unread)
+    logger.warning(
+        "%s: %d of %d images cannot be read and are left out: %s",
+        name,
+        len(skipped),
+        len(positions),
+        listed(skipped),
+    )
+    return Decoded(images, kept, skipped)
 
 
-def _fill(
-    out: Pixels,
-    source: Source,
-    positions: Positions,
-    transform: ImageTransform,
-    name: str,
-    on_error: OnError,
-) -> Decoded:
-    """Write the images into `out`, one after the other."""
-    kept = np.zeros(len(positions), bool)
-    skipped: list[str] = []
-    filled = 0
-    results = (result for chunk in source.chunks(positions, transform) for result in chunk)
-    shown: Iterable[Tensor | ValueError] = progress(results, f"decoding {name}", len(positions))
-    for index, result in enumerate(shown):
-        if isinstance(result, Tensor):
-            out[filled] = result.numpy()
-            kept[index] = True
-            filled += 1
-        elif on_error == "raise":
-            raise ValueError(
-                f'{result}; restore the file, or pass on_error="skip" to leave such images out'
-            ) from result
-        elif isinstance(source, ImageFiles):
-            skipped.append(str(source.paths[int(positions[index])]))
-    return Decoded(torch.from_numpy(out[:filled]), positions[kept], tuple(skipped))
-
-
-def _through_cache(
-    shape: tuple[int, ...],
-    source: Source,
-    positions: Positions,
-    transform: ImageTransform,
-    name: str,
-    cache: Path,
-    on_error: OnError,
-) -> Decoded:
-    """Memory-map pixels that an earlier run has decoded, or decode them into such a file."""
-    key = hashlib.sha256(
-        repr(
-            (
-                _CACHE_FORMAT,
-                name,
-                shape,
-                transform.interpolation,
-                version("pillow"),
-                version("torchvision"),
-                hashlib.sha256(np.ascontiguousarray(positions).data).hexdigest(),
-                source.fingerprint(positions).hex(),
-            )
-        ).encode()
-    ).hexdigest()
-    stem = re.sub(r"\W+", "-", name)[-_STEM_LENGTH:].strip("-")
-    path = cache / f"{stem}-{transform.image_size}-{key[:16]}.npy"
-    record = path.with_suffix(".json")
-    found = _mapped(path, record, key, positions)
-    # Files that were left out make an incomplete cache when they are an error now.
-    if found is not None and not (found.skipped and on_error == "raise"):
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    # A full disk would end the process while it writes to mapped memory.
-    needed, free = math.prod(shape), shutil.disk_usage(cache).free
+def _check_room(folder: Path, needed: int, name: str) -> None:
+    """Refuse to fill the disk, which would end the process while it writes to mapped memory."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
             f"the decoded images of {name} take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
             "GiB are free; make room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
-            str(cache),
+            str(folder),
         )
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{path.name}.") as folder:
+
+
+def _write_cache(
+    path: Path,
+    key: str,
+    positions: Positions,
+    shape: tuple[int, ...],
+    fill: Callable[[Pixels], Positions],
+) -> tuple[Tensor, Positions]:
+    """Decode into a file beside `path` that takes its name when it is whole."""
+    record = path.with_suffix(".json")
+    record.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        decoded = _fill(out, source, positions, transform, name, on_error)
+        kept = fill(out)
         out.flush()
         temporary.replace(path)
-    facts = {
-        "key": key,
-        "sha256": _digest(path),
-        "skipped": decoded.skipped,
-        "left_out": sorted(set(positions.tolist()) - set(decoded.kept.tolist())),
-    }
     # Written last: without it the pixels are not used.
+    left_out = np.setdiff1d(positions, kept).tolist()
+    facts = {"key": key, "sha256": _digest(path), "left_out": left_out}
     write_atomically(record, json.dumps(facts).encode())
-    again = _mapped(path, record, key, positions)
-    if again is None:
-        raise OSError(f"{path} cannot be read back; is its disk full or failing?")
-    return again
+    return _mapped(path, kept)
 
 
-def _mapped(path: Path, record: Path, key: str, positions: Positions) -> Decoded | None:
+def _read_cache(path: Path, key: str, positions: Positions) -> tuple[Tensor, Positions] | None:
     """Pixels of the cache if they are whole; `None` otherwise."""
     try:
-        facts = json.loads(record.read_bytes())
+        facts = json.loads(path.with_suffix(".json").read_bytes())
         if facts["key"] != key:
             return None
-        if facts["sha256"] != _digest(path):
-            logger.warning("%s is corrupt and is decoded again", path)
-            return None
-        kept = positions[~np.isin(positions, facts["left_out"])]
-        # Copy-on-write: whoever changes the images does not change the file.
-        pixels = np.load(path, mmap_mode="c", allow_pickle=False)
+        if facts["sha256"] == _digest(path):
+            return _mapped(path, np.setdiff1d(positions, facts["left_out"]))
+        logger.warning("%s is corrupt and is decoded again", path)
     except FileNotFoundError:
-        return None
+        pass
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be used and is decoded again: %s", path, error)
-        return None
-    return Decoded(torch.from_numpy(pixels)[: len(kept)], kept, tuple(facts["skipped"]))
+    return None
+
+
+def _mapped(path: Path, kept: Positions) -> tuple[Tensor, Positions]:
+    # Copy-on-write: whoever changes the images does not change the file.
+    pixels = np.load(path, mmap_mode="c", allow_pickle=False)
+    return torch.from_numpy(pixels)[: len(kept)], kept
 
 
 def _digest(path: Path) -> str:

@@ -1,12 +1,16 @@
-"""Pixels on their way into an encoder: its transform, and labelled images kept decoded."""
+"""From an image file to pixels for an encoder, and labelled images kept decoded."""
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,13 +21,58 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic")
+# Formats whose 32-bit integer mode holds 16-bit grey values.
+_SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}
+# What Pillow raises for files that are truncated, altered or no image.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def open_image(path: Path) -> Image:
+    """Read an image file as RGB.
+
+    Raises:
+        ValueError: the file is missing, truncated, no image, or of a mode without a known range.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_rgb(image: Image) -> Image:
+    """Convert a PIL image of any mode to RGB.
+
+    Sixteen-bit grey values are scaled to eight bits. Transparent images are laid on white, as a
+    viewer shows them: the colour under full transparency is arbitrary.
+
+    Raises:
+        ValueError: 32-bit integers or floats, whose range is not known.
+    """
+    from PIL import Image
+
+    sixteen = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS
+    )
+    if sixteen:
+        values = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        paper = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(paper, opaque).convert("RGB")
+    return image.convert("RGB")
 
 
 def check_image_size(image_size: int) -> None:
     """Refuse what is no number of pixels.
 
     Raises:
-        ValueError: if it is no positive integer.
+        ValueError: it is no positive integer.
     """
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
@@ -34,18 +83,16 @@ class ImageTransform:
     """Preprocessing of one encoder, in two steps: `resize` to uint8, then `normalize` to float.
 
     Calling it does both. Datasets apply `resize` once and `normalize` at each access.
-
-    Attributes:
-        image_size: side S of the square result, in pixels.
-        mean: per channel, subtracted from values in [0, 1].
-        std: per channel, divided by.
-        interpolation: "bilinear" or "bicubic", always antialiased.
     """
 
     image_size: int
+    """Side S of the square result, in pixels."""
     mean: tuple[float, float, float]
+    """Subtracted from each channel, whose values are in [0, 1]."""
     std: tuple[float, float, float]
+    """Each channel is then divided by this."""
     interpolation: str = "bicubic"
+    """One of `INTERPOLATIONS`, always antialiased."""
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
@@ -57,17 +104,10 @@ class ImageTransform:
             raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
 
     def __call__(self, images: Image | Tensor) -> Tensor:
-        """Resize and normalise one image, or a batch as a tensor.
-
-        Args:
-            images: a PIL image of any mode, or a uint8 tensor [C, H, W] or [N, C, H, W] with C
-                of 1 or 3.
-
-        Returns:
-            float32 [3, S, S], or [N, 3, S, S] for a batch.
+        """Resize and normalise one image, or a batch as a tensor: float32 [..., 3, S, S].
 
         Raises:
-            ValueError: the input is neither of these.
+            ValueError: as `resize`.
         """
         return self.normalize(self.resize(images))
 
@@ -77,8 +117,11 @@ class ImageTransform:
         The shorter side becomes S with the aspect ratio kept, then the centre is cut out. Grey
         images are repeated over the three channels.
 
+        Args:
+            images: a PIL image of any mode, or uint8 [C, H, W] or [N, C, H, W] with C of 1 or 3.
+
         Raises:
-            ValueError: the input is neither a PIL image nor a uint8 tensor of 1 or 3 channels.
+            ValueError: the input is neither of these.
         """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
@@ -91,19 +134,17 @@ class ImageTransform:
                 "images to resize must be [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
                 f"got {list(pixels.shape)}"
             )
-        if min(pixels.shape[-2:]) < 1:
+        height, width = pixels.shape[-2:]
+        short, size = min(height, width), self.image_size
+        if short < 1:
             raise ValueError(f"images to resize must not be empty, got {list(pixels.shape)}")
-        size = self.image_size
-        if tuple(pixels.shape[-2:]) != (size, size):
-            height, width = pixels.shape[-2:]
-            short = min(height, width)
+        if (height, width) != (size, size):
             scaled = [max(size, round(side * size / short)) for side in (height, width)]
             pixels = functional.resize(
                 pixels, scaled, InterpolationMode(self.interpolation), antialias=True
             )
             pixels = functional.center_crop(pixels, [size, size])
-        shape = (*pixels.shape[:-3], 3, size, size)
-        return pixels.expand(shape).contiguous()
+        return pixels.expand(*pixels.shape[:-3], 3, size, size).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 [..., 3, S, S] into float32 of the same shape: (x / 255 - mean) / std.
@@ -124,14 +165,13 @@ class ImageTransform:
 
 def _from_pil(image: object) -> Tensor:
     """Read a PIL image of any mode as uint8 [3, H, W]."""
-    import numpy as np
     from PIL.Image import Image
 
     if not isinstance(image, Image):
         raise ValueError(
             f"an image must be a PIL image or a uint8 tensor, got {type(image).__name__}"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -178,8 +218,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return self.transform.normalize(image), int(self.labels[index])
         from PIL.Image import fromarray
 
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        result = self.transform(fromarray(pixels))
+        result = self.transform(fromarray(image.permute(1, 2, 0).contiguous().numpy()))
         if not isinstance(result, Tensor) or result.ndim != 3 or not result.is_floating_point():
             what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
             raise ValueError(f"transform must give a float tensor [3, H, W], got {what}")
@@ -214,13 +253,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if device is None or device.type == self.images.device.type:
             return self.images
         source, copied = self._copies.get(device, (None, self.images))
-        if source is self.images:  # and not others, which were put in their place since
-            return copied
-        copied = self.images
-        if device.type != "cuda" or self._leaves_room(device):
-            with suppress(torch.OutOfMemoryError):  # others may have taken what was free
-                copied = self.images.to(device)
-        self._copies[device] = self.images, copied
+        if source is not self.images:  # not copied yet, or replaced since
+            copied = self.images
+            if device.type != "cuda" or self._leaves_room(device):
+                with suppress(torch.OutOfMemoryError):  # others may have taken what was free
+                    copied = self.images.to(device)
+            self._copies[device] = self.images, copied
         return copied
 
     def _leaves_room(self, device: torch.device) -> bool:

@@ -1,16 +1,16 @@
-"""What a mask is computed on: a task, several pooled, or images of no task at all.
+"""Mixtures of images that a mask can be computed on: of tasks, or of no task at all.
 
-A source is named by its parts, joined by ``+``. A part is a task (``"mnist5k"``), a task whose
-labels are dealt out at random (``"mnist5k:random_labels"``), a task's images turned, scaled,
-sheared and recoloured (``"mnist5k:altered"``), or a set of images that belong to no task, of
-:data:`IMAGE_SETS` (``"photographs"``). Every part gives as many images as the smallest task holds.
+A source is named by its parts, joined by ``+``. A part is a task (``"mnist5k"``), a task with
+shuffled labels (``"mnist5k:random_labels"``), altered copies of a task's images
+(``"mnist5k:altered"``), or a set of images that belong to no task, of :data:`IMAGE_SETS`
+(``"photographs"``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,22 +19,15 @@ from torch import Tensor
 
 from pai_utils.data.images import ImageDataset, ImageTransform
 from pai_utils.support.common import unknown_name
+from pai_utils.support.sampling import Draw
 
 RANDOM_LABELS = ":random_labels"
 ALTERED = ":altered"
 UNLABELLED = -1
-UNLABELLED_IMAGES = 512  # of a source without any task
-MOST_POOLED = 2048  # of a part that is pooled: ample for any score or repair
+UNLABELLED_IMAGES = 512  # of each part of a mixture without any task
+MOST_POOLED = 2048  # of each part of a mixture: ample for any score or repair
 _RAW_SIDE = 96
 _LEAST_CONTRAST = 10.0  # of 255: a piece of sky, or of white, says nothing
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A row of the registry."""
-
-    summary: str
-    make: Callable[[int, np.random.Generator], NDArray[np.uint8]]  #: [count, S, S, 3]
 
 
 def source_parts(name: str, tasks: Sequence[str] | Mapping[str, object]) -> list[str]:
@@ -66,6 +59,43 @@ def task_of(part: str) -> str:
     return part.removesuffix(RANDOM_LABELS).removesuffix(ALTERED)
 
 
+def load_mixture(
+    name: str,
+    tasks: Mapping[str, ImageDataset],
+    transform: ImageTransform,
+    *,
+    count: int = UNLABELLED_IMAGES,
+    seed: int = 0,
+) -> ImageDataset:
+    """Pool equally many images of each part of a source; all labels are -1.
+
+    Args:
+        name: as in the module's description.
+        tasks: training images by the task's name.
+        transform: the encoder's.
+        count: images of each part if none of them is a task. Otherwise each part gives as many as
+            the smallest task among them has, up to 2,048.
+        seed: of the images of no task, of alterations, and of what is drawn from larger parts.
+
+    Raises:
+        ValueError: for an unknown part, or one named twice.
+    """
+    parts = source_parts(name, tasks)
+    own = {part: tasks[task_of(part)] for part in parts if part not in IMAGE_SETS}
+    if own:
+        count = min(MOST_POOLED, *map(len, own.values()))
+    pooled = []
+    for part in parts:
+        if part in IMAGE_SETS:
+            pooled.append(load_images(part, transform, count=count, seed=seed).images)
+        elif part.endswith(ALTERED):
+            pooled.append(altered_copies(own[part], count, seed).images)
+        else:
+            pooled.append(own[part].images[Draw(count, seed=seed).indices(own[part])])
+    images = torch.cat(pooled)
+    return ImageDataset(images, torch.full((len(images),), UNLABELLED), transform)
+
+
 def is_held_out(task: str, source: str) -> bool:
     """Whether a mask of ``source`` saw none of the task's images."""
     return task != source and task not in map(task_of, source.split("+"))
@@ -89,7 +119,7 @@ def load_images(
         raise unknown_name("image set", name, IMAGE_SETS)
     if count < 1:
         raise ValueError(f"count={count}: at least one image is needed")
-    pixels = IMAGE_SETS[name].make(count, np.random.default_rng(seed))
+    pixels = IMAGE_SETS[name](count, np.random.default_rng(seed))
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return ImageDataset(images, torch.full((count,), UNLABELLED), transform)
 
@@ -161,10 +191,6 @@ def _recoloured(image: Tensor, random: np.random.Generator) -> Tensor:
     return image.round().clamp(0, 255).to(torch.uint8)
 
 
-def _one_photograph(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
-    return _photographs(count, random, most=1)
-
-
 def _leaves(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
     """Dead leaves: discs that hide each other, their radii r of density r⁻³.
 
@@ -223,13 +249,16 @@ def _noise(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
-IMAGE_SETS: dict[str, ImageSet] = {
-    "photographs": ImageSet(
-        "altered crops of the two photographs that scikit-learn bundles", _photographs
-    ),
-    "one_photograph": ImageSet("altered crops of the first of them", _one_photograph),
-    "leaves": ImageSet("dead leaves: random discs that hide each other", _leaves),
-    "contours": ImageSet("outlines of ragged polygons on an even ground", _contours),
-    "noise": ImageSet("white Gaussian noise", _noise),
+IMAGE_SETS: dict[str, Callable[[int, np.random.Generator], NDArray[np.uint8]]] = {
+    "photographs": _photographs,
+    "one_photograph": partial(_photographs, most=1),
+    "leaves": _leaves,
+    "contours": _contours,
+    "noise": _noise,
 }
-"""Images that belong to no task, by name."""
+"""What draws images that belong to no task, uint8 [count, S, S, 3], by name.
+
+Altered crops of the two photographs that scikit-learn bundles, or of the first alone; dead leaves,
+which are random discs that hide each other; outlines of ragged polygons on an even ground; and
+white Gaussian noise.
+"""

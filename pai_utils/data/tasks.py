@@ -7,8 +7,7 @@ hyper-parameters) and `test` (read once for a reported number). The parts never 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,16 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pai_utils.data.datasets import DATASETS, FOLDER, OpenDataset, open_dataset
-from pai_utils.data.decoding import (
-    Decoded,
-    ImageArrays,
-    OnError,
-    Positions,
-    Source,
-    decode,
-    to_channels,
+from pai_utils.data.datasets import (
+    DATASETS,
+    FOLDER,
+    OpenDataset,
+    cache_folder,
+    data_root,
+    open_dataset,
 )
+from pai_utils.data.decoding import Decoded, ImageArrays, OnError, Positions, Source, decode
 from pai_utils.data.embedded import FRACTIONS, SPLITS, TASKS, cut, stratified_order
 from pai_utils.data.images import ImageDataset, ImageTransform
 from pai_utils.support.common import unknown_name
@@ -147,21 +145,82 @@ def load_task(
     check_seed(seed)
     if on_error not in get_args(OnError):
         raise unknown_name("on_error", on_error, get_args(OnError))
-    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
-    if name not in TASKS:
+    if name in TASKS:
+        cache = cache_folder(data_root(root))
+        opened = OpenDataset(TASKS[name].class_names, TASKS[name].read(), cache)
+    else:
         opened = open_dataset(name, root, download=download)
-        return _decoded_task(name, opened, transform, sizes, seed, on_error, balanced)
-    spec = TASKS[name]
-    parts = spec.read()
+    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+    chosen = {}
+    for split, (part, positions) in _splits_of(opened.labels).items():
+        labels = opened.labels[part][positions]
+        _check_classes(labels, split, name, opened.class_names)
+        if (size := sizes[split]) is not None:
+            check_size(size, len(labels), split, name)
+            generator = np.random.default_rng([seed, SPLITS.index(split)])
+            order = stratified_order(labels, generator, balanced=balanced)
+            positions = positions[np.sort(order[:size])]
+        chosen[split] = opened.parts[part], positions
     datasets = {}
-    for split in SPLITS:
-        images, labels = parts[split]
-        chosen = _choose(labels, split, sizes[split], seed, name, balanced)
-        datasets[split] = ImageDataset(
-            to_channels(images[chosen]), torch.from_numpy(labels[chosen]), transform
+    skipped: list[str] = []
+    for split, (source, positions) in chosen.items():
+        decoded = _decode(source, positions, transform, f"{name} {split}", opened.cache, on_error)
+        labels = source.labels[decoded.kept]
+        lost = set(source.labels[positions].tolist()) - set(labels.tolist())
+        if lost:
+            raise ValueError(
+                f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
+                f"{name} can be read"
+            )
+        skipped += decoded.skipped
+        datasets[split] = ImageDataset(decoded.images, torch.from_numpy(labels), transform)
+    return Task(name, opened.class_names, **datasets, skipped=tuple(skipped))
+
+
+def _splits_of(labels: Mapping[str, NDArray[np.int64]]) -> dict[str, tuple[str, Positions]]:
+    """The published part that each split comes from, and the positions there that belong to it."""
+    if "all" in labels:
+        parts = cut(labels["all"], FRACTIONS)
+        return {split: ("all", np.sort(parts[split])) for split in SPLITS}
+    found = {part: (part, np.arange(len(labels[part]))) for part in labels}
+    if "validation" not in labels:
+        carved = {"validation": _VALIDATION_FRACTION, "train": 1 - _VALIDATION_FRACTION}
+        parts = cut(labels["train"], carved)
+        found |= {split: ("train", np.sort(parts[split])) for split in carved}
+    return {split: found[split] for split in SPLITS}
+
+
+def _check_classes(
+    labels: NDArray[np.int64], split: str, name: str, class_names: Sequence[str]
+) -> None:
+    """Refuse a part without images, or one that fits or tests heads and lacks a class."""
+    absent = set(range(len(class_names))) - set(labels.tolist())
+    if absent and split != "validation":
+        raise ValueError(
+            f"the {split} part of {name} has no images of the class {class_names[min(absent)]!r}; "
+            "each class needs several"
         )
-    train, validation, test = (datasets[split] for split in SPLITS)
-    return Task(name, spec.class_names, train, validation, test)
+    if not len(labels):
+        raise ValueError(f"{name} has too few images to carve a validation part from them")
+
+
+def _decode(
+    source: Source,
+    positions: Positions,
+    transform: ImageTransform | Callable[[Image], Tensor],
+    name: str,
+    cache: Path,
+    on_error: OnError,
+) -> Decoded:
+    """Images as the transform takes them: resized, or as they are for any other callable."""
+    if isinstance(transform, ImageTransform):
+        return decode(source, positions, transform, name=name, cache=cache, on_error=on_error)
+    if isinstance(source, ImageArrays):
+        return Decoded(source.raw(positions).contiguous(), positions)
+    raise ValueError(
+        f"the images of {name} are files of any size, which an ImageTransform brings to one; pass "
+        "backbone.transform"
+    )
 
 
 @cache
@@ -175,121 +234,12 @@ def part_sizes(name: str) -> dict[str, int]:
     """
     check_task_name(name)
     if name in TASKS:
-        return {split: len(part.labels) for split, part in TASKS[name].read().items()}
-    if name not in DATASETS:
-        opened = open_dataset(name)
-        return {split: len(positions) for split, (_, positions) in _parts_of(opened).items()}
-    published = DATASETS[name].images
-    if "all" in published:
-        edges = [round(e * published["all"]) for e in itertools.accumulate(FRACTIONS.values())]
-        return {
-            split: end - start
-            for split, start, end in zip(FRACTIONS, [0, *edges], edges, strict=False)
-        }
-    if "validation" in published:
-        return dict(published)
-    carved = round(_VALIDATION_FRACTION * published["train"])
-    return {**published, "train": published["train"] - carved, "validation": carved}
-
-
-def _choose(
-    labels: NDArray[np.int64], split: str, size: int | None, seed: int, name: str, balanced: bool
-) -> Positions:
-    """Positions of the items of one part to keep, increasing."""
-    if size is None:
-        return np.arange(len(labels))
-    check_size(size, len(labels), split, name)
-    generator = np.random.default_rng([seed, SPLITS.index(split)])
-    return np.sort(stratified_order(labels, generator, balanced=balanced)[:size])
-
-
-def _decoded_task(
-    name: str,
-    opened: OpenDataset,
-    transform: ImageTransform | Callable[[Image], Tensor],
-    sizes: dict[str, int | None],
-    seed: int,
-    on_error: OnError,
-    balanced: bool,
-) -> Task:
-    """Cut a data set on disk into parts, choose items of each, and decode those only."""
-    chosen: dict[str, tuple[str, Positions]] = {}
-    for split, (published, members) in _parts_of(opened).items():
-        labels = opened.parts[published].labels[members]
-        absent = set(range(len(opened.class_names))) - set(labels.tolist())
-        if absent and split != "validation":
-            raise ValueError(
-                f"the {split} part of {name} has no images of the class "
-                f"{opened.class_names[min(absent)]!r}; each class needs several"
-            )
-        if not len(labels):
-            raise ValueError(f"{name} has too few images to carve a validation part from them")
-        picked = _choose(labels, split, sizes[split], seed, name, balanced)
-        chosen[split] = published, members[picked]
-    datasets = {}
-    skipped: list[str] = []
-    for split in SPLITS:
-        published, positions = chosen.pop(split)
-        source = opened.parts[published]
-        # Arrays that no other part needs make room for its images.
-        if published not in {other for other, _ in chosen.values()}:
-            del opened.parts[published]
-        decoded = _decode_part(source, positions, transform, f"{name} {split}", opened, on_error)
-        labels = source.labels[decoded.kept]
-        lost = set(source.labels[positions].tolist()) - set(labels.tolist())
-        if lost:
-            raise ValueError(
-                f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
-                f"{name} can be read"
-            )
-        del source
-        skipped += decoded.skipped
-        datasets[split] = ImageDataset(decoded.images, torch.from_numpy(labels), transform)
-    train, validation, test = (datasets[split] for split in SPLITS)
-    return Task(name, opened.class_names, train, validation, test, tuple(skipped))
-
-
-def _decode_part(
-    source: Source,
-    positions: Positions,
-    transform: ImageTransform | Callable[[Image], Tensor],
-    name: str,
-    opened: OpenDataset,
-    on_error: OnError,
-) -> Decoded:
-    """Images as the transform takes them: resized, or as they are for any other callable."""
-    if isinstance(transform, ImageTransform):
-        return decode(
-            source,
-            positions,
-            transform,
-            name=name,
-            cache=opened.cache,
-            on_error=on_error,
-        )
-    if isinstance(source, ImageArrays):
-        return Decoded(source.raw(positions).contiguous(), positions, ())
-    raise ValueError(
-        f"the images of {name} are files of any size, which an ImageTransform brings to one; pass "
-        "backbone.transform"
-    )
-
-
-def _parts_of(opened: OpenDataset) -> dict[str, tuple[str, Positions]]:
-    """The published split of each part, and the positions there that belong to it."""
-    if "all" in opened.parts:
-        parts = cut(opened.parts["all"].labels, FRACTIONS)
-        return {split: ("all", np.sort(positions)) for split, positions in parts.items()}
-    whole = {split: np.arange(len(source.labels)) for split, source in opened.parts.items()}
-    if "validation" in whole:
-        return {split: (split, whole[split]) for split in SPLITS}
-    carved = {"validation": _VALIDATION_FRACTION, "train": 1 - _VALIDATION_FRACTION}
-    parts = cut(opened.parts["train"].labels, carved)
-    return {
-        "train": ("train", np.sort(parts["train"])),
-        "validation": ("train", np.sort(parts["validation"])),
-        "test": ("test", whole["test"]),
-    }
+        labels = {split: part.labels for split, part in TASKS[name].read().items()}
+    elif name in DATASETS:  # the labels change which images a cut gives, not how many
+        labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
+    else:
+        labels = open_dataset(name).labels
+    return {split: len(positions) for split, (_, positions) in _splits_of(labels).items()}
 
 
 def check_size(size: int, available: int, split: str, name: str) -> None:

@@ -14,12 +14,9 @@ from pai_utils.data.images import ImageDataset
 from pai_utils.data.mixtures import (
     ALTERED,
     IMAGE_SETS,
-    MOST_POOLED,
     RANDOM_LABELS,
-    UNLABELLED,
     UNLABELLED_IMAGES,
-    altered_copies,
-    load_images,
+    load_mixture,
     source_parts,
     task_of,
 )
@@ -88,34 +85,22 @@ def load_source(
         ValueError: for an unknown part, or one named twice.
     """
     parts = source_parts(name, tasks)
-    named = {part: tasks[task_of(part)] for part in parts if part not in IMAGE_SETS}
     head: nn.Linear | None = None
     labelled: ImageDataset | None = None
-    for part, task in named.items():
-        if part.endswith(RANDOM_LABELS):
-            named[part] = _relabelled(task, seed)
-        if labelled is None:
-            labelled = named[part].train
-            head = (
-                fit_head(backbone, named[part])
-                if part.endswith(RANDOM_LABELS)
-                else heads[task_of(part)]
-            )
+    first = next((part for part in parts if part not in IMAGE_SETS), None)
+    if first is not None:
+        task = tasks[task_of(first)]
+        if first.endswith(RANDOM_LABELS):
+            task = _relabelled(task, seed)
+            head = fit_head(backbone, task)
+        else:
+            head = heads[task_of(first)]
+        labelled = task.train
     if len(parts) == 1 and labelled is not None and not name.endswith(ALTERED):
         return Source(name, labelled, labelled, head)
-    if named:
-        count = min(MOST_POOLED, *(len(task.train) for task in named.values()))
-    pooled = [
-        load_images(part, backbone.transform, count=count, seed=seed)
-        if part in IMAGE_SETS
-        else altered_copies(named[part].train, count, seed)
-        if part.endswith(ALTERED)
-        else _drawn(named[part].train, count, seed)
-        for part in parts
-    ]
-    images = torch.cat([part.images for part in pooled])
-    labels = torch.full((len(images),), UNLABELLED)
-    return Source(name, ImageDataset(images, labels, backbone.transform), labelled, head)
+    training = {known: task.train for known, task in tasks.items()}
+    images = load_mixture(name, training, backbone.transform, count=count, seed=seed)
+    return Source(name, images, labelled, head)
 
 
 def score_source(
@@ -193,8 +178,3 @@ def _relabelled(task: Task, seed: int) -> Task:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     shuffled = ImageDataset(train.images, train.labels[order], train.transform)
     return dataclasses.replace(task, name=task.name + RANDOM_LABELS, train=shuffled)
-
-
-def _drawn(data: ImageDataset, count: int, seed: int) -> ImageDataset:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data.subset(order[:count])

@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import shutil
-import struct
 import threading
 import tracemalloc
 from collections import Counter
@@ -24,10 +23,8 @@ from pai_utils.data.decoding import (
     ImageFiles,
     MemoryBudget,
     decode,
-    open_image,
-    to_rgb,
 )
-from pai_utils.data.images import ImageTransform
+from pai_utils.data.images import ImageTransform, open_image
 from pai_utils.data.tasks import Task, load_task
 
 TRANSFORM = ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -63,7 +60,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts[str(path)] += 1
         return open_image(path)
 
-    monkeypatch.setattr(decoding, "open_image", counting)
+    monkeypatch.setattr("pai_utils.data.decoding.open_image", counting)
     return counts
 
 
@@ -141,9 +138,13 @@ def test_arrays_that_are_no_labelled_images_are_refused(pixels: NDArray[Any], me
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_decoding_takes_hardly_more_memory_than_its_result(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["1G", "0"])
+def test_decoding_takes_hardly_more_memory_than_its_result(
+    kind: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAI_DATA_MEMORY", limit)
     transform = ImageTransform(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    count = 1500
+    count = 500
     labels = np.zeros(count, dtype=np.int64)
     source: ImageFiles | ImageArrays
     if kind == "files":
@@ -157,34 +158,22 @@ def test_decoding_takes_hardly_more_memory_than_its_result(kind: str, tmp_path: 
     found = decode(source, np.arange(count), transform, name="x", cache=tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    size = count * 3 * 48**2
-    assert found.images.nbytes == size
-    assert size < peak <= 1.1 * size
-
-
-def test_pixels_beyond_the_budget_take_no_memory(tmp_path: Path) -> None:
-    source = ImageArrays(np.zeros((4000, 16, 16, 3), np.uint8), np.zeros(4000, dtype=np.int64))
-    transform = ImageTransform(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    budget = MemoryBudget(1000)
-    decode(source, np.arange(2), transform, name="imports", cache=tmp_path, budget=budget)
-    tracemalloc.start()
-    found = decode(
-        source, np.arange(4000), transform, name="x", cache=tmp_path, budget=MemoryBudget(1000)
-    )
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 0.1 * found.images.nbytes
+    size = found.images.nbytes
+    assert size == count * 3 * 48**2
+    # Mapped pixels take none.
+    assert peak <= 0.2 * size + (size if limit == "1G" else 0)
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1000", 1000), ("2K", 2048), ("1.5 MB", 3 * 2**19), ("8g", 2**33), ("1TiB", 2**40)],
+    [("1000", 1000), ("2K", 2048), ("1.5 MB", 3 * 2**19), ("8m", 2**23), ("0.001GiB", 1073741)],
 )
 def test_the_budget_is_read_from_the_environment(
     text: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAI_DATA_MEMORY", text)
-    assert MemoryBudget().left == size
+    assert MemoryBudget().empty((size,)) is not None
+    assert MemoryBudget().empty((size + 1,)) is None
 
 
 def test_a_budget_that_is_no_amount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,17 +182,16 @@ def test_a_budget_that_is_no_amount_is_refused(monkeypatch: pytest.MonkeyPatch) 
         MemoryBudget().empty((1,))
 
 
-def test_a_budget_counts_pixels_while_they_are_used() -> None:
-    budget = MemoryBudget(1000)
+def test_a_budget_counts_pixels_while_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAI_DATA_MEMORY", "1000")
+    budget = MemoryBudget()
     pixels = budget.empty((30, 20))
-    assert budget.left == 400
-    assert budget.empty((401,)) is None
     assert pixels is not None
     part = torch.from_numpy(pixels[:10])  # what a task keeps of it
     del pixels
-    assert budget.left == 400
+    assert budget.empty((401,)) is None
     del part
-    assert budget.left == 1000
+    assert budget.empty((1000,)) is not None
 
 
 def test_all_tasks_share_one_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +311,7 @@ def test_an_interrupted_decoding_leaves_nothing(
             raise KeyboardInterrupt
         return open_image(path)
 
-    monkeypatch.setattr(decoding, "open_image", interrupted)
+    monkeypatch.setattr("pai_utils.data.decoding.open_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(folder)
     assert list((folder / ".decoded").iterdir()) == []
@@ -415,94 +403,3 @@ def test_a_class_without_readable_images_is_an_error(folder: Path) -> None:
         damage(path)
     with pytest.raises(ValueError, match="no image of the class 'c1' in the train part"):
         load(folder, on_error="skip")
-
-
-def test_another_way_with_errors_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="unknown on_error 'ignore'"):
-        load(folder, on_error="ignore")
-
-
-# --- modes ---
-
-
-def saved(image: Image.Image, path: Path) -> Image.Image:
-    image.save(path)
-    return open_image(path)
-
-
-def pixel(image: Image.Image) -> tuple[int, ...]:
-    assert image.mode == "RGB"
-    return tuple(int(value) for value in np.asarray(image)[0, 0])
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "suffix", "expected"),
-    [
-        ("L", 77, ".png", (77, 77, 77)),
-        ("1", 1, ".png", (255, 255, 255)),
-        ("CMYK", (0, 255, 255, 0), ".tif", (255, 0, 0)),
-        ("RGBA", (10, 20, 30, 255), ".png", (10, 20, 30)),
-        ("RGBA", (10, 20, 30, 0), ".png", (255, 255, 255)),
-        ("RGBA", (0, 0, 0, 128), ".png", (127, 127, 127)),
-        ("LA", (50, 255), ".png", (50, 50, 50)),
-        ("LA", (50, 0), ".png", (255, 255, 255)),
-    ],
-)
-def test_an_image_of_any_mode_becomes_rgb(
-    mode: str, colour: Any, suffix: str, expected: tuple[int, ...], tmp_path: Path
-) -> None:
-    assert pixel(saved(Image.new(mode, (4, 4), colour), tmp_path / f"x{suffix}")) == expected
-
-
-def test_a_cmyk_jpeg_shows_its_colour(tmp_path: Path) -> None:
-    red = pixel(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), tmp_path / "x.jpg"))
-    assert red[0] > 245
-    assert max(red[1:]) < 10
-
-
-@pytest.mark.parametrize("transparent", [False, True])
-def test_a_palette_image_shows_its_colours(transparent: bool, tmp_path: Path) -> None:
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 200, 100, 50])
-    path = tmp_path / "x.png"
-    image.save(path, None, **({"transparency": 1} if transparent else {}))
-    assert pixel(open_image(path)) == ((255, 255, 255) if transparent else (200, 100, 50))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
-@pytest.mark.parametrize(("value", "level"), [(65535, 255), (257 * 100, 100), (256, 1), (0, 0)])
-def test_sixteen_bit_grey_is_scaled_not_clipped(
-    suffix: str, value: int, level: int, tmp_path: Path
-) -> None:
-    path = tmp_path / f"x{suffix}"
-    if suffix == ".pgm":
-        path.write_bytes(b"P5 4 4 65535\n" + value.to_bytes(2, "big") * 16)
-    else:
-        Image.fromarray(np.full((4, 4), value, np.uint16)).save(path)
-    assert pixel(open_image(path)) == (level,) * 3
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_sixteen_bit_grey_of_either_byte_order_is_read(order: str, tmp_path: Path) -> None:
-    # A TIFF of one 2 x 1 strip, by hand: Pillow writes its own order only.
-    tags = [(256, 2), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (279, 4)]
-    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 12)
-    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
-    strip = struct.pack(f"{order}HH", 257 * 100, 65535)
-    path = tmp_path / "x.tif"
-    path.write_bytes(start + strip + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
-    assert np.asarray(open_image(path))[0, :, 0].tolist() == [100, 255]
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_without_a_known_range_are_refused(mode: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"x\.tif cannot be read.*mode {mode} has no known range"):
-        saved(Image.new(mode, (4, 4), 5), tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
-        to_rgb(Image.new(mode, (4, 4), 5))
-
-
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    with pytest.raises(ValueError, match=r"x\.png cannot be read.*exceeds limit"):
-        saved(Image.new("RGB", (4, 4)), tmp_path / "x.png")

