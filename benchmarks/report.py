@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
 
 from benchmarks.problems import NETWORKS
 from benchmarks.results import read
-from pai_utils.plots import cost_multiples
 from pai_utils.support.stored import write_atomically
 
 NOTHING = "–"
@@ -77,6 +79,50 @@ def write_report(folder: Path) -> None:
             figure = cost_multiples(own)
             figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
             write_atomically(folder / "page" / f"{task}.png", buffer.getvalue())
+
+
+def cost_multiples(table: pd.DataFrame) -> Figure:
+    """Cost of each contender as a multiple of one forward and backward, one panel a model.
+
+    Bars of our own are hatched; a status other than "ok" is written beside a bar or in its place.
+    """
+    names = list(dict.fromkeys(table.sort_values("role", kind="stable").contender))
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", 1.1):
+        grid = sns.catplot(
+            table.assign(fb=table.fb.clip(lower=0.5)),  # a failure's bar ends where the axis begins
+            kind="bar",
+            x="fb",
+            y="contender",
+            order=names,
+            hue="role",
+            palette={"ours": "0.85", "peer": "0.55"},
+            edgecolor="black",
+            linewidth=0.6,
+            legend=False,
+            col="model",
+            col_wrap=3,
+            height=1.0 + 0.24 * len(names),
+            aspect=3.6 / (1.0 + 0.24 * len(names)),
+        )
+        for model, axes in grid.axes_dict.items():
+            for bar in axes.containers[0]:
+                bar.set_hatch("///")
+            for row in table[table.model == model].itertuples():
+                text = f"{row.fb:.2f}" if row.fb > 0 else "fails"
+                if row.fb > 0 and row.status != "ok":
+                    text += f" {row.status}"
+                place = (max(row.fb, 0.5), names.index(row.contender))
+                axes.annotate(f" {text}", place, va="center", fontsize=7)
+            axes.axvline(1, color="black", linewidth=1, linestyle="--")
+            axes.set_xscale("log")
+            axes.set_xlim(0.5, 3 * table.fb.max())
+            axes.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+            axes.minorticks_off()
+        grid.set_titles("{col_name}").set_axis_labels("forward and backward passes", "")
+        grid.tight_layout()
+    figure: Figure = grid.figure
+    plt.close(figure)
+    return figure
 
 
 def pivot(rows: pd.DataFrame, task: str, step: str, cell: Callable[[Any], str]) -> pd.DataFrame:

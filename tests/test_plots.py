@@ -2,7 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pai_utils.plots import (
     error_parts,
@@ -17,50 +19,75 @@ from pai_utils.plots import (
 from pai_utils.studies.prune_your_own import Choice
 
 MIXED = "mnist5k+mnist5k:altered+photographs+contours"
+LONG = "feature_ggn_diag + layerwise+moments"
+
+
+def held_out(sources: list[str], scorers: list[str], sparsities: list[float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"source": source, "scorer": scorer, "sparsity": s, "retention": 1 - s, "low": 0, "high": 1}
+        for source in sources
+        for scorer in scorers
+        for s in sparsities
+    )
+
+
+def labels(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.get_yticklabels()]
+
+
+def marks(figure: Figure) -> dict[str, tuple[str, ...]]:
+    """Colour, marker, fill and dashes of each series, read off the legend."""
+    return {
+        str(line.get_label()): tuple(
+            str(line.properties()[name])
+            for name in ("color", "marker", "markerfacecolor", "linestyle")
+        )
+        for line in figure.legends[0].get_lines()
+    }
 
 
 def test_long_names_of_mixtures_are_wrapped_and_whole() -> None:
-    rows = [
-        {"source": source, "scorer": scorer, "sparsity": s, "retention": 0.5, "low": 0, "high": 1}
-        for source in ("photos", MIXED)
-        for scorer in ("feature_ggn_diag + layerwise+moments", "magnitude")
-        for s in (0.5, 0.7)
-    ]
-    figure = retention_curves(pd.DataFrame(rows))
+    figure = retention_curves(held_out(["photos", MIXED], [LONG, "magnitude"], [0.5, 0.7]))
     short, long = (axes.get_title() for axes in figure.axes)
     assert short == "mask from photos"
     assert long.replace("\n", "") == f"mask from {MIXED}"
     assert max(map(len, long.split("\n"))) <= 32
-    # The legend is no wider than the panels.
-    assert vars(figure.legends[0])["_ncols"] == 1
+    assert vars(figure.legends[0])["_ncols"] == 1, "the legend is wider than the panels"
 
 
-def test_a_heatmap_names_every_mixture() -> None:
+def test_a_scorer_looks_the_same_in_every_figure_and_alike_with_a_repair() -> None:
+    one = marks(retention_curves(held_out(["a"], ["feature_ggn_diag", LONG, "snip"], [0.5])))
+    two = marks(retention_curves(held_out(["a"], ["magnitude", "snip", LONG], [0.5])))
+    assert one["snip"] == two["snip"]
+    assert one[LONG][:2] == two[LONG][:2] == one["feature_ggn_diag"][:2]
+    assert len(set(one.values())) == 3
+    assert len({look[1:] for look in one.values()}) == 3, "series differ without colour"
+
+
+def test_a_heatmap_names_every_mixture_and_puts_masks_of_no_task_below() -> None:
     rows = [
-        {"source": MIXED, "target": target, "scorer": "snip", "sparsity": 0.5, "retention": 0.25}
+        {"source": source, "target": target, "scorer": scorer, "sparsity": 0.5, "retention": 0.25}
+        for source, scorer in ((MIXED, "snip"), ("none", "random"))
         for target in ("digits", "photos")
     ]
     (axes,) = transfer_heatmap(pd.DataFrame(rows), 0.5).axes
-    (label,) = (text.get_text() for text in axes.get_yticklabels())
-    assert label.replace("\n", "") == MIXED
-    assert [text.get_text() for text in axes.texts] == ["0.25", "0.25"]
+    assert [label.replace("\n", "") for label in labels(axes)] == [MIXED, "(random)"]
+    assert [text.get_text() for text in axes.texts] == ["0.25"] * 4
 
 
 def test_arrows_lead_from_before_to_after() -> None:
     gains = pd.DataFrame(
-        [
-            {"start": "repaired", "penalty": penalty, "sparsity": 0.7, "held_out_retention": after,
-             "held_out_retention_before": 0.8, "source_retention": 1.0,
-             "source_retention_before": 0.9}
-            for penalty, after in (("none", 0.6), ("features", 0.85))
-        ]
+        {
+            "start": "repaired", "penalty": ["none", "features"], "sparsity": 0.7,
+            "held_out_retention_before": 0.8, "held_out_retention": [0.6, 0.85],
+            "source_retention_before": 0.9, "source_retention": 1.0,
+        }
     )  # fmt: skip
     (axes,) = recovery_arrows(gains).axes
     assert axes.get_title() == "sparsity 0.7"
-    labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels == ["repaired, penalty: features", "repaired"]
-    spans = {tuple(np.asarray(line.get_xdata()).tolist()) for line in axes.lines}
-    assert {(0.8, 0.6), (0.8, 0.85), (0.9, 1.0)} <= spans
+    assert labels(axes) == ["repaired", "repaired, penalty: features"]
+    spans = [tuple(segment[:, 0]) for c in axes.collections for segment in c.get_segments()]  # type: ignore[attr-defined]
+    assert spans == [(0.8, 0.6), (0.8, 0.85), (0.9, 1.0), (0.9, 1.0)]
 
 
 def test_the_parts_of_an_error_are_labelled_in_order() -> None:
@@ -72,26 +99,24 @@ def test_the_parts_of_an_error_are_labelled_in_order() -> None:
         }
     )
     first, second = error_parts(parts).axes
-    assert [text.get_text() for text in first.get_yticklabels()] == ["gradient", "diagonal"]
-    assert [text.get_text() for text in first.texts] == ["-0.25", "+0.5"]
-    assert [text.get_text() for text in second.texts] == ["+3", "0"]
+    assert labels(first) == ["diagonal", "gradient"]
+    assert first.yaxis_inverted(), "the first part is on top"
+    assert [text.get_text() for text in first.texts] == ["+0.5", "-0.25"]
+    assert [text.get_text() for text in second.texts] == ["0", "+3"]
 
 
-def test_contours_mark_the_networks_and_bear_losses_without_end() -> None:
+@pytest.mark.parametrize("worst", [np.inf, np.nan, 4.0])
+def test_contours_mark_the_networks_and_bear_losses_without_end(worst: float) -> None:
     grid = pd.DataFrame(
-        [
-            {"task": task, "x": x, "y": y, "loss": np.inf if x == y == 2 else x + y}
-            for task in ("digits", "photos")
-            for x in (0.0, 1.0, 2.0)
-            for y in (0.0, 1.0, 2.0)
-        ]
+        {"task": task, "x": x, "y": y, "loss": worst if x == y == 2 else x + y}
+        for task in ("digits", "photos")
+        for x in (0.0, 1.0, 2.0)
+        for y in (0.0, 1.0, 2.0)
     )
     figure = plane_contours(grid, {"dense": (0, 0), "pruned": (1, 0)}, "distance")
-    assert [axes.get_title() for axes in figure.axes] == [
-        "digits: loss (nats)", "photos: loss (nats)"
-    ]  # fmt: skip
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["dense", "pruned"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["digits: loss (nats)", "photos: loss (nats)"]
+    assert list(marks(figure)) == ["dense", "pruned"]
 
 
 def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
@@ -103,50 +128,32 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
     )  # fmt: skip
     figure = predictions(cells)
     assert len(figure.axes) == 4
-    held, own = (line for line in figure.axes[0].lines if line.get_marker() == "o")
-    assert held.get_markerfacecolor() != "white"
-    assert own.get_markerfacecolor() == "white"
-    assert list(np.asarray(held.get_ydata())) == [0.1]
-
-
-def _points(line: Line2D) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
+    looks = marks(figure)
+    assert looks["snip, held-out task"][2] != "white"
+    assert looks["snip, own task"][2] == "white"
+    held, own, _ = (np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines)
+    assert (held, own) == ([0.1], [2.0])
 
 
 def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
-    rows = pd.DataFrame(
-        [
-            {"scorer": scorer, "sparsity": s, "retention": 1 - s, "low": 0.9 - s, "high": 1.1 - s}
-            for scorer in ("snip", "magnitude")
-            for s in (0.2, 0.4)
-        ]
-    )
+    rows = held_out(["photos"], ["snip", "magnitude"], [0.2, 0.4])
     chosen = Choice("snip", 0.2, 0.8, 0.7, 0.9, tried=4)
     (axes,) = validation_choice(rows, chosen, 0.25).axes
-    square = next(line for line in axes.lines if line.get_markerfacecolor() == "none")
-    assert _points(square) == [(0.2, 0.8)]
-    dashed = [line for line in axes.lines if [y for _, y in _points(line)] == [0.75, 0.75]]
-    assert [line.get_linestyle() for line in dashed] == ["--"]
+    square = next(line for line in axes.lines if line.get_fillstyle() == "none")
+    assert np.asarray(square.get_xydata()).tolist() == [[0.2, 0.8]]
+    heights = {str(line.get_linestyle()): np.unique(line.get_ydata()) for line in axes.lines}
+    assert heights["--"].tolist() == [0.75]
     assert [text.get_text() for text in axes.texts] == ["kept at least: 0.75"]
-    # Lines differ without colour.
-    lines = [line for line in axes.lines if len(_points(line)) == 2 and line not in dashed]
-    marks = {str(line.get_marker()) for line in lines if line.get_marker() not in ("None", "")}
-    assert len(marks) == 2
 
 
 def test_stages_stand_in_one_row_a_task_the_source_on_top() -> None:
     rows = pd.DataFrame(
-        [
-            {"stage": stage, "target": target, "retention": r, "low": r - 0.1, "high": r + 0.1}
-            for stage in ("pruned", "fine-tuned")
-            for target, r in (("photos", 0.9), ("digits", 0.5), ("glyphs", 0.7))
-        ]
+        {"stage": stage, "target": target, "retention": r, "low": r - 0.1, "high": r + 0.1}
+        for stage in ("pruned", "fine-tuned")
+        for target, r in (("digits", 0.5), ("photos", 0.9), ("glyphs", 0.7))
     )
     (axes,) = stages_compared(rows, "photos").axes
-    labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels == ["glyphs", "digits", "photos (source)"]
-    # Of each stage, in the order of the tasks: the height of its row, up to the shift of stages.
-    points = [line for line in axes.lines if len(_points(line)) == 3]
-    assert len(points) >= 2
-    assert [round(y) for _, y in _points(points[0])] == [2, 1, 0]
-    assert len({str(line.get_marker()) for line in points if str(line.get_marker()) in "osD"}) == 2
+    assert labels(axes) == ["photos (source)", "digits", "glyphs"]
+    pruned, tuned = (np.asarray(line.get_xydata()) for line in axes.lines[:2])
+    assert pruned[:, 0].tolist() == tuned[:, 0].tolist() == [0.9, 0.5, 0.7]
+    assert pruned[:, 1].round().tolist() == [0, 1, 2]

@@ -211,7 +211,7 @@ def test_figures_of_the_atlas_show_every_scorer() -> None:
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["sparsity 0.3", "sparsity 0.5"]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert labels == ["px", "snip"]
+    assert labels == ["snip", "px"]
     overlap, chance = collected(step(A), step(B, "px")).between_scorers()
     written = [t.get_text() for t in pai.plots.mask_overlaps(overlap, chance).axes[0].texts]
     assert written[1] == "0.33\n(0.33)"
