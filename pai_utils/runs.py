@@ -6,18 +6,20 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.studies.parameters import (
@@ -39,7 +41,7 @@ _RECORDED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "
 
 
 class RunRecord(BaseModel):
-    """What ``record.json`` of a run holds; a notebook may add entries."""
+    """What ``record.json`` of a run holds; a notebook may add further entries."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,6 +59,12 @@ class RunRecord(BaseModel):
     clean: bool | None
     inputs: dict[str, Any] = {}  #: digests of images and of shared files
     outputs: dict[str, str]  #: SHA-256 by name
+
+    @field_validator("parameters")
+    @classmethod
+    def _call_repairs_by_their_name(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Older records call repairs compensations."""
+        return {re.sub("^compensation", "repair", name): v for name, v in parameters.items()}
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -91,11 +99,7 @@ def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
     return [
         name
         for name, digest in read_record(folder).outputs.items()
-        if (
-            (folder / name).is_file()
-            and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest
-        )
-        or (absent and not (folder / name).is_file())
+        if (_sha256(folder / name) != digest if (folder / name).is_file() else absent)
     ]
 
 
@@ -123,33 +127,31 @@ class Result(BaseModel):
     seeds: Positive
 
 
-RESULT_KEY = ("cell", "source", "target", "scorer", "sparsity", "stage")
-"""The columns that tell the rows of ``results.csv`` apart."""
-_RESULT = list(Result.model_fields)
-_ROWS = TypeAdapter(list[Result])
+_COLUMNS = list(Result.model_fields)
+_KEY = ["cell", "source", "target", "scorer", "sparsity", "stage"]
 
 
 def check_results(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of :class:`Result` rows, each with a key of its own; returned with their columns.
+    """A table of :class:`Result` rows, returned with their columns in order.
 
     Raises:
         ValueError: a column is missing or unknown, a value ill-typed or out of range, or two rows
-            have the same :data:`RESULT_KEY`.
+            agree in cell, source, target, scorer, sparsity and stage.
     """
-    absent = [column for column in _RESULT if column not in table]
+    absent = [column for column in _COLUMNS if column not in table]
     if absent:
         raise ValueError(f"no table of results: there is no column {absent[0]!r}")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     try:
-        _ROWS.validate_python(rows)
+        TypeAdapter(list[Result]).validate_python(rows)
     except ValidationError as error:
         (first, *others) = error.errors()
         more = f", and {len(others)} more" if others else ""
         raise ValueError(f"no table of results: row {describe_problem(first)}{more}") from error
-    twice = table[table.duplicated(list(RESULT_KEY))]
+    twice = table.loc[table.duplicated(_KEY), _KEY]
     if len(twice):
-        raise ValueError(f"no table of results: two rows of {tuple(twice.iloc[0][[*RESULT_KEY]])}")
-    return table[_RESULT]
+        raise ValueError(f"no table of results: two rows of {tuple(twice.iloc[0])}")
+    return table[_COLUMNS]
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -159,7 +161,7 @@ def read_results(path: Path) -> pd.DataFrame:
         ValueError: as there.
     """
     try:
-        texts = {n: str for n, f in Result.model_fields.items() if f.annotation is str}
+        texts = {name: str for name, f in Result.model_fields.items() if f.annotation is str}
         return check_results(pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -209,12 +211,10 @@ class Run:
             held_out=[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)],
             **({} if "stage" in rows else {"stage": stage}),
         )
-        self.write_table("results", check_results(rows[rows.columns.intersection(_RESULT)]))
+        self.write_table("results", check_results(rows[rows.columns.intersection(_COLUMNS)]))
 
     def write_figure(self, name: str, figure: Figure) -> None:
         """Write ``<name>.png`` to the run's folder: all of it or nothing."""
-        from io import BytesIO
-
         buffer = BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
         self._write(f"{name}.png", buffer.getvalue())
@@ -232,8 +232,7 @@ class Run:
             FileNotFoundError: if one of them is not there.
         """
         for name in names:
-            with (self.folder / name).open("rb") as file:
-                self._outputs[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._outputs[name] = _sha256(self.folder / name)
 
     def finish(self, tasks: Mapping[str, Task] | None = None, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.
@@ -249,12 +248,13 @@ class Run:
             },
             "shared": used_files(),
         }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
         record: dict[str, Any] = {
             "notebook": self.name,
             "parameters": self.config.model_dump(),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self._clock, 2),
-            "peak_memory_mib": _peak_memory_mib(),
+            "peak_memory_mib": round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10),
             **surroundings(self.config.device),
             "inputs": inputs,
             "outputs": self._outputs,
@@ -267,7 +267,12 @@ class Run:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, content)
-        self._outputs[name] = hashlib.sha256(content).hexdigest()
+        self.record_files(name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -278,8 +283,11 @@ def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
         packages: further packages whose versions to give.
     """
     commit, clean = _commit()
+    gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     return {
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(None if device == "auto" else device)
+        if gpu
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -287,18 +295,6 @@ def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
         "commit": commit,
         "clean": clean,
     }
-
-
-def _peak_memory_mib() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
-
-
-def _device_name(device: str) -> str:
-    if torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
-        return torch.cuda.get_device_name(None if device == "auto" else device)
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -312,23 +308,16 @@ def _version(package: str) -> str | None:
 def _commit() -> tuple[str | None, bool | None]:
     """Commit of the library's checkout and whether it is clean; ``None`` outside a checkout."""
     file = Path(__file__).resolve()
-    # The first asks whether the library is part of the checkout, not just installed below it.
-    questions = (
-        ("ls-files", "--error-unmatch", file.name),
-        ("rev-parse", "HEAD"),
-        ("status", "--porcelain"),
-    )
+
+    def git(*arguments: str) -> list[str]:
+        command = ["git", "-C", str(file.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.splitlines()
+
     try:
-        _, commit, status = (
-            subprocess.run(
-                ["git", "-C", str(file.parent), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
-            ).stdout.strip()
-            for arguments in questions
-        )
+        # The library may be installed below another project's checkout, and be no part of it.
+        git("ls-files", "--error-unmatch", file.name)
+        (commit,), changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return commit, not status
+    return commit, not changes
