@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import pai_utils as pai
 from benchmarks.measuring import in_turns, keep_freed_memory
 from benchmarks.storing import store
-from pai_utils.repair.methods import repair_
+from pai_utils.repair.methods import Repair, repair_
 from pai_utils.support.common import device_of
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def measure(name: str, image_size: int, images: int, *, budget: float) -> list[d
         def step(repair: str = repair, pruned: torch.nn.Module = pruned) -> None:
             pruned.load_state_dict(model.state_dict())
             mask.apply_(pruned)
-            repair_(pruned, model, mask, task.train, repair, samples=None)
+            repair_(pruned, model, mask, task.train, Repair(repair, samples=None))
 
         timing = in_turns(step, unit, device, budget=budget)
         low, high = timing.spread

@@ -14,7 +14,7 @@ from torch import nn
 
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.models.encoders import prunable_parameters
-from pai_utils.repair.methods import check_repair, repair_
+from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
 from pai_utils.support.common import logger, unknown_name
 from pai_utils.support.sampling import Draw, Samples
@@ -37,7 +37,7 @@ class Recipe:
     schedule: str = "exponential"  #: a key of `SCHEDULES`
     repair: str = "none"  #: or parts joined by + of "moments", "layerwise" and "obs"
     options: Mapping[str, Any] = field(default_factory=dict)  #: the scorer's own keywords
-    repair_options: Mapping[str, Any] = field(default_factory=dict)  #: those of `repair_`
+    repair_options: Mapping[str, Any] = field(default_factory=dict)  #: by `REPAIR_OPTIONS`
     include: str | Sequence[str] | None = None  #: patterns, as in `select_parameters`; None: all
     exclude: str | Sequence[str] = ()
 
@@ -54,7 +54,7 @@ class Recipe:
                 sparsity, or fewer rounds than one, or more with a scope that prunes at once.
         """
         check_options(self.scorer, self.options)
-        check_repair(self.repair, self.repair_options)
+        Repair.of(self.repair, self.repair_options)
         if self.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         if self.rounds < 1:
@@ -154,7 +154,7 @@ def prune(
         repair: what is done to the surviving weights, in every round from their values in
             ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
             ``obs`` (:mod:`pai_utils.repair.methods`).
-        repair_options: keywords of :func:`~pai_utils.repair.methods.repair_`.
+        repair_options: those of a :class:`~pai_utils.repair.methods.Repair`, by name.
         repair_data: what the repair looks at; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
@@ -180,18 +180,8 @@ def prune(
         >>> pruned.report.sparsity
         0.5
     """
-    recipe = Recipe(
-        scorer=scorer,
-        sparsity=sparsity,
-        scope=scope,
-        rounds=rounds,
-        schedule=schedule,
-        repair=repair,
-        options=options,
-        repair_options=repair_options or {},
-        include=include,
-        exclude=exclude,
-    )
+    how = (scorer, sparsity, scope, rounds, schedule, repair)
+    recipe = Recipe(*how, options, repair_options or {}, include, exclude)
     draw = Draw(samples, batch_size, seed)
     pruned = follow(recipe, model, data, draw, repair_data=repair_data, source=source)
     pruned.mask.metadata.update(describe_weights(model, pruned.mask))
@@ -229,14 +219,14 @@ def follow(
         ValueError: as :func:`prune`.
     """
     recipe.check()
-    seen = data if repair_data is None else repair_data
-    if recipe.repair != "none" and seen is None:
+    repair = Repair.of(recipe.repair, recipe.repair_options)
+    images = data if repair_data is None else repair_data
+    if repair.parts and images is None:
         raise ValueError(f"repair {recipe.repair!r} needs samples of the source task")
     start = time.perf_counter()
     names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
     metadata = recipe.metadata(draw, source)
-    pruned = copy.deepcopy(model)
-    mask: Mask | None = None
+    pruned, mask = copy.deepcopy(model), None
     for step in range(1, recipe.rounds + 1):
         if scores is None or step > 1:
             scores = score(
@@ -249,16 +239,15 @@ def follow(
                 seed=draw.seed,
                 **recipe.options,
             )
-        mask = make_mask(
-            scores, recipe.pruned_after(step), recipe.scope, within=mask, metadata=metadata
-        )
-        if recipe.repair != "none" and step > 1:
+        share = recipe.pruned_after(step)
+        mask = make_mask(scores, share, recipe.scope, within=mask, metadata=metadata)
+        if repair.parts and step > 1:
             pruned = copy.deepcopy(model)  # a weight has its dense value, not its last repair's
         # Not strict: these are the weights it was made for, some of them removed by now.
         mask.apply_(pruned, strict=False)
-        if recipe.repair != "none" and seen is not None:
-            shared = {"batch_size": draw.batch_size, "seed": draw.seed}
-            repair_(pruned, model, mask, seen, recipe.repair, **shared | {**recipe.repair_options})
+        if images is not None:
+            keywords = {"batch_size": draw.batch_size, "seed": draw.seed}
+            repair_(pruned, model, mask, images, repair, **keywords)
     assert mask is not None
     report = PruningReport(
         scorer=recipe.scorer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -26,32 +25,27 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
+def has_scale_and_shift(module: nn.Module) -> bool:
+    """Whether a normalisation has both, so that it can give its channels any moments."""
+    return all(module._parameters.get(name) is not None for name in ("weight", "bias"))
+
+
 def keeps_its_scale(module: nn.Module) -> bool:
     """Whether it is a normalisation with a scale that ``moments`` does not repair."""
     scale = module._parameters.get("weight")
-    if scale is None:
+    if scale is None or (is_norm(module) and has_scale_and_shift(module)):
         return False
-    if is_norm(module):
-        return module._parameters["bias"] is None
-    if isinstance(module, nn.LayerNorm):
-        return True
     # Normalisations share no class, and many are timm's own or another package's.
-    return scale.ndim == 1 and "norm" in type(module).__name__.lower()
+    named = scale.ndim == 1 and "norm" in type(module).__name__.lower()
+    return named or isinstance(module, nn.LayerNorm)
 
 
 def channel_axis(module: nn.Module, values: Tensor) -> int:
     """Where a layer's or normalisation's channels are."""
-    last = isinstance(module, nn.Linear) or (
-        isinstance(module, nn.LayerNorm) and not _is_channels_first(module)
-    )
-    return values.ndim - 1 if last else 1
-
-
-def _is_channels_first(module: nn.Module) -> bool:
-    """Whether it is timm's LayerNorm over the channels of feature maps."""
     from timm.layers.norm import LayerNorm2d
 
-    return isinstance(module, LayerNorm2d)
+    last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not isinstance(module, LayerNorm2d)
+    return values.ndim - 1 if last else 1
 
 
 def channels_last(values: Tensor, module: nn.Module) -> Tensor:
@@ -68,21 +62,17 @@ def standardised(module: Any, inputs: Tensor) -> Tensor:
     return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
 
 
-def count_rows(module: Any, inputs: Tensor) -> int:
-    """Rows of a layer's output."""
+def rows_of(module: Any, inputs: Tensor, chosen: Tensor) -> Tensor:
+    """What the chosen rows of a layer's output are computed from: ``[groups, R, K]``."""
     if isinstance(module, nn.Linear):
-        return inputs.numel() // inputs.shape[-1]
-    return len(inputs) * math.prod(_output_sides(module, inputs))
-
-
-def _output_sides(module: Any, inputs: Tensor) -> list[int]:
-    padded = _padded(module, inputs)
-    return [
-        (side - dilation * (kernel - 1) - 1) // stride + 1
-        for side, kernel, stride, dilation in zip(
-            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
-        )
-    ]
+        return inputs.flatten(0, -2)[chosen][None]
+    patches = _padded(module, inputs)
+    shapes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (kernel, stride, dilation) in enumerate(shapes, start=2):
+        patches = patches.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    patches = patches.movedim(1, inputs.ndim - 1)  # [N, *sides, channels, *kernel], all views
+    places = torch.unravel_index(chosen, patches.shape[: inputs.ndim - 1])
+    return patches[places].reshape(len(chosen), module.groups, -1).transpose(0, 1)
 
 
 def _padded(module: Any, inputs: Tensor) -> Tensor:
@@ -96,30 +86,6 @@ def _padded(module: Any, inputs: Tensor) -> Tensor:
     margins = module._reversed_padding_repeated_twice  # also of padding="same"
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(inputs, margins, mode=mode)
-
-
-def rows_of(module: Any, inputs: Tensor, chosen: Tensor) -> Tensor:
-    """What the chosen outputs are computed from: ``[groups, R, K]``."""
-    if isinstance(module, nn.Linear):
-        return inputs.flatten(0, -2)[chosen][None]
-    sides = _output_sides(module, inputs)
-    padded = _padded(module, inputs)
-    image = chosen // math.prod(sides)
-    rest = chosen % math.prod(sides)
-    index: list[Tensor] = []
-    for axis in reversed(range(len(sides))):
-        first = rest % sides[axis] * module.stride[axis]
-        rest = rest // sides[axis]
-        taps = torch.arange(module.kernel_size[axis], device=chosen.device) * module.dilation[axis]
-        shape = [-1, *(1 for _ in sides)]
-        shape[axis + 1] = len(taps)
-        index.insert(0, first.view(-1, *(1 for _ in sides)) + taps.view([1, *shape[1:]]))
-    where = image.view(-1, *(1 for _ in sides))
-    # The channels' slice between advanced indices comes last: [R, *kernel, channels].
-    at: tuple[Any, ...] = (where, slice(None), *index)
-    patches = padded[at].movedim(-1, 1)
-    by_group = patches.reshape(len(chosen), module.groups, -1)
-    return by_group.transpose(0, 1)
 
 
 def by_group(module: Any, weight: Tensor) -> Tensor:

@@ -43,22 +43,18 @@ def solve_layer(
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     start = original.double()
     right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
-    solved = _solve(gram, right, keep.bool())
+    groupwise = zip(gram, right, keep.bool().cpu(), strict=True)
+    solved = torch.stack([_solve_group(*group) for group in groupwise])
     bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]
     return solved, bias.flatten()
 
 
-def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
-    """The systems of all outputs, each of its surviving weights only."""
-    solved = [_solve_group(*group) for group in zip(gram, right, keep.cpu(), strict=True)]
-    return torch.stack(solved)
-
-
 def _solve_group(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
-    """Those of one group: ``[K, K]``, ``[M, K]`` and ``[M, K]`` to ``[M, K]``.
+    """The systems of a group's outputs: ``[K, K]``, ``[M, K]`` and ``[M, K]`` to ``[M, K]``.
 
-    Where few of an output's weights are gone, the inverse of the whole matrix tells what their
-    loss costs the others, from a system of as many unknowns as are gone.
+    The unknowns are the surviving weights of one output. Where few of them are gone, the inverse
+    of the whole matrix tells what their loss costs the others, from a system of as many unknowns
+    as are gone.
     """
     size = len(gram)
     left = keep.sum(1).double()

@@ -18,7 +18,7 @@ from pai_utils.evaluation import evaluate_heads
 from pai_utils.masks import Mask, make_mask
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.pruning import Recipe, prune
-from pai_utils.repair.methods import check_repair, parse_repair, repair_
+from pai_utils.repair.methods import Repair, parse_repair, repair_
 from pai_utils.scorers import SCORERS, Scores, score
 from pai_utils.studies.suite import Source, load_source, prune_source, score_source
 from pai_utils.support.common import check_names, progress
@@ -121,7 +121,7 @@ def retention_sweep(
     if observe is not None and rounds > 1:
         raise ValueError(f"masks of rounds={rounds} cannot be observed; use rounds=1")
     for repair in repairs:
-        check_repair(repair, repair_options or {})
+        Repair.of(repair, repair_options or {})
     tests = {name: task.test for name, task in tasks.items()}
     pruned = copy.deepcopy(backbone)
     weights = {name: p.detach().clone() for name, p in pruned.named_parameters()}
@@ -153,8 +153,9 @@ def retention_sweep(
             Classifier(backbone, head),
             whole,
             place.images_to_repair_by(repair),
-            repair,
-            **{"batch_size": batch_size, "seed": seed, **(repair_options or {})},
+            Repair.of(repair, repair_options or {}),
+            batch_size=batch_size,
+            seed=seed,
         )
 
     def scored(scorer: str, source: str, seed: int, **keywords: Any) -> Scores:
