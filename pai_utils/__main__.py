@@ -49,13 +49,9 @@ def list_names() -> None:
 
     tables = {
         "Backbones": {
-            name: f"{spec.description}; {spec.image_size} px, {spec.licence}"
-            for name, spec in BACKBONES.items()
-        }
-        | {
-            name: f"{preset.description}; {preset.transform.image_size} px, {preset.licence}, "
-            "fetched on request"
-            for name, preset in PRESETS.items()
+            name: f"{spec.description}; {spec.transform.image_size} px, {spec.licence}"
+            + ("" if spec.package else ", fetched on request")
+            for name, spec in (BACKBONES | PRESETS).items()
         }
         | {
             "timm:<model>": "any model of timm, with its weights from the Hugging Face hub",
@@ -300,13 +296,12 @@ def _device() -> _Check:
 def _embedded() -> Iterator[_Check]:
     """Weights, whose checksums are compared, and images, which are read."""
     from pai_utils.data.embedded import TASKS
-    from pai_utils.models.checkpoints import check_digest
     from pai_utils.models.published import BACKBONES
 
     for name, spec in BACKBONES.items():
         try:
-            check_digest(spec.path, spec.sha256, f"reinstall the package {spec.package}")
-            yield _Check(f"weights {name}", True, f"{spec.path.name} of {spec.package}, intact")
+            path = spec.obtain(name, download=False)
+            yield _Check(f"weights {name}", True, f"{path.name} of {spec.package}, intact")
         except (ImportError, OSError, ValueError) as error:
             yield _Check(f"weights {name}", False, str(error))
     for name, task in TASKS.items():
@@ -320,19 +315,16 @@ def _embedded() -> Iterator[_Check]:
 def _fetched() -> Iterator[_Check]:
     """Published weights and data sets on disk: weights that are altered one by one."""
     from pai_utils.data.datasets import DATASETS, data_root
-    from pai_utils.models.checkpoints import check_digest, weights_root
+    from pai_utils.models.checkpoints import weights_root
     from pai_utils.models.published import PRESETS
 
     found, absent = [], []
     for name, preset in PRESETS.items():
-        path = preset.path
-        if path is None:
-            absent.append(name)
-            continue
         try:
-            if preset.digest is not None:
-                check_digest(path, preset.digest, f"remove it from {path.parent}")
+            preset.obtain(name, download=False)
             found.append(name)
+        except FileNotFoundError:
+            absent.append(name)
         except (OSError, ValueError) as error:
             yield _Check(f"preset {name}", False, str(error))
     text = f"{', '.join(found) or 'none'} found in {weights_root()} or the hub's cache"

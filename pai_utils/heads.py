@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pai_utils.data.images import ImageDataset
 from pai_utils.data.tasks import Task
 from pai_utils.models.clip import zero_shot_head
-from pai_utils.models.encoders import Backbone
+from pai_utils.models.encoders import Backbone, frozen_head
 from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import device_of, undisturbed, unknown_name
 from pai_utils.support.sampling import Samples, batches, fitting_batches, in_precision
@@ -116,55 +116,48 @@ def fit_head(
     """
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
-    data = getattr(task, PROTOCOLS[protocol])
+    split, device = PROTOCOLS[protocol], device_of(backbone)
+    parts = {
+        "encoder": backbone,
+        "data": getattr(task, split),
+        "device": device.type,
+        "classes": list(task.class_names),
+        "inverse_penalty": inverse_penalty,
+    }
 
     def compute() -> Kept:
-        head = _fitted(backbone, task, PROTOCOLS[protocol], inverse_penalty, batch_size)
-        return Kept({"weight": head.weight, "bias": head.bias}, {})
+        values, labels = dense_features(backbone, getattr(task, split), batch_size=batch_size)
+        if not torch.isfinite(values).all():
+            raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
+        absent = set(range(len(task.class_names))) - set(labels.tolist())
+        if absent:
+            raise ValueError(
+                f"the {split} part of task {task.name!r} has no sample of class "
+                f"{task.class_names[min(absent)]!r}; raise {split}_size"
+            )
+        weight, bias = _logistic_regression(values.double(), labels, inverse_penalty)
+        return Kept({"weight": weight.to(values.dtype), "bias": bias.to(values.dtype)}, {})
 
-    device = device_of(backbone)
-    parts = {"encoder": backbone, "data": data, "device": device.type}
-    options = {"classes": list(task.class_names), "inverse_penalty": inverse_penalty}
-    found = reused("head", parts | options, compute).tensors
-    classes, width = found["weight"].shape
-    head = nn.Linear(width, classes, dtype=found["weight"].dtype)
-    with torch.no_grad():
-        head.weight.copy_(found["weight"])
-        head.bias.copy_(found["bias"])
-    return head.requires_grad_(False).to(device).eval()
+    found = reused("head", parts, compute).tensors
+    return frozen_head(found["weight"], found["bias"]).to(device)
 
 
-def _fitted(
-    backbone: Backbone, task: Task, split: str, inverse_penalty: float, batch_size: int
-) -> nn.Linear:
-    """The head on the CPU."""
+def _logistic_regression(
+    features: Tensor, labels: Tensor, inverse_penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Weight [classes, feature_dim] and bias [classes] on raw features, in float64."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    values, labels = dense_features(backbone, getattr(task, split), batch_size=batch_size)
-    if not torch.isfinite(values).all():
-        raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
-    classes = len(task.class_names)
-    absent = sorted(set(range(classes)) - set(labels.tolist()))
-    if absent:
-        raise ValueError(
-            f"the {split} part of task {task.name!r} has no sample of class "
-            f"{task.class_names[absent[0]]!r}; raise {split}_size"
-        )
-    mean, std = values.double().mean(0), values.double().std(0, correction=0)
+    mean, std = features.mean(0), features.std(0, correction=0)
     # A feature that varies by rounding only, such as a bias alone, must not be blown up.
     std[std <= 1e-6 * mean.abs()] = 1
     regression = LogisticRegression(C=inverse_penalty, max_iter=2000)
     # Of many small products: threads that wait for each other make it dozens of times slower.
     with threadpool_limits(1, "blas"):
-        regression.fit(((values.double() - mean) / std).numpy(), labels.numpy())
-    weight = torch.from_numpy(regression.coef_)
-    bias = torch.from_numpy(regression.intercept_)
-    if classes == 2:  # scikit-learn gives one row, the difference of the two
+        regression.fit(((features - mean) / std).numpy(), labels.numpy())
+    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    if len(bias) == 1:  # scikit-learn gives the difference of two classes
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / std
-    head = nn.Linear(values.shape[1], classes, dtype=values.dtype)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias - weight @ mean)
-    return head
+    return weight, bias - weight @ mean

@@ -17,7 +17,7 @@ from pai_utils import __main__ as command_line
 from pai_utils.data import embedded
 from pai_utils.data.datasets import DATASETS
 from pai_utils.grids import read_grid
-from pai_utils.models import published
+from pai_utils.models import checkpoints, published
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = """
@@ -355,11 +355,8 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
     damaged = tmp_path / "encoder.pth"
     damaged.write_bytes(b"half a file")
     spec = published.BACKBONES[name]
-
-    class Damaged(type(spec)):  # type: ignore[misc]
-        path = damaged
-
-    monkeypatch.setitem(published.BACKBONES, name, Damaged(**vars(spec)))
+    find = checkpoints.find_weights
+    monkeypatch.setattr(checkpoints, "find_weights", lambda a: damaged if "lite0" in a else find(a))
 
     def absent() -> Any:
         return embedded._data_folder("no_such_module", "no-such-package")

@@ -5,7 +5,7 @@ they are, and a `CheckpointReport` says which one it was and what was left out:
 
 - a plain state dict, of timm, of torchvision or of DINO's backbone files;
 - one under the key `state_dict` or `model`, beside an optimizer's state, an epoch, arguments;
-- names under `module.`, as `DataParallel` writes them;
+- names under `module.` or `_orig_mod.`, as `DataParallel` and `torch.compile` write them;
 - MoCo's, of which the query encoder (`encoder_q.`) is taken;
 - DINO's training file, of which the teacher's `backbone.` is taken.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
+import importlib.util
 import math
 import os
 import pickle
@@ -25,53 +26,42 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pai_utils.support.common import logger, watched
+from pai_utils.support.common import listed, logger, watched
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """Endings of the files that can be read."""
-_LISTED_NAMES = 5
+HUB, PACKAGE = "hub:", "package:"
+"""Starts of addresses: `hub:<model>/<file>` (Hugging Face), `package:<distribution>/<path>`."""
 # What reading altered bytes can end in: a pickle's opcodes then act on the wrong operands.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DAMAGE = (
+    SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
     """What a file held, and what of it an encoder did not take."""
 
-    file: str
-    """Name of the file, without its folder."""
-    layout: str
-    """How the encoder's tensors lay in it."""
-    head: tuple[str, ...]
-    """Tensors left out because they belong to a classifier or a projection head."""
-    other: tuple[str, ...]
-    """Further entries left out, such as another network's tensors or a training's state."""
+    file: str  #: its name, without the folder
+    layout: str  #: how the encoder's tensors lay in it
+    head: tuple[str, ...]  #: tensors left out as those of a classifier or a projection head
+    other: tuple[str, ...]  #: further entries left out: another network's, a training's state
 
     def __str__(self) -> str:
         parts = (("the head's", self.head), ("other", self.other))
-        left = [f"{len(names)} {what}: {_listed(names)}" for what, names in parts if names]
+        left = [f"{len(names)} {what}: {listed(names)}" for what, names in parts if names]
         return f"{self.file} is {self.layout}; left out: {'; '.join(left) or 'nothing'}"
 
 
@@ -81,32 +71,85 @@ def weights_root() -> Path:
     return Path(given).expanduser() if given else Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def fetch(url: str, path: Path, digest: str | None) -> None:
-    """Download a checkpoint to `path`, where it appears only once it is complete and checked.
+def find_weights(address: str) -> Path | None:
+    """Find a published or a local file on this computer, unchecked; `None` if it is not there.
 
-    Args:
-        url: its publisher's address.
-        path: where to keep it; its folder is made.
-        digest: what `check_digest` takes, or `None` if the publisher gives none. Either way
-            the file is read once, since a connection that is cut ends like a complete one.
+    That of a package is found without importing the package, that of the hub in the hub's own
+    cache, and that of a URL in `weights_root`.
+    """
+    start, _, file = address.rpartition("/")
+    path = weights_root() / file if "://" in start else Path(address)
+    if start.startswith(HUB):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(start.removeprefix(HUB), file)
+        return Path(found) if isinstance(found, str) else None
+    if start.startswith(PACKAGE):
+        _, module, rest = address.split("/", 2)
+        spec = importlib.util.find_spec(module)
+        places = spec.submodule_search_locations if spec is not None else None
+        path = Path(places[0], rest) if places else path
+    return path if path.is_file() else None
+
+
+def obtain_weights(what: str, *addresses: str, download: bool, digest: str | None = None) -> Path:
+    """Find and check a file, or one of several with the same weights, or fetch it.
 
     Raises:
-        ConnectionError: the address cannot be read.
-        ValueError: what came is not the expected file, or no checkpoint. Nothing is kept of it.
+        ModuleNotFoundError: the package that ships the file is not installed, or not whole.
+        FileNotFoundError: the file is not there, and `download` does not allow to fetch it.
+        ConnectionError: it cannot be fetched.
+        ValueError: its `digest` is another, as `check_digest` says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        partial = Path(folder) / path.name
-        try:
-            torch.hub.download_url_to_file(url, str(partial), progress=watched())
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(
-                f"{url} could not be fetched ({error}); download it elsewhere and save it as {path}"
-            ) from error
+    if not addresses:
+        raise ValueError(f"{what} are not published; pass pretrained=False for random ones")
+    source = " or ".join(addresses)
+    package = source.removeprefix(PACKAGE).partition("/")[0] if source.startswith(PACKAGE) else ""
+    path = next(filter(None, map(find_weights, addresses)), None)
+    if path is not None:
+        advice = (
+            f"reinstall the package {package}" if package else f"remove {path} and fetch it again"
+        )
         if digest is not None:
-            check_digest(partial, digest, f"what {url} sent was not kept; fetch it again")
-        read_checkpoint(partial)
+            check_digest(path, digest, advice)
+        return path
+    if package:
+        raise ModuleNotFoundError(f"{what} come with the package {package}; install {package}")
+    if not download:
+        raise FileNotFoundError(
+            f"{what} are not on this computer, neither in {weights_root()} nor in the hub's cache; "
+            f"pass download=True, or set PAI_DOWNLOAD=1, to fetch {source}"
+        )
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return _fetch(address, digest)
+    try:
+        return _fetch(addresses[-1], digest)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"{source} could not be fetched ({error}); download it elsewhere and name the file, as "
+            "file:<path>@<timm model> or clip:<model>@<path>, or pass pretrained=False for random "
+            "weights"
+        ) from error
+
+
+def _fetch(address: str, digest: str | None) -> Path:
+    """Download a file, which appears in its place only once it is complete and checked."""
+    folder, _, file = address.removeprefix(HUB).rpartition("/")
+    if address.startswith(HUB):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(folder, file))
+    path = weights_root() / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{file}.") as temporary:
+        partial = Path(temporary) / file
+        torch.hub.download_url_to_file(address, str(partial), progress=watched())
+        if digest is not None:
+            check_digest(partial, digest, f"what {address} sent was not kept; fetch it again")
+        read_checkpoint(partial)  # a connection that is cut ends like a complete one
         partial.replace(path)
+    return path
 
 
 def sha256_of(path: Path) -> str:
@@ -122,24 +165,21 @@ def check_digest(path: Path, expected: str, advice: str) -> None:
         path: the file.
         expected: hexadecimal digits of its SHA-256, possibly after `sha256:`, or of its MD5
             after `md5:`.
-        advice: what to do if it differs, for the error.
+        advice: what to do if they differ, for the error.
 
     Raises:
-        ValueError: it differs.
+        ValueError: they differ.
     """
     kind, _, digits = expected.lower().rpartition(":")
-    if kind == "md5":
-        with path.open("rb") as file:
-            # The publisher's own digest, and no more than a guard against damage.
-            found = hashlib.file_digest(
-                file, lambda: hashlib.md5(usedforsecurity=False)
-            ).hexdigest()
-    else:
-        found = sha256_of(path)
+    kind = kind or "sha256"
+    with path.open("rb") as file:
+        # MD5 is what some publishers give, and no more than a guard against damage.
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
+    found = digest.hexdigest()
     if not digits or not found.startswith(digits):
         raise ValueError(
-            f"{path.name} is damaged or not the expected file: its "
-            f"{'MD5' if kind == 'md5' else 'SHA-256'} is {found}, expected {expected}; {advice}"
+            f"{path.name} is damaged or not the expected file: its {kind} is {found}, expected "
+            f"{expected}; {advice}"
         )
 
 
@@ -153,30 +193,27 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is cut short, altered, or holds no named tensors.
     """
-    return _find_state(_read(path), path.name)[0]
+    return _find_state(path)[0]
 
 
 def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> CheckpointReport:
     """Load the encoder that a file holds in any of the published layouts.
 
     The head's tensors are left out, by the name timm has for the classifier; all others must fit
-    exactly, apart from the grid of position embeddings, which are interpolated. The counters of
-    BatchNorm, which older files lack and no output depends on, may be missing.
-
-    Args:
-        encoder: timm model without classifier, changed in place.
-        path: file with one of the endings `SUFFIXES`.
-        architecture: name of the model, for errors.
+    as `load_state` says. The counters of BatchNorm, which older files lack and no output depends
+    on, may be missing.
 
     Raises:
         ValueError: the file cannot be read, or its names or shapes are not the encoder's.
     """
-    state, keys, other = _find_state(_read(path), path.name)
+    from timm.models import clean_state_dict
+
+    state, keys, other = _find_state(path)
     layout = f"a state dict under {'/'.join(keys)}" if keys else "a plain state dict"
     head: list[str] = []
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        layout += ", of DataParallel"
+    unwrapped: dict[str, Tensor] = clean_state_dict(state)
+    if len(unwrapped) == len(state) and unwrapped.keys() != state.keys():
+        state, layout = unwrapped, f"{layout}, of a wrapped model"
     if any(name.startswith("encoder_q.") for name in state):
         layout = "a training file of MoCo, whose query encoder is taken"
         state, left = _split(state, "encoder_q.", ("encoder_k.", "queue"), path.name)
@@ -186,73 +223,58 @@ def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> Checkp
         state, head = _split(state, "backbone.", ("head.",), path.name)
 
     expected = encoder.state_dict()
-    config = getattr(encoder, "default_cfg", {})
-    named = config.get("classifier") or ()
+    named = getattr(encoder, "default_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
-    classifier = [name for name in state if name not in expected and name.startswith(prefixes)]
-    state = {name: value for name, value in state.items() if name not in classifier}
-    counters = {
-        name: value for name, value in expected.items() if name.endswith(".num_batches_tracked")
-    }
-    load_state(encoder, counters | state, path.name, architecture)
-    report = CheckpointReport(path.name, layout, (*head, *classifier), tuple(other))
+    head += [name for name in state if name not in expected and name.startswith(prefixes)]
+    counters = {name: v for name, v in expected.items() if name.endswith(".num_batches_tracked")}
+    taken = {name: value for name, value in state.items() if name not in head}
+    load_state(encoder, counters | taken, path.name, architecture)
+    report = CheckpointReport(path.name, layout, tuple(head), tuple(other))
     logger.info("%s", report)
     return report
 
 
-def load_state(encoder: nn.Module, state: dict[str, Tensor], file: str, architecture: str) -> None:
+def load_state(
+    encoder: nn.Module, state: Mapping[str, Tensor], file: str, architecture: str
+) -> None:
     """Load a state dict that must fit exactly, apart from the grid of position embeddings.
 
     Raises:
         ValueError: names are missing, unexpected or of another shape, or values not finite. The
             encoder is as it was.
     """
-    state = _fit_position_embedding(encoder, state)
     expected = encoder.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_listed(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit {architecture}: {'; '.join(problems)}")
-    broken = [
-        name
-        for name, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if broken:
-        raise ValueError(f"{file} holds weights that are not finite: {_listed(broken)}")
-    encoder.load_state_dict(state, strict=True)
+    state = {
+        n: value.to(expected[n].dtype) if n in expected else value for n, value in state.items()
+    }
+    _fit_position_embedding(encoder, state)
+    if problems := differences(state, expected):
+        raise ValueError(f"{file} does not fit {architecture}: {problems}")
+    if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{file} holds weights that are not finite: {listed(broken)}")
+    encoder.load_state_dict(state)
 
 
-def resample_position(position: Tensor, encoder: nn.Module, *, antialias: bool) -> Tensor:
-    """Interpolate a position embedding [1, tokens, dim] of a square grid to the encoder's grid."""
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    embedding = encoder.get_parameter("pos_embed")
-    height, width = cast(tuple[int, int], encoder.get_submodule("patch_embed").grid_size)
-    prefix = embedding.shape[1] - height * width
-    resampled: Tensor = resample_abs_pos_embed(
-        position, new_size=[height, width], num_prefix_tokens=prefix, antialias=antialias
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Say how the names, shapes and types of tensors differ from the expected ones; "" if not."""
+    theirs, ours = (
+        {name: f"{list(value.shape)} {value.dtype}" for name, value in tensors.items()}
+        for tensors in (found, expected)
     )
-    return resampled
+    problems = {
+        "missing": [name for name in ours if name not in theirs],
+        "unexpected": [name for name in theirs if name not in ours],
+        "of another shape or type": [
+            f"{name} {theirs[name]} instead of {kind}"
+            for name, kind in ours.items()
+            if theirs.get(name, kind) != kind
+        ],
+    }
+    return "; ".join(f"{len(n)} {what}: {listed(n)}" for what, n in problems.items() if n)
 
 
 def _read(path: Path) -> object:
     """Read what a file holds: tensors, and beside them plain values and arguments."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -260,27 +282,27 @@ def _read(path: Path) -> object:
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"the CRC of {damaged} does not match")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the CRC of {damaged} does not match")
         # Training files hold the command's arguments; a Namespace is a bag of values that runs
         # nothing when it is rebuilt.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return cast(object, torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        which = f" ({found[1]})" if found else ""
         raise ValueError(
-            f"{path.name} is damaged, or holds objects other than tensors{which}, which are not "
-            "loaded because they could run code; fetch it again, or ask its publisher for a file "
-            "of the state dict alone, best as .safetensors"
+            f"{path.name} is damaged, or holds objects other than tensors"
+            f"{f' ({found[1]})' if found else ''}, which are not loaded because they could run "
+            "code; fetch it again, or ask its publisher for a file of the state dict alone, best "
+            "as .safetensors"
         ) from error
-    except (SafetensorError, *_DAMAGE) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
 
 
-def _find_state(content: object, file: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
+def _find_state(path: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Find the state dict in a file: itself, the keys it lies under, the entries beside it."""
+    content = _read(path)
     keys, other = list[str](), list[str]()
     for key in ("teacher", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -288,14 +310,10 @@ def _find_state(content: object, file: str) -> tuple[dict[str, Tensor], list[str
             other += [str(name) for name in content if name != key]
             content = content[key]
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{file} holds no state dict")
-    strangers = [
-        str(name)
-        for name, value in content.items()
-        if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if strangers:
-        raise ValueError(f"{file} holds entries that are not tensors: {_listed(strangers)}")
+        raise ValueError(f"{path.name} holds no state dict")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path.name} holds an entry that is not a named tensor: {name}")
     return dict(content), keys, other
 
 
@@ -306,37 +324,24 @@ def _split(
     strangers = [name for name in state if not name.startswith((taken, *left))]
     if strangers:
         raise ValueError(
-            f"{file} holds {len(strangers)} unexpected names beside {taken}*: {_listed(strangers)}"
+            f"{file} holds {len(strangers)} unexpected names beside {taken}*: {listed(strangers)}"
         )
-    return (
-        {name.removeprefix(taken): state[name] for name in state if name.startswith(taken)},
-        [name for name in state if name.startswith(left)],
-    )
+    kept = {n.removeprefix(taken): value for n, value in state.items() if n.startswith(taken)}
+    return kept, [name for name in state if name.startswith(left)]
 
 
-def _fit_position_embedding(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fit_position_embedding(encoder: nn.Module, state: dict[str, Tensor]) -> None:
     """Interpolate the position embedding of a checkpoint made at another image size."""
-    embedding = getattr(encoder, "pos_embed", None)
-    stored = state.get("pos_embed")
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    own, stored = getattr(encoder, "pos_embed", None), state.get("pos_embed")
     grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    if stored is None or grid is None or not isinstance(embedding, Tensor):
-        return state
-    patches = stored.shape[-2] - (embedding.shape[-2] - grid[0] * grid[1]) if stored.ndim > 1 else 0
-    resizable = (
-        stored.ndim == embedding.ndim == 3
-        and stored.shape[2] == embedding.shape[2]
-        and stored.shape[1] != embedding.shape[1]
-        and patches > 0
-        and math.isqrt(patches) ** 2 == patches
-    )
-    if not resizable:
-        return state
-    return {**state, "pos_embed": resample_position(stored, encoder, antialias=True)}
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Join the first few names and count the rest."""
-    names = list(names)
-    shown = ", ".join(names[:_LISTED_NAMES])
-    rest = len(names) - _LISTED_NAMES
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    if grid is None or stored is None or not isinstance(own, Tensor) or stored.shape == own.shape:
+        return
+    prefix = own.shape[-2] - grid[0] * grid[1]  # class and register tokens
+    patches = stored.shape[-2] - prefix if stored.ndim > 1 else 0
+    alike = stored.ndim == own.ndim == 3 and stored.shape[2] == own.shape[2]
+    if alike and patches > 0 and math.isqrt(patches) ** 2 == patches:
+        state["pos_embed"] = resample_abs_pos_embed(
+            stored, new_size=list(grid), num_prefix_tokens=prefix
+        )

