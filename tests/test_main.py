@@ -18,6 +18,7 @@ from pai_utils.data import embedded
 from pai_utils.data.datasets import DATASETS
 from pai_utils.grids import read_grid
 from pai_utils.models import checkpoints, published
+from pai_utils.support.common import package_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = """
@@ -359,7 +360,7 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
     monkeypatch.setattr(checkpoints, "find_weights", lambda a: damaged if "lite0" in a else find(a))
 
     def absent() -> Any:
-        return embedded._data_folder("no_such_module", "no-such-package")
+        return package_folder("no_such_module", "no-such-package", "the images come")
 
     monkeypatch.setitem(embedded.TASKS, "digits", embedded.TaskSpec("digits", ("0", "1"), absent))
     monkeypatch.setattr(

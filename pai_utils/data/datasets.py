@@ -9,20 +9,19 @@ folder, `PAI_DATA_ROOT` or `~/.cache/pai_utils/data`; `datasets.toml` holds the 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import inspect
 import os
-import pickle
 import tarfile
 import tomllib
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import URLError
 
@@ -31,31 +30,15 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from pai_utils.data.decoding import ImageArrays, ImageFiles, Source
-from pai_utils.support.common import listed, logger, may_download, unknown_name
+from pai_utils.data.embedded import TASKS
+from pai_utils.support.common import listed, logger, may_download, package_folder, unknown_name
 
 FOLDER = "folder:"
 """What the name of a task made of a folder of images starts with."""
 _DEFAULT_ROOT = "~/.cache/pai_utils/data"
-_BROKEN_ARCHIVE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    gzip.BadGzipFile,
-    zlib.error,
-    EOFError,
-)
-# What torchvision, numpy and scipy raise for missing, truncated or altered files.
-_UNREADABLE = (
-    *_BROKEN_ARCHIVE,
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AssertionError,
-    NotImplementedError,
-    pickle.UnpicklingError,
-)
+_BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+# What torchvision, NumPy and SciPy raise for missing, truncated or altered files.
+_UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -117,26 +100,9 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("PAI_DATA_ROOT") or _DEFAULT_ROOT).expanduser()
 
 
-def cache_folder(root: Path) -> Path:
+def _cache_folder(root: Path) -> Path:
     """Where decoded pixels go; data may lie where nobody may write."""
     return (root if os.access(root, os.W_OK) else data_root()) / ".decoded"
-
-
-def fetch(name: str, root: str | Path | None = None) -> None:
-    """Download a data set, unless it is there.
-
-    Args:
-        name: a key of `DATASETS`.
-        root: folder of data sets. Default: see `data_root`.
-
-    Raises:
-        ValueError: an unknown name, or a download that is corrupt.
-        ConnectionError: its publisher cannot be reached.
-        FileNotFoundError: it is not there and can only be fetched by hand.
-    """
-    if name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS)
-    open_dataset(name, root, download=True)
 
 
 def open_dataset(
@@ -145,28 +111,29 @@ def open_dataset(
     """Find a data set and list its images.
 
     Args:
-        name: a key of `DATASETS`, or `folder:<path>`.
+        name: a key of `TASKS` or `DATASETS`, or `folder:<path>`.
         root: folder of data sets. The path of a `folder:` is looked for in the working directory
             and then there.
         download: fetch what is missing. Default: whether `PAI_DOWNLOAD` is 1.
 
     Raises:
         FileNotFoundError: the data is not there; the message says what fetches it.
-        ValueError: it is incomplete, corrupt, or no set of at least two classes with images each.
+        ValueError: an unknown name, or a set that is incomplete, corrupt, or not of at least two
+            classes with images each.
         ConnectionError: it was to be fetched and its publisher cannot be reached.
         ModuleNotFoundError: a package that it is read with is not installed.
     """
     place = data_root(root)
+    if name in TASKS:
+        return OpenDataset(TASKS[name].class_names, TASKS[name].read(), _cache_folder(place))
     if name.startswith(FOLDER):
         given = Path(name.removeprefix(FOLDER)).expanduser()
         return _open_folder(given if given.is_dir() else place / given, name)
+    if name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS)
     spec = DATASETS[name]
-    if spec.package and importlib.util.find_spec(spec.package) is None:
-        raise ModuleNotFoundError(
-            f"{name} is read with the package {spec.package}, which is not installed; install "
-            f"{spec.package}",
-            name=spec.package,
-        )
+    if spec.package:
+        package_folder(spec.package, spec.package, f"{name} is read")
     fetched = may_download(download) and not spec.by_hand
     read = {part: _read_part(name, part, place, fetched) for part in spec.images}
     names, *others = (classes for classes, _ in read.values())
@@ -177,7 +144,7 @@ def open_dataset(
         )
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
-    opened = OpenDataset(names, parts, cache_folder(place))
+    opened = OpenDataset(names, parts, _cache_folder(place))
     count, published = sum(map(len, opened.labels.values())), sum(spec.images.values())
     if count != published:
         logger.warning(
@@ -205,11 +172,13 @@ def _read_part(name: str, part: str, root: Path, fetched: bool) -> tuple[tuple[s
     if fetched:
         (root / spec.base).mkdir(parents=True, exist_ok=True)
         keywords["download"] = True
+    # Of several processes that want a set, one downloads. Where nobody may write, it must be there.
+    alone = fetched and os.access(root, os.W_OK)
     try:
-        with _fetching_alone(name, root) if fetched else nullcontext():
+        with FileLock(root / f".{name}.lock") if alone else nullcontext():
             published = kind(str(root / spec.base), **keywords)
         return _class_names(spec, published), _images(published)
-    except (*_UNREADABLE, MatReadError) as error:
+    except (*_BROKEN_ARCHIVE, *_UNREADABLE, UnpicklingError, MatReadError) as error:
         raise _explained(error, name, _checksums(kind, split), root, fetched) from error
 
 
@@ -266,33 +235,22 @@ def _files(items: Iterable[tuple[str | Path, int]]) -> ImageFiles:
     return ImageFiles(tuple(map(Path, paths)), np.asarray(labels, dtype=np.int64))
 
 
-def _fetching_alone(name: str, root: Path) -> AbstractContextManager[object]:
-    """Of several processes that want a set, one downloads and the others wait for it."""
-    writable = os.access(root, os.W_OK)  # otherwise it can only be there already
-    return FileLock(root / f".{name}.lock") if writable else nullcontext()
-
-
-def _checksums(kind: Any, split: str) -> Iterator[tuple[str, str]]:
+def _checksums(kind: Any, split: str) -> list[tuple[str, str]]:
     """Files under the root, and MD5 sums, that torchvision's class checks before it reads them."""
+    folder = getattr(kind, "base_folder", ".")
     files = [*getattr(kind, "train_list", ()), *getattr(kind, "test_list", ())]
     if hasattr(kind, "meta"):  # CIFAR
         files.append((kind.meta["filename"], kind.meta["md5"]))
     if hasattr(kind, "split_list"):  # SVHN
         files.append(kind.split_list[split][1:])
-    for file, md5 in files:
-        yield f"{getattr(kind, 'base_folder', '.')}/{file}", md5
-    for key in ("label", "setid"):
-        if hasattr(kind, "_file_dict"):  # Flowers102
-            file, md5 = kind._file_dict[key]
-            yield f"flowers-102/{file}", md5
+    if hasattr(kind, "_file_dict"):  # Flowers102
+        folder = "flowers-102"
+        files += [kind._file_dict["label"], kind._file_dict["setid"]]
+    return [(f"{folder}/{file}", md5) for file, md5 in files]
 
 
 def _explained(
-    error: Exception,
-    name: str,
-    checksums: Iterable[tuple[str, str]],
-    root: Path,
-    fetched: bool,
+    error: Exception, name: str, checksums: Iterable[tuple[str, str]], root: Path, fetched: bool
 ) -> Exception:
     """The error that says which file is missing or corrupt, and what to do."""
     from torchvision.datasets.utils import check_integrity
@@ -325,9 +283,10 @@ def _how_to_fetch(name: str, root: Path) -> str:
     spec = DATASETS[name]
     if spec.by_hand:
         return f"{spec.by_hand} (licence: {spec.licence})"
+    call = f"open_dataset({name!r}, {str(root)!r}, download=True)"
     return (
         f"To fetch it ({spec.megabytes:,} MB; licence: {spec.licence}), run\n"
-        f'  python -c "from pai_utils.data.datasets import fetch; fetch({name!r}, {str(root)!r})"\n'
+        f'  python -c "from pai_utils.data.datasets import open_dataset; {call}"\n'
         "or pass download=True, or set PAI_DOWNLOAD=1"
     )
 
@@ -390,7 +349,7 @@ def _open_folder(path: Path, name: str) -> OpenDataset:
         part: _list_images(folder, names, name) for part, folder in splits.items()
     }
     _check_classes(names, parts, name)
-    return OpenDataset(names, parts, cache_folder(path))
+    return OpenDataset(names, parts, _cache_folder(path))
 
 
 def _splits_of(path: Path) -> dict[str, Path]:

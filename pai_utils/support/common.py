@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -110,9 +112,30 @@ def unknown_name(
     ``unlisted`` are further valid names, too many to say; one of them may be what was meant.
     """
     choices = list(valid)
-    near = difflib.get_close_matches(str(name), [*choices, *unlisted], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    folded = {choice.casefold(): choice for choice in [*choices, *unlisted]}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    hint = f"; did you mean {folded[near[0]]!r}?" if near else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Choose from: {', '.join(choices)}")
+
+
+def package_folder(module: str, package: str, use: str) -> Path:
+    """Folder of an installed package, found without importing it.
+
+    Args:
+        module: what is imported.
+        package: what is installed.
+        use: what for, as in ``"the images come"``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"{use} with the package {package}, which is not installed; install {package}",
+            name=module,
+        )
+    return Path(found.submodule_search_locations[0])
 
 
 def may_download(download: bool | None) -> bool:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets as published
 
-from pai_utils.data.datasets import DATASETS, data_root, fetch
+from pai_utils.data.datasets import DATASETS, data_root, open_dataset
 from pai_utils.data.images import ImageTransform
 from pai_utils.data.tasks import Task, load_task
 
@@ -282,9 +282,17 @@ def _food(name: str, root: Path, patch: Patch) -> Sizes:
     return 27, 3, 9
 
 
+def install_h5py(patch: Patch) -> None:
+    """A package of h5py's interface that reads NumPy's files."""
+    module = types.ModuleType("h5py")
+    module.__spec__ = importlib.machinery.ModuleSpec("h5py", None, is_package=True)
+    module.__spec__.submodule_search_locations = ["h5py"]
+    module.File = np.load  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "h5py", module)
+
+
 @layout_of("PCAM")
 def _pcam(name: str, root: Path, patch: Patch) -> Sizes:
-    """PatchCamelyon is read by h5py; this one of the same interface reads numpy's files."""
     folder = root / "pcam"
     folder.mkdir(parents=True)
     for split, count in (("train", 12), ("valid", 4), ("test", 6)):
@@ -293,10 +301,7 @@ def _pcam(name: str, root: Path, patch: Patch) -> Sizes:
         for axis, content in (("x", solid(labels, 96, 96, 3)), ("y", marks)):
             with (folder / f"camelyonpatch_level_2_split_{split}_{axis}.h5").open("wb") as file:
                 np.savez(file, **{axis: content})  # type: ignore[arg-type]
-    module = types.ModuleType("h5py")
-    module.__spec__ = importlib.machinery.ModuleSpec("h5py", None)
-    module.File = np.load  # type: ignore[attr-defined]
-    patch.setitem(sys.modules, "h5py", module)
+    install_h5py(patch)
     return 12, 4, 6
 
 
@@ -359,11 +364,10 @@ def test_a_data_set_is_read_from_its_own_layout(name: str, root: Path, write: Wr
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_missing_data_set_says_how_to_get_it(name: str, root: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
-    sys.modules["h5py"].__spec__ = importlib.machinery.ModuleSpec("h5py", None)
+    install_h5py(monkeypatch)
     with pytest.raises(FileNotFoundError, match=f"^{name} is not at .*data") as error:
         load_task(name, TRANSFORM, root)
-    command = f"from pai_utils.data.datasets import fetch; fetch({name!r}, {str(root)!r})"
+    command = f"import open_dataset; open_dataset({name!r}, {str(root)!r}, download=True)"
     assert (DATASETS[name].by_hand or command) in str(error.value)
 
 
@@ -452,7 +456,7 @@ def test_downloads_happen_only_when_asked_for(way: str, root: Path, monkeypatch:
         with pytest.raises(ValueError, match="PAI_DOWNLOAD"):
             load_task("MNIST", TRANSFORM, root, download=False)
     if way == "fetch":
-        fetch("MNIST", root)
+        open_dataset("MNIST", root, download=True)
     task = load_task("MNIST", TRANSFORM, root, download=True if way == "argument" else None)
     assert sizes(task) == (54, 6, 20)
     assert_labels_belong_to_images(task)
@@ -503,9 +507,9 @@ def test_what_cannot_be_downloaded_is_not_tried(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match="offers it no more"):
         load_task("StanfordCars", TRANSFORM, root, download=True)
     with pytest.raises(FileNotFoundError, match="Register with image-net"):
-        fetch("ImageNet", root)
+        open_dataset("ImageNet", root, download=True)
     with pytest.raises(ValueError, match=r"unknown data set 'MNISt'; did you mean 'MNIST'\?"):
-        fetch("MNISt")
+        open_dataset("MNISt")
 
 
 # --- missing and corrupt files ---

@@ -71,7 +71,7 @@ def test_photo_crops_of_different_parts_share_no_pixel_and_show_something() -> N
 def test_letters_come_from_other_typefaces_in_each_part() -> None:
     from fontTools.ttLib import TTFont
 
-    folder = embedded._data_folder("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
+    folder = embedded._shipped("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
 
     def maker(font: str) -> str:
         found = TTFont(folder / f"{font}.ttf")
@@ -94,7 +94,6 @@ def test_all_letters_are_different_images_with_ink_on_paper() -> None:
 
 def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
     def load(name: str) -> list[torch.Tensor]:
-        getattr(TASKS[name].read, "cache_clear")()  # noqa: B009
         task = load_task(name, TRANSFORM, train_size=50, test_size=40, seed=3)
         return [
             value
@@ -109,6 +108,7 @@ def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
     numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     torch_before, python_before = torch.get_rng_state(), random.getstate()
     for name in reversed(TASKS):
+        getattr(TASKS[name].read, "cache_clear")()  # noqa: B009
         assert all(map(torch.equal, load(name), forward[name]))
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert random.getstate() == python_before

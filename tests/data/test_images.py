@@ -93,6 +93,23 @@ def test_pixels_without_a_known_range_are_refused(mode: str, tmp_path: Path) -> 
         to_rgb(Image.new(mode, (4, 4), 5))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".ppm", ".bmp"])
+def test_a_truncated_image_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"broken{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read as an image"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
+        open_image(tmp_path / "x.png")
+
+
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     with pytest.raises(ValueError, match=r"x\.png cannot be read.*exceeds limit"):
@@ -143,10 +160,10 @@ def test_shrinking_antialiases() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.zeros(3, 8, 8), "must be uint8, got torch.float32"),
-        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"1 or 3 channels, got \[2, 8, 8\]"),
-        (torch.zeros(8, 8, dtype=torch.uint8), r"got \[8, 8\]"),
-        (torch.zeros(3, 0, 8, dtype=torch.uint8), "must not be empty"),
+        (torch.zeros(3, 8, 8), "must be uint8 .* got torch.float32"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), r"1 or 3 channels.*got torch.uint8 \[2, 8, 8\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"got torch.uint8 \[8, 8\]"),
+        (torch.zeros(3, 0, 8, dtype=torch.uint8), "and some pixels"),
         (np.zeros((8, 8, 3), dtype=np.uint8), "PIL image or a uint8 tensor, got ndarray"),
     ],
 )

@@ -3,13 +3,7 @@ import pytest
 import torch
 
 from pai_utils.data.images import ImageTransform
-from pai_utils.data.mixtures import (
-    IMAGE_SETS,
-    is_held_out,
-    load_images,
-    load_mixture,
-    source_parts,
-)
+from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, load_mixture, source_parts
 from tests.cases import SIDE, tiny_task
 
 TRANSFORM = ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -25,7 +19,9 @@ def pictures(images: torch.Tensor) -> set[bytes]:
 
 @pytest.mark.parametrize("name", IMAGE_SETS)
 def test_images_of_no_task_are_seeded_varied_and_unlabelled(name: str) -> None:
-    images, again, other = (load_images(name, TRANSFORM, count=6, seed=seed) for seed in (1, 1, 2))
+    images, again, other = (
+        load_mixture(name, {}, TRANSFORM, count=6, seed=seed) for seed in (1, 1, 2)
+    )
     assert images.images.shape == (6, 3, SIDE, SIDE)
     assert (images.labels == -1).all()
     assert torch.equal(images.images, again.images)
@@ -87,8 +83,6 @@ def test_an_impossible_source_is_refused(name: str, message: str) -> None:
         source_parts(name, TASKS)
 
 
-def test_impossible_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown image set 'photo'"):
-        load_images("photo", TRANSFORM)
-    with pytest.raises(ValueError, match="count=0: at least one image"):
-        load_images("noise", TRANSFORM, count=0)
+def test_fewer_images_than_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples=0: at least one"):
+        load_mixture("noise", {}, TRANSFORM, count=0)
