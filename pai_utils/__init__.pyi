@@ -37,3 +37,4 @@ from .pruning import select_parameters as select_parameters
 from .scorers import SCORERS as SCORERS
 from .scorers import Scores as Scores
 from .scorers import score as score
+from .studies.suite import Suite as Suite

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.data.mixtures import is_held_out
-from pai_utils.data.tasks import Task
-from pai_utils.heads import PROTOCOLS, dense_features, features, fit_head
-from pai_utils.models.encoders import Backbone
+from pai_utils.heads import features
 from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
 from pai_utils.support.sampling import Samples, batches, check_labels, fitting_batches, in_precision
 
@@ -30,6 +28,27 @@ class Evaluation:
     count: int
     interval: tuple[float, float]  #: 95 % Wilson interval of the accuracy
     correct: Tensor  #: [count] bool, in the order of the data
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Evaluation:
+        """Of logits ``[N, classes]`` and labels ``[N]``.
+
+        Raises:
+            ValueError: if the labels go beyond the classes, or the loss is not finite.
+        """
+        from scipy.stats import binomtest
+
+        logits, labels = logits.cpu(), labels.cpu()
+        check_labels(labels, logits.shape[1])
+        loss = float(F.cross_entropy(logits.double(), labels))
+        if not np.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss on {len(labels)} samples is {loss}: the logits are not finite"
+            )
+        correct = (logits.argmax(1) == labels).clone()  # no inference tensor
+        right, count = int(correct.sum()), len(labels)
+        bounds = binomtest(right, count).proportion_ci(0.95, method="wilson")
+        return cls(right / count, loss, count, (float(bounds.low), float(bounds.high)), correct)
 
     def row(self, chance: float) -> dict[str, object]:
         """What a table of accuracies holds of it: ``accuracy, loss, count, chance, correct``."""
@@ -77,7 +96,7 @@ def evaluate(
     with undisturbed(model), torch.inference_mode(), in_precision(device, precision):
         pairs = fitting_batches(compute, batch_size)
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return _evaluation(logits, labels)
+        return Evaluation.of(logits, labels)
 
 
 def evaluate_heads(
@@ -107,47 +126,8 @@ def evaluate_heads(
         with torch.inference_mode():
             head = heads[name]
             logits = head(values.to(head.weight)).cpu()
-        results[name] = _evaluation(logits, labels)
+        results[name] = Evaluation.of(logits, labels)
     return results
-
-
-def protocol_gap(
-    backbone: Backbone, tasks: Mapping[str, Task], *, batch_size: int = 128
-) -> pd.DataFrame:
-    """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
-
-    Args:
-        backbone: the dense encoder.
-        tasks: the tasks, by name.
-        batch_size: images a forward.
-
-    Returns:
-        One row a task and protocol, with ``task, protocol, accuracy``, its 95 % interval ``low``
-        and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
-    """
-    rows = []
-    for name, task in tasks.items():
-        values, labels = dense_features(backbone, task.test, batch_size=batch_size)
-        clean = float("nan")
-        for protocol in PROTOCOLS:
-            head = fit_head(backbone, task, protocol=protocol, batch_size=batch_size).cpu()
-            with torch.inference_mode():
-                found = _evaluation(head(values), labels)
-            if protocol == "clean":
-                clean = found.accuracy
-            low, high = found.interval
-            rows.append(
-                {
-                    "task": name,
-                    "protocol": protocol,
-                    "accuracy": found.accuracy,
-                    "low": low,
-                    "high": high,
-                    "count": found.count,
-                    "gain": found.accuracy - clean,
-                }
-            )
-    return pd.DataFrame(rows)
 
 
 def retention(accuracy: float, dense: float, chance: float) -> float:
@@ -259,36 +239,28 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
 
 
 def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Means and bootstrap intervals over items and seeds of a :func:`retention_sweep`.
+    """Retention with its bootstrap interval over items and seeds, for each source and target.
+
+    Args:
+        table: as from :func:`~pai_utils.studies.sweeps.sweep`.
+        level: coverage of the intervals.
 
     Returns:
         One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
         dense_accuracy, chance, count, seeds``; ``low`` and ``high`` bound the retention.
     """
     dense = _dense_rows(table)
-    summary = []
     keys = ["source", "target", "scorer", "sparsity"]
+    rows = []
     for key, group in table.groupby(keys, sort=False):
-        key = cast(tuple[str, str, str, float], key)
-        reference = dense[key[1]]
-        correct = np.stack(list(group.correct))
-        replicates = retention_replicates([correct], [reference["correct"]], [reference["chance"]])
-        low, high = interval(replicates, level)
-        accuracy = float(correct.mean())
-        summary.append(
-            dict(zip(keys, key, strict=True))
-            | {
-                "accuracy": accuracy,
-                "retention": retention(accuracy, reference["accuracy"], reference["chance"]),
-                "low": low,
-                "high": high,
-                "dense_accuracy": reference["accuracy"],
-                "chance": reference["chance"],
-                "count": correct.shape[1],
-                "seeds": correct.shape[0],
-            }
+        target = cast(tuple[str, ...], key)[1]
+        reference = dense[target]
+        known = {"dense_accuracy": reference["accuracy"], "chance": reference["chance"]}
+        rows.append(
+            dict(zip(keys, key, strict=True)) | known | _mean_retention(group, dense, level)
         )
-    return pd.DataFrame(summary)
+    columns = ["accuracy", "retention", "low", "high", "dense_accuracy", "chance", "count", "seeds"]
+    return pd.DataFrame(rows, columns=[*keys, *columns])
 
 
 def held_out_retention(
@@ -296,177 +268,60 @@ def held_out_retention(
 ) -> pd.DataFrame:
     """Retention averaged over the tasks that a mask was *not* computed on.
 
-    With ``own``, retention on the task that it was computed on.
-
     A mask that looked at no data (source ``"none"``) counts beside every source, on that source's
     held-out tasks.
+
+    Args:
+        table: as from :func:`~pai_utils.studies.sweeps.sweep`.
+        sources: what masks were computed on.
+        level: coverage of the intervals.
+        own: average over the tasks that it was computed on instead.
 
     Returns:
         One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
         count, seeds``; ``count`` is the number of test items over all held-out tasks.
     """
     dense = _dense_rows(table)
-    summary = []
+    rows = []
     for source in sources:
         seen = table[table.source.isin([source, "none"])]
         seen = seen[[is_held_out(target, source) != own for target in seen.target]]
         for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
-            targets = list(dict.fromkeys(group.target))
-            correct = [np.stack(list(group[group.target == t].correct)) for t in targets]
-            replicates = retention_replicates(
-                correct,
-                [dense[t]["correct"] for t in targets],
-                [dense[t]["chance"] for t in targets],
-            )
-            low, high = interval(replicates, level)
-            each = [
-                retention(float(right.mean()), dense[t]["accuracy"], dense[t]["chance"])
-                for t, right in zip(targets, correct, strict=True)
-            ]
-            summary.append(
-                {
-                    "source": source,
-                    "scorer": scorer,
-                    "sparsity": sparsity,
-                    "retention": float(np.mean(each)),
-                    "low": low,
-                    "high": high,
-                    "accuracy": float(np.mean([right.mean() for right in correct])),
-                    "tasks": len(targets),
-                    "count": sum(right.shape[1] for right in correct),
-                    "seeds": correct[0].shape[0],
-                }
-            )
-    return pd.DataFrame(summary)
-
-
-def retention_verdict(
-    held_out: pd.DataFrame, scorer: str, *, threshold: float = 0.9
-) -> pd.DataFrame:
-    """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
-
-    Args:
-        held_out: as from :func:`held_out_retention`.
-        scorer: the one judged.
-        threshold: the retention asked for.
-
-    Returns:
-        One row a sparsity, with ``sparsity, retention, low, high`` (means over sources),
-        ``worst`` (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the
-        threshold, ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
-    """
-    rows = held_out[held_out.scorer == scorer].groupby("sparsity")
-    table = rows[["retention", "low", "high"]].mean()
-    table["worst"] = rows.retention.min()
-    table["verdict"] = np.select(
-        [table.retention >= threshold, table.high < threshold], ["kept", "lost"], "undecided"
-    )
-    return table.reset_index()
-
-
-def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
-    """The sparsity up to which retention stays at ``threshold``, for each pair of tasks.
-
-    Found on the straight lines between the sparsities measured, from a retention of 1 at sparsity
-    0, at the first crossing.
-
-    Args:
-        summary: as from :func:`summarise_retention`.
-        threshold: the retention asked for, below 1.
-
-    Returns:
-        One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
-        on the lower and upper bounds of the retention; the highest sparsity measured where there is
-        no crossing, and then ``crossed`` is false.
-
-    Examples:
-        >>> import pandas as pd
-        >>> from pai_utils.evaluation import sparsity_kept
-        >>> summary = pd.DataFrame({"sparsity": [0.25, 0.5], "retention": [1.0, 0.75]})
-        >>> summary = summary.assign(source="digits", target="glyphs", scorer="snip")
-        >>> summary = summary.assign(low=summary.retention, high=summary.retention)
-        >>> sparsity_kept(summary, threshold=0.875)[["target", "sparsity", "crossed"]]
-           target  sparsity  crossed
-        0  glyphs     0.375     True
-    """
-    rows = []
-    pruned = summary[summary.scorer != "dense"]
-    for key, group in pruned.groupby(["source", "target", "scorer"], sort=False):
-        curve = group.sort_values("sparsity")
-        at = np.array([0.0, *curve.sparsity])
-        found = {
-            name: _first_crossing(at, np.array([1.0, *curve[column]]), threshold)
-            for name, column in {"sparsity": "retention", "low": "low", "high": "high"}.items()
-        }
-        crossed = bool((curve.retention < threshold).any())
-        key = cast(tuple[str, str, str], key)
-        rows.append(
-            {"source": key[0], "target": key[1], "scorer": key[2], **found, "crossed": crossed}
-        )
+            mask = {"source": source, "scorer": scorer, "sparsity": sparsity}
+            rows.append(mask | _mean_retention(group, dense, level))
     return pd.DataFrame(rows)
 
 
-def _first_crossing(at: NDArray[Any], values: NDArray[Any], threshold: float) -> float:
-    below = np.flatnonzero(values < threshold)
-    if len(below) == 0:
-        return float(at[-1])
-    i = int(below[0])
-    share = (values[i - 1] - threshold) / (values[i - 1] - values[i])
-    return float(at[i - 1] + share * (at[i] - at[i - 1]))
-
-
-def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataFrame:
-    """Which source's masks serve the others best: retention over that of all sources, by target.
-
-    Every source has other held-out tasks, some of them harder. So each held-out retention is
-    compared with the mean, on the same target, over the sources that held it out.
-
-    Args:
-        summary: as from :func:`summarise_retention`.
-        scorer: the one looked at.
-        sparsity: the one looked at.
-
-    Returns:
-        One row a source, the best first, with ``source, advantage, low, high, targets``; the
-        bounds are the standard error over targets times ±1.96, and not a number for a single
-        target.
-    """
-    rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
-    rows = rows[rows.source != "none"]
-    rows = rows[[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)]]
-    advantage = rows.retention - rows.groupby("target").retention.transform("mean")
-    grouped = rows.assign(advantage=advantage).groupby("source").advantage
-    table = pd.DataFrame({"advantage": grouped.mean(), "targets": grouped.count()})
-    error = 1.96 * grouped.sem()
-    table["low"], table["high"] = table.advantage - error, table.advantage + error
-    return table.sort_values("advantage", ascending=False).reset_index()[
-        ["source", "advantage", "low", "high", "targets"]
+def _mean_retention(
+    group: pd.DataFrame, dense: Mapping[str, Mapping[str, Any]], level: float
+) -> dict[str, Any]:
+    """Of one scorer and sparsity, averaged over the targets of its rows."""
+    correct = {
+        target: np.stack(list(rows.correct)) for target, rows in group.groupby("target", sort=False)
+    }
+    references = [dense[str(target)] for target in correct]
+    chances = [reference["chance"] for reference in references]
+    replicates = retention_replicates(
+        [*correct.values()], [reference["correct"] for reference in references], chances
+    )
+    low, high = interval(replicates, level)
+    accuracies = [float(right.mean()) for right in correct.values()]
+    each = [
+        retention(accuracy, reference["accuracy"], chance)
+        for accuracy, reference, chance in zip(accuracies, references, chances, strict=True)
     ]
+    return {
+        "retention": float(np.mean(each)),
+        "low": low,
+        "high": high,
+        "accuracy": float(np.mean(accuracies)),
+        "tasks": len(correct),
+        "count": sum(right.shape[1] for right in correct.values()),
+        "seeds": len(next(iter(correct.values()))),
+    }
 
 
 def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The dense encoder's row of each target."""
     rows = table[table.scorer == "dense"].to_dict("records")
     return {str(row["target"]): {str(k): v for k, v in row.items()} for row in rows}
-
-
-def _evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
-    from scipy.stats import binomtest
-
-    logits, labels = logits.cpu(), labels.cpu()
-    check_labels(labels, logits.shape[1])
-    loss = float(F.cross_entropy(logits.double(), labels))
-    if not np.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss on {len(labels)} samples is {loss}: the logits are not finite"
-        )
-    correct = logits.argmax(1) == labels
-    right = int(correct.sum())
-    bounds = binomtest(right, len(labels)).proportion_ci(0.95, method="wilson")
-    return Evaluation(
-        accuracy=right / len(labels),
-        loss=loss,
-        count=len(labels),
-        interval=(float(bounds.low), float(bounds.high)),
-        correct=correct.clone(),
-    )

@@ -1,9 +1,10 @@
-"""Masked fine-tuning: what training on the source brings back."""
+"""Fine-tuning of pruned models, in which pruned weights stay exactly zero."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Classifier
-from pai_utils.support.common import NonFiniteError, device_of, unknown_name
+from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
 from pai_utils.support.sampling import Samples, batches, check_labels, paired
 
 OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float, float, float], torch.optim.Optimizer]]
@@ -35,6 +36,48 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a model is fine-tuned, by the keywords of :func:`finetune`."""
+
+    steps: int = 100
+    learning_rate: float = 1e-4
+    batch_size: int = 64
+    optimiser: str = "sgd"
+    schedule: str = "constant"
+    seed: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_names("optimiser", [self.optimiser], OPTIMISERS)
+        check_names("schedule", [self.schedule], SCHEDULES)
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} must not be negative")
+        for name in ("learning_rate", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+    def rate_of(self, step: int) -> float:
+        """The learning rate of an update."""
+        return self.learning_rate * SCHEDULES[self.schedule](step / self.steps)
+
+    def batches(self, data: Samples, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of every update: epoch after epoch, each in an order of its own."""
+        step = 0
+        while step < self.steps:
+            generator = torch.Generator().manual_seed(self.seed_of(step))
+            order = torch.randperm(len(cast(Sized, data)), generator=generator)
+            epoch = batches(data, self.batch_size, device, order)
+            for images, labels in itertools.islice(epoch, self.steps - step):
+                yield paired(images), paired(labels)
+                step += 1
+
+    def seed_of(self, step: int) -> int:
+        """A seed for what is drawn at an update."""
+        return self.seed * 1_000_003 + step
+
+
+@dataclass(frozen=True)
 class Penalty:
     """A quadratic pull of trained parameters to an anchor: ½ λ Σ c_i (w_i − a_i)².
 
@@ -47,10 +90,8 @@ class Penalty:
 
     anchor: Mapping[str, Tensor]
     """a, by parameter name; parameters without an entry are free, frozen ones stay as they are."""
-    strength: float
-    """λ."""
-    curvature: Mapping[str, Tensor] | None = None
-    """c ≥ 0, by parameter name; ``None`` for 1 everywhere."""
+    strength: float  #: λ
+    curvature: Mapping[str, Tensor] | None = None  #: c ≥ 0, by parameter name; None: 1 everywhere
 
     def check(self, model: nn.Module) -> None:
         """Refuse a penalty that does not fit.
@@ -62,9 +103,8 @@ class Penalty:
         _check_strength(self.strength)
         parameters = dict(model.named_parameters())
         for kind, tensors in (("anchor", self.anchor), ("curvature", self.curvature or {})):
+            check_names(f"parameter of the penalty's {kind}", tensors, parameters)
             for name, tensor in tensors.items():
-                if name not in parameters:
-                    raise unknown_name(f"parameter of the penalty's {kind}", name, parameters)
                 if tensor.shape != parameters[name].shape:
                     raise ValueError(
                         f"the penalty's {kind} of {name!r} has shape {list(tensor.shape)}, the "
@@ -100,12 +140,9 @@ class FeaturePenalty:
     and regularizing networks in function space"; as distillation: Romero et al. 2015, "FitNets").
     """
 
-    images: Samples
-    """x."""
-    targets: Tensor
-    """φ₀, ``[N, D]``, in the order of the images."""
-    strength: float
-    """λ."""
+    images: Samples  #: x
+    targets: Tensor  #: φ₀, [N, D], in the order of the images
+    strength: float  #: λ
 
     def check(self, model: nn.Module) -> None:
         """Refuse a penalty that does not fit.
@@ -155,11 +192,10 @@ def finetune(
     batch_size: int = 64,
     optimiser: str = "sgd",
     schedule: str = "constant",
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
     seed: int = 0,
     penalty: Penalty | FeaturePenalty | None = None,
     on_step: Callable[[int], None] | None = None,
+    **options: float,
 ) -> list[float]:
     """Train ``model`` in place on the mean cross-entropy; pruned weights stay exactly zero.
 
@@ -178,12 +214,11 @@ def finetune(
         optimiser: a key of :data:`OPTIMISERS`. Frozen heads on standardised features are sharp:
             plain SGD then needs rates far below those that suit the rest of the network.
         schedule: a key of :data:`SCHEDULES`: what the rate is later.
-        momentum: of SGD; of Adam the first beta.
-        weight_decay: of the optimiser.
         seed: seed of the order of samples.
         penalty: a pull to weights, as a proximal step after each update, or to features, on
             ``batch_size`` of its images an update; pruned weights stay zero.
         on_step: called with the number of updates made, before the first and after each.
+        options: ``momentum`` of SGD, of Adam the first beta (0.9), and ``weight_decay`` (0).
 
     Returns:
         The loss of each update's batch, in nats.
@@ -209,59 +244,65 @@ def finetune(
         >>> model[1].weight.data[~mask["1.weight"]]
         tensor([0., 0., 0.])
     """
-    if optimiser not in OPTIMISERS:
-        raise unknown_name("optimiser", optimiser, OPTIMISERS)
-    if schedule not in SCHEDULES:
-        raise unknown_name("schedule", schedule, SCHEDULES)
-    if steps < 0:
-        raise ValueError(f"steps={steps} must not be negative")
-    for name, value in {"learning_rate": learning_rate, "batch_size": batch_size}.items():
-        if value <= 0:
-            raise ValueError(f"{name}={value} must be positive")
-    trained = [p for p in model.parameters() if p.requires_grad]
+    training = Training(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        optimiser=optimiser,
+        schedule=schedule,
+        seed=seed,
+        **options,
+    )
+    return train(model, data, mask, training, penalty=penalty, on_step=on_step)
+
+
+def train(
+    model: nn.Module,
+    data: Samples,
+    mask: Mask | None,
+    training: Training,
+    *,
+    penalty: Penalty | FeaturePenalty | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Train ``model`` in place, as :func:`finetune` describes it."""
+    parameters = dict(model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; nothing to fine-tune")
+    removed = []
     if mask is not None:
         mask.apply_(model)
+        removed = [(parameters[n], ~entry.to(parameters[n].device)) for n, entry in mask.items()]
     if penalty is not None:
         penalty.check(model)
-    device = device_of(model)
-    removed = _removed(model, mask)
-    parameters = dict(model.named_parameters())
-    stepper = OPTIMISERS[optimiser](trained, learning_rate, momentum, weight_decay)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    on_step = on_step or (lambda _: None)
+    stepper = OPTIMISERS[training.optimiser](
+        trained, training.learning_rate, training.momentum, training.weight_decay
+    )
     sound = [p.detach().clone() for p in trained]
     losses: list[float] = []
-    try:
-        if on_step is not None:
-            on_step(0)
-        while len(losses) < steps:
-            epoch = len(losses)  # a fresh order each epoch, from the same seed
-            order = torch.randperm(
-                len(cast(Sequence[object], data)),
-                generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch),
-            )
-            for images, labels in batches(data, batch_size, device, order):
-                images, labels = paired(images), paired(labels)
+    with undisturbed(model):
+        on_step(0)
+        try:
+            for images, labels in training.batches(data, device_of(model)):
                 logits = model(images)
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)
-                value = loss.item()
+                value, step = loss.item(), len(losses)
                 if isinstance(penalty, FeaturePenalty):
-                    draw = seed * 1_000_003 + len(losses)
-                    loss = loss + penalty.loss(cast(Classifier, model), batch_size, draw)
+                    drawn = training.batch_size, training.seed_of(step)
+                    loss = loss + penalty.loss(cast(Classifier, model), *drawn)
                 if not math.isfinite(loss.item()):
-                    raise _diverged(f"the loss is {loss.item()}", len(losses), learning_rate)
+                    raise _diverged(f"the loss is {loss.item()}", step, training)
                 torch._foreach_copy_(sound, [p.detach() for p in trained])
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
-                with torch.no_grad():
-                    # No gradient, hence no momentum and no decay: the weights stay zero.
-                    for parameter, gone in removed:
-                        if parameter.grad is not None:
-                            parameter.grad.masked_fill_(gone, 0)
-                rate = learning_rate * SCHEDULES[schedule](len(losses) / steps)
+                # No gradient, hence no momentum and no decay: the weights stay zero.
+                for parameter, gone in removed:
+                    if parameter.grad is not None:
+                        parameter.grad.masked_fill_(gone, 0)
+                rate = training.rate_of(step)
                 for group in stepper.param_groups:
                     group["lr"] = rate
                 stepper.step()
@@ -272,28 +313,15 @@ def finetune(
                             parameter.masked_fill_(gone, 0)
                 losses.append(value)
                 if not torch.stack([p.isfinite().all() for p in trained]).all():
-                    raise _diverged("an update is not finite", len(losses), learning_rate)
-                if on_step is not None:
-                    on_step(len(losses))
-                if len(losses) == steps:
-                    break
-    except NonFiniteError:
-        torch._foreach_copy_([p.detach() for p in trained], sound)
-        raise
-    finally:
-        stepper.zero_grad(set_to_none=True)
-        for module, training in modes.items():
-            module.training = training
+                    raise _diverged("an update is not finite", len(losses), training)
+                on_step(len(losses))
+        except NonFiniteError:
+            torch._foreach_copy_([p.detach() for p in trained], sound)
+            raise
     return losses
 
 
-def _diverged(what: str, step: int, learning_rate: float) -> NonFiniteError:
+def _diverged(what: str, step: int, training: Training) -> NonFiniteError:
     advice = "try a smaller one" if step else "before any update: look at images and weights"
-    return NonFiniteError(f"{what} at step {step} with learning_rate={learning_rate}; {advice}")
-
-
-def _removed(model: nn.Module, mask: Mask | None) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    if mask is None:
-        return []
-    parameters = dict(model.named_parameters())
-    return [(parameters[name], ~entry.to(parameters[name].device)) for name, entry in mask.items()]
+    rate = training.learning_rate
+    return NonFiniteError(f"{what} at step {step} with learning_rate={rate}; {advice}")

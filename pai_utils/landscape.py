@@ -6,9 +6,8 @@ Pruning moves the weights by δ = (m − 1) ⊙ θ₀. To second order ::
 
 and replacing H by the Gauss-Newton matrix G, or by parts of G, drops what the scores drop.
 
-The module compares prediction and measurement (:func:`predicted_and_measured`), the curvature of
-tasks (:func:`task_alignment`), and both with the accuracy that is kept (:func:`study`,
-:func:`transfer_correlations`); it walks along straight lines (:func:`losses_on_path`) and over
+The module compares prediction and measurement (:func:`predicted_and_measured`) and the curvature
+of tasks (:func:`task_alignment`); it walks along straight lines (:func:`losses_on_path`) and over
 planes of weights (:func:`losses_on_plane`).
 """
 
@@ -24,7 +23,7 @@ from typing import TypeVar, cast
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
@@ -45,31 +44,6 @@ from pai_utils.support.sampling import Draw, Samples
 Direction = Mapping[str, Tensor]
 """A step in weight space, as one tensor a parameter name, of the parameter's shape."""
 T = TypeVar("T")
-Values = NDArray[np.float64]
-PARTS = {
-    "within blocks": ("blocks", "diagonal"),
-    "within layers": ("tensors", "blocks"),
-    "between layers": ("ggn", "tensors"),
-    "indefinite part": ("hessian", "ggn"),
-    "gradient": ("taylor", "hessian"),
-    "higher order": ("measured", "taylor"),
-}
-"""What a score with the diagonal alone drops of the measured increase, each the difference of two
-columns of :func:`predicted_and_measured`; with the diagonal they add up to what is measured."""
-PREDICTORS = {
-    "measured": "measured increase",
-    "taylor": "gᵀδ + ½ δᵀHδ",
-    "hessian": "½ δᵀHδ",
-    "ggn": "½ δᵀGδ",
-    "tensors": "½ δᵀ layers(G) δ",
-    "blocks": "½ δᵀ blocks(G) δ",
-    "diagonal": "½ δᵀ diag(G) δ",
-    "mask_overlap_excess": "overlap of masks above chance",
-    "eigenspace_overlap": "overlap of top eigenspaces",
-    "rank_correlation": "rank correlation of diagonals",
-    "weighted_correlation": "weighted correlation of diagonals",
-}
-"""What may tell which mask will transfer, by column of :attr:`Study.cells`, and its label."""
 
 
 def pruning_direction(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
@@ -97,11 +71,9 @@ def predicted_and_measured(
     model: nn.Module,
     directions: Mapping[str, Direction],
     data: Samples,
+    draw: Draw,
     *,
     fractions: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-    samples: int | None = 128,
-    batch_size: int = 64,
-    seed: int = 0,
     block_size: int = 64,
     draws: int = 1,
 ) -> pd.DataFrame:
@@ -119,10 +91,8 @@ def predicted_and_measured(
         model: the dense model, left as it was.
         directions: by name, each a δ, as from :func:`pruning_direction`.
         data: labelled samples.
+        draw: of them, and of the labels.
         fractions: values of α.
-        samples: size of the seeded draw; ``None`` for all.
-        batch_size: samples a forward.
-        seed: seed of the draw and of the labels.
         block_size: weights a block.
         draws: labels a sample.
 
@@ -132,14 +102,13 @@ def predicted_and_measured(
         diagonal, the blocks and the whole tensors of G, for G and for H; α gᵀδ; gradient and
         Hessian together; and the measured difference.
     """
-    draw = Draw(samples, batch_size, seed)
     steps = list(directions.values())
     exact = directional_terms(model, steps, data, draw)
     partial = partial_terms(model, steps, data, draw, block_size=block_size, draws=draws)
     drawn = torch.utils.data.Subset(data, draw.indices(data).tolist())
     rows = []
     for name, terms, parts in zip(directions, exact, partial, strict=True):
-        losses = losses_along(model, directions[name], drawn, fractions, batch_size=batch_size)
+        losses = losses_along(model, directions[name], drawn, fractions, batch_size=draw.batch_size)
         for alpha, loss in zip(fractions, losses, strict=True):
             half = alpha**2 / 2
             rows.append(
@@ -203,49 +172,6 @@ def losses_along(
     )
 
 
-def error_parts(table: pd.DataFrame) -> pd.DataFrame:
-    """What the diagonal drops of the measured increase, part by part (:data:`PARTS`).
-
-    Args:
-        table: rows of :func:`predicted_and_measured`.
-
-    Returns:
-        For each row the parts in its place, ``part`` and ``nats``; the first is the diagonal
-        itself, and all of a row's add up to what was measured.
-    """
-    known = [c for c in table.columns if c not in {*itertools.chain(*PARTS.values()), "gradient"}]
-    differences = {
-        "diagonal": table.diagonal,
-        **{part: table[more] - table[less] for part, (more, less) in PARTS.items()},
-    }
-    return pd.concat(
-        [table[known].assign(part=part, nats=nats) for part, nats in differences.items()],
-        ignore_index=True,
-    )
-
-
-def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman rank correlation between predicted and measured loss increases at the full step.
-
-    Args:
-        table: rows of :func:`predicted_and_measured` for several directions or tasks.
-
-    Returns:
-        One row a prediction, with ``prediction, correlation, count``; the correlation is not a
-        number for fewer than three rows.
-    """
-    full = table[table.fraction == table.fraction.max()]
-    predictions = ("gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal")
-    return pd.DataFrame(
-        {
-            "prediction": name,
-            "correlation": float(spearman(full[name].to_numpy(), full.measured.to_numpy())[0]),
-            "count": len(full),
-        }
-        for name in predictions
-    )
-
-
 @dataclass(frozen=True)
 class TaskCurvature:
     """Curvature of one task's loss at the encoder's weights."""
@@ -257,14 +183,7 @@ class TaskCurvature:
 
 
 def task_curvature(
-    model: nn.Module,
-    data: Samples,
-    *,
-    eigenvectors: int = 5,
-    products: int = 30,
-    samples: int | None = 64,
-    batch_size: int = 64,
-    seed: int = 0,
+    model: nn.Module, data: Samples, draw: Draw, *, eigenvectors: int = 5, products: int = 30
 ) -> TaskCurvature:
     """Diagonal (one drawn label a sample) and top eigenpairs of a task's GGN.
 
@@ -273,18 +192,17 @@ def task_curvature(
     Args:
         model: images to logits; left as it was.
         data: labelled samples.
+        draw: of them; its seed is also that of labels and of the start vector.
         eigenvectors: how many pairs.
         products: most products to take for them; see ``eigenpairs.converged``.
-        samples: size of the seeded draw; ``None`` for all.
-        batch_size: samples a forward.
-        seed: of the draw, of the labels and of the start vector.
     """
-    draw = Draw(samples, batch_size, seed)
     names = prunable_parameters(model)
     diagonal = ggn_diagonal(model, names, data, draw)
     operator = GGNOperator(model, names, data, draw)
     # Angles are good to the residual over the gap to the next eigenvalue, which is not known.
-    pairs = top_eigenpairs(operator, eigenvectors, products=products, tolerance=1e-2, seed=seed)
+    pairs = top_eigenpairs(
+        operator, eigenvectors, products=products, tolerance=1e-2, seed=draw.seed
+    )
     return TaskCurvature(diagonal, pairs)
 
 
@@ -370,7 +288,9 @@ def task_alignment(
     importance = flat(weights).double().square()
     diagonals = {task: flat(curvature.diagonal) for task, curvature in curvatures.items()}
     weighted = {task: _standardised(d, importance) for task, d in diagonals.items()}
-    ranked = {task: _standardised(_ranks(d)) for task, d in diagonals.items()}
+    ranked = {
+        task: _standardised(torch.from_numpy(rankdata(d.numpy()))) for task, d in diagonals.items()
+    }
     rows = []
     for one, other in itertools.combinations(curvatures, 2):
         pairs = curvatures[one].eigenpairs, curvatures[other].eigenpairs
@@ -387,30 +307,6 @@ def task_alignment(
     return pd.DataFrame(rows)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks in float64; equal values share the mean of theirs. A quarter of scipy's time."""
-    ordered, places = _sorted(values)
-    _, counts = ordered.unique_consecutive(return_counts=True)
-    middle = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    ranks = torch.empty_like(values, dtype=torch.float64)
-    ranks[places] = middle.repeat_interleave(counts)
-    return ranks
-
-
-def _sorted(values: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``values.sort()`` on the CPU; numbers of 32 bits in a third of its time."""
-    if values.dtype != torch.float32:
-        return values.sort()
-    # Bits in an order that is that of the numbers, and the places behind them: one plain sort.
-    bits = (values.numpy() + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    bits ^= np.where(bits >> 31 == 1, np.uint32(2**32 - 1), np.uint32(2**31))
-    keys = bits.astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(len(bits), dtype=np.uint64)
-    keys.sort()
-    places = torch.from_numpy((keys & np.uint64(2**32 - 1)).astype(np.int64))
-    return values[places], places
-
-
 def _standardised(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Numbers in float64 whose inner product with others of the kind is a Pearson correlation.
 
@@ -425,27 +321,6 @@ def _standardised(values: Tensor, weights: Tensor | None = None) -> Tensor:
         values = (values - torch.dot(share, values)).mul_(share.sqrt_())
     norm = torch.linalg.vector_norm(values)
     return values.div_(norm if varies else math.nan)
-
-
-def spearman(one: Values, other: Values, counts: Values | None = None) -> Values:
-    """Rank correlation ``[R]`` of samples in which value i comes ``counts[r, i]`` times.
-
-    Not a number for fewer than three different ones of the values, or where one does not vary.
-    """
-    counts = np.ones((1, len(one))) if counts is None else counts
-    size = counts.sum(1)
-    share = counts / np.maximum(size, 1)[:, None]
-    a, b = (
-        # Of value i: how many lie below it, and half of its equals.
-        counts @ ((v[:, None] < v) + (v[:, None] == v) / 2)
-        for v in (one, other)
-    )
-    a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (a, b))
-    scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
-    known = ((counts > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
-    found: Values = np.full(len(counts), math.nan)
-    np.divide((share * a * b).sum(1), scale, out=found, where=known)
-    return found
 
 
 def difference(start: nn.Module, end: nn.Module) -> dict[str, Tensor]:

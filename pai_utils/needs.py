@@ -112,10 +112,11 @@ def make(need: Need) -> None:
 
     from pai_utils.data.tasks import load_task
     from pai_utils.heads import dense_features, fit_head
-    from pai_utils.models.encoders import Classifier
     from pai_utils.models.loading import load_backbone
-    from pai_utils.studies.suite import load_source, score_source
+    from pai_utils.pruning import Recipe
+    from pai_utils.studies.suite import Suite
     from pai_utils.support.common import device_of
+    from pai_utils.support.sampling import Draw
 
     encoder = load_backbone(
         need.backbone,
@@ -146,16 +147,11 @@ def make(need: Need) -> None:
     if SCORERS[need.scorer].needs_head:
         first = need.tasks[0]
         heads[first] = fit_head(encoder, tasks[first], batch_size=need.batch_size)
-    place = load_source(need.source, encoder, tasks, heads, seed=need.seed)
-    head = place.head or nn.Linear(encoder.feature_dim, 2)
-    score_source(
-        need.scorer,
-        Classifier(encoder, head.to(device_of(encoder))),
-        place,
-        samples=need.samples,
-        batch_size=need.batch_size,
-        seed=need.seed,
-    )
+    heads = heads or {"any": nn.Linear(encoder.feature_dim, 2)}
+    suite = Suite(encoder, tasks, {n: head.to(device_of(encoder)) for n, head in heads.items()})
+    source = suite.source(need.source, seed=need.seed)
+    draw = Draw(need.samples, need.batch_size, need.seed)
+    suite.score(Recipe(need.scorer), source, draw)
 
 
 def _common(config: Any, kind: str, source: str, split: str = "train", **others: Any) -> Need:

@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pai_utils.landscape import PREDICTORS
 from pai_utils.scorers import SCORERS
+from pai_utils.studies.landscape_analysis import PREDICTORS
 
 if TYPE_CHECKING:
     from torch import Tensor

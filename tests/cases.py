@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 
 from pai_utils.data.images import ImageDataset, ImageTransform
 from pai_utils.data.tasks import Task
+from pai_utils.heads import fit_head
 from pai_utils.models.encoders import Backbone, Classifier, Provenance
+from pai_utils.studies.suite import Suite
 
 CLASSES = 4
 SIDE = 8
@@ -540,3 +542,40 @@ def tiny_classifier(classes: int = 3) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return Classifier(backbone, nn.Linear(6, classes))
+
+
+def tiny_suite(**tasks: Task) -> Suite:
+    """The encoder, tasks by name, and heads fitted for them."""
+    backbone = tiny_backbone()
+    return Suite(backbone, tasks, {name: fit_head(backbone, task) for name, task in tasks.items()})
+
+
+def small_direction(case: Case) -> dict[str, Tensor]:
+    """A step of the weights that is looked at."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(case.model.named_parameters())
+    return {
+        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
+        for name in case.names
+    }
+
+
+def logistic_regression() -> tuple[nn.Module, Images]:
+    """A model without hidden layers at the minimum of its loss, and the data."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
+    data = Images(40, classes=3, side=2)
+    optimiser = torch.optim.LBFGS(
+        model.parameters(), max_iter=500, tolerance_grad=1e-13, tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(data.images), data.labels)
+        loss.backward()
+        return loss
+
+    for _ in range(3):  # a line search may end early; a restart goes on
+        optimiser.step(closure)
+    model.zero_grad()
+    return model, data

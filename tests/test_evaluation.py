@@ -1,20 +1,15 @@
-import copy
 import logging
 import math
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.data.images import ImageDataset, open_image
 from pai_utils.evaluation import (
     evaluate_heads,
     gain_replicates,
@@ -24,7 +19,6 @@ from pai_utils.evaluation import (
     retention_replicates,
     summarise_retention,
 )
-from pai_utils.studies.sweeps import retention_sweep
 from tests.cases import (
     Case,
     Images,
@@ -199,169 +193,6 @@ def test_bootstrap_intervals_cover_the_truth() -> None:
     assert np.mean(widths) <= 2 * (2 * 1.96 * np.std(estimates))
 
 
-class Counting(ImageDataset):
-    """Counts what is read."""
-
-    reads = 0
-
-    def batch(self, indices: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        self.reads += len(indices)
-        return super().batch(indices, device)
-
-
-def counted(data: ImageDataset) -> Counting:
-    return Counting(data.images, data.labels, data.transform)
-
-
-def test_a_sweep_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: Counter[Path] = Counter()
-    monkeypatch.setattr(
-        "pai_utils.data.decoding.open_image",
-        lambda path: (opened.update([path]), open_image(path))[1],
-    )
-    backbone = tiny_backbone()
-    tasks = {}
-    for name in ("one", "two", "three", "four"):
-        for label in range(2):
-            folder = tmp_path / name / str(label)
-            folder.mkdir(parents=True)
-            for number in range(12):
-                level = 10 * number + 120 * label
-                Image.new("L", (20, 20), min(level, 255)).save(folder / f"{number}.png")
-        tasks[name] = pai.load_task(f"folder:{tmp_path / name}", backbone.transform)
-    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
-    sparsities = [0.1, 0.2, 0.3, 0.4, 0.5]
-    table = retention_sweep(
-        backbone, tasks, heads, ["one"], scorers=["snip"], sparsities=sparsities, seeds=[0],
-        samples=None,
-    )  # fmt: skip
-    assert len(table) == 4 * (1 + len(sparsities))
-    assert len(opened) == 4 * 2 * 12
-    assert set(opened.values()) == {1}
-
-
-def sweep_inputs() -> tuple[Any, Any, Any]:
-    backbone = tiny_backbone()
-    tasks = {
-        "first": tiny_task("first", classes=2),
-        "second": tiny_task("second", classes=3),
-        "third": tiny_task("third", classes=3),
-    }
-    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
-    return backbone, tasks, heads
-
-
-def test_a_sweep_has_a_row_for_each_cell_and_leaves_the_encoder() -> None:
-    backbone, tasks, heads = sweep_inputs()
-    before = fingerprint(backbone)
-    table = retention_sweep(
-        backbone,
-        tasks,
-        heads,
-        ["first", "second"],
-        sparsities=(0.3, 0.6),
-        seeds=(0, 1),
-        samples=8,
-    )
-    assert fingerprint(backbone) == before
-    cells = table.groupby(["scorer", "source"]).size().to_dict()
-    assert cells == {
-        ("dense", "none"): 3,
-        ("ggn_diag", "first"): 2 * 2 * 3,
-        ("ggn_diag", "second"): 2 * 2 * 3,
-        ("magnitude", "none"): 2 * 3,
-        ("random", "none"): 2 * 2 * 3,
-    }
-    for row in table.to_dict("records"):
-        assert row["accuracy"] == np.mean(row["correct"])
-        assert row["count"] == 24
-        assert row["chance"] == pytest.approx(1 / 2 if row["target"] == "first" else 1 / 3)
-    dense: Any = table[table.scorer == "dense"].set_index("target")
-    for name, task in tasks.items():
-        expected = pai.evaluate(pai.Classifier(backbone, heads[name]), task.test)
-        assert dense.accuracy[name] == expected.accuracy
-        assert dense.sparsity[name] == 0
-
-
-def test_a_sweeps_row_is_that_of_the_pruned_classifier() -> None:
-    backbone, tasks, heads = sweep_inputs()
-    table = retention_sweep(
-        backbone, tasks, heads, ["second"], scorers=["ggn_diag"], sparsities=(0.5, 0.2), seeds=(3,),
-        samples=8,
-    )  # fmt: skip
-    for sparsity in (0.5, 0.2):
-        pruned = pai.prune(
-            pai.Classifier(backbone, heads["second"]), tasks["second"].train, "ggn_diag", sparsity,
-            samples=8, seed=3,
-        )  # fmt: skip
-        for name, task in tasks.items():
-            expected = pai.evaluate(pai.Classifier(pruned.model.backbone, heads[name]), task.test)  # type: ignore[arg-type]
-            row = table[(table.sparsity == sparsity) & (table.target == name)].iloc[0]
-            assert row.accuracy == expected.accuracy
-            assert row.loss == pytest.approx(expected.loss, rel=1e-6)
-
-
-def test_no_data_but_the_sources_training_split_touches_a_mask(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    backbone, tasks, heads = sweep_inputs()
-    parts = {
-        (name, part): counted(getattr(task, part))
-        for name, task in tasks.items()
-        for part in ("train", "validation", "test")
-    }
-    watched = {
-        name: pai.Task(
-            name=name,
-            class_names=task.class_names,
-            train=parts[name, "train"],
-            validation=parts[name, "validation"],
-            test=parts[name, "test"],
-        )
-        for name, task in tasks.items()
-    }
-    during: list[dict[tuple[str, str], int]] = []
-    score = pai.score
-
-    def watch(*args: Any, **options: Any) -> Any:
-        before = {key: data.reads for key, data in parts.items()}
-        scores = score(*args, **options)
-        during.append({k: d.reads - before[k] for k, d in parts.items() if d.reads > before[k]})
-        return scores
-
-    for module in ("sweeps", "suite"):
-        monkeypatch.setattr(f"pai_utils.studies.{module}.score", watch)
-    retention_sweep(
-        backbone, watched, heads, ["first", "third"], scorers=["ggn_diag", "fisher_diag", "random"],
-        sparsities=(0.5,), seeds=(0,), samples=8,
-    )  # fmt: skip
-    assert during == [
-        {("first", "train"): 8},
-        {("third", "train"): 8},
-        {("first", "train"): 8},
-        {("third", "train"): 8},
-        {},
-    ]
-    # Over the whole sweep no validation image is read, nor a held-out task's training image.
-    assert all(data.reads == 0 for (_, part), data in parts.items() if part == "validation")
-    assert parts["second", "train"].reads == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scorers": ["ggn"]}, "unknown scorer 'ggn'"),
-        ({"sparsities": [1.0]}, r"sparsity=1\.0"),
-        ({"scope": "rows"}, "unknown scope 'rows'"),
-        ({"sources": ["frist"]}, "unknown source 'frist'; did you mean 'first'"),
-    ],
-)
-def test_a_sweep_refuses_a_misspelling_at_once(options: dict[str, Any], message: str) -> None:
-    backbone, tasks, heads = sweep_inputs()
-    with pytest.raises(ValueError, match=message):
-        retention_sweep(backbone, tasks, heads, options.pop("sources", ["first"]), **options)
-
-
 def closed_form_table() -> pd.DataFrame:
     """Ten items a task; the number right is given for each row."""
     rows = [
@@ -430,54 +261,3 @@ def test_held_out_retention_leaves_out_the_source() -> None:
     a, c = (0.1 - 0.2) / (0.9 - 0.2), 0.0
     assert summary.loc[("b", "ggn_diag")].retention == pytest.approx((a + c) / 2)
     assert summary.loc[("b", "dense")].retention == pytest.approx(1)
-
-
-def test_pruning_within_a_sweep_leaves_heads_alone() -> None:
-    backbone, tasks, heads = sweep_inputs()
-    before = copy.deepcopy({name: head.state_dict() for name, head in heads.items()})
-    retention_sweep(
-        backbone, tasks, heads, ["first"], scorers=["magnitude"], sparsities=(0.9,), samples=8
-    )
-    for name, head in heads.items():
-        for key, value in head.state_dict().items():
-            assert torch.equal(value, before[name][key])
-
-
-def pairs(**retention: list[float]) -> pd.DataFrame:
-    """A summary of pairs ``source__target``, at sparsities 0.2, 0.4, 0.6."""
-    rows = []
-    for pair, values in retention.items():
-        source, target = pair.split("__")
-        for sparsity, value in zip((0.2, 0.4, 0.6), values, strict=True):
-            rows.append(
-                {
-                    "source": source, "target": target, "scorer": "snip", "sparsity": sparsity,
-                    "retention": value, "low": value - 0.05, "high": value + 0.05,
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_the_sparsity_of_90_percent_lies_on_the_line_of_the_first_crossing() -> None:
-    summary = pairs(a__b=[0.95, 0.83, 0.95], a__c=[0.8, 0.7, 0.6], b__c=[1.0, 0.98, 0.96])
-    found = pai.evaluation.sparsity_kept(summary).set_index(["source", "target"])
-    assert found.loc[("a", "b"), "sparsity"] == pytest.approx(0.2 + 0.2 * 5 / 12)
-    assert found.loc[("a", "b"), "low"] == pytest.approx(0.2)  # 0.90 at 0.2 on the lower bound
-    assert found.loc[("a", "b"), "high"] == pytest.approx(0.2 + 0.2 * 10 / 12)
-    # From a retention of 1 at sparsity 0.
-    assert found.loc[("a", "c"), "sparsity"] == pytest.approx(0.1)
-    assert found.crossed.tolist() == [True, True, False]
-    assert found.loc[("b", "c"), "sparsity"] == 0.6
-
-
-def test_donors_are_compared_on_the_same_targets_and_never_on_their_own() -> None:
-    summary = pairs(
-        easy__easy=[1, 1, 1], easy__hard=[0.5, 0.2, 0], hard__easy=[1, 0.9, 0.8],
-        hard__hard=[0, 0, 0], third__easy=[0.8, 0.7, 0.6], third__hard=[0.7, 0.6, 0.4],
-    )  # fmt: skip
-    found = pai.evaluation.rank_donors(summary, "snip", 0.4).set_index("source")
-    # Means on the same target: 0.8 on easy, 0.4 on hard.
-    assert found.advantage.round(9).to_dict() == {"hard": 0.1, "third": 0.05, "easy": -0.2}
-    assert list(found.index) == ["hard", "third", "easy"]
-    assert found.targets.to_dict() == {"hard": 1, "third": 2, "easy": 1}
-    assert found.loc["third", "low"] == pytest.approx(0.05 - 1.96 * 0.15)

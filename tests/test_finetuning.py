@@ -1,28 +1,16 @@
 import copy
-import logging
 import math
 import re
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.evaluation import Evaluation
 from pai_utils.finetuning import OPTIMISERS, FeaturePenalty, Penalty
 from pai_utils.heads import features
-from pai_utils.studies.finetune_recovery import (
-    chosen_on_validation,
-    make_penalties,
-    recovery_gains,
-    recovery_results,
-    recovery_study,
-    recovery_sweep,
-)
 from tests.cases import Images, fingerprint, tiny_backbone, tiny_classifier, tiny_task
 
 
@@ -33,8 +21,7 @@ def pruned_classifier(sparsity: float = 0.6) -> pai.Pruned:
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.1)])
 def test_pruned_weights_are_zero_after_every_step(
     optimiser: str, momentum: float, weight_decay: float
 ) -> None:
@@ -180,52 +167,6 @@ def test_a_frozen_model_is_refused() -> None:
         pai.finetune(tiny_classifier().requires_grad_(False), tiny_task().train)
 
 
-def sweep(rates: list[float], *, refit: bool = True) -> Any:
-    pruned = pruned_classifier()
-    assert isinstance(pruned.model, pai.Classifier)
-    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
-    dense = tiny_classifier().backbone
-    heads = {name: pai.fit_head(dense, task) for name, task in tasks.items()}
-    before = fingerprint(pruned.model)
-    table = recovery_sweep(
-        pruned.model, pruned.mask, tasks, heads, "spots", learning_rates=rates, at_steps=[0, 2, 5],
-        batch_size=8, refit=refit,
-    )  # fmt: skip
-    assert fingerprint(pruned.model) == before
-    return table
-
-
-def test_a_recovery_sweep_watches_every_task_at_every_step() -> None:
-    table = sweep([1e-3, 1e-1])
-    validation = table[table.split == "validation"]
-    assert set(zip(validation.target, validation["head"], strict=True)) == {("spots", "frozen")}
-    assert len(validation) == 2 * 3
-    frozen = table[(table["head"] == "frozen") & (table.split == "test")]
-    assert len(frozen) == 2 * 3 * 2
-    assert set(zip(frozen.learning_rate, frozen.step, frozen.target, strict=True)) == {
-        (rate, step, target)
-        for rate in (1e-3, 1e-1)
-        for step in (0, 2, 5)
-        for target in ("spots", "other")
-    }
-    refitted = table[table["head"] == "refitted"]
-    assert len(refitted) == 2 * 2
-    assert set(refitted.step) == {5}
-    start = frozen[frozen.step == 0]
-    assert start.groupby("target").loss.nunique().eq(1).all()
-    assert len(sweep([1e-3], refit=False)) == 6 + 3
-
-
-def test_a_recovery_sweep_goes_on_after_a_rate_that_diverges(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.WARNING, "pai_utils"):
-        table = sweep([1e30, 1e-3])
-    assert set(table[table.learning_rate == 1e30].step) == {0}
-    assert set(table[table.learning_rate == 1e-3].step) == {0, 2, 5}
-    assert any("ends early" in message for message in caplog.messages)
-
-
 def test_the_penalty_is_the_proximal_step_in_closed_form() -> None:
     model = tiny_classifier().double()
     name = "backbone.encoder.0.weight"
@@ -302,54 +243,6 @@ def test_an_image_that_is_not_finite_is_not_blamed_on_the_rate() -> None:
         pai.finetune(tiny_classifier().double(), data, steps=1, batch_size=8)
     with pytest.raises(FloatingPointError, match="try a smaller one"):
         pai.finetune(tiny_classifier(), tiny_task().train, steps=5, learning_rate=1e30)
-
-
-def test_gains_leave_out_a_seed_that_diverged() -> None:
-    def right(*values: int) -> np.ndarray[Any, Any]:
-        return np.array(values, dtype=bool)
-
-    ends = {0: {0: right(1, 0, 0, 0), 9: right(1, 1, 0, 0)}, 1: {0: right(1, 1, 1, 1)}}
-    table = pd.DataFrame(
-        [
-            {"start": "pruned", "penalty": "none", "learning_rate": 0.1, "step": step, "seed": seed}
-            | {"target": target, "split": split, "head": "frozen", "accuracy": found.mean()}
-            | {"correct": found, "chance": 0.25}
-            for seed, run in ends.items()
-            for step, found in run.items()
-            for target, split in (("s", "test"), ("s", "validation"), ("t", "test"))
-        ]
-    )
-    row = recovery_gains(table, "s").iloc[0]
-    assert (row.seeds, row.held_out_gain, row.source_gain, row.validation) == (1, 0.25, 0.25, 0.5)
-    with pytest.raises(ValueError, match="no fine-tuning came to an evaluation"):
-        recovery_gains(pd.DataFrame(), "s")
-
-
-def test_gains_by_penalty_and_the_rate_chosen_on_validation() -> None:
-    pruned = pruned_classifier()
-    assert isinstance(pruned.model, pai.Classifier)
-    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
-    heads = {name: pai.fit_head(tiny_classifier().backbone, task) for name, task in tasks.items()}
-    anchor = {n: pruned.model.get_parameter(n).detach().clone() for n in pruned.mask}
-    table = recovery_sweep(
-        pruned.model, pruned.mask, tasks, heads, "spots", learning_rates=[1e-3, 1e-1],
-        at_steps=[0, 5], refit=False, penalties={"none": None, "held": Penalty(anchor, 1e9)},
-    )  # fmt: skip
-    gains = recovery_gains(table.assign(start="pruned"), "spots")
-    assert set(gains.start) == {"pruned"}
-    assert len(gains) == 4
-    rows = table[(table.penalty == "none") & (table.learning_rate == 1e-1)]
-    test = rows[(rows.split == "test") & (rows.target == "spots")].set_index("step").accuracy
-    found = gains[(gains.penalty == "none") & (gains.learning_rate == 1e-1)].iloc[0]
-    assert found.source == test[5]
-    assert found.source_gain == pytest.approx(test[5] - test[0])
-    assert found.source_low <= found.source_gain <= found.source_high
-    validation = rows[(rows.split == "validation") & (rows.step == 5)].accuracy.item()
-    assert found.validation == validation
-    chosen = chosen_on_validation(gains)
-    assert list(chosen.penalty) == ["none", "held"]
-    best = gains.groupby("penalty").validation.max()
-    assert (chosen.set_index("penalty").validation == best[chosen.penalty]).all()
 
 
 def test_the_pull_to_features_is_half_the_lost_share_of_their_variance() -> None:
@@ -434,119 +327,3 @@ def test_the_rate_falls_in_a_straight_line_to_its_last_step() -> None:
 def test_unknown_settings_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pai.finetune(tiny_classifier(), tiny_task().train, **options)  # type: ignore[arg-type]
-
-
-def test_penalties_are_made_by_name_around_the_dense_encoder() -> None:
-    encoder, task, pool = tiny_classifier().backbone, tiny_task(), tiny_task("other", train=20)
-    names = pai.prunable_parameters(encoder)
-    strengths = {"none": 0.0, "unweighted": 2.0, "source": 3.0, "pool": 4.0, "features": 5.0}
-    made = make_penalties(encoder, names, strengths, task.train, pool.train)
-    assert list(made) == list(strengths)
-    assert made["none"] is None
-    for name, strength in list(strengths.items())[1:]:
-        penalty = made[name]
-        assert penalty is not None
-        assert penalty.strength == strength
-        penalty.check(pai.Classifier(encoder, nn.Linear(6, 3)))
-    source, mixture, held = made["source"], made["pool"], made["features"]
-    assert isinstance(source, Penalty)
-    assert isinstance(mixture, Penalty)
-    assert isinstance(held, FeaturePenalty)
-    for curvature in (source.curvature, mixture.curvature):
-        assert curvature is not None
-        mean = torch.cat([c.flatten() for c in curvature.values()]).mean()
-        assert float(mean) == pytest.approx(1, rel=1e-5)
-    assert torch.equal(held.targets, features(encoder, pool.train)[0])
-    with pytest.raises(ValueError, match="unknown penalty 'sources'; did you mean 'source'"):
-        make_penalties(encoder, names, {"sources": 1.0}, task.train, pool.train)
-
-
-def test_a_study_runs_every_start_and_all_penalties_on_the_first() -> None:
-    encoder = tiny_classifier().backbone
-    tasks = {name: tiny_task(name) for name in ("spots", "other")}
-    heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
-    before = fingerprint(encoder)
-    settings: dict[str, Any] = {
-        "starts": ["repaired", "random", "dense"], "sparsities": [0.5, 0.7], "seeds": [0, 1],
-        "scorer": "feature_ggn_diag", "prune_by": "spots+noise", "samples": 20,
-        "penalties": {"none": 0.0, "features": 1.0}, "learning_rates": [1e-3], "at_steps": [0, 2],
-        "refit": False, "finetune_batch_size": 8,
-    }  # fmt: skip
-    table = recovery_study(encoder, tasks, heads, "spots", **settings)
-    assert fingerprint(encoder) == before
-    keys = ["start", "sparsity", "penalty", "seed"]
-    expected = {
-        *{(start, s, "none", seed) for start in ("repaired", "random") for s in (0.5, 0.7)
-          for seed in (0, 1)},
-        *{("repaired", 0.5, "features", seed) for seed in (0, 1)},
-        *{("dense", 0.0, "none", seed) for seed in (0, 1)},
-    }  # fmt: skip
-    assert set(table[keys].itertuples(index=False, name=None)) == expected
-    start = table[(table.step == 0) & (table.split == "test")].groupby(["start", "target"]).accuracy
-    dense = {n: pai.evaluate(pai.Classifier(encoder, heads[n]), t.test) for n, t in tasks.items()}
-    assert all(start.mean()["dense"][name] == dense[name].accuracy for name in tasks)
-    with pytest.raises(ValueError, match="unknown start 'prunde'; did you mean 'pruned'"):
-        recovery_study(encoder, tasks, heads, "spots", **{**settings, "starts": ["prunde"]})
-
-
-def test_a_study_scores_with_the_head_that_belongs_to_the_images(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    encoder = tiny_classifier().backbone
-    tasks = {"spots": tiny_task(), "other": tiny_task("other", classes=2)}
-    heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
-    seen = []
-
-    def watched(model: pai.Classifier, images: Any, *rest: Any, **options: Any) -> pai.Pruned:
-        seen.append((model.head, images, options["samples"], options["rounds"]))
-        return pai.prune(model, images, *rest, **options)
-
-    monkeypatch.setattr("pai_utils.studies.suite.prune", watched)
-    table = recovery_study(
-        encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
-        scorer="snip", prune_by="other", samples=1_000_000, rounds=2, learning_rates=[1e-3],
-        at_steps=[0], refit=False,
-    )  # fmt: skip
-    ((head, images, samples, rounds),) = seen
-    assert head is heads["other"]
-    assert images is tasks["other"].train
-    assert samples == len(images)
-    assert rounds == 2
-    assert set(table.target) == {"spots", "other"}
-    with pytest.raises(ValueError, match="samples=0"):
-        recovery_study(
-            encoder, tasks, heads, "spots", starts=["pruned"], sparsities=[0.5], seeds=[0],
-            scorer="snip", samples=0, learning_rates=[1e-3], at_steps=[0],
-        )  # fmt: skip
-
-
-def test_results_of_a_recovery_are_those_before_and_after() -> None:
-    def right(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.bool)
-
-    dense = {"t": Evaluation(1.0, 0.0, 4, (0.5, 1.0), right(1, 1, 1, 1))}
-    common = {"target": "t", "split": "test", "head": "frozen", "penalty": "none", "seed": 0}
-    common |= {"learning_rate": 0.1, "chance": 0.0, "count": 4, "loss": 0.0, "sparsity": 0.5}
-    table = pd.DataFrame(
-        [
-            common | {"start": start, "step": step, "accuracy": found.float().mean().item()}
-            | {"correct": found.numpy()}
-            for start, step, found in (
-                ("pruned", 0, right(1, 0, 0, 0)),
-                ("pruned", 5, right(1, 1, 0, 0)),
-                ("pruned", 9, right(1, 1, 1, 0)),
-                ("random", 0, right(0, 0, 0, 0)),
-                ("random", 5, right(0, 0, 0, 1)),  # and diverged
-            )
-        ]
-    )  # fmt: skip
-    found = recovery_results(table, dense, "pool", "snip", steps=9)
-    rows = found[["stage", "source", "scorer", "accuracy", "retention"]].to_numpy().tolist()
-    assert rows == [
-        ["pruned, fine-tuned (none, 0.1)", "pool", "snip", 0.75, 0.75],
-        ["pruned", "pool", "snip", 0.25, 0.25],
-        ["random", "none", "random", 0.0, 0.0],
-    ]
-    assert recovery_results(table, dense, "pool", "magnitude", steps=9).source.unique() == ["none"]
-    with pytest.raises(ValueError, match="neither at step 0 nor at step 7"):
-        recovery_results(table[table.step == 9], dense, "pool", "snip", steps=7)

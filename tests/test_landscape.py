@@ -3,7 +3,6 @@ import math
 from collections.abc import Hashable
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.linalg import subspace_angles
@@ -17,11 +16,9 @@ from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.data.tasks import Task
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.landscape import (
-    PARTS,
     Plane,
     TaskCurvature,
     difference,
-    error_parts,
     losses_along,
     losses_on_path,
     losses_on_plane,
@@ -30,41 +27,24 @@ from pai_utils.landscape import (
     principal_angles,
     pruning_direction,
     random_plane,
-    rank_agreement,
     task_alignment,
     task_curvature,
 )
-from pai_utils.masks import make_mask
-from pai_utils.models.encoders import Backbone, Classifier
-from pai_utils.studies.landscape_analysis import (
-    QUANTITIES,
-    barriers,
-    briefly_trained,
-    compared,
-    spectra,
-    study,
-    transfer_correlations,
-)
+from pai_utils.models.encoders import Backbone
 from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Images,
     build,
-    dense_hessian,
     fingerprint,
+    logistic_regression,
+    small_direction,
     tiny_backbone,
     tiny_classifier,
     tiny_task,
 )
 
-
-def small_direction(case: Case) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(case.model.named_parameters())
-    return {
-        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
-        for name in case.names
-    }
+ALL = Draw(None)
 
 
 def test_the_pruning_direction_leads_from_the_dense_to_the_pruned_weights() -> None:
@@ -106,7 +86,7 @@ def test_an_error_on_the_way_restores_the_weights_bit_for_bit() -> None:
 def test_the_quadratic_prediction_is_wrong_by_third_order_only(name: str) -> None:
     case = build(name)
     table = predicted_and_measured(
-        case.model, {"v": small_direction(case)}, case.data, fractions=[1e-4, 2e-4], samples=None
+        case.model, {"v": small_direction(case)}, case.data, ALL, fractions=[1e-4, 2e-4]
     )
     second = (table.measured - table.taylor).abs()
     first = (table.measured - table.gradient).abs()
@@ -121,8 +101,7 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
     directions["w"] = {name: step.cos() for name, step in directions["v"].items()}
     before = fingerprint(case.model)
     table = predicted_and_measured(
-        case.model, directions, case.data,
-        fractions=[0.25, 1.0], samples=6, batch_size=4, seed=2, block_size=5,
+        case.model, directions, case.data, Draw(6, 4, 2), fractions=[0.25, 1.0], block_size=5,
     )  # fmt: skip
     assert fingerprint(case.model) == before
     assert list(table.columns) == [
@@ -131,20 +110,11 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
     ]  # fmt: skip
     assert list(table.direction) == ["v", "v", "w", "w"]
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(2))[:6]
-    drawn = Images(6)
+    drawn, steps = Images(6), [*directions.values()]
     drawn.images, drawn.labels = case.data.batch(rows)
-    exact = dict(
-        zip(directions, directional_terms(case.model, [*directions.values()], drawn), strict=True)
-    )
-    parts = dict(
-        zip(
-            directions,
-            partial_terms(
-                case.model, [*directions.values()], drawn, Draw(None, seed=2), block_size=5
-            ),
-            strict=True,
-        )
-    )
+    exact = dict(zip(directions, directional_terms(case.model, steps, drawn), strict=True))
+    found = partial_terms(case.model, steps, drawn, Draw(None, seed=2), block_size=5)
+    parts = dict(zip(directions, found, strict=True))
     for row in table.to_dict("records"):
         a, name = row["fraction"], row["direction"]
         terms, part = exact[name], parts[name]
@@ -161,74 +131,23 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
         assert row["measured"] == pytest.approx(loss - terms.loss)
 
 
-def test_the_parts_of_the_error_add_up_to_what_is_measured(case: Case) -> None:
-    table = predicted_and_measured(
-        case.model, {"v": small_direction(case)}, case.data, fractions=[0.1, 0.2], samples=None
-    ).assign(target="here")
-    parts = error_parts(table)
-    assert list(dict.fromkeys(parts.part)) == ["diagonal", *PARTS]
-    assert set(parts.columns) == {
-        "direction", "fraction", "dense_loss", "count", "target", "part", "nats",
-    }  # fmt: skip
-    sums = parts.groupby("fraction").nats.sum()
-    assert sums.to_numpy() == pytest.approx(table.measured.to_numpy(), rel=1e-9, abs=1e-12)
-    gradient = parts[parts.part == "gradient"].nats.to_numpy()
-    assert gradient == pytest.approx(table.gradient.to_numpy(), rel=1e-9, abs=1e-12)
-
-
 def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
     model, data = logistic_regression()
     step = {"1.weight": 1e-3 * torch.randn(3, 12, dtype=torch.float64)}
-    row = predicted_and_measured(model, {"v": step}, data, fractions=[1.0], samples=None).iloc[0]
+    row = predicted_and_measured(model, {"v": step}, data, ALL, fractions=[1.0]).iloc[0]
     assert abs(row.gradient) < 1e-6 * row.ggn
     assert row.hessian == pytest.approx(row.ggn, rel=1e-4)
     assert row.measured == pytest.approx(row.ggn, rel=1e-2)
-
-
-def logistic_regression() -> tuple[nn.Module, Images]:
-    """At its minimum."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
-    data = Images(40, classes=3, side=2)
-    optimiser = torch.optim.LBFGS(
-        model.parameters(), max_iter=500, tolerance_grad=1e-13, tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(model(data.images), data.labels)
-        loss.backward()
-        return loss
-
-    for _ in range(3):  # a line search may end early; a restart goes on
-        optimiser.step(closure)
-    model.zero_grad()
-    return model, data
 
 
 def test_a_classifier_in_float32_measures_what_evaluation_says() -> None:
     model, data = tiny_classifier(), tiny_task().train
     pruned = pai.prune(model, None, "magnitude", 0.7)
     table = predicted_and_measured(
-        model, {"v": pruning_direction(model, pruned.mask)}, data, fractions=[1.0], samples=None
+        model, {"v": pruning_direction(model, pruned.mask)}, data, ALL, fractions=[1.0]
     )
     expected = pai.evaluate(pruned.model, data).loss - pai.evaluate(model, data).loss
     assert table.measured[0] == pytest.approx(expected, abs=1e-6)
-
-
-def test_rank_agreement_is_that_of_the_full_step() -> None:
-    names = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
-    full = pd.DataFrame({name: [1.0, 2.0, 3.0, 4.0] for name in names}).assign(
-        measured=[1.0, 3.0, 2.0, 9.0], fraction=1.0
-    )
-    full["ggn"] = [4.0, 3.0, 2.0, 1.0]
-    table = pd.concat([full, full.assign(fraction=0.5, measured=[9.0, 1, 1, 1])])
-    ranks = rank_agreement(table).set_index("prediction")
-    assert list(ranks.index) == names
-    assert ranks.correlation["taylor"] == pytest.approx(0.8)
-    assert ranks.correlation["ggn"] == pytest.approx(-0.8)
-    assert (ranks["count"] == 4).all()
-    assert rank_agreement(full[:2]).correlation.isna().all()
 
 
 def orthonormal(count: int, size: int, seed: int) -> torch.Tensor:
@@ -314,7 +233,7 @@ def test_alignment_of_tasks_is_that_of_numpy_and_scipy() -> None:
 
 def test_the_curvature_of_a_task_is_that_of_the_dense_matrix() -> None:
     case = build("conv")
-    found = task_curvature(case.model, case.data, eigenvectors=2, products=50, samples=None)
+    found = task_curvature(case.model, case.data, ALL, eigenvectors=2, products=50)
     assert found.diagonal.keys() == found.eigenpairs.vectors.keys()
     assert set(found.diagonal) == set(pai.prunable_parameters(case.model))
     operator = GGNOperator(case.model, list(found.diagonal), case.data)
@@ -325,185 +244,10 @@ def test_the_curvature_of_a_task_is_that_of_the_dense_matrix() -> None:
         assert float(gap) <= 1.01e-2 * float(found.eigenpairs.values[0])
 
 
-def cells(count: int = 4) -> pd.DataFrame:
-    """Pairs of tasks at two sparsities; "good" orders the pairs, "level" only the sparsities."""
-    names = [f"task {i}" for i in range(count)]
-    rows = [
-        {
-            "source": one, "target": other, "scorer": "s", "sparsity": sparsity,
-            "held_out": one != other, "retention": 1 - sparsity - 0.01 * (i * count + j),
-            "good": -0.01 * (i * count + j) - 10 * (sparsity - 0.5), "level": -sparsity,
-            "sometimes": float(i) if j else math.nan,
-        }
-        for sparsity in (0.2, 0.8)
-        for i, one in enumerate(names)
-        for j, other in enumerate(names)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
-    table = transfer_correlations(
-        cells(), predictors=["good", "level", "sometimes"], replicates=200
-    ).set_index("predictor")
-    held = cells()[lambda t: t.source != t.target]
-    assert table.pooled["good"] == pytest.approx(1)
-    assert table.within["good"] == pytest.approx(1)
-    assert table.pooled["level"] == pytest.approx(spearmanr(held.level, held.retention).statistic)
-    assert math.isnan(table.within["level"])
-    assert list(table.cells) == [24, 24, 18]
-    assert list(table.pairs) == [12, 12, 9]
-    one = held[(held.sparsity == 0.2) & held.sometimes.notna()]
-    assert table.within["sometimes"] == pytest.approx(
-        spearmanr(one.sometimes, one.retention).statistic
-    )
-    assert table.within_low["sometimes"] <= table.within["sometimes"]
-    assert table.pooled_low["good"] == pytest.approx(1)
-    few = transfer_correlations(cells(2), predictors=["good"])
-    assert few.pairs[0] == 2
-    blind = cells().assign(good=math.nan)
-    none = transfer_correlations(blind, predictors=["good"])
-    assert none.pairs[0] == 0
-    assert none.pooled.isna().all()
-    assert none.pooled_low.isna().all()
-
-
-def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
-    random = np.random.default_rng(5)
-    table = cells()
-    table["noisy"] = table.retention + 0.3 * random.standard_normal(len(table))
-    table["noisy"] = table.noisy.round(1)  # ties
-    found = transfer_correlations(table, predictors=["noisy"], replicates=50, seed=3).iloc[0]
-    held = table[table.held_out]
-    pairs = [group for _, group in held.groupby(["source", "target"])]
-    drawn = np.random.default_rng(3).multinomial(12, np.ones(12) / 12, size=50)
-    pooled, within = [], []
-    for counts in drawn:
-        sample = pd.concat([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
-        pooled.append(spearmanr(sample.noisy, sample.retention).statistic)
-        within.append(
-            np.mean(
-                [
-                    spearmanr(group.noisy, group.retention).statistic
-                    for _, group in sample.groupby("sparsity")
-                ]
-            )
-        )
-    for kind, values in {"pooled": pooled, "within": within}.items():
-        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx(
-            tuple(np.quantile(values, [0.025, 0.975]))
-        )
-
-
 def tiny_tasks() -> tuple[Backbone, dict[str, Task], dict[str, nn.Linear]]:
     backbone = tiny_backbone()
     tasks = {"one": tiny_task("one"), "two": tiny_task("two", classes=4)}
     return backbone, tasks, pai.make_heads(backbone, tasks)
-
-
-def test_a_study_holds_predictions_retention_and_alignment() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    before = fingerprint(backbone)
-    found = study(
-        backbone, tasks, heads,
-        sparsities=[0.3, 0.6], fractions=[0.5, 1.0], samples=8, eigenvectors=2, seed=1,
-    )  # fmt: skip
-    assert fingerprint(backbone) == before
-    # Of ggn_diag two sources, of magnitude none; two sparsities and targets, two fractions.
-    assert len(found.losses) == 3 * 2 * 2 * 2
-    assert len(found.cells) == 3 * 2 * 2
-    assert list(found.alignment.source) == ["one", "two"]
-    assert len(found.eigenvalues) == 4
-    cell = found.cells[
-        (found.cells.source == "one")
-        & (found.cells.target == "two")
-        & (found.cells.sparsity == 0.6)
-    ].iloc[0]
-    assert cell.held_out
-    masks = {
-        name: make_mask(
-            pai.score("ggn_diag", Classifier(backbone, heads[name]), task.train, samples=8, seed=1),
-            0.6,
-        )
-        for name, task in tasks.items()
-    }
-    assert cell.mask_overlap == pytest.approx(masks["one"].overlap(masks["two"]))
-    assert cell.mask_overlap_excess == pytest.approx(
-        cell.mask_overlap - masks["one"].expected_overlap(masks["two"])
-    )
-    model = Classifier(copy.deepcopy(backbone), heads["two"])
-    direction = pruning_direction(model, masks["one"])
-    alone = predicted_and_measured(
-        model, {"v": direction}, tasks["two"].train, fractions=[1.0], samples=8, seed=1
-    ).iloc[0]
-    for column in ("taylor", "ggn", "diagonal", "measured"):
-        assert cell[column] == pytest.approx(alone[column], rel=1e-4)
-    masks["one"].apply_(model)
-    assert cell.accuracy == pai.evaluate(model, tasks["two"].test).accuracy
-    own = found.cells[found.cells.source == found.cells.target]
-    assert not own.held_out.any()
-    assert own.mask_overlap.isna().all()
-    assert own.eigenspace_overlap.isna().all()
-    blind = found.cells[found.cells.scorer == "magnitude"]
-    assert (blind.source == "none").all()
-    assert blind.held_out.all()
-
-
-def test_studies_of_several_weights_are_compared_pair_by_pair() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    settings = {"sparsities": [0.6], "fractions": [1.0], "samples": 8, "eigenvectors": 2}
-    found = study(backbone, tasks, heads, **settings)  # type: ignore[arg-type]
-    table = compared({"given": found, "again": found}, "ggn_diag", 0.6)
-    assert list(dict.fromkeys(table.weights)) == ["given", "again"]
-    assert set(table.pair) == {"one → two", "two → one"}
-    assert list(dict.fromkeys(table.quantity)) == [*QUANTITIES.values()]
-    cell = found.cells.query("source == 'one' and target == 'two'").iloc[0]
-    values = table[(table.weights == "given") & (table.pair == "one → two")]
-    by_name = dict(zip(values.quantity, values.value, strict=True))
-    assert by_name[QUANTITIES["measured"]] == cell.measured
-    error = abs(cell.measured - cell.taylor) / max(abs(cell.measured), abs(cell.taylor))
-    assert by_name[QUANTITIES["left_out"]] == pytest.approx(error)
-
-
-def test_a_study_needs_two_tasks_and_the_full_step() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    with pytest.raises(ValueError, match="at least two tasks"):
-        study(backbone, {"one": tasks["one"]}, heads)
-    with pytest.raises(ValueError, match=r"fractions=\[0\.5\] must hold 1"):
-        study(backbone, tasks, heads, fractions=[0.5])
-    with pytest.raises(ValueError, match="eigenvectors=4 need as many products; got 3"):
-        study(backbone, tasks, heads, eigenvectors=4, products=3)
-
-
-def test_a_brief_training_leaves_the_encoder_and_lowers_the_loss() -> None:
-    backbone, tasks, _ = tiny_tasks()
-    before = fingerprint(backbone)
-    trained = briefly_trained(backbone, tasks["one"], steps=30, learning_rate=1e-2)
-    assert fingerprint(backbone) == before
-    head = pai.fit_head(backbone, tasks["one"])
-    losses = [
-        pai.evaluate(Classifier(encoder, head), tasks["one"].train).loss
-        for encoder in (backbone, trained)
-    ]
-    assert losses[1] < 0.8 * losses[0]
-
-
-def test_spectra_of_a_quadratic_loss_are_its_eigenvalues() -> None:
-    model, data = logistic_regression()
-    hessian = dense_hessian(model, ["1.weight"], data)
-    values = torch.linalg.eigvalsh(hessian)
-    summary, density = spectra({"here": model}, data, probes=6, steps=36, samples=None)
-    row = summary.iloc[0]
-    assert row.largest == pytest.approx(float(values[-1]), rel=1e-8)
-    assert row.smallest == pytest.approx(float(values[0]), abs=1e-8)
-    # Signs as start vectors: each probe's estimate is Hutchinson's.
-    off = hessian - hessian.diag().diag()
-    error = math.sqrt(2 * float(off.square().sum()) / 6)
-    assert abs(row.trace - float(values.sum())) < 4 * error
-    assert 0.2 * error < row.trace_standard_error < 3 * error
-    integral = np.trapezoid(density.density, density.eigenvalue)
-    assert integral == pytest.approx(1, abs=1e-6)
-    assert set(density.name) == {"here"}
 
 
 def shifted(backbone: Backbone, amount: float) -> Backbone:
@@ -555,24 +299,6 @@ def test_paths_that_lead_nowhere_are_refused() -> None:
             difference(one, two)
     with pytest.raises(ValueError, match="points=0"):
         losses_on_path({"dense": backbone, "moved": shifted(backbone, 1)}, heads, tests, points=0)
-
-
-def test_barriers_are_above_the_line_between_the_ends() -> None:
-    path = pd.DataFrame(
-        {
-            "position": [0, 0.5, 1, 1.5, 2],
-            "segment": ["a → b"] * 3 + ["b → c"] * 2,
-            "task": "t",
-            "loss": [1.0, 4.0, 3.0, 1.0, 2.0],
-        }
-    )
-    found = barriers(path)
-    assert found.to_dict("records") == [
-        {"segment": "a → b", "task": "t", "start": 1, "end": 3, "barrier": 2},
-        {"segment": "b → c", "task": "t", "start": 3, "end": 2, "barrier": 0},
-    ]
-    path.loc[4, "loss"] = math.inf
-    assert barriers(path).barrier.isna().tolist() == [False, True]
 
 
 def test_the_plane_through_three_networks_holds_them() -> None:

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 
 import pai_utils as pai
-from pai_utils.evaluation import protocol_gap
 from pai_utils.needs import Need, make, needs
+from pai_utils.studies import zero_shot_retention
 from pai_utils.studies.parameters import EncoderParameters, RunParameters, read_parameters
-from pai_utils.studies.sweeps import retention_sweep
-from pai_utils.studies.zero_shot_retention import Parameters as ZeroShotRetentionParameters
 from pai_utils.support import cache
 from pai_utils.support.cache import keeping, used_files
 
@@ -42,7 +40,7 @@ def test_everything_made_is_what_a_run_then_reads(
         train_size=60,
         test_size=40,
     )
-    assert isinstance(config, ZeroShotRetentionParameters)
+    assert isinstance(config, zero_shot_retention.Parameters)
     made = set()
     for need in needs(config):
         with keeping() as names:
@@ -50,24 +48,9 @@ def test_everything_made_is_what_a_run_then_reads(
         made |= set(names)
     cache._used.clear()
 
-    encoder = pai.load_backbone(config.backbone, device="cpu")
-    tasks = {
-        name: pai.load_task(name, encoder.transform, train_size=60, test_size=40)
-        for name in config.tasks
-    }
-    heads = pai.make_heads(encoder, tasks, batch_size=config.batch_size)
-    protocol_gap(encoder, tasks)
-    retention_sweep(
-        encoder,
-        tasks,
-        heads,
-        config.sources,
-        scorers=config.scorers,
-        sparsities=config.sparsities,
-        seeds=config.seeds,
-        samples=config.samples,
-        batch_size=config.batch_size,
-    )
+    suite = pai.Suite.load(config)
+    zero_shot_retention.protocol_gap(suite)
+    zero_shot_retention.run(suite, config)
     read = set(used_files())
     # Features of training images serve to make the heads.
     left = made - read

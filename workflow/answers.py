@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from claims import BEYOND, KEPT, NOT, PARTLY, REPRODUCED, UNTESTED, in_words
 
-from pai_utils.evaluation import retention_verdict
 from pai_utils.runs import read_record
+from pai_utils.studies.zero_shot_retention import retention_verdict
 
 FURTHER_BACKBONES = {"efficientnet_lite2": "EfficientNet-Lite2", "mobilenetv2": "MobileNetV2"}
 PAPERS_SCORE = "ggn_diag"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pai_utils.evaluation import retention_verdict
 from pai_utils.runs import read_record
+from pai_utils.studies.zero_shot_retention import retention_verdict
 
 KEPT = 0.9  # of the accuracy above chance
 REPRODUCED, PARTLY, NOT = "reproduced", "in part", "not reproduced"

@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 
 from pai_utils import plots
 from pai_utils.data.mixtures import is_held_out
-from pai_utils.evaluation import retention_verdict
-from pai_utils.landscape import PREDICTORS
 from pai_utils.runs import read_record
 from pai_utils.studies.finetune_recovery import chosen_on_validation
-from pai_utils.studies.landscape_analysis import transfer_correlations
+from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
+from pai_utils.studies.zero_shot_retention import retention_verdict
 from pai_utils.support.stored import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

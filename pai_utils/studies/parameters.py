@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,11 +21,21 @@ from pai_utils.data.tasks import check_task_name
 from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import SCORERS
-from pai_utils.support.common import unknown_name
-from pai_utils.support.sampling import PRECISIONS
+from pai_utils.support.common import check_names
+from pai_utils.support.sampling import PRECISIONS, Draw
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+
+def one_of(kind: str, names: Collection[str]) -> AfterValidator:
+    """A check that a parameter is one of some names."""
+
+    def check(name: str) -> str:
+        check_names(kind, [name], names)
+        return name
+
+    return AfterValidator(check)
 
 
 def _known_task(name: str) -> str:
@@ -31,28 +43,12 @@ def _known_task(name: str) -> str:
     return name
 
 
-def known_sources(names: str | list[str]) -> str | list[str]:
-    """Refuse a source, or one of several, with an unknown part."""
-    for name in [names] if isinstance(names, str) else names:
-        for part in name.split("+"):
-            if part not in IMAGE_SETS:
-                check_task_name(task_of(part), unlisted=IMAGE_SETS)
-    return names
-
-
-def _known_pool(name: str | None) -> str | None:
-    return name if name is None else str(known_sources(name))
-
-
-def one_of(kind: str, names: Collection[str]) -> AfterValidator:
-    """A check that a parameter is one of some names."""
-
-    def check(name: str) -> str:
-        if name not in names:
-            raise unknown_name(kind, name, names)
-        return name
-
-    return AfterValidator(check)
+def known_source(name: str) -> str:
+    """Refuse a source with an unknown part."""
+    for part in name.split("+"):
+        if part not in IMAGE_SETS:
+            check_task_name(task_of(part), unlisted=IMAGE_SETS)
+    return name
 
 
 def _known_repair(text: str) -> str:
@@ -62,18 +58,16 @@ def _known_repair(text: str) -> str:
 
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, AfterValidator(_known_task)]
-RepairOption = Annotated[str, one_of("repair option", REPAIR_OPTIONS)]
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SourceName = Annotated[str, AfterValidator(known_source)]
 ScorerName = Annotated[str, one_of("scorer", SCORERS)]
 Precision = Annotated[str, one_of("precision", PRECISIONS)]
 Repair = Annotated[str, AfterValidator(_known_repair)]
+RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-COMPARISONS = ("random", "trained")
-"""Weights to set beside an encoder's, not trained at all, or briefly on the source."""
-# What a kernel puts beside the notebook's own names.
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
 STUDIES = (
     "finetune_recovery",
     "landscape_analysis",
@@ -84,7 +78,7 @@ STUDIES = (
     "zero_shot_retention",
 )
 """Notebooks, each with its parameters in the module of its name."""
-
+# What a kernel puts beside the notebook's own names.
 _KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
@@ -116,12 +110,12 @@ class RunParameters(BaseModel):
             ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
 
         Examples:
-            >>> from pai_utils.runs import PrunePerTaskParameters
+            >>> from pai_utils.studies.prune_per_task import Parameters
             >>> given = {"backbone": "mobilenetv2", "scorers": ["snip"], "out": "results"}
             >>> given |= {"sources": ["digits", "glyphs"], "sparsity": 0.5}
-            >>> PrunePerTaskParameters.from_notebook(given).batch_size
+            >>> Parameters.from_notebook(given).batch_size
             64
-            >>> PrunePerTaskParameters.from_notebook(given | {"sparsity": 50})  # doctest: +ELLIPSIS
+            >>> Parameters.from_notebook(given | {"sparsity": 50})  # doctest: +ELLIPSIS
             Traceback (most recent call last):
                 ...
             ValueError: parameters refused: sparsity: Input should be less than 1, not 50. Valid...
@@ -135,9 +129,7 @@ class RunParameters(BaseModel):
             and not callable(value)  # imported functions and classes
         }
         fields = list(cls.model_fields)
-        for name in given:
-            if name not in fields:
-                raise unknown_name("parameter", name, fields)
+        check_names("parameter", given, fields)
         try:
             return cls(**given)
         except ValidationError as error:
@@ -157,6 +149,16 @@ class EncoderParameters(RunParameters):
     test_size: Positive | None = None
     samples: Positive | None = 256  #: images a score; None: all
     batch_size: Positive = 64
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that a run loads, each once."""
+        return []
+
+    @property
+    def draw(self) -> Draw:
+        """What scores look at."""
+        return Draw(self.samples, self.batch_size, self.seed)
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
@@ -178,9 +180,7 @@ def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
         defaults = _defaults(text)
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"{notebook} {error}") from error
-    for name in values:
-        if name not in schema.model_fields:
-            raise unknown_name("parameter", name, schema.model_fields)
+    check_names("parameter", values, schema.model_fields)
     return schema.from_notebook({**defaults, **values})
 
 
@@ -190,8 +190,7 @@ def schema_of(notebook: str) -> type[RunParameters]:
     Raises:
         ValueError: for a notebook that has no study.
     """
-    if notebook not in STUDIES:
-        raise unknown_name("notebook", notebook, STUDIES)
+    check_names("notebook", [notebook], STUDIES)
     schema: type[RunParameters] = import_module(f"pai_utils.studies.{notebook}").Parameters
     return schema
 
@@ -212,14 +211,9 @@ def _defaults(text: str) -> dict[str, Any]:
         raise ValueError(f"is no readable notebook: {error!r}") from error
     if len(tagged) != 1:
         raise ValueError("has no cell tagged 'parameters', or several")
-    return _assignments(tagged[0])
-
-
-def _assignments(source: str) -> dict[str, Any]:
-    """The names that a cell of plain assignments defines, without running it."""
     return {
         target.id: ast.literal_eval(statement.value)
-        for statement in ast.parse(source).body
+        for statement in ast.parse(tagged[0]).body
         if isinstance(statement, ast.Assign)
         for target in statement.targets
         if isinstance(target, ast.Name)
@@ -245,15 +239,51 @@ def _read_text(value: Any) -> Any:
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
-    # JSON first: YAML takes 1e-4, without a point, for text.
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
+    for read in (json.loads, yaml.safe_load):  # YAML takes 1e-4, without a point, for text
+        with suppress(ValueError, yaml.YAMLError):
+            return read(value)
+    return value
+
+
+def combine(
+    scorers: Sequence[str],
+    sparsities: Sequence[float],
+    repairs: Sequence[str] = ("none",),
+    **common: Any,
+) -> list[Recipe]:
+    """A recipe for each scorer, sparsity and repair, in this order, alike in all else."""
+    return [
+        Recipe(scorer, sparsity, repair=repair, **common)
+        for scorer, sparsity, repair in itertools.product(scorers, sparsities, repairs)
+    ]
+
+
+class SeveralSources(EncoderParameters):
+    """Parameters of masks of several tasks."""
+
+    sources: list[TaskName] = Field(min_length=2)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The sources, each once."""
+        return list(dict.fromkeys(self.sources))
+
+
+class OneSource(EncoderParameters):
+    """Parameters of a source and the tasks beside it."""
+
+    source: TaskName
+    targets: list[TaskName] = Field(min_length=1)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Source and targets, each once, the source first."""
+        return list(dict.fromkeys([self.source, *self.targets]))
+
+    def check_unseen(self) -> None:
+        """Refuse targets that are the source alone."""
+        if self.tasks == [self.source]:
+            raise ValueError(f"the only target is the source {self.source}; add an unseen task")
 
 
 class Masks(EncoderParameters):
@@ -270,32 +300,26 @@ class Masks(EncoderParameters):
         return self
 
 
-class OneSource(EncoderParameters):
-    """Parameters of a source and the tasks beside it."""
-
-    source: TaskName
-    targets: list[TaskName] = Field(min_length=1)
-
-    @property
-    def tasks(self) -> list[str]:
-        """Source and targets, each once, the source first."""
-        return list(dict.fromkeys([self.source, *self.targets]))
-
-
 class RepairedMasks(Masks, OneSource):
     """Parameters of masks of one source, and of the repair that follows them."""
 
     #: Images to prune and repair by, as of `pai_utils.data.mixtures`; the source's own by default.
-    prune_by: Annotated[str | None, AfterValidator(_known_pool)] = None
+    prune_by: SourceName | None = None
     repair: Repair = "layerwise+moments"
-    repair_options: dict[RepairOption, bool | float | int] = {}
+    repair_options: RepairOptions = Field(default={})
+
+    @property
+    def pool(self) -> str:
+        """The images to prune and repair by."""
+        return self.prune_by or self.source
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:
-        pool = self.prune_by or self.source
-        seen = [t for t in self.targets if t != self.source and not is_held_out(t, pool)]
+        seen = [t for t in self.targets if t != self.source and not is_held_out(t, self.pool)]
         if seen:
-            raise ValueError(f"prune_by={pool} looks at the target {seen[0]}, which is held out")
-        if self.source not in map(task_of, pool.split("+")):
-            raise ValueError(f"prune_by={pool} has no part of the source {self.source}")
+            raise ValueError(
+                f"prune_by={self.pool} looks at the target {seen[0]}, which is held out"
+            )
+        if self.source not in map(task_of, self.pool.split("+")):
+            raise ValueError(f"prune_by={self.pool} has no part of the source {self.source}")
         return self

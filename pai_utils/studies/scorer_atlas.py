@@ -1,9 +1,12 @@
-"""Masks of many scorers side by side: what they cost, remove, share, and leave of the accuracy."""
+"""The study of all scorers side by side: what they cost, remove, share, and leave."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -15,17 +18,74 @@ from torch.nn import functional as F
 from pai_utils.evaluation import held_out_retention
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import prunable_parameters
+from pai_utils.pruning import Recipe
 from pai_utils.scorers import SCORERS
-from pai_utils.studies.parameters import EncoderParameters, ScorerName, Sparsity, TaskName
-from pai_utils.studies.sweeps import SweepMask
-from pai_utils.support.common import clock, device_of, undisturbed, unknown_name
-from pai_utils.support.sampling import Samples, batches, draw_samples
+from pai_utils.studies.parameters import ScorerName, Seeds, SeveralSources, Sparsity, combine
+from pai_utils.studies.suite import Suite
+from pai_utils.studies.sweeps import SweepMask, sweep
+from pai_utils.support.common import check_names, clock, device_of, undisturbed
+from pai_utils.support.sampling import Draw, Samples, batches
 
 _MOST_SCORES = 200_000  # of a distribution that are kept: enough for its histogram
+_DRAWS = ("samples", "batch_size")  # of a scorer's options, what is its draw's
+
+
+class Parameters(SeveralSources):
+    """Parameters of the notebook ``scorer_atlas``."""
+
+    scorers: list[ScorerName] = Field(min_length=2)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    seeds: Seeds
+    #: A scorer's own keywords, or its samples.
+    options: dict[ScorerName, dict[str, Any]] = Field(default={})
+
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        check_names("scorer of options", self.options, self.scorers)
+        for scorer, options in self.options.items():
+            check_names(f"option of {scorer}", options, [*SCORERS[scorer].options, *_DRAWS])
+        return self
+
+    @property
+    def middle(self) -> float:
+        """The sparsity at which masks are compared."""
+        return sorted(self.sparsities)[len(self.sparsities) // 2]
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """How masks are made: by every scorer, to every sparsity."""
+        return [
+            replace(recipe, options={k: v for k, v in options.items() if k not in _DRAWS})
+            for recipe in combine(self.scorers, self.sparsities)
+            for options in [self.options.get(recipe.scorer, {})]
+        ]
+
+    @property
+    def draws(self) -> dict[str, Draw]:
+        """What scorers look at that have options of their own for it."""
+        return {
+            scorer: replace(self.draw, **{k: v for k, v in options.items() if k in _DRAWS})
+            for scorer, options in self.options.items()
+        }
+
+
+def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
+    """The accuracies of a :func:`~pai_utils.studies.sweeps.sweep`, and its masks."""
+    atlas = Atlas(config.middle)
+    table = sweep(
+        suite,
+        config.sources,
+        config.recipes,
+        config.draw,
+        seeds=config.seeds,
+        draws=config.draws,
+        observe=atlas,
+    )
+    return table, atlas
 
 
 class Atlas:
-    """Collects the masks of a sweep; hand it to :func:`~pai_utils.studies.sweeps.retention_sweep`.
+    """Collects the masks of a sweep, to be handed to it as ``observe``.
 
     Masks are kept at one sparsity: of every source with the first seed, and of the first source
     with every seed. A kept mask takes one byte a weight.
@@ -44,24 +104,19 @@ class Atlas:
 
     def __call__(self, step: SweepMask) -> None:
         """Take one mask."""
-        key = (step.scorer, step.source, step.seed)
-        first = self._first.setdefault(step.scorer, (step.source, step.seed))
+        scorer, sparsity = step.recipe.scorer, step.recipe.sparsity
+        key = (scorer, step.source, step.seed)
+        source, seed = self._first.setdefault(scorer, (step.source, step.seed))
         self._seconds[key] = step.scores.seconds
-        if step.scorer not in self.distributions:
+        if scorer not in self.distributions:
             flat = torch.cat([values.detach().flatten() for values in step.scores.values()])
-            self.distributions[step.scorer] = flat[:: -(-len(flat) // _MOST_SCORES)].cpu()
+            self.distributions[scorer] = flat[:: -(-len(flat) // _MOST_SCORES)].cpu()
+        place = {"scorer": scorer, "source": step.source, "seed": step.seed, "sparsity": sparsity}
         self._layers += [
-            {
-                "scorer": step.scorer,
-                "source": step.source,
-                "seed": step.seed,
-                "sparsity": step.sparsity,
-                "layer": layer.removeprefix("encoder."),
-                "layer_sparsity": share,
-            }
+            {**place, "layer": layer.removeprefix("backbone.encoder."), "layer_sparsity": share}
             for layer, share in step.mask.layer_sparsity.items()
         ]
-        if step.sparsity == self.sparsity and (step.source == first[0] or step.seed == first[1]):
+        if sparsity == self.sparsity and (step.source == source or step.seed == seed):
             self.masks[key] = step.mask
 
     @property
@@ -97,18 +152,16 @@ class Atlas:
         Means over the sources, each with its first seed; a scorer that looks at no data is
         compared with every source's masks.
         """
-        first: dict[str, list[Mask]] = {}
+        first: dict[str, list[Mask]] = defaultdict(list)
         for (scorer, _, seed), mask in self.masks.items():
             if seed == self._first[scorer][1]:
-                first.setdefault(scorer, []).append(mask)
+                first[scorer].append(mask)
         names = list(first)
         overlap, chance = (pd.DataFrame(1.0, index=names, columns=names) for _ in range(2))
-        for i, one in enumerate(names):
-            for other in names[i + 1 :]:
-                pairs = _matched(first[one], first[other])
-                values = _means(pairs)
-                overlap.loc[one, other] = overlap.loc[other, one] = values[0]
-                chance.loc[one, other] = chance.loc[other, one] = values[1]
+        for one, other in itertools.combinations(names, 2):
+            values = _means(_matched(first[one], first[other]))
+            for table, value in zip((overlap, chance), values, strict=True):
+                table.loc[one, other] = table.loc[other, one] = value
         return overlap, chance
 
     def between_draws(self) -> pd.DataFrame:
@@ -118,6 +171,7 @@ class Atlas:
         and draws): the second says how far apart masks are for reasons of sampling alone. Scorers
         with a single mask have no row.
         """
+        columns = ["scorer", "between", "overlap", "chance", "pairs"]
         rows = []
         for scorer, (source, seed) in self._first.items():
             own = {key[1:]: mask for key, mask in self.masks.items() if key[0] == scorer}
@@ -126,19 +180,10 @@ class Atlas:
                 "seeds": [mask for key, mask in own.items() if key[0] == source],
             }
             for between, masks in groups.items():
-                pairs = [(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
+                pairs = list(itertools.combinations(masks, 2))
                 if pairs:
-                    overlap, chance = _means(pairs)
-                    rows.append(
-                        {
-                            "scorer": scorer,
-                            "between": between,
-                            "overlap": overlap,
-                            "chance": chance,
-                            "pairs": len(pairs),
-                        }
-                    )
-        return pd.DataFrame(rows, columns=["scorer", "between", "overlap", "chance", "pairs"])
+                    rows.append([scorer, between, *_means(pairs), len(pairs)])
+        return pd.DataFrame(rows, columns=columns)
 
 
 def _matched(one: list[Mask], other: list[Mask]) -> list[tuple[Mask, Mask]]:
@@ -158,7 +203,7 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """What masks leave of the source's own and of held-out tasks' accuracy.
 
     Args:
-        table: as from :func:`~pai_utils.studies.sweeps.retention_sweep`.
+        table: as from :func:`run`.
         sources: the tasks that masks were computed on.
 
     Returns:
@@ -207,57 +252,28 @@ def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def forward_backward_seconds(
-    model: nn.Module,
-    data: Samples,
-    *,
-    samples: int | None = 256,
-    batch_size: int = 64,
-    seed: int = 0,
-    repeats: int = 2,
+    model: nn.Module, data: Samples, draw: Draw, *, repeats: int = 2
 ) -> float:
     """Seconds of one forward and backward of the mean loss: the unit in which scores are priced.
 
     The fastest of ``repeats``, with gradients for the prunable weights, as plain training has
-    them; arguments otherwise as in :func:`~pai_utils.scorers.score`.
+    them.
 
     Raises:
-        ValueError: as `draw_samples`, or for fewer repeats than one.
+        ValueError: as :meth:`~pai_utils.support.sampling.Draw.indices`, or for fewer repeats than
+            one.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one is needed")
-    indices = draw_samples(data, samples, seed)
+    indices, device = draw.indices(data), device_of(model)
     names = set(prunable_parameters(model))
-    weights: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     found = []
     with undisturbed(model), torch.enable_grad():
-        for name, weight in weights.items():
+        for name, weight in model.named_parameters():
             weight.requires_grad_(name in names)
         for _ in range(repeats):
-            begin = clock(device_of(model))
-            for images, labels in batches(data, batch_size, device_of(model), indices):
+            begin = clock(device)
+            for images, labels in batches(data, draw.batch_size, device, indices):
                 F.cross_entropy(model(images), labels).backward()
-            found.append(clock(device_of(model)) - begin)
+            found.append(clock(device) - begin)
     return min(found)
-
-
-class Parameters(EncoderParameters):
-    """Parameters of the notebook ``scorer_atlas``."""
-
-    sources: list[TaskName] = Field(min_length=2)
-    scorers: list[ScorerName] = Field(min_length=2)
-    sparsities: list[Sparsity] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    options: dict[ScorerName, dict[str, Any]] = Field(
-        default={}
-    )  #: a scorer's own keywords, or its samples
-
-    @model_validator(mode="after")
-    def _known_options(self) -> Self:
-        for scorer, options in self.options.items():
-            if scorer not in self.scorers:
-                raise unknown_name("scorer of options", scorer, self.scorers)
-            valid = [*SCORERS[scorer].options, "samples", "batch_size"]
-            for option in options:
-                if option not in valid:
-                    raise unknown_name(f"option of {scorer}", option, valid)
-        return self

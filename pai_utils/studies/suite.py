@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -15,17 +15,22 @@ from pai_utils.data.mixtures import (
     ALTERED,
     IMAGE_SETS,
     RANDOM_LABELS,
-    UNLABELLED_IMAGES,
     load_mixture,
     source_parts,
     task_of,
 )
-from pai_utils.data.tasks import Task
-from pai_utils.heads import fit_head
-from pai_utils.models.encoders import Backbone, Classifier
-from pai_utils.pruning import Pruned, prune
+from pai_utils.data.tasks import Task, load_task
+from pai_utils.evaluation import Evaluation, evaluate_heads
+from pai_utils.heads import fit_head, make_heads
+from pai_utils.masks import Mask
+from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
+from pai_utils.models.loading import load_backbone
+from pai_utils.pruning import Recipe, follow, select_parameters
 from pai_utils.repair.methods import parse_repair
 from pai_utils.scorers import SCORERS, Scores, score
+from pai_utils.studies.parameters import EncoderParameters
+from pai_utils.support.common import device_of
+from pai_utils.support.sampling import Draw
 
 
 @dataclass(frozen=True)
@@ -33,25 +38,15 @@ class Source:
     """Images to prune by."""
 
     name: str
-    images: ImageDataset
-    """Of all parts; labels are -1 where there is no single task."""
-    labelled: ImageDataset | None
-    """Of the first task among the parts."""
-    head: nn.Linear | None
-    """Of that task."""
+    images: ImageDataset  #: of all parts; labels are -1 where there is no single task
+    labelled: ImageDataset | None  #: of the first task among the parts
+    head: nn.Linear | None  #: of that task
 
     def images_for(self, scorer: str) -> ImageDataset:
         """What a scorer looks at: the first task's where it needs a head, or else all parts'."""
         if SCORERS[scorer].needs_head and self.labelled is not None:
             return self.labelled
         return self.images
-
-    def samples_for(self, scorer: str, samples: int | None) -> int | None:
-        """How many of them: at most all of the first task's, where there are more in all parts."""
-        data = self.images_for(scorer)
-        if data is self.images or samples is None:
-            return samples
-        return min(samples, len(data))
 
     def images_to_repair_by(self, repair: str) -> ImageDataset:
         """All parts', or the first task's where gradients, hence labels, are needed."""
@@ -60,117 +55,208 @@ class Source:
         return self.images
 
 
-def load_source(
-    name: str,
-    backbone: Backbone,
-    tasks: Mapping[str, Task],
-    heads: Mapping[str, nn.Linear],
-    *,
-    count: int = UNLABELLED_IMAGES,
-    seed: int = 0,
-) -> Source:
-    """The images of a source, and the head that goes with them.
+@dataclass(frozen=True)
+class Suite:
+    """A dense encoder, tasks, and a frozen head for each task.
 
-    Args:
-        name: as in the module's description.
-        backbone: the dense encoder, whose transform images of no task take, and on which a head
-            for random labels is fitted.
-        tasks: by name; only their training parts are used.
-        heads: a head for each.
-        count: images of each part if none of them is a task; otherwise each gives as many as the
-            smallest task holds, up to 2,048.
-        seed: of the images of no task, of random labels, and of what is drawn from larger parts.
-
-    Raises:
-        ValueError: for an unknown part, or one named twice.
+    Examples:
+        >>> import pai_utils as pai
+        >>> from pai_utils.studies.zero_shot_retention import Parameters
+        >>> config = Parameters(
+        ...     backbone="efficientnet_lite0", image_size=32, train_size=60, test_size=20,
+        ...     source="digits", targets=["photos"], scorers=["snip"], sparsities=[0.5],
+        ...     seeds=[0], out="results",
+        ... )
+        >>> suite = pai.Suite.load(config)
+        >>> list(suite.tasks)
+        ['digits', 'photos']
+        >>> suite.heads["photos"].in_features == suite.encoder.feature_dim
+        True
     """
-    parts = source_parts(name, tasks)
-    head: nn.Linear | None = None
-    labelled: ImageDataset | None = None
-    first = next((part for part in parts if part not in IMAGE_SETS), None)
-    if first is not None:
-        task = tasks[task_of(first)]
-        if first.endswith(RANDOM_LABELS):
-            task = _relabelled(task, seed)
-            head = fit_head(backbone, task)
-        else:
-            head = heads[task_of(first)]
-        labelled = task.train
-    if len(parts) == 1 and labelled is not None and not name.endswith(ALTERED):
-        return Source(name, labelled, labelled, head)
-    training = {known: task.train for known, task in tasks.items()}
-    images = load_mixture(name, training, backbone.transform, count=count, seed=seed)
-    return Source(name, images, labelled, head)
+
+    encoder: Backbone
+    tasks: Mapping[str, Task]  #: by name
+    heads: Mapping[str, nn.Linear]  #: by the tasks' names
+
+    @classmethod
+    def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
+        """The encoder and the tasks that a notebook's parameters name, with heads for them.
+
+        Args:
+            config: the parameters.
+            heads: what heads are made of, as in :func:`~pai_utils.heads.make_heads`.
+
+        Raises:
+            ValueError: as the functions that load them.
+        """
+        encoder = load_backbone(
+            config.backbone,
+            image_size=config.image_size,
+            pretrained=config.pretrained,
+            device=config.device,
+            seed=config.seed,
+        )
+        tasks = {
+            name: load_task(
+                name,
+                transform=encoder.transform,
+                train_size=config.train_size,
+                test_size=config.test_size,
+                seed=config.seed,
+            )
+            for name in config.tasks
+        }
+        return cls(encoder, tasks, make_heads(encoder, tasks, heads, batch_size=config.batch_size))
+
+    def untrained(self, *, seed: int = 0, batch_size: int = 64) -> Suite:
+        """The same architecture at random weights, with heads of its own."""
+        blank = load_backbone(
+            self.encoder.name,
+            image_size=self.encoder.image_size,
+            pretrained=False,
+            device=device_of(self.encoder),
+            seed=seed,
+        )
+        return self.with_encoder(blank, batch_size=batch_size)
+
+    def with_encoder(self, encoder: Backbone, *, batch_size: int = 64) -> Suite:
+        """Another encoder for the same tasks, with heads fitted on its features."""
+        return Suite(encoder, self.tasks, make_heads(encoder, self.tasks, batch_size=batch_size))
+
+    @property
+    def tests(self) -> dict[str, ImageDataset]:
+        """The test part of each task."""
+        return {name: task.test for name, task in self.tasks.items()}
+
+    def classifier(self, task: str) -> Classifier:
+        """The encoder with a task's head; neither is copied."""
+        return Classifier(self.encoder, self.heads[task])
+
+    def evaluate(
+        self, encoder: Backbone | None = None, *, batch_size: int = 128, precision: str = "float32"
+    ) -> dict[str, Evaluation]:
+        """Test accuracy of every task with its frozen head.
+
+        Args:
+            encoder: in the place of the dense one, such as that pruned.
+            batch_size: images a forward.
+            precision: as in :func:`~pai_utils.evaluation.evaluate`.
+        """
+        return evaluate_heads(
+            encoder or self.encoder, self.heads, self.tests,
+            batch_size=batch_size, precision=precision,
+        )  # fmt: skip
+
+    def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
+        """Evaluations as rows of a table of retention.
+
+        Args:
+            found: by task.
+            mask: its ``source, scorer, sparsity, seed``; by default the rows are the dense ones.
+        """
+        made = {"source": "none", "scorer": "dense", "sparsity": 0.0, "seed": 0, **mask}
+        return [
+            {"target": target, **made, **result.row(self.tasks[target].chance)}
+            for target, result in found.items()
+        ]
+
+    def source(self, name: str, *, seed: int = 0) -> Source:
+        """The images of a source, and the head that goes with them.
+
+        Of tasks only the training parts are used.
+
+        Args:
+            name: as in :mod:`pai_utils.data.mixtures`.
+            seed: of the images of no task, of random labels, and of what is drawn from larger
+                parts.
+
+        Raises:
+            ValueError: for an unknown part, or one named twice.
+        """
+        parts = source_parts(name, self.tasks)
+        first = next((part for part in parts if part not in IMAGE_SETS), None)
+        labelled, head = None, None
+        if first is not None:
+            task, head = self.tasks[task_of(first)], self.heads[task_of(first)]
+            if first.endswith(RANDOM_LABELS):
+                task = _relabelled(task, seed)
+                head = fit_head(self.encoder, task)
+            labelled = task.train
+            if len(parts) == 1 and not name.endswith(ALTERED):
+                return Source(name, labelled, labelled, head)
+        train = {known: task.train for known, task in self.tasks.items()}
+        images = load_mixture(name, train, self.encoder.transform, seed=seed)
+        return Source(name, images, labelled, head)
+
+    def score(self, recipe: Recipe, source: Source | None, draw: Draw) -> Scores:
+        """Score the dense encoder's weights by the images of a source.
+
+        A scorer that needs a head looks at the first task among the parts, at no more images than
+        that has; the others look at all parts.
+
+        Args:
+            recipe: its scorer, with options, and the weights that it may prune.
+            source: what to look at; ``None`` for a scorer that looks at no data.
+            draw: of that.
+
+        Raises:
+            ValueError: as :func:`~pai_utils.scorers.score`.
+        """
+        model = self._model_of(source)
+        draw = _fitting(recipe, source, draw)
+        return score(
+            recipe.scorer,
+            model,
+            None if source is None else source.images_for(recipe.scorer),
+            names=select_parameters(prunable_parameters(model), recipe.include, recipe.exclude),
+            samples=draw.samples,
+            batch_size=draw.batch_size,
+            seed=draw.seed,
+            **recipe.options,
+        )
+
+    def prune(
+        self, recipe: Recipe, source: Source | None, draw: Draw, *, scores: Scores | None = None
+    ) -> tuple[Backbone, Mask]:
+        """Prune a copy of the encoder by the images of a source.
+
+        The scores look at what :meth:`score` describes; the repair at all parts, but ``obs`` at
+        the first task among them.
+
+        Args:
+            recipe: how.
+            source: what to look at; ``None`` where neither scorer nor repair does.
+            draw: of that, for the scores.
+            scores: of :meth:`score`, where they are known already.
+
+        Returns:
+            The pruned encoder, and its mask, whose names are those of a classifier.
+
+        Raises:
+            ValueError: as :func:`~pai_utils.pruning.prune`.
+        """
+        pruned = follow(
+            recipe,
+            self._model_of(source),
+            None if source is None else source.images_for(recipe.scorer),
+            _fitting(recipe, source, draw),
+            repair_data=None if source is None else source.images_to_repair_by(recipe.repair),
+            source=None if source is None else source.name,
+            scores=scores,
+        )
+        return cast(Classifier, pruned.model).backbone, pruned.mask
+
+    def _model_of(self, source: Source | None) -> Classifier:
+        """The encoder with the source's head, or with any for what looks at features only."""
+        head = None if source is None else source.head
+        return Classifier(self.encoder, head or next(iter(self.heads.values())))
 
 
-def score_source(
-    scorer: str, model: Classifier, source: Source, *, samples: int | None = 256, **keywords: Any
-) -> Scores:
-    """Scores by the images of a source that has them for this scorer.
-
-    A scorer that needs a head looks at the first task among the parts, at no more images than that
-    has; the others look at all parts.
-
-    Args:
-        scorer: one that looks at data.
-        model: the encoder with the source's head, or with any where the scorer needs none.
-        source: what to look at.
-        samples: images a score; ``None`` for all.
-        keywords: others of :func:`~pai_utils.scorers.score`.
-
-    Raises:
-        ValueError: as there.
-    """
-    return score(
-        scorer,
-        model,
-        source.images_for(scorer),
-        samples=source.samples_for(scorer, samples),
-        **keywords,
-    )
-
-
-def prune_source(
-    scorer: str,
-    model: Classifier,
-    source: Source,
-    sparsity: float,
-    *,
-    samples: int | None = 256,
-    repair: str = "none",
-    **keywords: Any,
-) -> Pruned:
-    """Prune by the images of a source that has them for this scorer and repair.
-
-    Args:
-        scorer: a key of :data:`~pai_utils.scorers.SCORERS`; what looks at no data prunes as ever.
-        model: the encoder with the source's head, or with any where neither the scorer nor the
-            repair needs one.
-        source: what to look at; its name goes into the mask's metadata.
-        sparsity: as in :func:`~pai_utils.pruning.prune`.
-        samples: images a score; ``None`` for all.
-        repair: as in :func:`~pai_utils.pruning.prune`; it looks at all parts, but ``obs`` at
-            the first task among them.
-        keywords: others of :func:`~pai_utils.pruning.prune`; not ``repair_data``, which is
-            the source's.
-
-    Returns:
-        As :func:`~pai_utils.pruning.prune`.
-
-    Raises:
-        ValueError: as :func:`~pai_utils.pruning.prune`.
-    """
-    return prune(
-        model,
-        source.images_for(scorer),
-        scorer,
-        sparsity,
-        source=source.name,
-        repair=repair,
-        repair_data=source.images_to_repair_by(repair),
-        samples=source.samples_for(scorer, samples),
-        **keywords,
-    )
+def _fitting(recipe: Recipe, source: Source | None, draw: Draw) -> Draw:
+    """The draw, of all images of the first task where the whole source has more."""
+    if source is None or source.images_for(recipe.scorer) is source.images:
+        return draw
+    return draw.at_most(len(source.images_for(recipe.scorer)))
 
 
 def _relabelled(task: Task, seed: int) -> Task:

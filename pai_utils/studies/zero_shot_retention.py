@@ -1,35 +1,50 @@
-"""The study of zero-shot retention: its parameters."""
+"""The study of zero-shot retention: its parameters, its sweeps and its tables."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self, cast
 
+import numpy as np
+import pandas as pd
+import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
-from pai_utils.heads import HEADS
+from pai_utils.evaluation import Evaluation
+from pai_utils.heads import HEADS, PROTOCOLS, dense_features, fit_head
+from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
     Precision,
     Repair,
-    RepairOption,
+    RepairOptions,
     ScorerName,
+    Seeds,
     TaskName,
-    known_sources,
+    combine,
+    known_source,
     one_of,
 )
+from pai_utils.studies.suite import Suite
+from pai_utils.studies.sweeps import sweep
+
+
+def _known_sources(names: str | list[str]) -> str | list[str]:
+    for name in [names] if isinstance(names, str) else names:
+        known_source(name)
+    return names
 
 
 class Parameters(Masks):
     """Parameters of the notebook ``zero_shot_retention``."""
 
     #: One or several, as of `pai_utils.data.mixtures`.
-    source: Annotated[str | list[str], AfterValidator(known_sources)]
+    source: Annotated[str | list[str], AfterValidator(_known_sources)]
     targets: list[TaskName] = Field(min_length=1)
-    scorers: list[ScorerName] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
+    seeds: Seeds
     repairs: list[Repair] = Field(default=["none"], min_length=1)
-    repair_options: dict[RepairOption, bool | float | int] = Field(default={})
+    repair_options: RepairOptions = Field(default={})
     heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
     precision: Precision = "float32"  #: of the forwards that measure accuracy
 
@@ -58,3 +73,163 @@ class Parameters(Masks):
         parts = [part for source in self.sources for part in source.split("+")]
         seen = [task_of(part) for part in parts if part not in IMAGE_SETS]
         return list(dict.fromkeys([*seen, *self.targets]))
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """How masks are made: by every scorer, to every sparsity, with every repair."""
+        return combine(
+            self.scorers,
+            self.sparsities,
+            self.repairs,
+            scope=self.scope,
+            rounds=self.rounds,
+            repair_options=self.repair_options,
+        )
+
+
+def run(suite: Suite, config: Parameters) -> pd.DataFrame:
+    """Masks of every source, recipe and seed, as of :func:`~pai_utils.studies.sweeps.sweep`."""
+    return sweep(
+        suite,
+        config.sources,
+        config.recipes,
+        config.draw,
+        seeds=config.seeds,
+        precision=config.precision,
+    )
+
+
+def run_plain(suite: Suite, config: Parameters) -> pd.DataFrame:
+    """The same of the first scorer and seed alone, in one round and without repair."""
+    return sweep(
+        suite,
+        config.sources,
+        combine(config.scorers[:1], config.sparsities, scope=config.scope),
+        config.draw,
+        seeds=config.seeds[:1],
+        precision=config.precision,
+    )
+
+
+def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
+    """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
+
+    Args:
+        suite: the dense encoder and the tasks.
+        batch_size: images a forward.
+
+    Returns:
+        One row a task and protocol, with ``task, protocol, accuracy``, its 95 % interval ``low``
+        and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
+    """
+    rows = []
+    for name, task in suite.tasks.items():
+        values, labels = dense_features(suite.encoder, task.test, batch_size=batch_size)
+        for protocol in PROTOCOLS:
+            head = fit_head(suite.encoder, task, protocol=protocol, batch_size=batch_size).cpu()
+            with torch.inference_mode():
+                found = Evaluation.of(head(values), labels)
+            low, high = found.interval
+            row = {"task": name, "protocol": protocol, "accuracy": found.accuracy}
+            rows.append(row | {"low": low, "high": high, "count": found.count})
+    table = pd.DataFrame(rows)
+    clean = table[table.protocol == "clean"].set_index("task").accuracy
+    return table.assign(gain=table.accuracy - table.task.map(clean))
+
+
+def retention_verdict(
+    held_out: pd.DataFrame, scorer: str, *, threshold: float = 0.9
+) -> pd.DataFrame:
+    """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
+
+    Args:
+        held_out: as from :func:`~pai_utils.evaluation.held_out_retention`.
+        scorer: the one judged.
+        threshold: the retention asked for.
+
+    Returns:
+        One row a sparsity, with ``sparsity, retention, low, high`` (means over sources),
+        ``worst`` (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the
+        threshold, ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
+    """
+    rows = held_out[held_out.scorer == scorer].groupby("sparsity")
+    table = rows[["retention", "low", "high"]].mean()
+    table["worst"] = rows.retention.min()
+    table["verdict"] = np.select(
+        [table.retention >= threshold, table.high < threshold], ["kept", "lost"], "undecided"
+    )
+    return table.reset_index()
+
+
+def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
+    """The sparsity up to which retention stays at ``threshold``, for each pair of tasks.
+
+    Found on the straight lines between the sparsities measured, from a retention of 1 at sparsity
+    0, at the first crossing.
+
+    Args:
+        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
+        threshold: the retention asked for, below 1.
+
+    Returns:
+        One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
+        on the lower and upper bounds of the retention; the highest sparsity measured where there is
+        no crossing, and then ``crossed`` is false.
+
+    Examples:
+        >>> import pandas as pd
+        >>> from pai_utils.studies.zero_shot_retention import sparsity_kept
+        >>> summary = pd.DataFrame({"sparsity": [0.25, 0.5], "retention": [1.0, 0.75]})
+        >>> summary = summary.assign(source="digits", target="glyphs", scorer="snip")
+        >>> summary = summary.assign(low=summary.retention, high=summary.retention)
+        >>> sparsity_kept(summary, threshold=0.875)[["target", "sparsity", "crossed"]]
+           target  sparsity  crossed
+        0  glyphs     0.375     True
+    """
+    rows = []
+    keys = ["source", "target", "scorer"]
+    for key, group in summary[summary.scorer != "dense"].groupby(keys, sort=False):
+        curve = group.sort_values("sparsity")
+        row = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
+        for name, column in {"sparsity": "retention", "low": "low", "high": "high"}.items():
+            row[name] = _first_crossing(curve.sparsity, curve[column], threshold)
+        rows.append(row | {"crossed": bool((curve.retention < threshold).any())})
+    return pd.DataFrame(rows)
+
+
+def _first_crossing(sparsities: pd.Series, values: pd.Series, threshold: float) -> float:
+    at, kept = [0.0, *sparsities], [1.0, *values]
+    for i in range(1, len(at)):
+        if kept[i] < threshold:
+            share = (kept[i - 1] - threshold) / (kept[i - 1] - kept[i])
+            return float(at[i - 1] + share * (at[i] - at[i - 1]))
+    return float(at[-1])
+
+
+def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataFrame:
+    """Which source's masks serve the others best: retention over that of all sources, by target.
+
+    Every source has other held-out tasks, some of them harder. So each held-out retention is
+    compared with the mean, on the same target, over the sources that held it out.
+
+    Args:
+        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
+        scorer: the one looked at.
+        sparsity: the one looked at.
+
+    Returns:
+        One row a source, the best first, with ``source, advantage, low, high, targets``; the
+        bounds are the standard error over targets times ±1.96, and not a number for a single
+        target.
+    """
+    rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
+    rows = rows[rows.source != "none"]
+    rows = rows[[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)]]
+    advantage = rows.retention - rows.groupby("target").retention.transform("mean")
+    grouped = rows.assign(advantage=advantage).groupby("source").advantage
+    table = pd.DataFrame({"advantage": grouped.mean(), "targets": grouped.count()})
+    error = 1.96 * grouped.sem()
+    table["low"], table["high"] = table.advantage - error, table.advantage + error
+    return table.sort_values("advantage", ascending=False).reset_index()[
+        ["source", "advantage", "low", "high", "targets"]
+    ]

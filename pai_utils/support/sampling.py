@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -37,6 +37,10 @@ class Draw:
             raise ValueError(f"samples={self.samples}: at least one is needed (None takes all)")
         check_batch_size(self.batch_size)
         check_seed(self.seed)
+
+    def at_most(self, count: int) -> Draw:
+        """The same draw, of ``count`` samples where it asks for more."""
+        return self if self.samples is None else replace(self, samples=min(self.samples, count))
 
     def indices(self, data: Samples) -> Tensor:
         """Positions of the samples in ``data``: long ``[samples]``, on the CPU.

@@ -49,7 +49,7 @@ def test_parameters_are_plain_values_and_name_the_out_folder_and_the_encoder(pat
         names.append(target.id)
     assert len(names) == len(set(names))
     assert "out" in names
-    loads = any("load_backbone" in cell.source for cell in _code(path))
+    loads = any("pai.Suite.load(config" in cell.source for cell in _code(path))
     assert ("backbone" in names) == loads
 
 

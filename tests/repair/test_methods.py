@@ -16,7 +16,6 @@ from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.masks import Mask
 from pai_utils.repair.layouts import channels_last
 from pai_utils.repair.methods import Repair, repair_
-from pai_utils.studies import sweeps
 from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import ALL
 from tests.cases import Images, TorchAttention, fingerprint, tiny_backbone, tiny_task
@@ -393,81 +392,3 @@ def test_images_that_are_not_finite_are_refused_and_the_model_left(
 def test_repair_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="repair 'moments' needs samples"):
         pai.prune(tiny_backbone(), None, scorer="magnitude", repair="moments")
-
-
-def test_a_sweep_repairs_each_mask_on_its_source_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone()
-    tasks = {name: tiny_task(name) for name in ("first", "second")}
-    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
-    seen: list[tuple[object, Repair]] = []
-
-    def watch(
-        model: nn.Module, dense: nn.Module, mask: Mask, data: Any, repair: Repair, **options: Any
-    ) -> None:
-        seen.append((data, repair))
-        repair_(model, dense, mask, data, repair, **options)
-
-    monkeypatch.setattr(sweeps, "repair_", watch)
-    settings: dict[str, Any] = {"sparsities": [0.5], "seeds": [0], "samples": 12}
-    table = sweeps.retention_sweep(
-        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"],
-        repairs=["none", "layerwise+moments"], repair_options={"samples": 16},
-        **settings,
-    )  # fmt: skip
-    # A mask that looked at no data is repaired on both.
-    assert [id(data) for data, *_ in seen] == [
-        id(tasks[name].train) for name in ("first", "second", "first", "second")
-    ]
-    assert {repair for _, repair in seen} == {Repair("layerwise+moments", samples=16)}
-    rows = table.groupby(["scorer", "source"]).size().to_dict()
-    assert rows == {
-        ("dense", "none"): 2,
-        ("magnitude", "none"): 2,
-        ("magnitude + layerwise+moments", "first"): 2,
-        ("magnitude + layerwise+moments", "second"): 2,
-        ("snip", "first"): 2,
-        ("snip", "second"): 2,
-        ("snip + layerwise+moments", "first"): 2,
-        ("snip + layerwise+moments", "second"): 2,
-    }
-    plain = sweeps.retention_sweep(
-        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"], **settings
-    )
-    kept = table[~table.scorer.str.contains("+", regex=False)].reset_index(drop=True)
-    assert kept.accuracy.tolist() == plain.accuracy.tolist()
-
-
-def test_a_sweep_in_rounds_reaches_the_masks_that_pruning_reaches() -> None:
-    backbone = tiny_backbone()
-    tasks = {name: tiny_task(name) for name in ("first", "second")}
-    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
-    before = fingerprint(backbone)
-    shared: dict[str, Any] = {"rounds": 3, "samples": 12, "repair_options": {"samples": 16}}
-    table = sweeps.retention_sweep(
-        backbone, tasks, heads, ["first", "second"], scorers=["snip", "magnitude"],
-        sparsities=[0.6], seeds=[1], repairs=["none", "layerwise"], **shared,
-    )  # fmt: skip
-    assert fingerprint(backbone) == before
-    rows = table[table.scorer != "dense"]
-    assert len(rows) == (2 * 2 + 1 + 2) * 2
-    for source, label, target, correct in rows[
-        ["source", "scorer", "target", "correct"]
-    ].itertuples(index=False):
-        scorer, _, repair = label.partition(" + ")
-        place = "first" if source == "none" else source
-        pruned = pai.prune(
-            pai.Classifier(backbone, heads[place]), tasks[place].train, scorer, 0.6,
-            repair=repair or "none", seed=1, **shared,
-        )  # fmt: skip
-        model: Any = pruned.model
-        alone = pai.Classifier(model.backbone, heads[target])
-        assert pai.evaluate(alone, tasks[target].test).correct.tolist() == list(correct)
-
-
-def test_a_sweep_in_rounds_hands_no_masks_out() -> None:
-    task, backbone = tiny_task(), tiny_backbone()
-    with pytest.raises(ValueError, match=r"masks of rounds=2 cannot be observed; use rounds=1"):
-        sweeps.retention_sweep(
-            backbone, {"dots": task}, {"dots": pai.fit_head(backbone, task)}, ["dots"],
-            rounds=2, observe=lambda _: None,
-        )  # fmt: skip

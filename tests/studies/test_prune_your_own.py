@@ -10,19 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import pai_utils as pai
 from pai_utils.data.images import ImageDataset
 from pai_utils.data.tasks import Task
-from pai_utils.studies.prune_your_own import (
-    Choice,
-    choose,
-    compare_stages,
-    prune_as_chosen,
-    validation_sweep,
-)
-from tests.cases import tiny_backbone, tiny_dataset, tiny_task
+from pai_utils.studies import prune_your_own as study
+from tests.cases import fingerprint, tiny_backbone, tiny_dataset, tiny_suite, tiny_task
 
 
 class Sealed(ImageDataset):
@@ -41,9 +35,17 @@ def sealed(data: ImageDataset) -> Sealed:
     return Sealed(data.images, data.labels, data.transform)
 
 
-def spots(**parts: ImageDataset) -> Task:
+def task(**parts: ImageDataset) -> Task:
     given: dict[str, Any] = {"validation": tiny_dataset(60, 3, 7), **parts}
-    return replace(tiny_task(), **given)
+    return replace(tiny_task("digits"), **given)
+
+
+def parameters(**changes: Any) -> study.Parameters:
+    given = {
+        "backbone": "tiny", "source": "digits", "targets": ["photos"], "sparsities": [0.3, 0.6],
+        "scorers": ["snip"], "repair": "none", "samples": 16, "seed": 3, "out": "out",
+    }  # fmt: skip
+    return study.Parameters(**{**given, **changes})
 
 
 def table(*rows: tuple[str, float, float]) -> pd.DataFrame:
@@ -59,17 +61,17 @@ def test_the_highest_sparsity_within_the_tolerance_is_chosen() -> None:
         ("snip", 0.5, 0.949),
         ("magnitude", 0.2, 1.0),
     )
-    assert choose(rows, 0.05) == Choice("magnitude", 0.5, 0.96, 0.86, 1.06, tried=5)
-    assert choose(rows, 0.2).sparsity == 0.7
-    assert choose(rows, 0.0) == Choice("magnitude", 0.2, 1.0, 0.9, 1.1, tried=5)
+    assert study.choose(rows, 0.05) == study.Choice("magnitude", 0.5, 0.96, 0.86, 1.06, tried=5)
+    assert study.choose(rows, 0.2).sparsity == 0.7
+    assert study.choose(rows, 0.0) == study.Choice("magnitude", 0.2, 1.0, 0.9, 1.1, tried=5)
 
 
 def test_of_several_scorers_there_the_one_that_keeps_most_is_chosen() -> None:
     rows = table(("a", 0.5, 0.96), ("b", 0.5, 0.98), ("c", 0.5, 0.97), ("d", 0.4, 1.0))
-    assert choose(rows, 0.05).scorer == "b"
+    assert study.choose(rows, 0.05).scorer == "b"
     # Of equals the first.
     equal = table(("b", 0.5, 0.96), ("a", 0.5, 0.96))
-    assert choose(equal, 0.05).scorer == "b"
+    assert study.choose(equal, 0.05).scorer == "b"
 
 
 def test_where_no_candidate_keeps_enough_the_best_is_named() -> None:
@@ -78,99 +80,82 @@ def test_where_no_candidate_keeps_enough_the_best_is_named() -> None:
         ValueError,
         match=r"no candidate keeps 0\.900 .*; magnitude at sparsity 0\.2 keeps 0\.875: add lower",
     ):
-        choose(rows, 0.1)
+        study.choose(rows, 0.1)
 
 
 @pytest.mark.parametrize("tolerance", [5, 1.0, -0.1, math.nan])
 def test_a_tolerance_that_is_no_fraction_is_refused(tolerance: float) -> None:
     with pytest.raises(ValueError, match=r"tolerance=.* must be a fraction"):
-        choose(table(("snip", 0.5, 0.6)), tolerance)
-
-
-def test_without_candidates_nothing_is_chosen() -> None:
+        study.choose(table(("snip", 0.5, 0.6)), tolerance)
     with pytest.raises(ValueError, match="no candidate to choose from"):
-        choose(table(), 0.1)
+        study.choose(table(), 0.1)
 
 
-def test_a_sweep_for_a_choice_reads_no_test_image() -> None:
-    encoder, task = tiny_backbone(), spots()
-    head = pai.fit_head(encoder, task)
-    blind = replace(task, test=sealed(task.test))
-    found = validation_sweep(
-        encoder, "spots", blind, head,
-        scorers=["snip", "magnitude"], sparsities=[0.2, 0.5], repair="moments", samples=8,
-    )  # fmt: skip
+def test_candidates_are_compared_without_a_look_at_test_images() -> None:
+    suite = tiny_suite(digits=task())
+    blind = replace(suite, tasks={"digits": task(test=sealed(tiny_dataset(24, 3, 2)))})
+    config = parameters(scorers=["snip", "magnitude"], repair="moments")
+    found = study.compare_candidates(blind, config)
     assert set(found["count"]) == {60}
     assert [*zip(found.scorer, found.sparsity, strict=True)] == [
-        ("snip", 0.2), ("snip", 0.5), ("magnitude", 0.2), ("magnitude", 0.5)
+        ("snip", 0.3), ("snip", 0.6), ("magnitude", 0.3), ("magnitude", 0.6)
     ]  # fmt: skip
     # That a sealed part tells is seen where it is read.
+    stages = {"pruned": blind.classifier("digits")}
     with pytest.raises(AssertionError, match="sealed"):
-        compare_stages(
-            {"dense": encoder, "pruned": encoder}, {"spots": blind}, {"spots": head},
-            Choice("snip", 0.2, 1, 1, 1, 1), source="spots",
-        )  # fmt: skip
+        study.compare_stages(stages, blind, config, study.Choice("snip", 0.3, 1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("prune_by", [None, "spots+noise", "spots:random_labels"])
-@pytest.mark.parametrize("repair", ["none", "moments", "layerwise", "obs"])
-@pytest.mark.parametrize("scorer", ["snip", "feature_ggn_diag", "magnitude", "random"])
+@pytest.mark.parametrize("prune_by", [None, "digits+noise", "digits:random_labels"])
+@pytest.mark.parametrize("repair", ["none", "layerwise+moments", "obs"])
+@pytest.mark.parametrize("scorer", ["snip", "feature_ggn_diag", "random"])
 def test_what_is_pruned_is_the_candidate_that_was_chosen(
     scorer: str, repair: str, prune_by: str | None
 ) -> None:
-    encoder, task = tiny_backbone(), spots()
-    head = pai.fit_head(encoder, task)
-    settings: dict[str, Any] = {
-        "prune_by": prune_by, "repair": repair, "samples": 16, "seed": 3
-    }  # fmt: skip
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    sparsities = [0.3, 0.6]
-    found = validation_sweep(
-        encoder, "spots", task, head, scorers=[scorer], sparsities=sparsities, **settings
-    )
-    assert list(found.scorer) == [scorer] * 2
-    for row in found.itertuples():
-        choice = Choice(scorer, float(str(row.sparsity)), 1, 1, 1, 1)
-        pruned = prune_as_chosen(choice, encoder, "spots", task, head, **settings)
-        assert pai.evaluate(pruned.model, task.validation).accuracy == row.accuracy
-        assert pruned.mask.sparsity == pytest.approx(choice.sparsity, abs=0.01)
-        assert pruned.mask.metadata["source"] == (prune_by or "spots")
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    suite = tiny_suite(digits=task())
+    config = parameters(scorers=[scorer], repair=repair, prune_by=prune_by)
+    before = fingerprint(suite.encoder)
+    for row in study.compare_candidates(suite, config).itertuples():
+        choice = study.Choice(scorer, float(str(row.sparsity)), 1, 1, 1, 1)
+        stages, mask = study.prune_as_chosen(choice, suite, config)
+        validation = suite.tasks["digits"].validation
+        assert pai.evaluate(stages["pruned"], validation).accuracy == row.accuracy
+        assert stages["pruned"].head is suite.heads["digits"]
+        assert mask.sparsity == pytest.approx(choice.sparsity, abs=0.01)
+        assert mask.metadata["source"] == (prune_by or "digits")
+        mask.check(suite.classifier("digits"))  # by the checksum of the weights
+    assert fingerprint(suite.encoder) == before
 
 
 def test_an_encoder_at_chance_has_nothing_to_retain() -> None:
-    encoder, task = tiny_backbone(), spots()
-    constant = nn.Linear(encoder.feature_dim, 3)
+    suite = tiny_suite(digits=task())
     with torch.no_grad():
-        constant.weight.zero_()
-    with pytest.raises(ValueError, match=r"on the validation part of spots .* nothing to retain"):
-        validation_sweep(encoder, "spots", task, constant, scorers=["magnitude"], sparsities=[0.2])
+        suite.heads["digits"].weight.zero_()
+        suite.heads["digits"].bias.zero_()
+    with pytest.raises(ValueError, match=r"on the validation part of digits .* nothing to retain"):
+        study.compare_candidates(suite, parameters())
 
 
-def test_stages_are_compared_with_the_first_on_test_images() -> None:
-    encoder = tiny_backbone()
-    tasks = {"spots": spots(), "other": tiny_task("other", classes=2)}
-    tasks = {
-        name: replace(task, validation=sealed(task.validation)) for name, task in tasks.items()
-    }
-    heads = {name: pai.fit_head(encoder, task) for name, task in tasks.items()}
-    choice = Choice("magnitude", 0.5, 0.9, 0.8, 1.0, 2)
-    pruned: Any = prune_as_chosen(choice, encoder, "spots", tasks["spots"], heads["spots"])
-    stages = {"dense": encoder, "same": encoder, "pruned": pruned.model.backbone}
-    found = compare_stages(stages, tasks, heads, choice, source="spots")
-    assert [*zip(found.stage, found.target, strict=True)] == [
-        ("same", "spots"), ("same", "other"), ("pruned", "spots"), ("pruned", "other")
-    ]  # fmt: skip
-    same = found[found.stage == "same"]
-    assert (same[["retention", "low", "high"]] == 1).all(axis=None)
-    for row in found[found.stage == "pruned"].itertuples():
-        name = str(row.target)
-        dense, now = (
-            pai.evaluate(pai.Classifier(backbone, heads[name]), tasks[name].test)
-            for backbone in (encoder, pruned.model.backbone)
-        )
-        assert (row.accuracy, row.dense_accuracy) == (now.accuracy, dense.accuracy)
-        assert (row.source, row.scorer, row.sparsity) == ("spots", "magnitude", 0.5)
+def test_stages_are_compared_with_the_dense_encoder_on_test_images() -> None:
+    suite = tiny_suite(digits=task(), photos=tiny_task("photos", classes=2))
+    suite = replace(
+        suite,
+        tasks={n: replace(t, validation=sealed(t.validation)) for n, t in suite.tasks.items()},
+    )
+    config = parameters(scorers=["magnitude"], finetune_steps=2, learning_rate=1e-2)
+    choice = study.Choice("magnitude", 0.6, 0.9, 0.8, 1.0, 2)
+    stages, mask = study.prune_as_chosen(choice, suite, config)
+    tuned = stages["fine-tuned"]
+    assert not any(tuned.get_parameter(name)[~kept].any() for name, kept in mask.items())
+    stages = {"same": suite.classifier("digits"), **stages}
+    found = study.compare_stages(stages, suite, config, choice).set_index(["stage", "target"])
+    assert list(found.index) == [(s, t) for s in stages for t in ("digits", "photos")]
+    assert found[["retention", "low", "high"]].iloc[:2].eq(1).all(axis=None)
+    for name, dense in suite.evaluate().items():
+        row: Any = found.loc["fine-tuned", name]
+        assert row.accuracy == suite.evaluate(tuned.backbone)[name].accuracy
+        assert row.dense_accuracy == dense.accuracy
+        assert (row.source, row.scorer, row.sparsity) == ("digits", "magnitude", 0.6)
 
 
 def write_images(folder: Path, names: Sequence[str], count: int = 20) -> None:
@@ -187,21 +172,21 @@ def test_a_folder_of_images_goes_all_the_way_to_a_file(tmp_path: Path) -> None:
     write_images(tmp_path / "birds", ["crow", "robin", "wren"])
     name = f"folder:{tmp_path / 'birds'}"
     encoder = pai.load_backbone("test_resnet", image_size=32, pretrained=False, device="cpu")
-    task = pai.load_task(name, encoder.transform)
-    assert task.class_names == ("crow", "robin", "wren")
-    head = pai.fit_head(encoder, task)
+    images = pai.load_task(name, encoder.transform)
+    assert images.class_names == ("crow", "robin", "wren")
+    suite = pai.Suite(encoder, {name: images}, {name: pai.fit_head(encoder, images)})
     # More samples than there are images are all of them.
-    settings: dict[str, Any] = {"samples": 1_000_000, "prune_by": f"{name}+{name}:altered+noise"}
-    found = validation_sweep(
-        encoder, name, task, head, scorers=["snip", "magnitude"], sparsities=[0.1, 0.2], **settings
-    )
-    choice = choose(found, 0.5)
-    pruned: Any = prune_as_chosen(choice, encoder, name, task, head, **settings)
-    images, _ = task.test.batch(range(4))
-    files = pai.export.write_formats(pruned.model, pruned.mask, tmp_path, images, ["compressed"])
-    path = tmp_path / files.file.item()
-    again = pai.load_classifier(path, "cpu")
-    assert pai.evaluate(again, task.test).accuracy == pai.evaluate(pruned.model, task.test).accuracy
+    config = parameters(
+        source=name, scorers=["snip", "magnitude"], sparsities=[0.1, 0.2], samples=1_000_000,
+        prune_by=f"{name}+{name}:altered+noise",
+    )  # fmt: skip
+    choice = study.choose(study.compare_candidates(suite, config), 0.5)
+    stages, mask = study.prune_as_chosen(choice, suite, config)
+    first, _ = images.test.batch(range(4))
+    model = stages["pruned"]
+    files = pai.export.write_formats(model, mask, tmp_path, first, ["compressed"])
+    again = pai.load_classifier(tmp_path / files.file.item(), "cpu")
+    assert pai.evaluate(again, images.test).accuracy == pai.evaluate(model, images.test).accuracy
 
 
 def test_a_folder_that_cannot_serve_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ from torch import Tensor
 
 import pai_utils as pai
 from pai_utils.evaluation import held_out_retention
+from pai_utils.pruning import Recipe
 from pai_utils.scorers import Scores
 from pai_utils.studies.scorer_atlas import (
     Atlas,
+    Parameters,
     accuracy_left,
     forward_backward_seconds,
+    run,
     summary_table,
 )
-from pai_utils.studies.sweeps import SweepMask, retention_sweep
-from tests.cases import fingerprint, tiny_backbone, tiny_classifier, tiny_task
+from pai_utils.studies.sweeps import SweepMask
+from pai_utils.support.sampling import Draw
+from tests.cases import fingerprint, tiny_classifier, tiny_suite, tiny_task
 
 
 def step(
@@ -26,9 +30,9 @@ def step(
     seconds: float = 1.0,
 ) -> SweepMask:
     entry: Tensor = torch.tensor(kept)
-    mask = pai.Mask({"encoder.a": entry[:2], "encoder.b": entry[2:]})
+    mask = pai.Mask({"backbone.encoder.a": entry[:2], "backbone.encoder.b": entry[2:]})
     scores = Scores({"a": entry.double()}, scorer, seconds=seconds)
-    return SweepMask(scorer, source, seed, sparsity, scores, mask)
+    return SweepMask(Recipe(scorer, sparsity), source, seed, scores, mask)
 
 
 def collected(*steps: SweepMask) -> Atlas:
@@ -100,114 +104,70 @@ def test_costs_are_means_over_runs_in_the_given_unit() -> None:
 
 
 def test_the_atlas_follows_a_sweep() -> None:
-    backbone = tiny_backbone()
-    tasks = {"first": tiny_task("first", classes=2), "second": tiny_task("second")}
-    heads = {name: pai.fit_head(backbone, task) for name, task in tasks.items()}
-    atlas = Atlas(0.5)
-    table = retention_sweep(
-        backbone,
-        tasks,
-        heads,
-        list(tasks),
-        scorers=["snip", "synflow", "random"],
-        sparsities=(0.3, 0.5),
-        seeds=(0, 1),
-        samples=8,
-        options={"snip": {"samples": 4}},
-        observe=atlas,
-    )
+    suite = tiny_suite(digits=tiny_task("digits", classes=2), photos=tiny_task("photos"))
+    config = Parameters(
+        backbone="tiny", sources=["digits", "photos"], scorers=["snip", "synflow", "random"],
+        sparsities=[0.3, 0.5], seeds=[0, 1], samples=8, options={"snip": {"samples": 4}}, out="o",
+    )  # fmt: skip
+    table, atlas = run(suite, config)
     assert list(atlas.masks) == [
-        ("snip", "first", 0),
-        ("snip", "first", 1),
-        ("snip", "second", 0),
+        ("snip", "digits", 0),
+        ("snip", "digits", 1),
+        ("snip", "photos", 0),
         ("synflow", "none", 0),
         ("random", "none", 0),
         ("random", "none", 1),
     ]
     assert all(mask.sparsity == pytest.approx(0.5, abs=0.01) for mask in atlas.masks.values())
-    model = pai.Classifier(backbone, heads["second"])
-    pruned = pai.prune(model, tasks["second"].train, "snip", 0.5, samples=4)
-    for name, entry in atlas.masks["snip", "second", 0].items():
-        assert torch.equal(entry, pruned.mask[f"backbone.{name}"])
+    train = suite.tasks["photos"].train
+    pruned = pai.prune(suite.classifier("photos"), train, "snip", 0.5, samples=4)
+    for name, entry in atlas.masks["snip", "photos", 0].items():
+        assert torch.equal(entry, pruned.mask[name])
     assert set(atlas.distributions) == {"snip", "synflow", "random"}
 
-    left = accuracy_left(table, list(tasks)).set_index(["scorer", "sparsity", "tasks"])
+    left = accuracy_left(table, config.sources).set_index(["scorer", "sparsity", "tasks"])
     assert len(left) == 3 * 2 * 2
-    for tasks_, own in (("source", True), ("held-out", False)):
-        rows = held_out_retention(table, list(tasks), own=own)
+    for tasks, own in (("source", True), ("held-out", False)):
+        rows = held_out_retention(table, config.sources, own=own)
         rows = rows[(rows.scorer == "snip") & (rows.sparsity == 0.5)]
-        assert len(rows) == 2
-        assert left.retention["snip", 0.5, tasks_] == pytest.approx(rows.retention.mean())
-        seen = table[(table.scorer == "snip") & (table.sparsity == 0.5)]
-        seen = seen[(seen.source == seen.target) == own]
-        assert left.accuracy["snip", 0.5, tasks_] == pytest.approx(seen.accuracy.mean())
-    assert (left.low <= left.retention + 1e-9).all()
-    assert (left.retention <= left.high + 1e-9).all()
+        assert left.retention["snip", 0.5, tasks] == pytest.approx(rows.retention.mean())
+    assert left.low.le(left.retention + 1e-9).all()
+    assert left.retention.le(left.high + 1e-9).all()
 
 
-def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
-    left = pd.DataFrame(
-        {
-            "scorer": scorer,
-            "sparsity": sparsity,
-            "tasks": tasks,
-            "retention": retention,
-            "low": -0.001,
-            "high": 1.0,
-        }
-        for scorer, retention in (("snip", 0.25), ("px", 0.75))
+def left_of(*scorers: tuple[str, float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"scorer": scorer, "sparsity": sparsity, "tasks": tasks, "retention": retention}
+        | {"low": -0.001, "high": 1.0}
+        for scorer, retention in scorers
         for sparsity in (0.3, 0.5)
         for tasks in ("source", "held-out")
     )
+
+
+def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
     costs = pd.DataFrame({"scorer": ["snip", "px"], "fb": [1.04, 12.3]})
-    table = summary_table(left, costs)
+    table = summary_table(left_of(("snip", 0.25), ("px", 0.75)), costs)
     assert table.scorer.tolist() == ["px", "snip"]
-    assert list(table) == [
-        "scorer",
-        "held-out 30%",
-        "held-out 50%",
-        "source 30%",
-        "source 50%",
-        "cost (FB)",
-    ]
+    percents = ["held-out 30%", "held-out 50%", "source 30%", "source 50%"]
+    assert list(table) == ["scorer", *percents, "cost (FB)"]
     assert table.loc[1, "held-out 50%"] == "0.25 (0.00 to 1.00)"
     assert table["cost (FB)"].tolist() == ["12", "1"]
-
-
-def test_options_for_a_scorer_that_is_not_run_are_refused() -> None:
-    backbone, task = tiny_backbone(), tiny_task()
-    heads = {"spots": pai.fit_head(backbone, task)}
-    with pytest.raises(ValueError, match=r"unknown scorer of options 'px'"):
-        retention_sweep(
-            backbone, {"spots": task}, heads, ["spots"], scorers=["snip"], options={"px": {}}
-        )
 
 
 def test_the_unit_of_cost_is_positive_and_leaves_the_model_alone() -> None:
     model, task = tiny_classifier(), tiny_task()
     before = fingerprint(model)
-    assert forward_backward_seconds(model, task.train, samples=8, batch_size=4) > 0
+    assert forward_backward_seconds(model, task.train, Draw(8, 4)) > 0
     assert fingerprint(model) == before
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match="repeats=0"):
-        forward_backward_seconds(model, task.train, samples=8, repeats=0)
+        forward_backward_seconds(model, task.train, Draw(8), repeats=0)
 
 
 def test_figures_of_the_atlas_show_every_scorer() -> None:
-    rows = [
-        {
-            "scorer": scorer,
-            "sparsity": sparsity,
-            "tasks": tasks,
-            "retention": 0.5,
-            "low": 0.4,
-            "high": 0.7,
-        }
-        for scorer in ("snip", "px")
-        for sparsity in (0.3, 0.5)
-        for tasks in ("source", "held-out")
-    ]
-    figure = pai.plots.accuracy_left(pd.DataFrame(rows))
+    rows = left_of(("snip", 0.5), ("px", 0.5))
+    figure = pai.plots.accuracy_left(rows)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["sparsity 0.3", "sparsity 0.5"]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]

@@ -21,7 +21,7 @@ from summarise import (
     what_to_use,
 )
 
-from pai_utils.landscape import PREDICTORS
+from pai_utils.studies.landscape_analysis import PREDICTORS
 from tests.workflow.conftest import store_record
 
 

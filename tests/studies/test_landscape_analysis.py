@@ -1,0 +1,251 @@
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import pai_utils as pai
+from pai_utils.landscape import predicted_and_measured, pruning_direction
+from pai_utils.studies import landscape_analysis as study
+from pai_utils.support.sampling import Draw
+from tests.cases import (
+    build,
+    dense_hessian,
+    fingerprint,
+    logistic_regression,
+    small_direction,
+    tiny_suite,
+    tiny_task,
+)
+
+
+@pytest.fixture
+def suite() -> pai.Suite:
+    return tiny_suite(digits=tiny_task("digits"), photos=tiny_task("photos", classes=4))
+
+
+def parameters(**changes: Any) -> study.Parameters:
+    given = {
+        "backbone": "tiny", "source": "digits", "targets": ["photos"], "samples": 8, "seed": 1,
+        "scorers": ["ggn_diag", "magnitude"], "sparsities": [0.3, 0.6], "fractions": [0.5, 1.0],
+        "eigenvectors": 2, "out": "out",
+    }  # fmt: skip
+    return study.Parameters(**{**given, **changes})
+
+
+@pytest.mark.parametrize("name", ["conv", "fused attention"])
+def test_the_parts_of_the_error_add_up_to_what_is_measured(name: str) -> None:
+    case = build(name)
+    table = predicted_and_measured(
+        case.model, {"v": small_direction(case)}, case.data, Draw(None), fractions=[0.1, 0.2]
+    ).assign(target="here")
+    parts = study.error_parts(table)
+    assert list(dict.fromkeys(parts.part)) == ["diagonal", *study.PARTS]
+    assert set(parts.columns) == {
+        "direction", "fraction", "dense_loss", "count", "target", "part", "nats",
+    }  # fmt: skip
+    sums = parts.groupby("fraction").nats.sum()
+    assert sums.to_numpy() == pytest.approx(table.measured.to_numpy(), rel=1e-9, abs=1e-12)
+    gradient = parts[parts.part == "gradient"].nats.to_numpy()
+    assert gradient == pytest.approx(table.gradient.to_numpy(), rel=1e-9, abs=1e-12)
+
+
+def test_rank_agreement_is_that_of_the_full_step() -> None:
+    names = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
+    full = pd.DataFrame({name: [1.0, 2.0, 3.0, 4.0] for name in names}).assign(
+        measured=[1.0, 3.0, 2.0, 9.0], fraction=1.0
+    )
+    full["ggn"] = [4.0, 3.0, 2.0, 1.0]
+    table = pd.concat([full, full.assign(fraction=0.5, measured=[9.0, 1, 1, 1])])
+    ranks = study.rank_agreement(table).set_index("prediction")
+    assert list(ranks.index) == names
+    assert ranks.correlation["taylor"] == pytest.approx(0.8)
+    assert ranks.correlation["ggn"] == pytest.approx(-0.8)
+    assert (ranks["count"] == 4).all()
+    assert study.rank_agreement(full[:2]).correlation.isna().all()
+
+
+def cells(count: int = 4) -> pd.DataFrame:
+    """Pairs of tasks at two sparsities; "good" orders the pairs, "level" only the sparsities."""
+    names = [f"task {i}" for i in range(count)]
+    rows = [
+        {
+            "source": one, "target": other, "scorer": "s", "sparsity": sparsity,
+            "held_out": one != other, "retention": 1 - sparsity - 0.01 * (i * count + j),
+            "good": -0.01 * (i * count + j) - 10 * (sparsity - 0.5), "level": -sparsity,
+            "sometimes": float(i) if j else math.nan,
+        }
+        for sparsity in (0.2, 0.8)
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
+    table = study.transfer_correlations(
+        cells(), predictors=["good", "level", "sometimes"], replicates=200
+    ).set_index("predictor")
+    held = cells()[lambda t: t.source != t.target]
+    assert table.pooled["good"] == pytest.approx(1)
+    assert table.within["good"] == pytest.approx(1)
+    assert table.pooled["level"] == pytest.approx(spearmanr(held.level, held.retention).statistic)
+    assert math.isnan(table.within["level"])
+    assert list(table.cells) == [24, 24, 18]
+    assert list(table.pairs) == [12, 12, 9]
+    one = held[(held.sparsity == 0.2) & held.sometimes.notna()]
+    assert table.within["sometimes"] == pytest.approx(
+        spearmanr(one.sometimes, one.retention).statistic
+    )
+    assert table.within_low["sometimes"] <= table.within["sometimes"]
+    assert table.pooled_low["good"] == pytest.approx(1)
+    few = study.transfer_correlations(cells(2), predictors=["good"])
+    assert few.pairs[0] == 2
+    blind = cells().assign(good=math.nan)
+    none = study.transfer_correlations(blind, predictors=["good"])
+    assert none.pairs[0] == 0
+    assert none.pooled.isna().all()
+    assert none.pooled_low.isna().all()
+
+
+def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
+    random = np.random.default_rng(5)
+    table = cells()
+    table["noisy"] = table.retention + 0.3 * random.standard_normal(len(table))
+    table["noisy"] = table.noisy.round(1)  # ties
+    found = study.transfer_correlations(table, predictors=["noisy"], replicates=50, seed=3).iloc[0]
+    held = table[table.held_out]
+    pairs = [group for _, group in held.groupby(["source", "target"])]
+    drawn = np.random.default_rng(3).multinomial(12, np.ones(12) / 12, size=50)
+    pooled, within = [], []
+    for counts in drawn:
+        sample = pd.concat([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
+        pooled.append(spearmanr(sample.noisy, sample.retention).statistic)
+        within.append(
+            np.mean(
+                [
+                    spearmanr(group.noisy, group.retention).statistic
+                    for _, group in sample.groupby("sparsity")
+                ]
+            )
+        )
+    for kind, values in {"pooled": pooled, "within": within}.items():
+        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx(
+            tuple(np.quantile(values, [0.025, 0.975]))
+        )
+
+
+def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite) -> None:
+    config = parameters()
+    before = fingerprint(suite.encoder)
+    found = study.measure(suite, config, config.recipes, config.fractions)
+    assert fingerprint(suite.encoder) == before
+    # Of ggn_diag two sources, of magnitude none; two sparsities and targets, two fractions.
+    assert len(found.losses) == 3 * 2 * 2 * 2
+    assert len(found.cells) == 3 * 2 * 2
+    assert list(found.alignment.source) == ["digits", "photos"]
+    assert found.eigenvalues[["task", "rank"]].to_numpy().tolist() == [
+        ["digits", 1], ["digits", 2], ["photos", 1], ["photos", 2]
+    ]  # fmt: skip
+    cells = found.cells.query("source == 'digits' and target == 'photos' and scorer == 'ggn_diag'")
+    cell = cells.set_index("sparsity").loc[0.6]
+    assert cell.held_out
+    model = copy.deepcopy(suite.classifier("photos"))
+    one, other = (
+        pai.prune(suite.classifier(n), t.train, "ggn_diag", 0.6, samples=8, seed=1).mask
+        for n, t in suite.tasks.items()
+    )
+    assert cell.mask_overlap == pytest.approx(one.overlap(other))
+    assert cell.mask_overlap_excess == pytest.approx(
+        one.overlap(other) - one.expected_overlap(other)
+    )
+    alone = predicted_and_measured(
+        model, {"v": pruning_direction(model, one)}, suite.tasks["photos"].train, config.draw,
+        fractions=[1.0],
+    ).iloc[0]  # fmt: skip
+    for column in ("taylor", "ggn", "diagonal", "measured"):
+        assert cell[column] == pytest.approx(alone[column], rel=1e-4)
+    one.apply_(model)
+    assert cell.accuracy == pai.evaluate(model, suite.tests["photos"]).accuracy
+    own = found.cells[found.cells.source == found.cells.target]
+    assert not own.held_out.any()
+    assert own[["mask_overlap", "eigenspace_overlap"]].isna().all(axis=None)
+    blind = found.cells[found.cells.scorer == "magnitude"]
+    assert (blind.source == "none").all()
+    assert blind.held_out.all()
+
+    table = study.compared({"given": found, "again": found}, config.close)
+    assert list(dict.fromkeys(table.weights)) == ["given", "again"]
+    assert set(table.pair) == {"digits → photos", "photos → digits"}
+    assert list(dict.fromkeys(table.quantity)) == [*study.QUANTITIES.values()]
+    values = table[(table.weights == "given") & (table.pair == "digits → photos")]
+    by_name = values.set_index("quantity").value
+    assert by_name[study.QUANTITIES["measured"]] == cell.measured
+    error = abs(cell.measured - cell.taylor) / max(abs(cell.measured), abs(cell.taylor))
+    assert by_name[study.QUANTITIES["left_out"]] == pytest.approx(error)
+
+
+def test_a_brief_training_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) -> None:
+    before, data = fingerprint(suite.encoder), suite.tasks["digits"].train
+    trained = study.briefly_trained(suite, parameters(brief_learning_rate=1e-2))
+    assert fingerprint(suite.encoder) == before
+    losses = [
+        pai.evaluate(pai.Classifier(encoder, suite.heads["digits"]), data).loss
+        for encoder in (suite.encoder, trained)
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_networks_share_a_mask_and_the_repaired_one_is_that_of_prune(suite: pai.Suite) -> None:
+    networks, mask = study.networks(suite, parameters(learning_rate=1e-3))
+    repaired = pai.prune(
+        networks["dense"], suite.tasks["digits"].train, "ggn_diag", 0.6, repair="moments",
+        samples=8, seed=1,
+    )  # fmt: skip
+    assert all(torch.equal(repaired.mask[name], kept) for name, kept in mask.items())
+    pairs = zip(networks["repaired"].parameters(), repaired.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    for name in ("pruned", "fine-tuned"):
+        assert not any(networks[name].get_parameter(n)[~kept].any() for n, kept in mask.items())
+    losses = {n: pai.evaluate(m, suite.tasks["digits"].train).loss for n, m in networks.items()}
+    assert losses["dense"] < losses["fine-tuned"] < losses["pruned"]
+
+
+def test_spectra_of_a_quadratic_loss_are_its_eigenvalues() -> None:
+    model, data = logistic_regression()
+    hessian = dense_hessian(model, ["1.weight"], data)
+    values = torch.linalg.eigvalsh(hessian)
+    summary, density = study.spectra({"here": model}, data, Draw(None), probes=6, steps=36)
+    row = summary.iloc[0]
+    assert row.largest == pytest.approx(float(values[-1]), rel=1e-8)
+    assert row.smallest == pytest.approx(float(values[0]), abs=1e-8)
+    # Signs as start vectors: each probe's estimate is Hutchinson's.
+    off = hessian - hessian.diag().diag()
+    error = math.sqrt(2 * float(off.square().sum()) / 6)
+    assert abs(row.trace - float(values.sum())) < 4 * error
+    assert 0.2 * error < row.trace_standard_error < 3 * error
+    integral = np.trapezoid(density.density, density.eigenvalue)
+    assert integral == pytest.approx(1, abs=1e-6)
+    assert set(density.name) == {"here"}
+
+
+def test_barriers_are_above_the_line_between_the_ends() -> None:
+    path = pd.DataFrame(
+        {
+            "position": [0, 0.5, 1, 1.5, 2],
+            "segment": ["a → b"] * 3 + ["b → c"] * 2,
+            "task": "t",
+            "loss": [1.0, 4.0, 3.0, 1.0, 2.0],
+        }
+    )
+    found = study.barriers(path)
+    assert found.to_dict("records") == [
+        {"segment": "a → b", "task": "t", "start": 1, "end": 3, "barrier": 2},
+        {"segment": "b → c", "task": "t", "start": 3, "end": 2, "barrier": 0},
+    ]
+    path.loc[4, "loss"] = math.inf
+    assert study.barriers(path).barrier.isna().tolist() == [False, True]

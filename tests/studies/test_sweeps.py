@@ -1,0 +1,210 @@
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import pai_utils as pai
+from pai_utils.data.images import ImageDataset, open_image
+from pai_utils.evaluation import held_out_retention
+from pai_utils.pruning import Recipe
+from pai_utils.studies import sweeps
+from pai_utils.studies.parameters import combine
+from pai_utils.studies.sweeps import SweepMask, sweep
+from pai_utils.support.sampling import Draw
+from tests.cases import fingerprint, tiny_suite, tiny_task
+
+DRAW = Draw(8, 64, 0)
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture
+def suite() -> pai.Suite:
+    return tiny_suite(
+        first=tiny_task("first", classes=2), second=tiny_task("second"), third=tiny_task("third")
+    )
+
+
+def test_a_sweep_has_a_row_for_each_cell_and_leaves_encoder_and_heads(suite: pai.Suite) -> None:
+    before = [fingerprint(module) for module in (suite.encoder, *suite.heads.values())]
+    masks: list[SweepMask] = []
+    table = sweep(
+        suite, ["first", "second"], combine(["ggn_diag", "magnitude", "random"], [0.3, 0.6]), DRAW,
+        seeds=[0, 1], observe=masks.append,
+    )  # fmt: skip
+    assert [fingerprint(m) for m in (suite.encoder, *suite.heads.values())] == before
+    assert list(table.columns) == [
+        "target", "source", "scorer", "sparsity", "seed", "accuracy", "loss", "count", "chance",
+        "correct",
+    ]  # fmt: skip
+    assert table.groupby(["scorer", "source"]).size().to_dict() == {
+        ("dense", "none"): 3,
+        ("ggn_diag", "first"): 2 * 2 * 3,
+        ("ggn_diag", "second"): 2 * 2 * 3,
+        ("magnitude", "none"): 2 * 3,
+        ("random", "none"): 2 * 2 * 3,
+    }
+    for row in table.to_dict("records"):
+        assert row["accuracy"] == np.mean(row["correct"])
+        assert row["chance"] == pytest.approx(1 / 2 if row["target"] == "first" else 1 / 3)
+    dense: Any = table[table.scorer == "dense"].set_index("target")
+    for name, task in suite.tasks.items():
+        assert dense.accuracy[name] == pai.evaluate(suite.classifier(name), task.test).accuracy
+    assert len(masks) == 2 * (4 + 1 + 2)
+    assert masks[0].mask.sparsity == pytest.approx(0.3, abs=0.01)
+    assert (masks[-1].recipe.scorer, masks[-1].source, masks[-1].seed) == ("random", "none", 1)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_rows_are_those_of_the_pruned_and_repaired_classifier(
+    suite: pai.Suite, rounds: int
+) -> None:
+    options = {"samples": 16}
+    recipes = combine(
+        ["snip", "magnitude"], [0.6, 0.2], ["none", "layerwise+moments"],
+        rounds=rounds, repair_options=options,
+    )  # fmt: skip
+    table = sweep(suite, ["first", "second"], recipes, replace(DRAW, seed=3))
+    rows = table[table.scorer != "dense"]
+    # A mask that looked at no data is repaired on both sources.
+    assert rows.groupby(["scorer", "source"]).size().to_dict() == {
+        ("magnitude", "none"): 6,
+        **{
+            (scorer, source): 6
+            for scorer in ("snip", "snip + layerwise+moments", "magnitude + layerwise+moments")
+            for source in ("first", "second")
+        },
+    }
+    for (source, label, sparsity), group in rows.groupby(["source", "scorer", "sparsity"]):
+        scorer, _, repair = str(label).partition(" + ")
+        place = "first" if source == "none" else str(source)
+        model: Any = pai.prune(
+            suite.classifier(place), suite.tasks[place].train, scorer, float(str(sparsity)),
+            rounds=rounds, repair=repair or "none", repair_options=options, samples=8, seed=3,
+        ).model  # fmt: skip
+        for target, found in suite.evaluate(model.backbone).items():
+            row = group[group.target == target].iloc[0]
+            assert row.accuracy == found.accuracy
+            assert row.loss == pytest.approx(found.loss, rel=1e-6)
+
+
+class Counting(ImageDataset):
+    """Counts what is read."""
+
+    reads = 0
+
+    def batch(self, indices: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        self.reads += len(indices)
+        return super().batch(indices, device)
+
+
+def test_no_data_but_the_sources_training_part_touches_a_mask(
+    suite: pai.Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {
+        (name, part): Counting(data.images, data.labels, data.transform)
+        for name, task in suite.tasks.items()
+        for part in PARTS
+        for data in [getattr(task, part)]
+    }
+    watched = {
+        name: pai.Task(
+            name,
+            task.class_names,
+            parts[name, "train"],
+            parts[name, "validation"],
+            parts[name, "test"],
+        )
+        for name, task in suite.tasks.items()
+    }
+    during: list[dict[tuple[str, str], int]] = []
+
+    def prune(suite: pai.Suite, *args: Any, **keywords: Any) -> Any:
+        before = {key: data.reads for key, data in parts.items()}
+        found = original(suite, *args, **keywords)
+        during.append({k: d.reads - before[k] for k, d in parts.items() if d.reads > before[k]})
+        return found
+
+    original = pai.Suite.prune
+    monkeypatch.setattr(pai.Suite, "prune", prune)
+    recipes = combine(["ggn_diag", "random"], [0.5], rounds=2)
+    sweep(replace(suite, tasks=watched), ["first", "third"], recipes, DRAW)
+    # The scores of the first round are known.
+    assert during == [{("first", "train"): 8}, {("third", "train"): 8}, {}]
+    # Over the whole sweep no validation image is read, nor a held-out task's training image.
+    assert all(data.reads == 0 for (_, part), data in parts.items() if part == "validation")
+    assert parts["second", "train"].reads == 0
+
+
+@pytest.mark.parametrize("source", ["first+noise", "noise"])
+def test_a_mask_is_the_same_whatever_tasks_are_held_out(suite: pai.Suite, source: str) -> None:
+    only = replace(suite, tasks={name: suite.tasks[name] for name in ("first", "third")})
+    recipes = combine(["feature_ggn_diag"], [0.5], ["none", "layerwise+moments"])
+    tables = [sweep(each, [source], recipes, DRAW) for each in (suite, only)]
+    losses = [table.set_index(["scorer", "target"]).loss for table in tables]
+    assert losses[0].drop("second", level="target").equals(losses[1])
+
+
+def test_a_scorer_that_needs_labels_looks_at_the_task_of_a_mixture(suite: pai.Suite) -> None:
+    sources = ["first", "first+noise", "first:random_labels"]
+    recipes = combine(["feature_ggn_diag", "fisher_diag"], [0.5], ["none", "moments"])
+    table = sweep(suite, sources, recipes, DRAW)
+    pruned = table[table.scorer != "dense"]
+    assert set(pruned.groupby(["source", "scorer"]).size()) == {3}
+    summary = held_out_retention(table, sources)
+    assert set(summary[summary.scorer != "dense"].tasks) == {2}
+    fisher = pruned[pruned.scorer == "fisher_diag"].groupby("source").accuracy.apply(list)
+    assert fisher["first"] == fisher["first+noise"]
+
+
+def test_a_sweep_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[Path] = Counter()
+    monkeypatch.setattr(
+        "pai_utils.data.decoding.open_image",
+        lambda path: (opened.update([path]), open_image(path))[1],
+    )
+    for name in ("one", "two"):
+        for label in range(2):
+            folder = tmp_path / name / str(label)
+            folder.mkdir(parents=True)
+            for number in range(12):
+                Image.new("L", (20, 20), 10 * number + 120 * label).save(folder / f"{number}.png")
+    transform = tiny_suite().encoder.transform
+    suite = tiny_suite(
+        **{name: pai.load_task(f"folder:{tmp_path / name}", transform) for name in ("one", "two")}
+    )
+    sweep(suite, ["one"], combine(["snip"], [0.1, 0.2, 0.3]), replace(DRAW, samples=None))
+    assert len(opened) == 2 * 2 * 12
+    assert set(opened.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("source", "recipe", "message"),
+    [
+        ("first", {"scorer": "ggn"}, "unknown scorer 'ggn'"),
+        ("first", {"sparsity": 1.0}, r"sparsity=1\.0"),
+        ("first", {"scope": "rows"}, "unknown scope 'rows'"),
+        ("first", {"rounds": 0}, "rounds=0"),
+        ("first", {"repair": "momets"}, "unknown repair 'momets'"),
+        ("first", {"repair": "obs", "repair_options": {"damping": 0}}, "damping=0 must be"),
+        ("frist", {}, "unknown source 'frist'; did you mean 'first'"),
+        ("noise", {}, r"'ggn_diag' needs a task's head, and source 'noise' has none"),
+        (
+            "noise",
+            {"scorer": "magnitude", "repair": "obs"},
+            "'obs' needs labels, and source 'noise'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    suite: pai.Suite, source: str, recipe: dict[str, Any], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sweeps, "progress", lambda *_, **__: pytest.fail("ran first"))
+    with pytest.raises(ValueError, match=message):
+        sweep(suite, [source], [Recipe(**recipe)], DRAW)
