@@ -5,6 +5,8 @@ checks are skipped, or fail where ``PAI_REQUIRE_SITE`` is set; the browser's are
 Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import os
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -29,14 +31,14 @@ MAX_PAGE_BYTES = 1_500_000
 MAX_BOOK_BYTES = 30_000_000
 WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")
-View = tuple[int, str]
 VIEWS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]
-# Whether axe looks at contrast, and at the rest. Contrast takes most of the time, and colours are
-# the same at every width; all else is the same in both schemes.
-AXE_VIEWS = {
-    (1280, "light"): (True, True),
-    (1280, "dark"): (True, False),
-    (390, "light"): (False, True),
+# One page of each kind, for the checks of axe, which take seconds a page.
+KINDS = {
+    "start": "book/index",
+    "chapter": "book/experiments/repair",
+    "notebook": "book/executed/prune_per_task-vit_small_saliency",
+    "reference": "book/api/masks",
+    "explorer": "book/experiments/explorer",
 }
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = (
@@ -115,9 +117,8 @@ def is_external(address: str) -> bool:
     return bool(parts.netloc) or parts.scheme in ("http", "https", "ftp")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_of_the_table_of_contents_is_rendered(site: Path, page: str) -> None:
-    assert (site / f"{page}.html").is_file()
+def test_every_page_of_the_table_of_contents_is_rendered(site: Path) -> None:
+    assert [page for page in PAGES if not (site / f"{page}.html").is_file()] == []
 
 
 def test_the_start_page_leads_to_the_book(site: Path) -> None:
@@ -235,15 +236,22 @@ def browser(site: Path) -> Iterator[Browser]:
         browser.close()
 
 
+class OpenTab(Protocol):
+    """Open a page of the book from disk, without a network."""
+
+    def __call__(self, page: str, width: int = ..., visit: Visit | None = ...) -> Page: ...
+
+
 @dataclass
 class Visit:
-    """What a browser showed and did while a page of the book was opened from disk."""
+    """What a browser showed and did while a page of the book was open from disk."""
 
     errors: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     loaded: set[Path] = field(default_factory=set)
-    seen: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, Any] = field(default_factory=dict)
+    views: dict[str, dict[str, Any]] = field(default_factory=dict)  #: by width and scheme
 
     def watch(self, page: Page) -> None:
         page.on("console", self._on_console)
@@ -262,12 +270,26 @@ class Visit:
             self.outside.append(request.url)
 
 
-LOOK = """async () => {
+CONTENT = """async () => {
     // MathJax that does not start never settles its promise: look at the page all the same.
     const patience = new Promise((resolve) => setTimeout(resolve, 15000));
     await Promise.race([window.MathJax?.startup?.promise, patience]);
     await document.fonts.ready;
-    // Buttons fade to the colours of the dark scheme: look at what they come to.
+    const article = document.querySelector("article").cloneNode(true);
+    const count = (selector) => article.querySelectorAll(selector).length;
+    const [formulae, typeset, failed] = [".math", "mjx-container", "mjx-merror"].map(count);
+    article.querySelectorAll("pre, code, mjx-container, script").forEach((e) => e.remove());
+    return {
+        broken: [...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src),
+        formulae, typeset, failed, text: article.textContent,
+    };
+}"""
+
+# What is wider than the page, and text whose contrast with its ground is below level AA of WCAG 2.
+# Of text that looks alike, on the same ground, one piece stands for all.
+LOOK = """(scheme) => {
+    document.documentElement.dataset.theme = scheme;
+    // Colours fade: look at what they come to.
     document.getAnimations().forEach((a) => a instanceof CSSTransition && a.finish());
     const scrolls = (element) => {
         for (let e = element; e.tagName !== "ARTICLE"; e = e.parentElement)
@@ -278,45 +300,46 @@ LOOK = """async () => {
         const box = element.getBoundingClientRect();
         return box.width && box.right > innerWidth + 1 && !scrolls(element);
     });
-    const article = document.querySelector("article").cloneNode(true);
-    const count = (selector) => article.querySelectorAll(selector).length;
-    const [formulae, typeset, failed] = [".math", "mjx-container", "mjx-merror"].map(count);
-    article.querySelectorAll("pre, code, mjx-container, script").forEach((e) => e.remove());
+    const read = (colour) => {
+        const [r, g, b, alpha = 1] = colour.match(/[\\d.]+(?:e-?\\d+)?/g).map(Number);
+        const scale = colour.startsWith("color(") ? 255 : 1;
+        return [r * scale, g * scale, b * scale, alpha];
+    };
+    const over = ([r, g, b, a], below) => [r, g, b].map((v, i) => v * a + below[i] * (1 - a));
+    const ground = (e) => {
+        if (!e) return [255, 255, 255];
+        const colour = read(getComputedStyle(e).backgroundColor);
+        return colour[3] === 1 ? colour.slice(0, 3) : over(colour, ground(e.parentElement));
+    };
+    const luminance = (colour) => {
+        const [r, g, b] = colour.map((v) => v / 255).map(
+            (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const holdsText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    const seen = new Set(), faint = [];
+    for (const e of document.body.querySelectorAll("*")) {
+        if (!holdsText(e) || e.matches("script, style, :disabled")) continue;
+        if (!e.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+        const { color, fontSize, fontWeight } = getComputedStyle(e), below = ground(e);
+        const look = [color, fontSize, fontWeight, below].join();
+        if (seen.has(look)) continue;
+        seen.add(look);
+        const [one, other] = [over(read(color), below), below].map((c) => luminance(c) + 0.05);
+        const ratio = Math.max(one / other, other / one), size = parseFloat(fontSize);
+        const large = size >= 24 || (size >= 18.66 && fontWeight >= 700);
+        if (ratio < (large ? 3 : 4.5)) faint.push(`${ratio}: ${e.outerHTML.slice(0, 120)}`);
+    }
     return {
         overflow: document.documentElement.scrollWidth - innerWidth,
         cutOff: cutOff.map((e) => e.outerHTML.slice(0, 120)),
-        broken: [...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src),
-        formulae, typeset, failed, text: article.textContent,
+        faint,
     };
 }"""
 
-
-# Of text that looks alike, on the same ground, one piece stands for all: contrast is slow to see.
-ACCESSIBILITY = """async ([contrast, structure]) => {
-    const ground = (element) => {
-        const colour = getComputedStyle(element).backgroundColor;
-        const clear = colour === "rgba(0, 0, 0, 0)" && element.parentElement;
-        return clear ? ground(element.parentElement) : colour;
-    };
-    const holdsText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    const alike = new Map();
-    for (const element of document.body.querySelectorAll("*")) {
-        if (!element.getClientRects().length || !holdsText(element)) continue;
-        const { color, fontSize, fontWeight, opacity } = getComputedStyle(element);
-        const look = [color, fontSize, fontWeight, opacity, ground(element)].join();
-        if (!alike.has(look)) alike.set(look, element);
-    }
+ACCESSIBILITY = """async () => {
     const options = { resultTypes: ["violations"], preload: false };
-    const found = [];
-    if (contrast) {
-        const shown = { include: [...alike.values()] };
-        found.push(await axe.run(shown, { ...options, runOnly: ["color-contrast"] }));
-    }
-    if (structure) {
-        const rules = { "color-contrast": { enabled: false } };
-        found.push(await axe.run(document, { ...options, rules }));
-    }
-    const violations = found.flatMap((results) => results.violations);
+    const { violations } = await axe.run(document, options);
     return violations.filter(({ impact }) => ["serious", "critical"].includes(impact)).flatMap(
         ({ id, nodes }) => nodes.map(({ html }) => `${id}: ${html.slice(0, 200)}`));
 }"""
@@ -329,132 +352,135 @@ def axe() -> str:
 
 
 @pytest.fixture(scope="session")
-def visit(site: Path, browser: Browser, axe: str) -> Iterator[Callable[[str, View], Visit]]:
-    """Open each page once per view; the tests look at what was seen."""
-    contexts = {}
-    for width, scheme in VIEWS:
+def open_tab(site: Path, browser: Browser) -> OpenTab:
+    def open_tab(page: str, width: int = WIDTHS[0], visit: Visit | None = None) -> Page:
         # Offline, a request that leaves the page fails at once instead of holding the page up.
-        context = browser.new_context(viewport={"width": width, "height": 844}, offline=True)
-        context.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
-        contexts[width, scheme] = context
+        tab = browser.new_page(offline=True, viewport={"width": width, "height": 844})
+        (visit or Visit()).watch(tab)
+        tab.goto((site / f"{page}.html").as_uri())
+        return tab
+
+    return open_tab
+
+
+@pytest.fixture(scope="session")
+def visit(open_tab: OpenTab) -> Callable[[str], Visit]:
+    """Open each page once, in every view; the tests look at what was seen."""
 
     @cache
-    def visit(page: str, view: View) -> Visit:
-        tab, visit = contexts[view].new_page(), Visit()
-        visit.watch(tab)
-        tab.goto((site / f"{page}.html").as_uri())
-        visit.seen = tab.evaluate(LOOK)
-        if view in AXE_VIEWS:
-            tab.evaluate(axe)
-            visit.seen["violations"] = tab.evaluate(ACCESSIBILITY, AXE_VIEWS[view])
+    def visit(page: str) -> Visit:
+        visit = Visit()
+        tab = open_tab(page, visit=visit)
+        visit.content = tab.evaluate(CONTENT)
+        for width, scheme in VIEWS:
+            tab.set_viewport_size({"width": width, "height": 844})
+            visit.views[f"{width}, {scheme}"] = tab.evaluate(LOOK, scheme)
         tab.close()
         return visit
 
-    yield visit
-    for context in contexts.values():
-        context.close()
+    return visit
 
 
-Open = Callable[[str, View], Visit]
-in_browser = pytest.mark.parametrize(
-    ("page", "view"),
-    [(page, view) for page in PAGES for view in VIEWS],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
-)
+Open = Callable[[str], Visit]
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-@in_browser
-def test_a_page_opens_without_a_console_error(page: str, view: View, visit: Open) -> None:
-    assert visit(page, view).errors == []
+@every_page
+def test_a_page_opens_without_a_console_error(page: str, visit: Open) -> None:
+    assert visit(page).errors == []
 
 
-@in_browser
-def test_no_request_leaves_a_page_opened_from_disk(page: str, view: View, visit: Open) -> None:
-    assert visit(page, view).outside == []
-    assert visit(page, view).missing == []
-    assert visit(page, view).seen["broken"] == []
+@every_page
+def test_no_request_leaves_a_page_opened_from_disk(page: str, visit: Open) -> None:
+    assert visit(page).outside == []
+    assert visit(page).missing == []
+    assert visit(page).content["broken"] == []
 
 
-@in_browser
-def test_a_page_does_not_scroll_sideways(page: str, view: View, visit: Open) -> None:
-    assert visit(page, view).seen["overflow"] <= 1
-    assert visit(page, view).seen["cutOff"] == [], "wider than the page, in no box that scrolls"
+@every_page
+def test_a_page_does_not_scroll_sideways(page: str, visit: Open) -> None:
+    for view, seen in visit(page).views.items():
+        assert seen["overflow"] <= 1, view
+        assert seen["cutOff"] == [], f"wider than the page, in no box that scrolls: {view}"
 
 
-@in_browser
-def test_the_formulae_of_a_page_are_typeset(page: str, view: View, visit: Open) -> None:
-    seen = visit(page, view).seen
-    assert seen["typeset"] >= seen["formulae"]
-    assert seen["failed"] == 0
-    assert not re.search(r"\\[(\[]|\$\$|\\(?:frac|mathbb|theta)", seen["text"])
+@every_page
+def test_text_stands_out_from_its_ground(page: str, visit: Open) -> None:
+    assert {view: seen["faint"] for view, seen in visit(page).views.items() if seen["faint"]} == {}
 
 
-def test_the_theory_page_holds_formulae(visit: Open) -> None:
-    assert visit("book/theory", VIEWS[0]).seen["typeset"] > 50
+@every_page
+def test_the_formulae_of_a_page_are_typeset(page: str, visit: Open) -> None:
+    content = visit(page).content
+    assert content["typeset"] >= content["formulae"]
+    assert content["failed"] == 0
+    assert not re.search(r"\\[(\[]|\$\$|\\(?:frac|mathbb|theta)", content["text"])
 
 
-@pytest.mark.parametrize("view", AXE_VIEWS, ids=lambda view: "-".join(map(str, view)))
-@pytest.mark.parametrize("page", PAGES)
-def test_axe_finds_no_serious_violation(page: str, view: View, visit: Open) -> None:
-    assert visit(page, view).seen["violations"] == []
-
-
-@pytest.mark.parametrize("page", PAGES)
+@every_page
 def test_all_that_a_page_loads_weighs_less_than_the_limit(page: str, visit: Open) -> None:
-    loaded = visit(page, VIEWS[0]).loaded
+    loaded = visit(page).loaded
     assert any(path.suffix == ".css" for path in loaded)
     assert sum(path.stat().st_size for path in loaded) < MAX_PAGE_BYTES
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_body_text_has_enough_contrast(site: Path, scheme: str, browser: Browser) -> None:
-    tab = browser.new_page(offline=True)
-    tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
-    tab.goto((site / f"{PAGES[0]}.html").as_uri())
-    theme, *colours = tab.evaluate(
-        """() => [document.documentElement.dataset.theme,
-            getComputedStyle(document.querySelector("article p")).color,
-            getComputedStyle(document.body).backgroundColor]"""
-    )
+def test_the_theory_page_holds_formulae(visit: Open) -> None:
+    assert visit("book/theory").content["typeset"] > 50
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize("page", KINDS.values(), ids=list(KINDS))
+def test_axe_finds_no_serious_violation(
+    page: str, width: int, scheme: str, open_tab: OpenTab, axe: str
+) -> None:
+    tab = open_tab(page, width)
+    tab.evaluate(CONTENT)
+    tab.evaluate(LOOK, scheme)
+    tab.evaluate(axe)
+    violations = tab.evaluate(ACCESSIBILITY)
     tab.close()
-    assert theme == scheme
-    dark, light = sorted(luminance(colour) for colour in colours)
-    assert (light + 0.05) / (dark + 0.05) >= 7, "the level AAA of WCAG 2"
+    assert violations == []
 
 
-def luminance(colour: str) -> float:
-    """Return the relative luminance of ``rgb(r, g, b)`` as WCAG 2 defines it."""
-    values = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    red, green, blue = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+def test_what_is_too_wide_or_too_faint_is_seen(open_tab: OpenTab) -> None:
+    tab = open_tab(PAGES[0])
+    tab.evaluate(
+        """() => {
+            const last = document.querySelector("article p");
+            last.style.cssText = "color: rgba(0, 0, 0, 0.4); width: 2000px";
+        }"""
+    )
+    seen = tab.evaluate(LOOK, "light")
+    tab.close()
+    assert seen["overflow"] > 1
+    assert len(seen["cutOff"]) >= 1
+    assert len(seen["faint"]) >= 1
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_search_by_keyboard_finds_the_page_that_explains_a_word(
-    site: Path, width: int, browser: Browser, axe: str
+    width: int, open_tab: OpenTab, axe: str
 ) -> None:
-    tab, visit = new_tab(browser, width), Visit()
-    visit.watch(tab)
-    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    visit = Visit()
+    tab = open_tab(PAGES[0], width, visit)
     tab.keyboard.press("Control+K")
     tab.keyboard.type("saliency")
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#search-results li a", timeout=10_000)
     found = tab.eval_on_selector_all("#search-results li a", "links => links.map((a) => a.href)")
-    overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+    looks = [tab.evaluate(LOOK, scheme) for scheme in SCHEMES]
     tab.evaluate(axe)
-    violations = tab.evaluate(ACCESSIBILITY, (True, True))
+    violations = tab.evaluate(ACCESSIBILITY)
     tab.close()
     assert any("/book/theory.html" in address for address in found)
-    assert overflow <= 1
+    assert [(look["overflow"] > 1, look["faint"]) for look in looks] == [(False, [])] * 2
     assert violations == []
     assert (visit.errors, visit.outside, visit.missing) == ([], [], [])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_contents_lead_to_a_page(site: Path, width: int, browser: Browser) -> None:
-    tab = new_tab(browser, width)
-    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+def test_the_contents_lead_to_a_page(width: int, open_tab: OpenTab) -> None:
+    tab = open_tab(PAGES[0], width)
     link = tab.locator("nav.bd-links a", has_text="Protocol").first
     if not link.is_visible():
         assert width == min(WIDTHS), "a wide window shows the contents at once"
@@ -465,36 +491,24 @@ def test_the_contents_lead_to_a_page(site: Path, width: int, browser: Browser) -
 
 
 def test_the_switch_changes_the_colours_and_the_next_page_keeps_them(
-    site: Path, browser: Browser
+    site: Path, open_tab: OpenTab
 ) -> None:
-    tab = new_tab(browser, WIDTHS[0])
-    tab.goto((site / f"{PAGES[0]}.html").as_uri())
+    tab = open_tab(PAGES[0])
     seen = []
     for _ in range(3):
         tab.locator(".theme-switch-button").first.click()
         seen.append(tab.evaluate("document.documentElement.dataset.theme"))
-    chosen = seen[-1]
     tab.goto((site / f"{PAGES[1]}.html").as_uri())
     kept = tab.evaluate("document.documentElement.dataset.theme")
     tab.close()
     assert set(seen) == set(SCHEMES)
-    assert kept == chosen
-
-
-def new_tab(browser: Browser, width: int) -> Page:
-    return browser.new_page(offline=True, viewport={"width": width, "height": 844})
+    assert kept == seen[-1]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_explorer_shows_what_the_keyboard_chooses(
-    site: Path, scheme: str, width: int, browser: Browser
-) -> None:
-    tab = browser.new_page(offline=True, viewport={"width": width, "height": 844})
+def test_the_explorer_shows_what_the_keyboard_chooses(width: int, open_tab: OpenTab) -> None:
     visit = Visit()
-    visit.watch(tab)
-    tab.add_init_script(f"localStorage.setItem('mode', '{scheme}')")
-    tab.goto((site / "book/experiments/explorer.html").as_uri())
+    tab = open_tab("book/experiments/explorer", width, visit)
     before = tab.inner_text("#explorer-status")
     tab.keyboard.press("Tab")
     tab.keyboard.press("Enter")  # the link over the navigation
@@ -510,15 +524,13 @@ def test_the_explorer_shows_what_the_keyboard_chooses(
     assert tab.locator("#explorer-panels svg[role=img][aria-label]").count() > 0
     shown = table_of(tab)
     assert shown == measured(tab.text_content("#explorer-data") or "", choice)
-    overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
-
+    looks = [tab.evaluate(LOOK, scheme) for scheme in SCHEMES]
+    assert [(look["overflow"] > 1, look["faint"]) for look in looks] == [(False, [])] * 2
     # The address holds the choice.
-    again = browser.new_page(offline=True)
-    again.goto(tab.url)
-    assert table_of(again) == shown
-    again.close()
+    tab.goto(tab.url)
+    tab.reload()
+    assert table_of(tab) == shown
     tab.close()
-    assert overflow <= 1
     assert (visit.errors, visit.outside, visit.missing) == ([], [], [])
 
 
