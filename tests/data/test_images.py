@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pai_utils.data.images import ImageDataset, ImageTransform, open_image, to_rgb
 
@@ -52,12 +50,11 @@ def test_an_image_of_any_mode_becomes_rgb(
     assert found == pytest.approx(expected, abs=10 if suffix == ".jpg" else 0)
 
 
-@pytest.mark.parametrize("transparent", [False, True])
-def test_a_palette_image_shows_its_colours(transparent: bool, tmp_path: Path) -> None:
+def test_a_palette_image_shows_its_colours(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    found = saved(image, tmp_path / "x.png", **({"transparency": 1} if transparent else {}))
-    assert pixel(found) == ((255, 255, 255) if transparent else (200, 100, 50))
+    assert pixel(saved(image, tmp_path / "x.png")) == (200, 100, 50)
+    assert pixel(saved(image, tmp_path / "x.png", transparency=1)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
@@ -98,16 +95,11 @@ def test_a_truncated_image_is_named(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"broken{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"{path.name} cannot be read as an image"):
-        open_image(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
-        open_image(tmp_path / "x.png")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:8] + bytes(40), b"no image at all", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read as an image"):
+            open_image(path)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +183,6 @@ def test_a_transform_that_makes_no_sense_is_refused(options: dict[str, Any], mes
         ImageTransform(**{"image_size": 8, "mean": HALF, "std": HALF, **options})
 
 
-def test_a_transform_is_a_value() -> None:
-    assert len({ImageTransform(8, HALF, HALF), ImageTransform(8, HALF, HALF)}) == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TRANSFORM.image_size = 9  # type: ignore[misc]
-
-
 # --- labelled images ---
 
 
@@ -226,33 +212,22 @@ def test_a_batch_is_its_items(indices: Any, dataset: ImageDataset) -> None:
         assert int(labels[row]) == dataset[index][1]
 
 
-def test_pixels_are_moved_to_a_device_once_and_normalised_there(dataset: ImageDataset) -> None:
+def test_pixels_are_moved_to_a_device_once_and_normalised_there(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The device "meta" has shapes and no values; any other than the CPU is treated like it.
     device = torch.device("meta")
     images, labels = dataset.batch([3, 1], device)
     assert images.device.type == labels.device.type == "meta"
     assert images.dtype == torch.float32
-    assert images.is_contiguous(memory_format=torch.channels_last)
     copy = dataset._pixels(device)
     assert copy.dtype == torch.uint8
     assert dataset._pixels(device) is copy
     dataset.images = dataset.images.clone()
     assert dataset._pixels(device) is not copy
-    assert dataset._pixels(torch.device("cpu")) is dataset.images
-
-
-def test_pixels_that_would_fill_a_gpu_stay_and_are_moved_by_batches(
-    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # Pixels that would fill a GPU stay, and are moved by batches.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (dataset.images.nbytes, 0))
     assert dataset._pixels(torch.device("cuda")) is dataset.images
-
-
-def test_a_data_loader_gives_the_same_batches(dataset: ImageDataset) -> None:
-    images, labels = next(iter(DataLoader(dataset, batch_size=5)))
-    expected = dataset.batch(slice(0, 5))
-    assert torch.equal(images, expected[0])
-    assert torch.equal(labels, expected[1])
 
 
 def test_a_subset_keeps_items_in_the_order_asked(dataset: ImageDataset) -> None:
@@ -266,12 +241,6 @@ def test_indices_that_are_no_integers_are_refused(indices: Any, dataset: ImageDa
     for method in (dataset.batch, dataset.subset):
         with pytest.raises(ValueError, match="indices must be integers"):
             method(indices)
-
-
-def test_images_of_the_right_size_are_not_copied() -> None:
-    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-    data = ImageDataset(images, torch.zeros(4, dtype=torch.int64), TRANSFORM)
-    assert data.images.data_ptr() == images.data_ptr()
 
 
 def test_any_callable_on_pil_images_can_be_the_transform(dataset: ImageDataset) -> None:
