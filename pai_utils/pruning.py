@@ -72,15 +72,11 @@ class Recipe:
 
     def metadata(self, draw: Draw, source: str | None) -> dict[str, str]:
         """What a mask made by it is labelled with, apart from the weights."""
+        own = ("scorer", "sparsity", "scope", "rounds", "schedule", "repair")
         return {
             **({} if source is None else {"source": source}),
-            "scorer": self.scorer,
+            **{name: str(getattr(self, name)) for name in own},
             **{f"scorer.{option}": str(value) for option, value in self.options.items()},
-            "sparsity": str(self.sparsity),
-            "scope": self.scope,
-            "rounds": str(self.rounds),
-            "schedule": self.schedule,
-            "repair": self.repair,
             "samples": str(draw.samples),
             "seed": str(draw.seed),
         }
@@ -151,7 +147,7 @@ def prune(
             ``None`` for all prunable ones.
         exclude: patterns of the weights to spare, by :func:`select_parameters`.
         source: name of the source task, for the mask's metadata.
-        repair: what is done to the surviving weights, in every round from their values in
+        repair: what is done to the surviving weights in every round, from their values in
             ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
             ``obs`` (:mod:`pai_utils.repair.methods`).
         repair_options: those of a :class:`~pai_utils.repair.methods.Repair`, by name.

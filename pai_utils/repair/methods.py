@@ -86,15 +86,6 @@ def parse_repair(text: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: for an unknown part, or one that is named twice.
-
-    Examples:
-        >>> from pai_utils.repair.methods import parse_repair
-        >>> parse_repair("layerwise+moments")
-        ('layerwise', 'moments')
-        >>> parse_repair("weights")
-        Traceback (most recent call last):
-            ...
-        ValueError: unknown repair 'weights'. Choose from: none, moments, layerwise, obs
     """
     if text == "none":
         return ()
@@ -112,17 +103,17 @@ class Repair:
     """Which repair is made, and how.
 
     Raises:
-        ValueError: as :func:`parse_repair`, for a damping that is not above zero, or fewer samples,
-            rows or weights a block than one.
+        ValueError: for an unknown part or one that is named twice, a damping that is not above
+            zero, or fewer samples, rows or weights a block than one.
 
     Examples:
         >>> from pai_utils.repair.methods import Repair
         >>> Repair("layerwise+moments", damping=0.01).parts
         ('layerwise', 'moments')
-        >>> Repair("layerwise", rows=0)
+        >>> Repair("weights")
         Traceback (most recent call last):
             ...
-        ValueError: rows=0: at least one row is needed
+        ValueError: unknown repair 'weights'. Choose from: none, moments, layerwise, obs
     """
 
     method: str  #: "none", or parts joined by + of `REPAIRS`
@@ -157,7 +148,7 @@ class Repair:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The method's, as :func:`parse_repair`."""
+        """Those of the method."""
         return parse_repair(self.method)
 
 
