@@ -15,7 +15,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
   --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help env book draft test lint unit notebooks smoke check-book cluster cluster-test bench results \
+.PHONY: help env book draft plan test lint unit notebooks smoke check-book cluster cluster-test bench results \
   lock clean
 
 help:
@@ -49,7 +49,10 @@ book: $(READY) ## run the book's notebooks and render it
 	@$(PY) workflow/build.py book
 
 draft: $(READY) ## after `make book`: render in seconds, to build/draft, the pages that changed since
-	@$(PY) workflow/render.py build/draft --draft --executed book/executed/*.ipynb --log build/logs/draft.log
+	@$(PY) workflow/render.py book --draft
+
+plan: $(READY) ## estimate hours and disk of a grid before it runs: make plan GRID=paper
+	@$(PY) workflow/plan.py $(GRID)
 
 test: $(READY) ## lint, unit tests, notebooks as they are, smoke grid, checks of the rendered book
 	@$(MAKE) --no-print-directory lint
@@ -65,7 +68,7 @@ lint: $(READY) ## ruff and mypy
 	$(PY) -m mypy
 
 unit: $(READY) ## unit tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests --ignore=tests/notebooks --ignore=tests/book --ignore=tests/cluster
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadgroup tests --ignore=tests/notebooks --ignore=tests/book --ignore=tests/cluster
 
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
 	@mkdir -p build
@@ -126,7 +129,7 @@ cluster-test: $(CLUSTER_READY) ## run the smoke grid on a SLURM of this computer
 	$(PY) workflow/build.py smoke --target executed --profile kubernetes --dry-run --quiet \
 	  --container-image example/pai-utils --kubernetes-persistent-volumes checkout:"$(CURDIR)" \
 	  --default-storage-prefix "$(CURDIR)"
-	$(PY) workflow/slurm_here.py $(PY) workflow/build.py smoke --target executed --profile slurm \
+	PYTHONPATH=workflow $(PY) tests/cluster/slurm_here.py $(PY) workflow/build.py smoke --target executed --profile slurm \
 	  --config gpu=0 gpus=0 tflops=0.1 --slurm-no-account --slurm-status-command squeue \
 	  --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 2 --latency-wait 10
 

@@ -116,55 +116,6 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
 
 
 @main.command()
-@click.argument("grid", type=click.Path(path_type=Path))
-@click.option(
-    "--tflops",
-    type=float,
-    help="What the device sustains, in 10^12 floating-point operations a second.",
-)
-def plan(grid: Path, tflops: float | None) -> None:
-    """Estimate GPU hours and disk of every row of GRID, before anything runs.
-
-    GRID is a file such as workflow/grids/paper.yaml. Nothing is fetched.
-    """
-    from pai_utils import planning
-    from pai_utils.data.datasets import DATASETS
-    from pai_utils.grids import read_grid
-
-    speed = planning.DEFAULT_TFLOPS if tflops is None else tflops
-    try:
-        cells = {
-            name: _validate(_find_notebook(cell.notebook), cell.parameters)
-            for name, cell in read_grid(grid).items()
-        }
-        table = planning.plan(cells, tflops=speed)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise BadInput(str(error)) from error
-    shown = table[["cell", "images", "pflop", "hours", "results_mib", "pixels_mib"]]
-    shown = shown.set_axis(
-        ["cell", "forwards", "PFLOP", "GPU hours", "results, MiB", "pixels, MiB"], axis=1
-    )
-    click.echo(shown.to_string(index=False, float_format="{:,.3g}".format))
-    needed = planning.downloads(cells.values())
-    click.echo(
-        f"\n{len(table)} rows, {table.hours.sum():,.1f} hours on a device that sustains "
-        f"{speed:g} TFLOP/s (--tflops), {table.results_mib.sum() / 1024:,.1f} GiB of results."
-    )
-    click.echo(
-        "Decoded images are shared by the rows of one task and size; the largest row needs "
-        f"{table.pixels_mib.max() / 1024:,.1f} GiB of them, in memory or beside the data."
-    )
-    if needed:
-        listed = ", ".join(f"{name} {size:,}" for name, size in needed.items())
-        click.echo(
-            f"Data sets to have on disk, in MB: {listed}; {sum(needed.values()):,} together."
-        )
-        for name in needed:
-            if DATASETS[name].by_hand:
-                click.echo(f"{name} cannot be downloaded. {DATASETS[name].by_hand}.")
-
-
-@main.command()
 def doctor() -> None:
     """Check versions, the device, and that the weights and data are found."""
     complete = True
@@ -217,8 +168,6 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    from pai_utils.kernels import kernel_settings
-
     partial = out / f"{path.stem}.partial.ipynb"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -226,14 +175,12 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
     try:
-        with kernel_settings() as config:
-            execute_notebook(
-                str(path),
-                str(partial),
-                parameters=dict(parameters),
-                progress_bar=sys.stderr.isatty(),
-                config=config,
-            )
+        execute_notebook(
+            str(path),
+            str(partial),
+            parameters=dict(parameters),
+            progress_bar=sys.stderr.isatty(),
+        )
     except (PapermillExecutionError, DeadKernelError) as error:
         what = (
             f"{error.ename}: {error.evalue}"

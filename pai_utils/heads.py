@@ -49,7 +49,7 @@ def dense_features(
         values, labels = features(backbone, data, batch_size=batch_size)
         return Kept({"features": values, "labels": labels}, {})
 
-    parts = {"encoder": backbone, "data": data, "device": device_of(backbone).type}
+    parts = {"by": features, "encoder": backbone, "data": data, "device": device_of(backbone).type}
     found = reused("features", parts, compute)
     return found.tensors["features"], found.tensors["labels"]
 
@@ -118,6 +118,7 @@ def fit_head(
         raise unknown_name("protocol", protocol, PROTOCOLS)
     split, device = PROTOCOLS[protocol], device_of(backbone)
     parts = {
+        "by": fit_head,
         "encoder": backbone,
         "data": getattr(task, split),
         "device": device.type,

@@ -28,7 +28,6 @@ from pai_utils.studies.parameters import (
     RunParameters,
     describe_problem,
 )
-from pai_utils.support.cache import digest_of, used_files
 from pai_utils.support.stored import write_atomically
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class RunRecord(BaseModel):
     versions: dict[str, str | None]
     commit: str | None  #: None outside a checkout
     clean: bool | None
-    inputs: dict[str, Any] = {}  #: digests of images and of shared files
+    inputs: dict[str, Any] = {}  #: digests of images
     outputs: dict[str, str]  #: SHA-256 by name
 
     @field_validator("parameters")
@@ -243,10 +242,9 @@ class Run:
         """
         inputs = {
             "tasks": {
-                name: {part: digest_of(getattr(task, part)) for part in ("train", "test")}
+                name: {"train": task.train.digest, "test": task.test.digest}
                 for name, task in (tasks or {}).items()
             },
-            "shared": used_files(),
         }
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
         record: dict[str, Any] = {

@@ -16,7 +16,6 @@ import pai_utils as pai
 from pai_utils import __main__ as command_line
 from pai_utils.data import embedded
 from pai_utils.data.datasets import DATASETS
-from pai_utils.grids import read_grid
 from pai_utils.models import checkpoints, published
 from pai_utils.support.common import package_folder
 
@@ -90,7 +89,7 @@ def test_help_names_the_commands() -> None:
     result = call("--help")
     assert result.exit_code == 0
     listed = result.stdout.split("Commands:")[1].split("\n")
-    assert [line.split()[0] for line in listed if line.strip()] == ["doctor", "list", "plan", "run"]
+    assert [line.split()[0] for line in listed if line.strip()] == ["doctor", "list", "run"]
 
 
 def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:
@@ -306,47 +305,6 @@ def test_the_doctor_says_which_data_sets_are_there(
     assert f"data sets: none found in {tmp_path} (PAI_DATA_ROOT)" in call("doctor").stdout
     (tmp_path / DATASETS["KMNIST"].place).mkdir(parents=True)
     assert f"data sets: KMNIST found in {tmp_path}" in call("doctor").stdout
-
-
-def grid(folder: Path, backbone: str = "timm:test_resnet", source: str = "digits") -> str:
-    path = folder / "mine.yaml"
-    path.write_text(
-        "cells: {a-{source}: {notebook: zero_shot_retention, over: {source: ["
-        f"{source}, MNIST]}}, parameters: {{backbone: '{backbone}', image_size: 32}}}}}}".replace(
-            "a-{source}", "'a-{source}'"
-        )
-    )
-    return str(path)
-
-
-def test_a_plan_says_hours_and_disk_of_each_row_and_fetches_nothing(tmp_path: Path) -> None:
-    result = call("plan", grid(tmp_path), "--tflops", "0.5")
-    assert result.exit_code == 0, result.output
-    header, *rows = result.stdout.splitlines()
-    assert [part.strip() for part in header.split("  ") if part] == [
-        "cell", "forwards", "PFLOP", "GPU hours", "results, MiB", "pixels, MiB"
-    ]  # fmt: skip
-    assert [row.split()[0] for row in rows[:2]] == ["a-digits", "a-MNIST"]
-    assert "2 rows, " in result.stdout
-    assert "sustains 0.5 TFLOP/s" in result.stdout
-    assert "in MB: MNIST 12; 12 together" in result.stdout
-
-
-def test_the_plan_of_the_full_grid_covers_all_its_rows() -> None:
-    cells = read_grid(ROOT / "workflow" / "grids" / "paper.yaml")
-    result = call("plan", str(ROOT / "workflow" / "grids" / "paper.yaml"))
-    assert result.exit_code == 0, result.output
-    listed = [line.split()[0] for line in result.stdout.splitlines() if line.split()]
-    assert listed[1 : 1 + len(cells)] == list(cells)
-
-
-def test_a_plan_that_cannot_be_made_says_why(tmp_path: Path) -> None:
-    assert "there is no grid 'gone'" in refusal("plan", str(tmp_path / "gone.yaml"))
-    assert "unknown backbone 'test_resnett'" in refusal("plan", grid(tmp_path, "timm:test_resnett"))
-    assert "unknown task 'digitz'; did you mean 'digits'" in refusal(
-        "plan", grid(tmp_path, source="digitz")
-    )
-    assert "tflops must be above 0" in refusal("plan", grid(tmp_path), "--tflops", "0")
 
 
 def test_the_doctor_says_what_to_do_about_what_is_missing(

@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 from attempts import read_attempts
@@ -113,42 +114,37 @@ def snakemake(target: str, configured: list[str], options: list[str], lock: Text
         raise
 
 
-def failures(layout: Layout, plan: dict[str, Any]) -> list[str]:
-    """Return two lines for each failure, of cells and what they need: its error, where to read."""
+def failures(layout: Layout, cells: Iterable[str]) -> list[str]:
+    """Return two lines for each cell that failed: its error, and where to read more."""
     lines = []
-    for name, need in plan["needs"].items():
-        log = layout.logs / "shared" / f"{need['kind']}-{name}.log"
-        if (layout.shared / need["kind"] / f"{name}.safetensors").exists() or not log.exists():
+    for name, attempts in read_attempts(layout.attempts, cells, over=True).items():
+        log, scores = layout.logs / f"{name}.ipynb", layout.scores / f"{name}.log"
+        if (layout.executed / f"{name}.ipynb").exists():
             continue
-        text = log.read_text(encoding="utf-8", errors="replace").strip()
-        lines += [
-            f"{name}: {text.splitlines()[-1] if text else 'it ended without a word'}",
-            f"  read it: {log}",
-        ]
-    for name, attempts in read_attempts(layout.attempts, plan["cells"], over=True).items():
-        if (layout.executed / f"{name}.ipynb").exists() or not attempts:
-            continue
-        log = layout.logs / f"{name}.ipynb"
-        error = attempts[-1].error or (log.is_file() and last_error(log)) or KERNEL_DIED
-        lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
+        if attempts:
+            error = attempts[-1].error or (log.is_file() and last_error(log)) or KERNEL_DIED
+            lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
+        elif scores.exists():
+            text = scores.read_text(encoding="utf-8", errors="replace").strip() or KERNEL_DIED
+            lines += [f"{name}: {text.splitlines()[-1]}", f"  read it: {scores}"]
     return lines
 
 
 def build(target: str, layout: Layout, configured: list[str], options: list[str]) -> int:
     """Bring a target up to date, say what came of it, and return the exit status."""
-    plan = read_plan(layout)
+    cells = read_plan(layout)
     with hold_lock(Path(".snakemake") / f"{layout.grid}.lock") as lock:
         before = _age(layout.index)
         if {"-n", "--dry-run", "--dryrun"} & set(options):
             status = snakemake(target, configured, options, lock)
-            print(f"Nothing was run: {len(plan['cells'])} cells are planned")
+            print(f"Nothing was run: {len(cells)} cells are planned")
             return status
         try:
             status = snakemake(target, configured, options, lock)
         finally:
             table = write_status(layout, over=True)
     if status != 0:
-        print(*failures(layout, plan), f"{layout.grid}: failed", sep="\n", file=sys.stderr)
+        print(*failures(layout, cells), f"{layout.grid}: failed", sep="\n", file=sys.stderr)
         print(f"What ran and what failed: {table}", file=sys.stderr)
         return 1
     what = "book" if layout.grid == BOOK_GRID else f"{layout.grid} book"

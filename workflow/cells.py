@@ -1,7 +1,6 @@
 """Where the files of a grid's cells are, and what is wrong with an executed copy.
 
-A *grid* is a file `workflow/grids/<name>.yaml` (see `pai_utils.grids`). A *site* is the folder that
-Jupyter Book renders.
+A *site* is the folder that Jupyter Book renders.
 """
 
 import json
@@ -10,70 +9,31 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BOOK_GRID = "book"
+NOTEBOOKS = Path("notebooks")
+CACHE = Path("build/cache")  # of what several cells need
 KERNEL_DIED = "its kernel died or was stopped; was there enough memory?"
 SITE_SOURCES = ("_config.yml", "_toc.yml", "book", "results")
 
 
-@dataclass(frozen=True)
 class Layout:
     """Where one grid's files are, relative to the folder that holds `notebooks/` and `book/`."""
 
-    grid: str
-
-    @property
-    def grid_file(self) -> Path:
-        """The grid itself."""
-        return Path("workflow/grids") / f"{self.grid}.yaml"
-
-    @property
-    def site(self) -> Path:
-        """The folder that is rendered: only the grid `book` touches the reader's book."""
-        return Path() if self.grid == BOOK_GRID else Path("build") / self.grid
-
-    @property
-    def executed(self) -> Path:
-        """The folder of executed copies and of what they wrote."""
-        return self.site / "book" / "executed"
-
-    @property
-    def status(self) -> Path:
-        """The table of what ran, for the book."""
-        return self.executed / "status.csv"
-
-    @property
-    def index(self) -> Path:
-        """The page to open."""
-        return self.site / "_build" / "html" / "index.html"
-
-    @property
-    def logs(self) -> Path:
-        """The folder of running and failed copies and of the renderer's log."""
-        return Path("build") / "logs" / self.grid
-
-    @property
-    def attempts(self) -> Path:
-        """The folder that says of every start of a cell what came of it."""
-        return self.logs / "attempts"
-
-    @property
-    def plan(self) -> Path:
-        """The file of `planned.py`."""
-        return Path("build") / "plans" / f"{self.grid}.json"
-
-    @property
-    def library(self) -> Path:
-        """The file of checksums of all that cells depend on beside their notebook."""
-        return Path("build") / "plans" / f"{self.grid}.library"
-
-    @property
-    def shared(self) -> Path:
-        """The folder of what several cells need."""
-        return Path("build") / "shared" / self.grid
+    def __init__(self, grid: str) -> None:
+        self.grid = grid
+        self.grid_file = Path("workflow/grids") / f"{grid}.yaml"
+        # Only the grid `book` touches the reader's book.
+        self.site = Path() if grid == BOOK_GRID else Path("build") / grid
+        self.executed = self.site / "book" / "executed"  # copies, and what they wrote
+        self.status = self.executed / "status.csv"  # what ran, for the book
+        self.index = self.site / "_build" / "html" / "index.html"  # the page to open
+        self.logs = Path("build") / "logs" / grid  # also of running and failed copies
+        self.attempts = self.logs / "attempts"  # what came of every start of a cell
+        self.scores = self.logs / "scores"  # of cells whose scores are a job of their own
+        self.plan = Path("build") / "plans" / f"{grid}.json"
 
 
 def commit_of(record: Mapping[str, Any]) -> str:
@@ -82,6 +42,17 @@ def commit_of(record: Mapping[str, Any]) -> str:
     if not commit:
         return ""
     return str(commit)[:10] + ("" if record.get("clean") else ", changed")
+
+
+def use_cache() -> None:
+    """Let this process and its children keep what they compute where others find it."""
+    os.environ.setdefault("PAI_CACHE", str(CACHE.resolve()))
+
+
+def with_device(parameters: Mapping[str, Any], device: str | None) -> dict[str, Any]:
+    """Return parameters with a device in the place of `auto`, if there is one."""
+    chosen = device if device and parameters.get("device", "auto") == "auto" else None
+    return {**parameters, **({"device": chosen} if chosen else {})}
 
 
 def stop_with_parent() -> None:

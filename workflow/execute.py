@@ -12,47 +12,40 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from attempts import attempt
-from cells import KERNEL_DIED, last_error, problems, stop_with_parent
+from cells import KERNEL_DIED, last_error, problems, stop_with_parent, use_cache, with_device
 from machine import held_gpus
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
-
-from pai_utils.kernels import kernel_settings
+from traitlets.config import Config
 
 
 def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path) -> list[str]:
     """Execute a notebook into `log` and return the problems of the executed copy."""
     out.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    # What went wrong is in the copy, where a reader looks for it.
-    with contextlib.suppress(PapermillExecutionError, DeadKernelError), kernel_settings() as config:
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    # What went wrong is in the copy, where a reader looks for it. The channel to a kernel is a
+    # socket in a folder of its own: two kernels that start together may be given one port, and a
+    # port is open to every user of the computer. A socket's path may have a hundred characters.
+    with (
+        contextlib.suppress(PapermillExecutionError, DeadKernelError),
+        TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder,
+    ):
+        channel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        # A kernel is interrupted before it is ended, and reports that as an error.
+        client = {"extra_arguments": ["--IPKernelApp.log_level=50"]}
         execute_notebook(
             str(notebook),
             str(log),
             parameters={**parameters, "out": out.as_posix()},
             progress_bar=False,
-            config=config,
+            config=Config({"KernelManager": channel, "NotebookClient": client}),
         )
     return problems(log)
-
-
-@contextlib.contextmanager
-def found_by_name(files: list[Path]) -> Iterator[None]:
-    """Let the notebook find what was computed for several cells."""
-    if not files:
-        yield
-        return
-    from pai_utils.support.cache import FOLDER, gather
-
-    with TemporaryDirectory() as folder:
-        gather(files, Path(folder))
-        os.environ[FOLDER] = folder
-        yield
 
 
 def main() -> int:
@@ -64,26 +57,22 @@ def main() -> int:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--copy", type=Path, required=True)
     parser.add_argument("--attempts", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, nargs="*", default=[], help="files of needs")
     parser.add_argument("--device", help="in the place of `auto`")
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
 
     stop_with_parent()
+    use_cache()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what clusters end jobs with
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
-    parameters = arguments.parameters
+    parameters = with_device(arguments.parameters, arguments.device)
     try:
         with (
             attempt(arguments.attempts, arguments.copy.stem) as this,
             held_gpus(arguments.gpus),
-            found_by_name(arguments.shared),
         ):
-            if arguments.device and parameters.get("device", "auto") == "auto":
-                parameters = {**parameters, "device": arguments.device}
-            found = execute(arguments.notebook, parameters, arguments.out, arguments.log)
-            if found:
+            if execute(arguments.notebook, parameters, arguments.out, arguments.log):
                 this.outcome = "failed"
                 this.error = last_error(arguments.log) or KERNEL_DIED
             else:

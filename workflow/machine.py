@@ -4,14 +4,15 @@ A scheduler such as SLURM gives every job its own GPUs. On one computer without 
 each GPU is locked by the process that uses it; locks end with their process, however it ends.
 """
 
-import fcntl
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -77,14 +78,8 @@ def _free(names: list[str], folder: Path, count: int, locks: ExitStack) -> list[
     """Lock up to `count` GPUs that nobody holds and return their names."""
     held: list[str] = []
     for name in names:
-        if len(held) == count:
-            break
-        lock = (folder / f"{name}.lock").open("w", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        locks.enter_context(lock)
-        held.append(name)
+        with suppress(Timeout):
+            if len(held) < count:
+                locks.enter_context(FileLock(folder / f"{name}.lock", timeout=0))
+                held.append(name)
     return held

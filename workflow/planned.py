@@ -1,4 +1,4 @@
-"""What a grid comes to: its cells, what several of them need, and the resources of each.
+"""What a grid comes to: its cells, the code that each depends on, and the resources it takes.
 
 It is worked out once and kept in `build/plans/GRID.json`, so that Snakemake, which every job of a
 cluster starts anew, reads a file instead of importing the library.
@@ -7,127 +7,111 @@ cluster starts anew, reads a file instead of importing the library.
 import hashlib
 import json
 import math
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cells import Layout
+from cells import NOTEBOOKS, SITE_SOURCES, Layout
+from dependencies import Library
+from grids import Cell, read_grid
 
-from pai_utils.grids import Cell, read_grid
+from pai_utils.support.code import LIBRARY, ROOT
 from pai_utils.support.stored import write_atomically
 
-LIBRARY = Path("pai_utils")
-NOTEBOOKS = Path("notebooks")
 LEAST_MIB = 1500
 PLANNED_TFLOPS = 20.0  # that hours are planned with
 LEAST_MINUTES = 30
 SLACK = 10  # over the estimate, which leaves out decoding and all that is no forward or backward
 
 
-def library_files() -> list[str]:
-    """The files that cells depend on, as the workflow tracks them."""
-    return sorted(
-        path.as_posix()
-        for path in LIBRARY.rglob("*.py")
-        if not any(part.startswith((".", "__pycache__")) for part in path.parts)
-    )
+def read_plan(layout: Layout) -> dict[str, dict[str, Any]]:
+    """Return, for each cell, its `notebook`, `parameters`, `code`, and resources.
 
-
-def read_plan(layout: Layout) -> dict[str, Any]:
-    """Return the grid's plan, worked out anew if the grid, a notebook or the library changed.
+    Cells whose parameters and code are those of an earlier plan keep their estimates.
 
     Raises:
         ValueError: The grid is none, or a cell's parameters are refused.
     """
     cells = read_grid(layout.grid_file)
-    key = _key(layout, cells)
-    if layout.plan.is_file():
-        found: dict[str, Any] = json.loads(layout.plan.read_text(encoding="utf-8"))
-        if found.get("key") == key:
-            return found
-    plan = {"key": key, **_plan(cells)}
-    write_atomically(layout.plan, json.dumps(plan, indent=1).encode())
+    notebooks = {name: NOTEBOOKS / f"{name}.ipynb" for name in {c.notebook for c in cells.values()}}
+    for name, path in notebooks.items():
+        if not path.is_file():
+            raise ValueError(f"there is no notebook {name!r} in {NOTEBOOKS}")
+    scripts = list(Path(__file__).parent.glob("*.py"))
+    key = digest([layout.grid_file, *notebooks.values(), *code_files(), *scripts])
+    old = json.loads(layout.plan.read_text(encoding="utf-8")) if layout.plan.is_file() else {}
+    if old.get("key") == key:
+        found: dict[str, dict[str, Any]] = old["cells"]
+        return found
+    library, estimated = Library(Path()), digest(scripts)
+    codes = {name: _code(library, path) for name, path in notebooks.items()}
+    known = old.get("cells", {}) if old.get("estimated") == estimated else {}
+    plan = {}
+    for name, cell in cells.items():
+        entry = {
+            "notebook": notebooks[cell.notebook].as_posix(),
+            "parameters": json.dumps(cell.parameters, sort_keys=True),
+            "code": codes[cell.notebook],
+        }
+        same = known.get(name, {}).items() >= entry.items()
+        plan[name] = known[name] if same else {**entry, **_resources(name, cell)}
+    content = {"key": key, "estimated": estimated, "cells": plan}
+    write_atomically(layout.plan, json.dumps(content, indent=1).encode())
     return plan
 
 
-def _key(layout: Layout, cells: dict[str, Cell]) -> str:
-    names = {cell.notebook for cell in cells.values()}
-    paths = [layout.grid_file, *map(Path, library_files()), Path(__file__)]
-    paths += [path for name in sorted(names) if (path := _path(name)).is_file()]
-    digest = hashlib.sha256()
+def _code(library: Library, notebook: Path) -> str:
+    """A digest of all that a notebook's result follows from, its parameters aside."""
+    text = notebook.read_text(encoding="utf-8")
+    source = "\n".join(
+        "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"
+    )
+    content = f"{text} {library.digest(source)} {digest([Path('requirements.lock')])}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _resources(name: str, cell: Cell) -> dict[str, float]:
+    """An estimate, if the notebook is a study of the library."""
+    if not (ROOT / LIBRARY / "studies" / f"{cell.notebook}.py").is_file():
+        return {"memory_mib": LEAST_MIB, "hours": 0.0, "score_hours": 0.0}
+    from estimates import estimate
+
+    from pai_utils.studies.parameters import read_parameters
+
+    try:
+        config = read_parameters(NOTEBOOKS / f"{cell.notebook}.ipynb", cell.parameters)
+        found = estimate(cell.notebook, config, PLANNED_TFLOPS)
+    except ValueError as error:
+        raise ValueError(f"cell {name!r}: {error}") from error
+    found["memory_mib"] = math.ceil(found["memory_mib"])
+    return {key: found[key] for key in ("memory_mib", "hours", "score_hours")}
+
+
+def code_files() -> list[Path]:
+    """The files of the library and of its locked packages."""
+    return [*sorted(Path(LIBRARY).glob("**/*.py*")), Path("requirements.lock")]
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A digest of names and contents of files."""
+    found = hashlib.sha256()
     for path in paths:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+        if path.is_file() and path.suffix != ".pyc":
+            found.update(f"{path.as_posix()} ".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
-def _plan(cells: dict[str, Cell]) -> dict[str, Any]:
-    planned: dict[str, dict[str, Any]] = {
-        name: {
-            "notebook": cell.notebook,
-            "parameters": cell.parameters_json,
-            "needs": [],
-            "memory_mib": LEAST_MIB,
-            "hours": 0.0,
-        }
-        for name, cell in cells.items()
-    }
-    checked = {name for name in {cell.notebook for cell in cells.values()} if _has_schema(name)}
-    configs = {}
-    for name, cell in cells.items():
-        if cell.notebook in checked:
-            from pai_utils.studies.parameters import read_parameters
-
-            try:
-                configs[name] = read_parameters(_path(cell.notebook), cell.parameters)
-            except ValueError as error:
-                raise ValueError(f"cell {name!r}: {error}") from error
-    if not configs:
-        return {"cells": planned, "needs": {}}
-    from pai_utils.needs import Need, needs
-    from pai_utils.planning import plan, plan_need
-
-    for row in plan(configs, tflops=PLANNED_TFLOPS).to_dict("records"):
-        planned[row["cell"]] |= {"memory_mib": math.ceil(row["memory_mib"]), "hours": row["hours"]}
-    known: dict[Need, Need] = {}  # of equal ones the first, since each makes its name once
-    wanted = {
-        name: [known.setdefault(need, need).name for need in needs(config)]
-        for name, config in configs.items()
-    }
-    by_name = {need.name: need for need in known}
-    counts = Counter(name for listed in wanted.values() for name in listed)
-    # What one cell alone needs is its own affair, and gains nothing by a job of its own.
-    common = {name for name, count in counts.items() if count > 1}
-    waiting = list(common)
-    while waiting:
-        for need in by_name[waiting.pop()].before:
-            if need.name not in common:
-                by_name[need.name] = need
-                common.add(need.name)
-                waiting.append(need.name)
-    for name, listed in wanted.items():
-        planned[name]["needs"] = sorted(common.intersection(listed))
-    return {
-        "cells": planned,
-        "needs": {
-            name: {
-                "kind": by_name[name].kind,
-                "need": json.dumps(by_name[name].parameters, sort_keys=True),
-                "before": sorted({need.name for need in by_name[name].before}),
-                **plan_need(by_name[name], tflops=PLANNED_TFLOPS),
-            }
-            for name in sorted(common)
-        },
-    }
-
-
-def _path(notebook: str) -> Path:
-    return NOTEBOOKS / f"{notebook}.ipynb"
-
-
-def _has_schema(notebook: str) -> bool:
-    """Whether parameters can be checked: a notebook of another project runs without an estimate."""
-    path = _path(notebook)
-    return path.is_file() and "from_notebook(globals())" in path.read_text(encoding="utf-8")
+def pages_digest() -> str:
+    """A digest of all that pages are made of beside executed copies, docstrings among it."""
+    files = [path for source in SITE_SOURCES for path in sorted(Path(source).glob("**/*"))]
+    hidden = {"executed", "__pycache__"}
+    return digest(
+        [
+            *code_files(),
+            *map(Path, SITE_SOURCES),
+            *(f for f in files if not hidden & set(f.parts) and not f.name.startswith(".")),
+        ]
+    )
 
 
 def minutes(hours: float, tflops: float) -> int:

@@ -1,4 +1,4 @@
-"""Render a site: `render.py SITE --executed COPY... --log FILE`.
+"""Render the site of a grid: `render.py GRID [--draft]`.
 
 Run in the folder that holds the book's sources. A site elsewhere gets a copy of them first, so
 that rendering it leaves the reader's book alone. Every warning is an error. A *draft* renders again
@@ -13,12 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cells import SITE_SOURCES, problems
+from cells import SITE_SOURCES, Layout, problems
+from grids import read_grid
+from status import write_status
 
-# What the renderer has read; what it had read when it last had no warning; a part of that, while
-# it is copied or removed.
-READ = (".doctrees", ".doctrees-clean", ".doctrees-part")
-_, CLEAN, PART = READ
+DRAFT = Path("build/draft")
 
 
 def stage(site: Path, executed: Path | None = None) -> None:
@@ -72,30 +71,34 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def render(site: Path, log: Path, *, draft: bool = False) -> bool:
-    """Render the site with the renderer's output in `log`; True if it succeeded.
+def render(site: Path, log: Path, *, draft: bool = False) -> list[str]:
+    """Render the site with the renderer's output in `log`, and return its complaints.
 
     Args:
         site: The site's folder.
         log: The file to write.
-        draft: Whether to keep pages that did not change since the last draft without a warning.
-            Their menus keep the titles that other pages had then, and the numbers of other runs.
+        draft: Whether to keep pages that did not change since they were rendered. Their menus keep
+            the titles that other pages had then, and the numbers of other runs.
     """
     build = site / "_build"
-    # An incremental build is silent about warnings in pages it does not read again.
     if not draft or _concerns_every_page(site):
-        for name in ("html", *READ):
-            shutil.rmtree(build / name, ignore_errors=True)
-    if draft:
-        _begin_draft(build)
+        shutil.rmtree(build / "html", ignore_errors=True)
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(site), "-n", "-W", "--keep-going"]
     with log.open("wb") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode == 0
-    if draft and done:
-        (build / CLEAN).rename(build / PART)
-    return done
+        if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode == 0:
+            return []
+    found = complaints(log)
+    # An incremental build is silent about warnings in pages that it does not read again.
+    pages = {Path(line.partition(":")[0]).resolve() for line in found}
+    if all(page.is_file() and page.is_relative_to(site.resolve()) for page in pages):
+        for page in pages:
+            page.touch()
+    else:
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)
+    return found
 
 
 def _concerns_every_page(site: Path) -> bool:
@@ -105,18 +108,6 @@ def _concerns_every_page(site: Path) -> bool:
     return not environment.exists() or any(
         path.stat().st_mtime >= environment.stat().st_mtime for path in sources
     )
-
-
-def _begin_draft(build: Path) -> None:
-    """Go back to what was read without a warning, and keep it until this draft has none either."""
-    read, clean, part = (build / name for name in READ)
-    if clean.exists():
-        shutil.rmtree(read, ignore_errors=True)
-        clean.rename(read)
-    shutil.rmtree(part, ignore_errors=True)
-    read.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(read, part)
-    part.rename(clean)
 
 
 def complaints(log: Path) -> list[str]:
@@ -129,27 +120,30 @@ def complaints(log: Path) -> list[str]:
 
 def main() -> int:
     """Render the site that the command line names; 0 if it has no problem."""
-    parser = argparse.ArgumentParser(description="Render a site.")
-    parser.add_argument("site", type=Path)
-    parser.add_argument("--executed", type=Path, nargs="+", required=True)
-    parser.add_argument("--log", type=Path, required=True)
+    parser = argparse.ArgumentParser(description="Render the site of a grid.")
+    parser.add_argument("grid", help="the name of a file in workflow/grids")
     parser.add_argument("--draft", action="store_true", help="only the pages that changed")
     arguments = parser.parse_args()
 
-    found = [line for copy in arguments.executed for line in problems(copy)]
+    layout = Layout(arguments.grid)
+    copies = [layout.executed / f"{cell}.ipynb" for cell in read_grid(layout.grid_file)]
+    found = [line for copy in copies for line in problems(copy)]
     if found:
         print("These executed copies cannot be in the book:", *found, sep="\n  ", file=sys.stderr)
         return 1
+    write_status(layout, layout.status)
+    site, log = layout.site, layout.logs / "render.log"
     if arguments.draft:
-        stage(arguments.site, arguments.executed[0].parent)
-    elif arguments.site.resolve() != Path.cwd():
-        stage(arguments.site)
-    if not render(arguments.site, arguments.log, draft=arguments.draft):
-        lines = complaints(arguments.log)
-        print(f"Rendering failed, see {arguments.log}:", *lines, sep="\n  ", file=sys.stderr)
+        site, log = DRAFT, layout.logs / "draft.log"
+        stage(site, layout.executed)
+    elif site != Path():
+        stage(site)
+    found = render(site, log, draft=arguments.draft)
+    if found:
+        print(f"Rendering failed, see {log}:", *found, sep="\n  ", file=sys.stderr)
         return 1
     if arguments.draft:
-        print(f"Open the draft: {(arguments.site / '_build/html/index.html').resolve().as_uri()}")
+        print(f"Open the draft: {(site / '_build/html/index.html').resolve().as_uri()}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Compute what several cells need: `share.py NEED --before FILE... --out FILE`.
+"""Compute a cell's scores with several GPUs: `share.py NOTEBOOK --parameters JSON --out FILE`.
 
-The need is JSON, as `planned.py` writes it. With `--processes N` the images of a score are shared
-by N processes of `torchrun`, each with a GPU of its own if there are GPUs.
+Where a score takes hours on one GPU, its images are shared by processes of `torchrun`, each with a
+GPU of its own if there are GPUs. The scores go to the cache, where the cell finds them.
 """
 
 import argparse
@@ -9,68 +9,65 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-from cells import stop_with_parent
+from cells import stop_with_parent, use_cache, with_device
 from machine import held_gpus
 
-from pai_utils.needs import Need, make
-from pai_utils.support.cache import FOLDER, gather, keeping
 from pai_utils.support.stored import write_atomically
 
 
-def share(need: Need, before: list[Path], out: Path) -> None:
-    """Compute a need from files of what comes before it, into a file."""
-    with TemporaryDirectory() as folder:
-        os.environ[FOLDER] = folder
-        gather(before, Path(folder))
-        with keeping() as names:
-            make(need)
-        # Others, such as the head of a score, are what it was made from.
-        own = [name for name in names if name.startswith(f"{need.kind}-")][-1]
-        if os.environ.get("RANK", "0") == "0":
-            write_atomically(out, (Path(folder) / own).read_bytes())
+def scores(config: Any) -> list[str]:
+    """Compute the scores of a study's encoder on its sources; returns what was computed."""
+    from pai_utils.pruning import Recipe
+    from pai_utils.scorers import SCORERS
+    from pai_utils.studies.suite import Suite
+    from pai_utils.support.sampling import Draw
 
-
-def join_processes() -> None:
-    """Take part in the work of `torchrun`, if it started this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    import torch
-
-    on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpus else "gloo")
+    suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
+    sources = getattr(config, "sources", config.tasks)
+    if hasattr(config, "prune_by"):
+        sources = [config.prune_by or config.source]
+    done = []
+    for scorer in getattr(config, "scorers", None) or [config.scorer]:
+        for source in sources if SCORERS[scorer].needs_data else []:
+            for seed in getattr(config, "seeds", [config.seed]):
+                draw = Draw(config.samples, config.batch_size, seed)
+                suite.score(Recipe(scorer), suite.source(source, seed=seed), draw)
+                done.append(f"{scorer} {source} {seed}")
+    return done
 
 
 def main() -> int:
     """Compute what the command line names."""
-    parser = argparse.ArgumentParser(description="Compute what several cells need.")
-    parser.add_argument("need", type=json.loads)
-    parser.add_argument("--before", type=Path, nargs="*", default=[])
+    parser = argparse.ArgumentParser(description="Compute a cell's scores with several GPUs.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--parameters", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", help="in the place of `auto`")
     parser.add_argument("--gpus", type=Path, help="folder by which processes share the GPUs")
     arguments = parser.parse_args()
     stop_with_parent()
+    use_cache()
+    from pai_utils.studies.parameters import read_parameters
+
+    parameters = with_device(arguments.parameters, arguments.device)
+    config = read_parameters(arguments.notebook, parameters)
     if arguments.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={arguments.processes}", __file__]
-        command += [json.dumps(arguments.need), "--out", str(arguments.out)]
-        command += ["--before", *map(str, arguments.before)]
-        command += ["--device", arguments.device] if arguments.device else []
+        command += [f"--nproc-per-node={arguments.processes}", *sys.argv, "--processes=1"]
         with held_gpus(arguments.gpus, arguments.processes):
             return subprocess.run(command).returncode
-    need = Need(**arguments.need)
-    if arguments.device and need.device == "auto":
-        need = replace(need, device=arguments.device)
-    with held_gpus(arguments.gpus):
-        join_processes()
-        share(need, arguments.before, arguments.out)
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    done = scores(config)
+    if torch.distributed.get_rank() == 0:
+        write_atomically(arguments.out, "\n".join(done).encode())
     return 0
 
 

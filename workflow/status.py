@@ -1,10 +1,9 @@
-"""What ran, when, how long, and what failed: `status.py GRID --out FILE`, a row for each cell.
+"""What ran, when, how long, and what failed: `status.py GRID` writes a row for each cell.
 
 It is read off the records and the attempts of the cells, and is a page of the book; of a grid that
 failed it lies beside the logs.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -14,8 +13,8 @@ from typing import Any
 
 from attempts import Attempt, read_attempts
 from cells import KERNEL_DIED, Layout, commit_of
+from grids import read_grid
 
-from pai_utils.grids import read_grid
 from pai_utils.support.stored import write_atomically
 
 COLUMNS = (
@@ -89,19 +88,5 @@ def write_status(layout: Layout, path: Path | None = None, *, over: bool = False
     return path
 
 
-def main() -> int:
-    """Write the table of the grid that the command line names."""
-    parser = argparse.ArgumentParser(description="Say what ran and what failed.")
-    parser.add_argument("grid", help="the name of a file in workflow/grids")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    try:
-        print(write_status(Layout(arguments.grid), arguments.out))
-    except ValueError as error:
-        print(f"{arguments.grid}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(write_status(Layout(sys.argv[1])))

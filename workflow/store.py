@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 from cells import Layout, problems
+from grids import read_grid
 
-from pai_utils.grids import read_grid
 from pai_utils.runs import altered_outputs, check_results, read_results
 from pai_utils.support.stored import write_atomically
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pai_utils.support.common import unknown_name
+from pai_utils.support.common import hash_tensors, unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,6 +204,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.labels = labels
         self.transform = transform
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._digest: tuple[Tensor, Tensor, str] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of pixels, labels and transform; the tensors must not change in place."""
+        images, labels, digest = self._digest or (None, None, "")
+        if images is not self.images or labels is not self.labels:
+            content = {"images": self.images, "labels": self.labels}
+            digest = hash_tensors(content, repr(self.transform))
+            self._digest = self.images, self.labels, digest
+        return digest
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -227,7 +227,7 @@ def score(
     if scorer.needs_data:
         # What the scorer does not look at must not tell its scores apart.
         seen = model if scorer.needs_head or not isinstance(model, Classifier) else model.backbone
-        parts = {"scorer": name, "model": seen, "data": data, "names": chosen, **keywords}
+        parts = {"by": scorer.function, "model": seen, "data": data, "names": chosen, **keywords}
         found = reused("scores", {**parts, "device": device.type}, compute)
     else:  # at once
         found = compute()

@@ -1,41 +1,58 @@
-"""Features, heads and scores that several runs need, computed once and kept in files.
+"""Features, heads and scores that several runs need, computed by the first and kept in files.
 
-Where the environment variable ``PAI_SHARED`` names a folder, what is found there is read instead of
-computed. A file's name is a digest of all that its content follows from: weights, images, labels,
-options, the kind of device, the versions of the packages that compute, and the library's own code.
-Nothing can therefore be read for what it is not, and nothing goes stale. Runs only read; a folder
-is filled inside :func:`keeping`, by ``workflow/share.py`` before the runs begin.
+Where the environment variable ``PAI_CACHE`` names a folder, results are kept there and read again
+by whoever asks for the same. The first computes behind a lock for its key, and others wait for it.
+A file's name is a digest of all that its content follows from: weights, images, labels, options,
+the kind of device, the versions of the packages that compute, and the library's code that does,
+without its docstrings and comments. What cannot be told apart for certain, such as a model with a
+function of its own or images that are read when asked for, is not kept.
 
-Cost: one hash of weights and images a look, about a second a GB.
+Cost: a hash of weights and images for each look, about a second a GB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+import pickle
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from pai_utils.support.code import LIBRARY, closure, definition, file_of
 from pai_utils.support.common import hash_tensors, logger
-from pai_utils.support.stored import read_header, read_tensors, write_tensors
+from pai_utils.support.sampling import agreed, this_process
+from pai_utils.support.stored import read_tensors, write_tensors
 
-FOLDER = "PAI_SHARED"
+FOLDER = "PAI_CACHE"
 """The environment variable that names the folder."""
-_FORMAT = "pai_utils.support.cache/2"
-_keeps: ContextVar[list[str] | None] = ContextVar("_keeps", default=None)
-_ignores: ContextVar[bool] = ContextVar("_ignores", default=False)
-_used: dict[str, str] = {}
-_digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+MOST_BYTES = 20 * 2**30
+"""What a folder holds at most; what was not used for longest makes room."""
+_FORMAT = "pai_utils.support.cache/3"
+_STARTED = time.time()
+# Packages whose modules compute the same as long as their version is the same.
+_PACKAGES = {
+    "numpy": "numpy",
+    "open_clip": "open_clip_torch",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "timm": "timm",
+    "torch": "torch",
+    "torchvision": "torchvision",
+}
 
 
 class Kept(NamedTuple):
@@ -45,54 +62,15 @@ class Kept(NamedTuple):
     facts: dict[str, Any]
 
 
-@contextmanager
-def keeping() -> Iterator[list[str]]:
-    """Keep inside what is computed; yields the names of files read and written, as they come."""
-    names: list[str] = []
-    token = _keeps.set(names)
-    try:
-        yield names
-    finally:
-        _keeps.reset(token)
-
-
-@contextmanager
-def ignored() -> Iterator[None]:
-    """Compute everything anew inside, to measure what it costs."""
-    token = _ignores.set(True)
-    try:
-        yield
-    finally:
-        _ignores.reset(token)
-
-
-def used_files() -> dict[str, str]:
-    """Files that this process read, with the checksums of their contents."""
-    return dict(_used)
-
-
-def gather(files: Iterable[Path], folder: Path) -> None:
-    """Make kept files, moved and renamed since, a folder that runs find them in, by links.
-
-    A file that cannot be read is left out: what it should hold is computed anew.
-    """
-    for file in files:
-        try:
-            name = read_header(file).get("name")
-        except (ValueError, OSError) as error:
-            logger.warning("%s cannot be read: %s", file, error)
-            continue
-        if name is not None and not (folder / name).exists():
-            (folder / name).symlink_to(file.resolve())
-
-
 def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> Kept:
-    """What is kept of this computation, or else what ``compute`` gives.
+    """What is kept of this computation, or else what ``compute`` gives, which is then kept.
+
+    Under ``torchrun`` every process must call it; the first one looks and keeps.
 
     Args:
         kind: what it is, such as ``"scores"``; begins the file's name.
-        parts: all that the result follows from: modules, datasets, and what JSON can hold, the
-            kind of device among them.
+        parts: all that the result follows from: modules, data sets, plain values, and the functions
+            that compute, each of which stands for its module and all that this imports.
         compute: the computation.
 
     Returns:
@@ -101,97 +79,110 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
     folder = os.environ.get(FOLDER)
     # Inside `torch.autocast` results are those of a precision that no part names.
     mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-    if not folder or _ignores.get() or mixed:
+    key = _key(parts, compute) if folder and not mixed else None
+    if not folder or key is None:
         return compute()
-    digest = _name_of(parts)
-    if digest is None:
-        return compute()
-    name = f"{kind}-{digest}.safetensors"
-    path = Path(folder) / name
-    found = _read(path)
-    kept = _keeps.get()
-    if kept is not None:
-        kept.append(name)
-    if found is None:
-        result = compute()
-        if kept is not None:
-            _write(path, result)
-        return result
-    return found
+    path = Path(folder) / f"{kind}-{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = this_process()[0] == 0
+    with FileLock(path.with_suffix(".lock")) if first else nullcontext():
+        found = _read(path) if first else None
+        if agreed(found is None):
+            found = compute()
+            if first:
+                _write(path, found)
+    return _load(path) if found is None else found
 
 
 def _write(path: Path, result: Kept) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
-    facts = json.dumps(result.facts, sort_keys=True)
-    write_tensors(path, tensors, facts, format=_FORMAT, name=path.name)
+    write_tensors(path, tensors, json.dumps(result.facts, sort_keys=True), format=_FORMAT)
+    with suppress(FileNotFoundError):  # others make room too
+        files = [(file, file.stat()) for file in path.parent.glob("*.safetensors")]
+        excess = sum(stat.st_size for _, stat in files) - MOST_BYTES
+        for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime):
+            if excess > 0:
+                file.unlink()
+                excess -= stat.st_size
 
 
 def _read(path: Path) -> Kept | None:
     """The file's content; ``None`` where there is none, or where it is not whole."""
-    if not path.is_file():
-        return None
     try:
-        tensors, header = read_tensors(path, _FORMAT, what="kept computation")
+        found = _load(path)
+        os.utime(path)  # used just now
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError) as error:
         logger.warning("computing anew what %s should hold: %s", path, error)
         return None
-    _used[path.name] = header["sha256"]
+    return found
+
+
+def _load(path: Path) -> Kept:
+    tensors, header = read_tensors(path, _FORMAT, what="kept computation")
     return Kept(tensors, json.loads(header["text"]))
 
 
-def _name_of(parts: Mapping[str, Any]) -> str | None:
-    """Of everything; ``None`` if a part is nothing that can be looked at as a whole."""
-    digest = hashlib.sha256(f"{_code()} {_versions()}\n".encode())
-    for name in sorted(parts):
-        value = parts[name]
-        if isinstance(value, nn.Module):
-            text = _module(value)
-        elif hasattr(value, "images") and hasattr(value, "labels"):
-            text = digest_of(value)
-        else:
-            try:
-                text = json.dumps(value, sort_keys=True)
-            except TypeError:  # a dataset that reads its images when asked, or an object
-                return None
-        digest.update(f"{name}={text}\n".encode())
-    return digest.hexdigest()[:24]
+def _key(parts: Mapping[str, Any], compute: Callable[[], Kept]) -> str | None:
+    """A digest of everything; ``None`` where something cannot be described for certain."""
+    stream = io.BytesIO()
+    describer = _Describer(stream)
+    try:
+        describer.dump(sorted(parts.items()))
+    except (pickle.PicklingError, AttributeError, TypeError, RecursionError):
+        return None
+    code = closure(describer.library)
+    # What changed since this process began is not what it runs.
+    if any(path.stat().st_mtime > _STARTED for path in map(file_of, code) if path):
+        return None
+    text = f"{_versions()} {definition(compute)} {sorted(code.items())}"
+    return hashlib.sha256(stream.getvalue() + text.encode()).hexdigest()[:24]
 
 
-def _module(module: nn.Module) -> str:
-    """Of the architecture and all parameters and buffers: they may have changed since."""
-    lines = [repr(module)]
-    for name, part in module.named_modules():
-        plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
-        plain.pop("training", None)  # everything is computed in evaluation mode
-        lines.append(f"{name} {sorted(plain.items())}\n")
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return hash_tensors(tensors, "".join(lines))
+class _Describer(pickle.Pickler):
+    """Writes what an object is: tensors by their bytes, functions and classes by their names.
 
-
-def digest_of(data: Any) -> str:
-    """SHA-256 of a dataset's pixels, labels and transform; it is not to change once it is made.
-
-    Args:
-        data: with ``images``, ``labels`` and ``transform``, such as
-            :class:`~pai_utils.data.images.ImageDataset`.
+    Whatever is not of a known package cannot be described: its name does not tell what it does.
     """
-    if data not in _digests:
-        content = {"images": data.images, "labels": data.labels}
-        _digests[data] = hash_tensors(content, repr(data.transform))
-    return _digests[data]
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=4)
+        self.fast = True  # equal objects are written alike, whether or not they are one
+        self.library: set[str] = set()
+
+    def persistent_id(self, value: Any) -> object:
+        """What is written in place of an object; ``None`` lets it be taken apart."""
+        if isinstance(value, Tensor):
+            return hash_tensors({"": value})
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(repr, value))
+        if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+            module = value.__module__ or "builtins"
+            root = module.partition(".")[0]
+            known = root in _PACKAGES or root in sys.stdlib_module_names
+            # Transforms of torchvision draw at random.
+            if root == LIBRARY:
+                self.library.add(module)
+            elif not known or module.startswith("torchvision.transforms"):
+                raise pickle.PicklingError(f"{value} may be anything")
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        """How an object is taken apart."""
+        if isinstance(value, nn.Module):
+            state = {k: v for k, v in vars(value).items() if k != "training"}  # it is evaluated
+            return type(value), (), state
+        if isinstance(value, Dataset):
+            content: Any = value  # without a digest, it may read its images when asked for them
+            return type(value), (content.digest, content.transform)
+        return NotImplemented
 
 
 @cache
 def _versions() -> str:
-    """Of the packages that compute."""
-    packages = ("numpy", "scikit-learn", "scipy", "timm", "torch", "torchvision")
-    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-
-
-@cache
-def _code() -> str:
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+    found = []
+    for package in _PACKAGES.values():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return " ".join(found)

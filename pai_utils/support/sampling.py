@@ -110,12 +110,26 @@ def in_precision(device: torch.device, precision: str) -> AbstractContextManager
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+def this_process() -> tuple[int, int]:
+    """The number of this process among those of ``torchrun``, and how many there are: 0 and 1."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def agreed(answer: bool) -> bool:
+    """What the first process of ``torchrun`` answers. Every process must call it."""
+    if this_process()[1] == 1:
+        return answer
+    answers = [answer]
+    torch.distributed.broadcast_object_list(answers)
+    return answers[0]
+
+
 def share_of_work(count: int) -> Tensor:
     """Positions ``0 … count - 1`` that this process takes: all, or under ``torchrun`` its share."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return torch.arange(rank, count, ranks)
-    return torch.arange(count)
+    rank, ranks = this_process()
+    return torch.arange(rank, count, ranks)
 
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,17 +137,17 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Every process must call it, with tensors of the same names and shapes. Alone it does nothing.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if this_process()[1] == 1:
         return tensors
     flat = torch.cat([value.flatten() for value in tensors.values()])
-    sum_over_processes_(flat)
+    torch.distributed.all_reduce(flat)
     parts = flat.split([value.numel() for value in tensors.values()])
     return {n: p.view(v.shape) for (n, v), p in zip(tensors.items(), parts, strict=True)}
 
 
 def sum_over_processes_(tensor: Tensor) -> None:
     """Sum one contiguous tensor over the processes of ``torchrun``, where it is."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if this_process()[1] > 1:
         torch.distributed.all_reduce(tensor)
 
 

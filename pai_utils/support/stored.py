@@ -53,16 +53,6 @@ def write_tensors(
     return content
 
 
-def read_header(path: str | Path) -> dict[str, str]:
-    """The header of a safetensors file, unchecked.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is truncated or no safetensors file.
-    """
-    return _open(path, "safetensors file", whole=False)[1]
-
-
 def read_tensors(
     path: str | Path, kind: str, *, what: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,24 +67,21 @@ def read_tensors(
         OSError: if the file cannot be opened.
         ValueError: if it is truncated, of another format, or does not match its checksum.
     """
-    from pai_utils.support.common import hash_tensors
-
-    tensors, header = _open(path, what, whole=True)
-    if header.get("format") != kind:
-        raise ValueError(f"{path} is no {what}: its format is {header.get('format')!r}")
-    if header.get("sha256") != hash_tensors(tensors, header.get("text", "")):
-        raise ValueError(f"{path} was altered: its contents do not match its checksum")
-    return tensors, header
-
-
-def _open(path: str | Path, what: str, *, whole: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
+
+    from pai_utils.support.common import hash_tensors
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {what} at {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            names = file.keys() if whole else ()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no {what}: {error}") from error
+    if header.get("format") != kind:
+        raise ValueError(f"{path} is no {what}: its format is {header.get('format')!r}")
+    if header.get("sha256") != hash_tensors(tensors, header.get("text", "")):
+        raise ValueError(f"{path} was altered: its contents do not match its checksum")
+    return tensors, header

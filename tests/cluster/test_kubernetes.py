@@ -70,8 +70,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict
 def test_a_cell_becomes_a_pod_with_its_resources_and_the_volume(
     tmp_path: Path, asked: list[dict[str, Any]]
 ) -> None:
-    project = Project(tmp_path / "project").create("book", {"half": {"divisor": 2}})
-    command = project.command("book", "--target", "executed", "--profile", "kubernetes")
+    project = Project(tmp_path / "project").create({"half": {"divisor": 2}})
+    command = project.command("--target", "executed", "--profile", "kubernetes")
     command += ["--container-image", "example/image", "--default-storage-prefix", str(project.root)]
     command += ["--kubernetes-persistent-volumes", f"claim:{project.root}", "--retries", "0"]
     result = subprocess.run(

@@ -1,184 +1,249 @@
 """Results kept in a folder: read where they are the same, computed anew where they are not."""
 
+import ast
 import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import pai_utils as pai
 from pai_utils.data.images import ImageDataset, ImageTransform
-from pai_utils.support import cache
-from pai_utils.support.cache import Kept, ignored, keeping, reused, used_files
+from pai_utils.scorers.gradient import snip
+from pai_utils.support import cache, code
+from pai_utils.support.cache import Kept, reused
 from tests.cases import tiny_backbone, tiny_task
 
+TRANSFORM = ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-def _data(fill: int = 0, size: int = 8) -> ImageDataset:
+
+def _data(fill: int = 0, transform: Any = TRANSFORM) -> ImageDataset:
     generator = torch.Generator().manual_seed(fill)
-    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8, generator=generator)
-    transform = ImageTransform(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=generator)
     return ImageDataset(images, torch.arange(6) % 2, transform)
-
-
-class _Computed:
-    """A computation that counts how often it is asked for."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def __call__(self) -> Kept:
-        self.times += 1
-        return Kept({"values": torch.arange(3.0)}, {"seconds": 1.5})
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PAI_SHARED", str(tmp_path))
-    monkeypatch.setattr(cache, "_used", {})
+    monkeypatch.setenv("PAI_CACHE", str(tmp_path))
     return tmp_path
 
 
-def test_without_a_folder_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PAI_SHARED", raising=False)
-    compute = _Computed()
-    with keeping() as names:
-        for _ in range(2):
-            reused("x", {"model": nn.Linear(2, 2)}, compute)
-    assert (compute.times, names) == (2, [])
+@pytest.fixture
+def times(folder: Path) -> Callable[..., int]:
+    """How often something is computed that is asked for with each of several parts."""
+
+    def times(*each: dict[str, Any]) -> int:
+        computed = []
+
+        def compute() -> Kept:
+            computed.append(1)
+            return Kept({"values": torch.arange(3.0)}, {"seconds": 1.5})
+
+        for parts in each:
+            found = reused("x", parts, compute)
+            assert found.facts == {"seconds": 1.5}
+            assert found.tensors["values"].tolist() == [0, 1, 2]
+        return len(computed)
+
+    return times
 
 
-def test_runs_read_what_was_kept_and_keep_nothing(folder: Path) -> None:
-    parts = {"model": nn.Linear(2, 2), "data": _data(), "samples": 4}
-    compute = _Computed()
-    reused("x", parts, compute)
-    assert not list(folder.iterdir())
-    with keeping() as names:
-        first = reused("x", parts, compute)
-    assert [path.name for path in folder.iterdir()] == names
-    again = reused("x", parts, compute)
-    assert compute.times == 2
-    assert again.facts == first.facts == {"seconds": 1.5}
-    assert torch.equal(again.tensors["values"], first.tensors["values"])
-    assert list(used_files()) == names
-
-
-def test_anything_that_differs_is_computed(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(2, 2)
-    given = _data()
-    parts = {"model": model, "data": given, "samples": 4}
-    compute = _Computed()
-    with keeping() as names:
-        reused("x", parts, compute)
-        reused("y", parts, compute)
-        reused("x", {**parts, "samples": 5}, compute)
-        reused("x", {**parts, "data": _data(1)}, compute)
-        other = ImageTransform(8, (0.4, 0.5, 0.5), (0.5, 0.5, 0.5))
-        reused("x", {**parts, "data": ImageDataset(given.images, given.labels, other)}, compute)
-        relabelled = ImageDataset(given.images, 1 - given.labels, given.transform)
-        reused("x", {**parts, "data": relabelled}, compute)
-        with torch.no_grad():
-            model.weight[0, 0] += 1
-        reused("x", parts, compute)
-    assert compute.times == len(set(names)) == 7
-
-
-def test_a_change_of_the_library_leaves_nothing_stale(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_folder_everything_is_computed(
+    times: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = _Computed()
-    with keeping():
-        reused("x", {"samples": 4}, compute)
-        monkeypatch.setattr(cache, "_code", lambda: "other code")
-        reused("x", {"samples": 4}, compute)
-    assert compute.times == 2
+    monkeypatch.delenv("PAI_CACHE")
+    assert times({"samples": 4}, {"samples": 4}) == 2
 
 
-def test_files_are_found_under_other_names_too(folder: Path) -> None:
-    compute = _Computed()
-    with keeping() as names:
-        reused("x", {"samples": 4}, compute)
-    moved = folder / "readable.safetensors"
-    (folder / names[0]).rename(moved)
-    broken = folder / "broken.safetensors"
-    broken.write_bytes(b"no tensors")
-    cache.gather([moved, broken, folder / "absent"], folder)
-    reused("x", {"samples": 4}, compute)
-    assert compute.times == 1
+def test_the_same_is_computed_once_and_anything_else_anew(times: Callable[..., int]) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    given = _data()
+    parts = {"by": snip, "model": model, "data": given, "samples": 4}
+    assert times(parts, parts, {**parts, "data": _data()}) == 1
+    relabelled = ImageDataset(given.images, 1 - given.labels, given.transform)
+    shifted = ImageTransform(8, (0.4, 0.5, 0.5), (0.5, 0.5, 0.5))
+    different = [
+        {**parts, "by": pai.score},
+        {**parts, "model": other},
+        {**parts, "model": nn.Sequential(model)},
+        {**parts, "data": _data(1)},
+        {**parts, "data": relabelled},
+        {**parts, "data": ImageDataset(given.images, given.labels, shifted)},
+        {**parts, "samples": 5},
+    ]
+    assert times(*different) == len(different)
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert times(parts) == 1
+
+
+class _Printed(nn.Module):
+    """A module of a user's own, which prints alike whatever it does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def __repr__(self) -> str:
+        return "Printed()"
+
+
+class _Lazy(Dataset[tuple[Tensor, int]]):
+    images, labels, transform = ("a.png",), (0,), None
+
+
+class _Subclass(ImageDataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.rand(3, 8, 8), 0
+
+
+def _hooked() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        _Printed(torch.relu),
+        nn.Sequential(_Printed(torch.tanh)),
+        _hooked(),
+        _Lazy(),
+        _Subclass(_data().images, _data().labels, TRANSFORM),
+        TensorDataset(torch.ones(2)),
+        _data(transform=lambda image: torch.ones(3, 8, 8)),
+        partial(max, lambda: 3),
+    ],
+    ids=["class", "inner class", "hook", "paths", "subclass", "others", "lambda", "partial"],
+)
+def test_what_cannot_be_told_apart_is_not_kept(
+    times: Callable[..., int], folder: Path, part: object
+) -> None:
+    assert times({"part": part}, {"part": part}) == 2
+    assert not list(folder.iterdir())
+
+
+def test_a_change_of_the_code_that_computes_leaves_nothing_stale(
+    times: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"by": snip}
+    assert times(parts) == 1
+    closure = code.closure
+    changed = {"pai_utils.support.sampling": "other"}
+    monkeypatch.setattr(cache, "closure", lambda modules: {**closure(modules), **changed})
+    assert times(parts, parts) == 1
+    # Of a file that is newer than this process, who knows which version runs.
+    monkeypatch.setattr(cache, "_STARTED", 0)
+    assert times(parts, parts) == 2
+
+
+def test_docstrings_comments_and_plots_are_no_code_of_a_score() -> None:
+    found = code.closure(["pai_utils.scorers.gradient"])
+    assert "pai_utils.support.sampling" in found
+    assert not {"pai_utils.plots", "pai_utils.runs", "pai_utils.scorers"} & set(found)
+    commented = 'def f(x):\n    """Say."""\n    # why\n    return x\n'
+    assert ast.dump(code.syntax(commented)) == ast.dump(code.syntax("def f(x): return x"))
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered"])
 def test_a_broken_file_is_computed_anew_with_a_warning(
-    folder: Path, harm: str, caplog: pytest.LogCaptureFixture
+    times: Callable[..., int], folder: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compute = _Computed()
-    with keeping() as names:
-        reused("x", {"samples": 4}, compute)
-        path = folder / names[0]
-        content = path.read_bytes()
-        path.write_bytes(content[:-3] if harm == "truncated" else content[:-1] + b"\x01")
-        with caplog.at_level(logging.WARNING, logger="pai_utils"):
-            found = reused("x", {"samples": 4}, compute)
-    assert compute.times == 2
-    assert found.tensors["values"].tolist() == [0, 1, 2]
+    parts = {"samples": 4}
+    assert times(parts) == 1
+    (path,) = folder.glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] if harm == "truncated" else content[:-1] + b"\x01")
+    with caplog.at_level(logging.WARNING, logger="pai_utils"):
+        assert times(parts, parts) == 1  # it is whole again
     assert "computing anew" in caplog.text
-    reused("x", {"samples": 4}, compute)
-    assert compute.times == 2  # it is whole again
 
 
-def test_images_that_lie_nowhere_are_not_shared(folder: Path) -> None:
-    class Lazy(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            raise IndexError
+def test_what_was_not_used_for_longest_makes_room(
+    times: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = [{"samples": samples} for samples in range(3)]
+    assert times(*each[:2]) == 2
+    size = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    monkeypatch.setattr(cache, "MOST_BYTES", 2 * size + 8)
+    assert times(each[0]) == 0
+    assert times(each[2]) == 1
+    assert times(each[0], each[2]) == 0
+    assert times(each[1]) == 1
 
-    compute = _Computed()
-    with keeping() as names:
-        reused("x", {"data": Lazy()}, compute)
-    assert (compute.times, names) == (1, [])
+
+def compute_slowly() -> Kept:
+    print("computes", flush=True)
+    time.sleep(float(os.environ.get("TEST_SECONDS", "0")))
+    return Kept({}, {"process": os.getpid()})
 
 
-def test_ignored_computes_anew(folder: Path) -> None:
-    compute = _Computed()
-    with keeping():
-        reused("x", {"samples": 4}, compute)
-        with ignored():
-            reused("x", {"samples": 4}, compute)
-    assert compute.times == 2
+def test_others_wait_for_the_first_and_go_on_if_it_is_killed(folder: Path) -> None:
+    script = (
+        "from pai_utils.support.cache import reused\n"
+        "from tests.support.test_cache import compute_slowly\n"
+        "reused('x', {'samples': 4}, compute_slowly)\n"
+    )
+    found: list[Kept] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        cwd=code.ROOT,
+        env={**os.environ, "TEST_SECONDS": "60"},
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"computes\n"
+        second = threading.Thread(
+            target=lambda: found.append(reused("x", {"samples": 4}, compute_slowly))
+        )
+        second.start()
+        time.sleep(0.5)
+        assert not found
+        first.kill()
+    second.join(10)
+    assert found[0].facts == {"process": os.getpid()}
+    assert len(list(folder.glob("*.safetensors"))) == 1
 
 
 def test_heads_and_scores_are_the_same_read_as_computed(folder: Path) -> None:
     backbone, task = tiny_backbone(), tiny_task()
-    head = pai.fit_head(backbone, task)
-    model = pai.Classifier(backbone, head)
-    scores = pai.score("hessian_diag", model, task.train, samples=8, probes=4)
-    with keeping() as names:
-        pai.fit_head(backbone, task)
-        pai.score("hessian_diag", model, task.train, samples=8, probes=4)
-    kinds = [name.split("-")[0] for name in names]
-    assert sorted(kinds) == ["features", "head", "scores"]
-    read_head = pai.fit_head(backbone, task)
-    read = pai.score("hessian_diag", model, task.train, samples=8, probes=4)
-    assert set(used_files()) == {name for name in names if not name.startswith("features")}
+
+    def both() -> tuple[nn.Linear, pai.Scores]:
+        head = pai.fit_head(backbone, task)
+        model = pai.Classifier(backbone, head)
+        return head, pai.score("hessian_diag", model, task.train, samples=8, probes=4)
+
+    head, scores = both()
+    kinds = sorted(path.name.split("-")[0] for path in folder.glob("*.safetensors"))
+    assert kinds == ["features", "head", "scores"]
+    before = {path: path.stat().st_ino for path in folder.glob("*.safetensors")}
+    read_head, read = both()
+    assert {path: path.stat().st_ino for path in folder.glob("*.safetensors")} == before
     assert torch.equal(read_head.weight, head.weight)
     assert torch.equal(read_head.bias, head.bias)
     assert not any(parameter.requires_grad for parameter in read_head.parameters())
     assert list(read) == list(scores)
     assert all(torch.equal(read[name], scores[name]) for name in scores)
-    assert all(
-        torch.equal(read.standard_error[name], error)
-        for name, error in scores.standard_error.items()
-    )
-    assert len(read.standard_error) == len(scores)
+    assert read.standard_error.keys() == scores.standard_error.keys()
     assert (read.scorer, read.left_out) == (scores.scorer, scores.left_out)
-    assert read.seconds > 0
+    assert read.seconds == scores.seconds > 0
 
 
 def test_scores_that_need_no_head_are_shared_whatever_the_head(folder: Path) -> None:
     backbone, task = tiny_backbone(), tiny_task()
-    heads = [nn.Linear(backbone.feature_dim, classes) for classes in (2, 3)]
-    with keeping() as names:
-        for head in heads:
-            pai.score("feature_ggn_diag", pai.Classifier(backbone, head), task.train, samples=4)
-    assert len(names) == 2
-    assert len(set(names)) == 1
+    for classes in (2, 3):
+        head = nn.Linear(backbone.feature_dim, classes)
+        pai.score("feature_ggn_diag", pai.Classifier(backbone, head), task.train, samples=4)
+    assert len(list(folder.glob("scores-*.safetensors"))) == 1

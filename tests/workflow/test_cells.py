@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from cells import Layout, last_error, problems
-
-from pai_utils.grids import read_grid
+from grids import read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}

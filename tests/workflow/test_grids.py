@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from pai_utils.grids import read_grid
+from grids import read_grid
 
 
 def test_parameters_in_another_order_are_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Which code of the library a notebook's result follows from."""
+
+from pathlib import Path
+
+import pytest
+from dependencies import Library
+
+LIBRARY = {
+    "__init__.py": "import lazy\n__getattr__ = lazy.attach(__name__)\n",
+    "__init__.pyi": "from . import plots as plots\nfrom .scores import score as score\n",
+    "plots.py": '''
+"""Figures."""
+import matplotlib
+from pai_utils import common
+
+WIDTH = 3
+matplotlib.use("agg")
+
+def curves(table):
+    """Draw curves."""
+    return _axes(table), WIDTH
+
+def heatmap(table):
+    return table  # a comment
+
+def _axes(table):
+    from pai_utils.common import Base
+    return Base
+''',
+    "common.py": """
+class Base:
+    size = 1
+
+class Child(Base):
+    pass
+
+def helper(): return 1
+
+def unused(): return 2
+""",
+    "scores.py": """
+from __future__ import annotations
+from functools import cache
+from pai_utils.common import helper
+from pai_utils.registry import register
+
+def snip(model): return helper()
+
+@cache
+def grasp(model): return 3
+
+@register("extra")
+def extra(model): return 4
+
+SCORERS = {"snip": snip, "grasp": grasp}
+
+def score(name): return SCORERS[name]
+""",
+    "registry.py": "NAMES = {}\ndef register(name): return NAMES.setdefault\n",
+    "dynamic.py": """
+from importlib import import_module
+def load(name): return import_module(f"pai_utils.{name}")
+def known(): return import_module("pai_utils.common")
+""",
+}
+CURVES = "import pai_utils as pai\npai.plots.curves(1)\n"
+HEATMAP = "from pai_utils.plots import heatmap as draw\ndraw(1)\n"
+SCORE = "import pai_utils as pai\npai.score('snip')\n"
+CHILD = "from pai_utils import common\ncommon.Child()\n"
+HANDED_ON = "from pai_utils import plots\ngetattr(plots, 'curves')\n"
+DYNAMIC = "from pai_utils.dynamic import load\nload('plots')\n"
+KNOWN = "from pai_utils import dynamic\ndynamic.known()\n"
+MAGIC = "%matplotlib inline\n"
+NONE = "import numpy as np\nnp.ones(3)\n"
+NOTEBOOKS = (CURVES, HEATMAP, SCORE, CHILD, HANDED_ON, DYNAMIC, KNOWN, MAGIC, NONE)
+ALL = {DYNAMIC, MAGIC}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("plots.py", "Draw curves.", "Draw something.", set()),
+        ("plots.py", "  # a comment", "", set()),
+        ("plots.py", "(table), WIDTH", "(table)", {CURVES, HANDED_ON} | ALL),
+        ("plots.py", "WIDTH = 3", "WIDTH = 4", {CURVES, HANDED_ON} | ALL),
+        ("plots.py", "return table", "return 0", {HEATMAP, HANDED_ON} | ALL),
+        # Executed wherever the module is imported.
+        ("plots.py", "'agg'", "'svg'", {CURVES, HEATMAP, HANDED_ON} | ALL),
+        ("common.py", "size = 1", "size = 2", {CURVES, CHILD, HANDED_ON, KNOWN} | ALL),
+        ("common.py", "return 1", "return 0", {SCORE, HANDED_ON, KNOWN} | ALL),
+        ("common.py", "return 2", "return 0", {HANDED_ON, KNOWN} | ALL),
+        # Scorers are reached by what names them, or by what registers them.
+        ("scores.py", "return 3", "return 0", {SCORE} | ALL),
+        ("scores.py", "return 4", "return 0", {SCORE} | ALL),
+        ("registry.py", "NAMES = {}", "NAMES = dict()", {SCORE} | ALL),
+        ("dynamic.py", "{name}", "{name}s", ALL),
+    ],
+)
+def test_a_change_concerns_the_notebooks_that_reach_it(
+    tmp_path: Path, file: str, old: str, new: str, changed: set[str]
+) -> None:
+    folder = tmp_path / "pai_utils"
+    folder.mkdir()
+    for name, content in LIBRARY.items():
+        (folder / name).write_text(content)
+    before = {notebook: Library(tmp_path).digest(notebook) for notebook in NOTEBOOKS}
+    old, new = old.replace("'", '"'), new.replace("'", '"')
+    assert old in LIBRARY[file]
+    (folder / file).write_text(LIBRARY[file].replace(old, new))
+    after = {notebook: Library(tmp_path).digest(notebook) for notebook in NOTEBOOKS}
+    assert {notebook for notebook in NOTEBOOKS if before[notebook] != after[notebook]} == changed
+
+
+def test_names_that_stand_for_others_now_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "pai_utils"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "a.py").write_text("def f(): return 1\n")
+    (folder / "b.py").write_text("def f(): return 2\n")
+    (folder / "use.py").write_text("from pai_utils.a import f\ndef g(): return f()\n")
+    source = "from pai_utils.use import g\ng()"
+    before = Library(tmp_path).digest(source)
+    (folder / "use.py").write_text("from pai_utils.b import f\ndef g(): return f()\n")
+    assert Library(tmp_path).digest(source) != before

@@ -1,0 +1,222 @@
+"""What a cell will take, counted from its parameters before anything runs.
+
+Work is counted in forwards of one image through the encoder. A forward and backward counts as
+three, a scorer as `Scorer.passes` of those. The operations of a forward are counted on tensors
+without values, and hours follow from a speed that the device sustains. Left out are decoding, fits
+of heads, and what a scorer does beyond forwards and backwards, such as inverting blocks.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pai_utils.data.datasets import DATASETS
+from pai_utils.data.mixtures import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, task_of
+from pai_utils.data.tasks import check_size, part_sizes
+from pai_utils.models.encoders import prunable_parameters
+from pai_utils.models.loading import load_backbone
+from pai_utils.repair.methods import REPAIR_SAMPLES
+from pai_utils.scorers import SCORERS
+from pai_utils.studies.parameters import EncoderParameters, RunParameters
+
+LIBRARIES_MIB = 1200
+FIGURES_MIB = 3
+REPAIR_MIB = 1000  # products of layers' inputs
+BLOCKS_MIB = 4096  # most of the sums of Fisher blocks
+
+
+class Encoder(NamedTuple):
+    """An encoder's size, and what a forward of one image takes."""
+
+    side: int
+    flop: float
+    weights: int
+    prunable: int
+    activations: int  # numbers that its layers give
+
+
+@cache
+def encoder(name: str, image_size: int | None) -> Encoder:
+    """Count a forward through random weights, since values do not matter."""
+    name = name.rpartition("@")[2] if name.startswith("file:") else name
+    backbone = load_backbone(name, image_size=image_size, device="cpu", pretrained=False)
+    side, given = backbone.image_size, [0]
+    for module in backbone.modules():
+        if not list(module.children()):
+            module.register_forward_hook(
+                lambda _module, _inputs, output: given.append(getattr(output, "numel", int)())
+            )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.to("meta")(torch.empty(1, 3, side, side, device="meta"))
+    prunable = sum(backbone.get_parameter(n).numel() for n in prunable_parameters(backbone))
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    return Encoder(side, counter.get_total_flops(), weights, prunable, sum(given))
+
+
+def sizes(name: str, config: Any) -> dict[str, int]:
+    """Images of a task's parts, as many as are asked for.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    found = part_sizes(name)
+    for split, wanted in (("train", config.train_size), ("test", config.test_size)):
+        if wanted is not None:
+            check_size(wanted, found[split], split, name)
+            found = {**found, split: wanted}
+    return found
+
+
+class Work:
+    """The work of one cell, counted in images."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.tasks: list[str] = config.tasks
+        self.images = [sizes(name, config) for name in self.tasks]
+        self.train, self.test = (sum(s[split] for s in self.images) for split in ("train", "test"))
+        self.forwards: float = self.train + self.test  # for heads and dense accuracies
+        self.longest = 0.0  # of single scores
+        self.copies = 12  # of the weights, at once in memory
+        self.kept = 0  # files with a byte a weight
+
+    def steps(self, images: float) -> None:
+        """Forwards and backwards."""
+        self.forwards += 3 * images
+
+    def looked_at(self, source: str, samples: int | None, labelled: bool = False) -> int:
+        """How many images of a source a score or a repair takes."""
+        parts = source.split("+")
+        found = [sizes(task_of(p), self.config)["train"] for p in parts if p not in IMAGE_SETS]
+        most = len(parts) * (min(MOST_POOLED, *found, *found) if found else UNLABELLED_IMAGES)
+        if found and (labelled or len(parts) == 1):
+            most = found[0]
+        if samples is not None and samples > most and len(parts) == 1:
+            raise ValueError(
+                f"samples={samples} is more than the {most} images that {source} trains on"
+            )
+        return min(samples or most, most)
+
+    def sweep(
+        self,
+        scorers: Iterable[str],
+        sources: Sequence[str],
+        seeds: int = 1,
+        repairs: Sequence[str] = ("none",),
+    ) -> int:
+        """Masks of scorers, sources and seeds with each repair; returns how many there are."""
+        count = len(getattr(self.config, "sparsities", [0]))
+        rounds = getattr(self.config, "rounds", 1)
+        # More than one round leads to each mask by itself.
+        times = 1 if rounds == 1 else rounds * count * len(repairs)
+        wanted = getattr(self.config, "repair_options", {}).get("samples", REPAIR_SAMPLES)
+        masks = 0
+        for name in scorers:
+            scorer, given = SCORERS[name], getattr(self.config, "options", {}).get(name, {})
+            passes = scorer.passes({**scorer.options, **given}) if scorer.needs_data else 0
+            draws = seeds if scorer.seeded else 1
+            samples = given.get("samples", self.config.samples)
+            for place, source in enumerate(sources):
+                if scorer.needs_data:
+                    images = passes * self.looked_at(source, samples, scorer.needs_head)
+                    self.longest = max(self.longest, 3 * images)
+                    self.steps(draws * times * images)
+                made = [r for r in repairs if r != "none" or scorer.needs_data or not place]
+                repaired = draws * count * rounds * (len(made) - made.count("none"))
+                self.forwards += 2 * repaired * min(wanted, self.looked_at(source, None))
+                self.copies = 40 if repaired else self.copies
+                masks += draws * count * len(made)
+        return masks
+
+
+def count_work(notebook: str, work: Work, config: Any) -> None:
+    """Count what a notebook does beyond heads and dense accuracies."""
+    pool = str(getattr(config, "prune_by", None) or getattr(config, "source", ""))
+    if notebook == "prune_per_task":
+        work.kept = work.sweep(config.scorers, config.sources)
+        work.forwards += work.kept * work.test / len(work.tasks)
+    elif notebook == "scorer_atlas":
+        masks = work.sweep(config.scorers, config.sources, len(config.seeds))
+        work.forwards += masks * work.test
+    elif notebook == "zero_shot_retention":
+        masks = work.sweep(config.scorers, config.sources, len(config.seeds), config.repairs)
+        masks += work.sweep(config.scorers[:1], config.sources)  # without pre-training
+        work.forwards += masks * work.test + 2 * (work.train + work.test)
+    elif notebook == "prune_your_own":
+        masks = work.sweep(config.scorers, [pool], repairs=[config.repair])
+        masks += work.sweep(config.scorers[:1], [pool], repairs=[config.repair])  # the chosen one
+        work.forwards += masks * work.images[0]["validation"] + work.test
+        work.steps(config.finetune_steps * config.finetune_batch_size)
+        work.copies, work.kept = 40, 1 + 4 * len(config.formats)
+    elif notebook == "finetune_recovery":
+        seeds, steps = len(config.seeds), len(config.steps)
+        starts = [config.repair if s == "repaired" else "none" for s in config.starts]
+        masks = work.sweep([config.scorer], [pool], seeds, starts)
+        runs = (masks + seeds * (len(config.penalties) - 1)) * len(config.learning_rates)
+        work.steps(runs * max(config.steps) * config.finetune_batch_size)
+        # Heads are fitted anew at the last step.
+        work.forwards += runs * ((steps + 1) * work.test + work.train)
+        work.forwards += runs * steps * work.images[0]["validation"]
+        work.copies = 40
+    elif notebook == "landscape_analysis":
+        for scorers in (config.scorers, *(config.scorers[:1] for _ in config.comparisons)):
+            masks = work.sweep(scorers, config.tasks)
+            images = len(work.tasks) * (config.samples or work.train / len(work.tasks))
+            # What all steps to masks share, each of them, and products for eigenvectors.
+            work.steps((5 + 2 * masks + 2.5 * config.products) * images)
+            work.forwards += (1 + masks * len(config.fractions)) * images
+            work.forwards += work.train + masks * work.test
+            work.copies = max(work.copies, 16 + 4 * masks + config.products)
+        spectrum = config.spectrum_samples or work.images[0]["train"]
+        work.steps(4 * config.probes * config.lanczos_steps * 3.1 * spectrum)
+        plane = sum(min(config.plane_images or s["test"], s["test"]) for s in work.images[:2])
+        work.forwards += 2 * config.plane_points**2 * plane + 2 * config.path_points * work.test
+
+
+def estimate(notebook: str, config: RunParameters, tflops: float) -> dict[str, float]:
+    """Estimate one cell.
+
+    Args:
+        notebook: its name.
+        config: its parameters.
+        tflops: 10¹² floating-point operations a second that the device sustains.
+
+    Returns:
+        `forwards` (of one image), `hours`, `score_hours` (of the longest score), `memory_mib` (of
+        the process, or of a GPU and the process), `results_mib` (figures and masks) and
+        `pixels_mib` (decoded images, which cells of one task and size share). Of a notebook without
+        an encoder no work is counted.
+
+    Raises:
+        ValueError: an unknown encoder, or more images than a part of a task has.
+        FileNotFoundError: a folder of images that does not exist.
+    """
+    if not isinstance(config, EncoderParameters):
+        found = dict.fromkeys(("forwards", "hours", "score_hours", "pixels_mib"), 0.0)
+        return {**found, "memory_mib": LIBRARIES_MIB, "results_mib": FIGURES_MIB}
+    work, size = Work(config), encoder(config.backbone, config.image_size)
+    count_work(notebook, work, config)
+    hours = size.flop / (tflops * 1e12) / 3600  # of a forward
+    pixels = sum(sum(each.values()) for each in work.images) * 3 * size.side**2
+    numbers = work.copies * size.weights + 2 * config.batch_size * size.activations
+    blocks = getattr(config, "options", {}).get("block_fisher", {}).get("block_size", 0)
+    products = REPAIR_MIB * (work.copies == 40)
+    products += min(8 * blocks * size.prunable / 2**20, BLOCKS_MIB)
+    return {
+        "forwards": work.forwards,
+        "hours": work.forwards * hours,
+        "score_hours": work.longest * hours,
+        "memory_mib": LIBRARIES_MIB + (4 * numbers + pixels) / 2**20 + products,
+        "results_mib": FIGURES_MIB + work.kept * size.prunable / 2**20,
+        "pixels_mib": pixels / 2**20,
+    }
+
+
+def downloads(configs: Iterable[RunParameters]) -> dict[str, int]:
+    """The data sets on disk that cells need, each once, with their megabytes."""
+    encoders = [config for config in configs if isinstance(config, EncoderParameters)]
+    names = dict.fromkeys(name for config in encoders for name in Work(config).tasks)
+    return {name: DATASETS[name].megabytes for name in names if name in DATASETS}
