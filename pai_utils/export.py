@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,36 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.masks import Mask, describe_weights
+from pai_utils.models.checkpoints import differences
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.models.loading import load_backbone, resolve_device
-from pai_utils.support.common import device_of, hash_tensors, listed, undisturbed, unknown_name
+from pai_utils.support.common import check_names, device_of, listed, undisturbed
 from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
 """What :func:`write_formats` writes."""
 _FORMAT = "pai_utils.compressed/1"
-_WHAT = "compressed checkpoint"
-_FOR_ONNX = ("onnxscript", "onnxruntime")
 # Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
 _ROWS, _COLUMNS = 32, 64
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a compressed checkpoint weighs.
+    """What a compressed checkpoint weighs, in bytes; the file adds a header to what is promised."""
 
-    Attributes:
-        bytes: of the file on disk.
-        promised: bytes of the surviving weights, of one bit a weight under the mask, and of all
-            other parameters and buffers; the file adds a header to that.
-        dense: bytes of all parameters and buffers uncompressed.
-        kept: fraction of the weights under the mask that survive.
-    """
-
-    bytes: int
-    promised: int
-    dense: int
-    kept: float
+    bytes: int  #: of the file on disk
+    promised: int  #: of the surviving weights, a bit a masked weight, and all other tensors
+    dense: int  #: of all parameters and buffers uncompressed
+    kept: float  #: fraction of the weights under the mask that survive
 
 
 @dataclass(frozen=True)
@@ -99,33 +90,35 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
         tensor([[ 1., -2.,  0.],
                 [ 0.,  3.,  0.]])
     """
-    state, aliases = _state(model, mask)
-    kept = [state[name][entry] for name, entry in mask.items()]
-    tensors = {"masks": _pack(mask)}
-    for dtype in dict.fromkeys(values.dtype for values in kept):
-        same = [values for values in kept if values.dtype == dtype]
-        tensors[f"values.{_short(dtype)}"] = torch.cat(same)
-    tensors |= {f"whole.{n}": value for n, value in state.items() if n not in mask}
-    backbone = model.backbone if isinstance(model, Classifier) else model
+    state = _pruned_state(model, mask)
+    owners = _owners(model.state_dict(), mask)
+    aliases = {name: owner for name, owner in owners.items() if name != owner}
+    kept: dict[str, list[Tensor]] = {}
+    for name, entry in mask.items():
+        kept.setdefault(f"values.{_short(state[name])}", []).append(state[name][entry])
+    whole = [name for name in state if name not in mask and name not in aliases]
+    tensors = {f"whole.{name}": state[name] for name in whole}
+    tensors |= {key: torch.cat(values) for key, values in kept.items()}
+    bits = torch.cat([entry.flatten() for entry in mask.values()])
+    tensors["masks"] = torch.from_numpy(np.packbits(bits.numpy()))
     text = json.dumps(
         {
             "encoder": describe_weights(model, ())["encoder"],
-            "image_size": backbone.image_size if isinstance(backbone, Backbone) else None,
+            "image_size": _image_size(model),
             "mask": mask.metadata,
-            "masked": {n: [_short(state[n].dtype), list(entry.shape)] for n, entry in mask.items()},
+            "masked": {n: [_short(state[n]), list(entry.shape)] for n, entry in mask.items()},
             "aliases": aliases,
         }
     )
     content = write_tensors(path, tensors, text, format=_FORMAT)
     return Size(
         bytes=len(content),
-        promised=sum(map(_bytes, tensors.values())),
-        dense=sum(map(_bytes, state.values())),
+        promised=sum(value.nbytes for value in tensors.values()),
+        dense=sum(value.nbytes for name, value in state.items() if name not in aliases),
         kept=mask.kept / mask.total,
     )
 
 
-@torch.no_grad()
 def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     """Fill ``model`` from a compressed file, bit for bit, and return its mask.
 
@@ -138,27 +131,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
         ValueError: if the file is truncated, altered or none of these, or was written of another
             architecture. The model is then untouched.
     """
-    tensors, header = read_tensors(path, _FORMAT, what=_WHAT)
-    said = json.loads(header["text"])
-    state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
-    shapes = {name: torch.Size(shape) for name, (_, shape) in said["masked"].items()}
-    entries = _unpack(tensors["masks"], shapes)
-    places = dict.fromkeys(tensors, 0)
-    for name, (dtype, _) in said["masked"].items():
-        key, count = f"values.{dtype}", int(entries[name].sum())
-        values = tensors[key][places[key] : places[key] + count]
-        places[key] += count
-        state[name] = torch.zeros(shapes[name], dtype=values.dtype)
-        state[name][entries[name]] = values
-    state |= {alias: state[name] for alias, name in said["aliases"].items()}
-    target = _tensors(model)
-    _check_same(path, state, target)
-    encoder = describe_weights(model, ())["encoder"]
-    if said["encoder"] != encoder:
-        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
-    for name, value in target.items():
-        value.copy_(state[name])
-    return Mask(entries, said["mask"])
+    return _fill(model, path, *_read(path))
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Classifier:
@@ -175,20 +148,17 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
             an encoder from a checkpoint of the user's own: load that, and fill it by
             :func:`load_compressed`.
     """
-    tensors, header = read_tensors(path, _FORMAT, what=_WHAT)
-    said = json.loads(header["text"])
-    weight = tensors.get("whole.head.weight")
-    if weight is None or said["image_size"] is None or said["encoder"].startswith("file:"):
+    state, mask, said = _read(path)
+    weight, name, size = state.get("head.weight"), said["encoder"], said["image_size"]
+    if weight is None or size is None or name.startswith("file:"):
         raise ValueError(
-            f"{path} does not say how to make its model ({said['encoder']}); make it yourself, and "
-            "fill it by load_compressed"
+            f"{path} does not say how to make its model ({name}); make it yourself, and fill it by "
+            "load_compressed"
         )
-    encoder = load_backbone(
-        said["encoder"], image_size=said["image_size"], pretrained=False, device="cpu"
-    )
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias="whole.head.bias" in tensors)
+    encoder = load_backbone(name, image_size=size, pretrained=False, device="cpu")
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias="head.bias" in state)
     model = Classifier(encoder, head).to(weight.dtype)
-    load_compressed(path, model)
+    _fill(model, path, state, mask, said)
     return model.to(resolve_device(device)).eval()
 
 
@@ -196,12 +166,12 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
 def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between a classifier and its file, on the CPU.
 
-    A fresh process calls :func:`load_classifier`: of this one it has the file, the images and the
-    number of threads, on which rounding depends.
+    A fresh process reads the file by :func:`load_classifier`. It has this one's number of threads,
+    on which rounding depends.
 
     Args:
         model: what was written, compared in evaluation mode.
-        path: a file that :func:`load_classifier` can read.
+        path: the file.
         images: [N, 3, S, S].
 
     Raises:
@@ -209,30 +179,26 @@ def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> flo
     """
     from safetensors.torch import load_file, save_file
 
-    images = images.cpu().contiguous()
+    # The library may be run from its folder, which the other process would not know.
     code = (
-        "import sys, torch; from safetensors.torch import load_file, save_file; "
-        "from pai_utils import load_classifier; path, folder, threads = sys.argv[1:]; "
+        "import sys; library, path, folder, threads = sys.argv[1:]; sys.path.insert(0, library); "
+        "import torch; from safetensors.torch import load_file, save_file; "
+        "from pai_utils import load_classifier; "
         "torch.set_num_threads(int(threads)); model = load_classifier(path, 'cpu'); "
         "logits = model(load_file(folder + '/images')['images']).detach().contiguous(); "
         "save_file({'logits': logits}, folder + '/logits')"
     )
-    # The library may be run from its folder, which the other process would not know.
-    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
     with TemporaryDirectory() as folder:
-        save_file({"images": images}, f"{folder}/images")
-        arguments = [str(Path(path).resolve()), folder, str(torch.get_num_threads())]
+        save_file({"images": images.cpu().contiguous()}, f"{folder}/images")
+        arguments = map(str, (library, Path(path).resolve(), folder, threads))
         process = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
         )
         if process.returncode:
             said = process.stderr.strip() or f"exit status {process.returncode}"
             raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
-        found = load_file(f"{folder}/logits")["logits"]
-    return float((found - copy.deepcopy(model).cpu().eval()(images)).abs().max())
+        return _difference(load_file(f"{folder}/logits")["logits"], model, images)
 
 
 def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
@@ -246,9 +212,7 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
-    state, aliases = _state(model, mask)
-    state |= {alias: state[name].clone() for alias, name in aliases.items()}
-    write_atomically(path, save(state, metadata={"format": "pt"}))
+    write_atomically(path, save(_pruned_state(model, mask), metadata={"format": "pt"}))
 
 
 def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
@@ -266,9 +230,7 @@ def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = Non
         ValueError: if there is no image size, or it is not positive.
     """
     _extra("onnxscript")
-    backbone = model.backbone if isinstance(model, Classifier) else model
-    if image_size is None and isinstance(backbone, Backbone):
-        image_size = backbone.image_size
+    image_size = _image_size(model) if image_size is None else image_size
     if image_size is None or image_size < 1:
         raise ValueError(f"image_size={image_size} must be a positive number of pixels")
     like = next(model.parameters())
@@ -308,8 +270,7 @@ def check_onnx(
         raise FileNotFoundError(f"no ONNX file at {path}")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
-    expected = copy.deepcopy(model).cpu().eval()(images.cpu())
-    difference = float((torch.from_numpy(found) - expected).abs().max())
+    difference = _difference(torch.from_numpy(found), model, images)
     if not difference <= tolerance:
         raise ValueError(
             f"logits of {path} differ from the model's by {difference:.3g}, more than {tolerance:g}"
@@ -319,7 +280,8 @@ def check_onnx(
 
 def missing_for_onnx() -> list[str]:
     """Packages of the extra ``export`` that are not installed."""
-    return [name for name in _FOR_ONNX if importlib.util.find_spec(name) is None]
+    needed = ("onnxscript", "onnxruntime")
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 @torch.no_grad()
@@ -344,21 +306,19 @@ def write_formats(
         name: what the files' names begin with.
 
     Returns:
-        One row a format, with ``format, file, bytes``; ``promised``, which a compressed file may
-        exceed by its header alone (:class:`Size`); ``of_dense``, the fraction of the bytes of all
-        parameters and buffers uncompressed; ``difference``, the largest of the logits.
+        One row a format, with ``format, file, bytes``; ``promised``, as in :class:`Size`;
+        ``of_dense``, the fraction of the bytes of all parameters and buffers uncompressed;
+        ``difference``, the largest of the logits.
 
     Raises:
         ValueError: for an unknown format, and as the functions that write and read them.
         ModuleNotFoundError: as :func:`export_onnx`.
     """
-    for wanted in formats:
-        if wanted not in FORMATS:
-            raise unknown_name("format", wanted, FORMATS)
+    check_names("format", formats, FORMATS)
     device = device_of(model)
     plain = copy.deepcopy(model).eval()
     expected = plain(images.to(device))
-    dense = sum(map(_bytes, _tensors(model).values()))
+    dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
     for wanted in formats:
         path = Path(folder) / f"{name}.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
@@ -367,7 +327,7 @@ def write_formats(
             export_onnx(model, path)
             difference = check_onnx(model, path, images)
         else:
-            for value in _tensors(plain).values():
+            for value in plain.state_dict().values():
                 value.zero_()  # so that what is read is what is compared
             if wanted == "compressed":
                 promised = save_compressed(model, mask, path).promised
@@ -379,16 +339,7 @@ def write_formats(
                 plain.load_state_dict(load_file(path))
             difference = float((plain(images.to(device)) - expected).abs().max())
         size = path.stat().st_size
-        rows.append(
-            {
-                "format": wanted,
-                "file": path.name,
-                "bytes": size,
-                "promised": promised,
-                "of_dense": size / dense,
-                "difference": difference,
-            }
-        )
+        rows.append((wanted, path.name, size, promised, size / dense, difference))
     columns = ["format", "file", "bytes", "promised", "of_dense", "difference"]
     return pd.DataFrame(rows, columns=columns).astype({"promised": "Int64"})
 
@@ -409,23 +360,19 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
         ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or
             the device or type is another.
     """
-    mask.check(model, strict=False)
-    wrong = [name for name, entry in mask.items() if not _is_two_of_four(entry)]
-    if wrong:
+    _check_pruned(model, mask)
+    if wrong := [name for name, entry in mask.items() if not _is_two_of_four(entry)]:
         raise ValueError(f"the mask is not 2:4 along the input of {listed(wrong)}")
-    parameters = dict(model.named_parameters())
-    _check_zeros(parameters, mask)
-    for name in mask:
-        value = parameters[name]
-        if value.device.type != "cuda":
+    sparse = copy.deepcopy(model).requires_grad_(False)
+    dense = []
+    for name, entry in mask.items():
+        value = sparse.get_parameter(name)
+        if not value.is_cuda:
             raise ValueError(f"{name} is on {value.device}; sparse kernels need a CUDA device")
         if value.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"{name} is {value.dtype}; use model.half() or model.bfloat16()")
-    sparse = copy.deepcopy(model).requires_grad_(False)
-    dense = []
-    for name in mask:
         module = sparse.get_submodule(name.rpartition(".")[0])
-        rows, columns = (*mask[name].shape, 0)[:2]
+        rows, columns = (*entry.shape, 0)[:2]
         # Subclasses may read their weight in ways of their own, as attention's projection does.
         if type(module) is not nn.Linear or rows % _ROWS or columns % _COLUMNS:
             dense.append(name)
@@ -454,26 +401,60 @@ def measure_speedup(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
     seconds: tuple[list[float], list[float]] = ([], [])
+    wait = torch.cuda.synchronize if images.is_cuda else lambda _: None
     with undisturbed(dense), undisturbed(sparse):
         for _ in range(warmup + repeats):
             for model, times in zip((dense, sparse), seconds, strict=True):
-                _wait(images.device)
+                wait(images.device)
                 start = time.perf_counter()
                 model(images)
-                _wait(images.device)
+                wait(images.device)
                 times.append(time.perf_counter() - start)
-    low, middle, high = np.quantile([times[warmup:] for times in seconds], [0.25, 0.5, 0.75], 1)
-    return Speedup(
-        dense=float(middle[0]),
-        sparse=float(middle[1]),
-        dense_quartiles=(float(low[0]), float(high[0])),
-        sparse_quartiles=(float(low[1]), float(high[1])),
-    )
+    timed = [times[warmup:] for times in seconds]
+    low, middle, high = np.quantile(timed, [0.25, 0.5, 0.75], axis=1).tolist()
+    return Speedup(*middle, *zip(low, high, strict=True))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:
+    """All tensors of a compressed file by their names, the mask, and what the file says."""
+    tensors, header = read_tensors(path, _FORMAT, what="compressed checkpoint")
+    said = json.loads(header["text"])
+    state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
+    masked = said["masked"]
+    sizes = [math.prod(shape) for _, shape in masked.values()]
+    bits = torch.from_numpy(np.unpackbits(tensors["masks"].numpy(), count=sum(sizes))).bool()
+    entries = {}
+    for (name, (dtype, shape)), part in zip(masked.items(), bits.split(sizes), strict=True):
+        entries[name], key = part.view(shape), f"values.{dtype}"
+        kept, tensors[key] = tensors[key].tensor_split([int(part.sum())])
+        state[name] = torch.zeros(shape, dtype=kept.dtype)
+        state[name][entries[name]] = kept
+    state |= {alias: state[name] for alias, name in said["aliases"].items()}
+    return state, Mask(entries, said["mask"]), said
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, path: str | Path, state: Mapping[str, Tensor], mask: Mask, said: Any
+) -> Mask:
+    """Copy what a file holds into a model that it fits."""
+    target, encoder = _tensors(model), describe_weights(model, ())["encoder"]
+    another = f"{path} is of another architecture: "
+    if problems := differences(state, target):
+        raise ValueError(another + problems)
+    if empty := [name for name, value in target.items() if value.is_meta]:
+        raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
+    # One memory cannot be filled with two values.
+    tied = [(name, state[name], state[owner]) for name, owner in _owners(target).items()]
+    if split := [n for n, one, two in tied if one is not two and not torch.equal(one, two)]:
+        raise ValueError(
+            f"{another}the model shares one tensor where the file has two: {listed(split)}"
+        )
+    if said["encoder"] != encoder:
+        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
+    for name, value in target.items():
+        value.copy_(state[name])
+    return mask
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -484,36 +465,15 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _state(model: nn.Module, mask: Mask) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copies on the CPU of all tensors by their first name, and that name for each further one."""
+def _pruned_state(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """Copies on the CPU of all tensors of a model that was pruned with the mask."""
+    _check_pruned(model, mask)
+    return {n: torch.empty(v.shape, dtype=v.dtype).copy_(v) for n, v in _tensors(model).items()}
+
+
+def _check_pruned(model: nn.Module, mask: Mask) -> None:
     mask.check(model, strict=False)
-    _check_zeros(dict(model.named_parameters()), mask)
-    state: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    tensors = _tensors(model)
-    for name in sorted(tensors, key=lambda name: name not in mask):  # masked names are kept
-        value = tensors[name]
-        if (first := seen.setdefault(_place(value), name)) != name and name not in mask:
-            aliases[name] = first
-        else:
-            state[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
-    return state, aliases
-
-
-def _place(value: Tensor) -> Any:
-    """Equal of two tensors that are one in memory; of a tensor without elements, its own."""
-    if not value.numel():
-        return id(value)
-    return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
-
-
-def _check_zeros(parameters: Mapping[str, Tensor], mask: Mask) -> None:
-    wrong = [
-        name
-        for name, entry in mask.items()
-        if (parameters[name].detach().cpu() != 0).logical_and_(~entry).any()
-    ]
+    wrong = [n for n, entry in mask.items() if model.get_parameter(n).detach().cpu()[~entry].any()]
     if wrong:
         raise ValueError(
             f"weights that the mask prunes are not zero in {listed(wrong)}; "
@@ -521,72 +481,43 @@ def _check_zeros(parameters: Mapping[str, Tensor], mask: Mask) -> None:
         )
 
 
-def _check_same(
-    path: str | Path, state: Mapping[str, Tensor], target: Mapping[str, Tensor]
-) -> None:
-    another = f"{path} is of another architecture: "
-    if missing := [name for name in state if name not in target]:
-        raise ValueError(f"{another}the model has no {listed(missing)}")
-    if missing := [name for name in target if name not in state]:
-        raise ValueError(f"{another}the file has no {listed(missing)}")
-    wrong = [
-        f"{name} (file {tuple(state[name].shape)} {state[name].dtype}, "
-        f"model {tuple(value.shape)} {value.dtype})"
-        for name, value in target.items()
-        if (value.shape, value.dtype) != (state[name].shape, state[name].dtype)
-    ]
-    if wrong:
-        raise ValueError(f"{another}shapes or types of {listed(wrong)}")
-    if empty := [name for name, value in target.items() if value.is_meta]:
-        raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
-    # One memory cannot be filled with two values.
+def _owners(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, str]:
+    """The first name, by name, of tensors that are one in memory; those in ``first`` go first."""
     seen: dict[Any, str] = {}
-    tied = {name: seen.setdefault(_place(value), name) for name, value in target.items()}
-    if split := [n for n, first in tied.items() if not _identical(state[n], state[first])]:
-        raise ValueError(
-            f"{another}the model shares one tensor where the file has two: {listed(split)}"
-        )
-
-
-def _identical(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape and type are equal bit for bit."""
-    return first is second or hash_tensors({"": first}) == hash_tensors({"": second})
-
-
-def _pack(mask: Mask) -> Tensor:
-    bits = torch.cat([entry.flatten() for entry in mask.values()])
-    return torch.from_numpy(np.packbits(bits.numpy()))
-
-
-def _unpack(packed: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=sum(sizes))).bool()
-    parts = zip(shapes.items(), bits.split(sizes), strict=True)
-    return {name: part.view(shape) for (name, shape), part in parts}
+    owners = {}
+    for name in dict.fromkeys((*first, *tensors)):
+        value = tensors[name]
+        place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+        # A tensor without elements has no memory.
+        owners[name] = seen.setdefault(place if value.numel() else name, name)
+    return owners
 
 
 def _is_two_of_four(entry: Tensor) -> bool:
     if entry.dim() < 2:
         return False
-    last = entry.movedim(1, -1)
-    padded = nn.functional.pad(last, (0, -last.shape[-1] % 4))
-    return bool((padded.unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
+    last = nn.functional.pad(entry.movedim(1, -1), (0, -entry.shape[1] % 4))
+    return bool((last.unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def _image_size(model: nn.Module) -> int | None:
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    return backbone.image_size if isinstance(backbone, Backbone) else None
+
+
+def _difference(logits: Tensor, model: nn.Module, images: Tensor) -> float:
+    expected = copy.deepcopy(model).cpu().eval()(images.cpu())
+    return float((logits - expected).abs().max())
 
 
 def _extra(name: str) -> ModuleType:
-    from importlib import import_module
-
     try:
-        return import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"ONNX files need {name}: pip install 'pai-utils[export]'", name=name
         ) from error
 
 
-def _bytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

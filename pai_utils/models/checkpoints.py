@@ -152,34 +152,28 @@ def _fetch(address: str, digest: str | None) -> Path:
     return path
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+def digest_of(path: Path, kind: str = "sha256") -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits, or another digest of that name."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        # MD5 is what some publishers give, and no more than a guard against damage.
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
+    return digest.hexdigest()
 
 
 def check_digest(path: Path, expected: str, advice: str) -> None:
-    """Compare a file with a digest, or with as many of its first digits as are known.
+    """Compare a file with the digits of its SHA-256, or of its MD5 after `md5:`.
 
-    Args:
-        path: the file.
-        expected: hexadecimal digits of its SHA-256, possibly after `sha256:`, or of its MD5
-            after `md5:`.
-        advice: what to do if they differ, for the error.
+    As many of the first digits are compared as are known. `advice` says what to do if they differ.
 
     Raises:
         ValueError: they differ.
     """
     kind, _, digits = expected.lower().rpartition(":")
-    kind = kind or "sha256"
-    with path.open("rb") as file:
-        # MD5 is what some publishers give, and no more than a guard against damage.
-        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
-    found = digest.hexdigest()
+    found = digest_of(path, kind or "sha256")
     if not digits or not found.startswith(digits):
         raise ValueError(
-            f"{path.name} is damaged or not the expected file: its {kind} is {found}, expected "
-            f"{expected}; {advice}"
+            f"{path.name} is damaged or not the expected file: its {kind or 'sha256'} is {found}, "
+            f"expected {expected}; {advice}"
         )
 
 

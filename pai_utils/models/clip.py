@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights, sha256_of
-from pai_utils.models.encoders import Backbone, frozen_head
+from pai_utils.data.images import ImageTransform
+from pai_utils.models.checkpoints import DAMAGE, HUB, digest_of, obtain_weights
+from pai_utils.models.encoders import Backbone, Provenance, frozen_head
 from pai_utils.support.common import device_of, may_download, unknown_name
 
 CLIP = "clip:"
@@ -42,11 +43,11 @@ class ImageTower(nn.Module):
 
 
 class Towers(NamedTuple):
-    """A CLIP model and what its images need."""
+    """A CLIP model, what its images need, and where its weights come from."""
 
     model: nn.Module
-    preprocessing: dict[str, Any]  #: `size`, `mean`, `std` and `interpolation`, as open_clip's
-    path: Path | None  #: file of the weights; `None` for random ones
+    transform: ImageTransform
+    provenance: Provenance
 
 
 def load_towers(
@@ -102,7 +103,18 @@ def load_towers(
             raise ValueError(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error
-    return Towers(towers.eval(), open_clip.get_model_preprocess_cfg(towers), path)
+    given = open_clip.get_model_preprocess_cfg(towers)
+    size = given["size"][0] if isinstance(given["size"], (tuple, list)) else given["size"]
+    transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
+    if path is None:
+        return Towers(towers.eval(), transform, Provenance.random(model, seed))
+    weights = path.name if Path(tag).name == path.name else f"weights {tag}"
+    provenance = Provenance(
+        f"CLIP {model} through open_clip; {weights}",
+        "MIT" if tag == "openai" else "unknown",
+        f"sha256:{digest_of(path)}",
+    )
+    return Towers(towers.eval(), transform, provenance)
 
 
 def _find(name: str, config: dict[str, Any], download: bool) -> Path:
@@ -161,8 +173,8 @@ def zero_shot_head(
 
     tokenizer = _load_tokenizer(backbone.name, may_download(download))
     towers = load_towers(backbone.name, download=download)
-    if towers.path and f"sha256:{sha256_of(towers.path)}" != backbone.provenance.checksum:
-        raise ValueError(f"{towers.path} changed since {backbone.name} was loaded; load it again")
+    if towers.provenance != backbone.provenance:
+        raise ValueError(f"the file of {backbone.name} changed since it was loaded; load it again")
     model: Any = towers.model
     with torch.inference_mode():
         embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)

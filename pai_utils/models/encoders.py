@@ -18,23 +18,20 @@ class Provenance:
 
     source: str  #: package and file, hub model, local file, or the seed of random weights
     licence: str  #: of the weights, as their publisher states it
-    checksum: str | None
-    """``sha256:`` and the digest of the weights' file (of the tensors, if they came from the hub);
-    `None` for random weights."""
+    checksum: str | None  #: ``sha256:`` and the digest of their file; `None` if they are random
+
+    @classmethod
+    def random(cls, architecture: str, seed: int) -> Provenance:
+        """That of weights drawn from a seed."""
+        return cls(f"random initialisation of {architecture}, seed {seed}", "not applicable", None)
 
 
 class Backbone(nn.Module):
     """An image encoder: float images [N, 3, S, S] to features [N, feature_dim].
 
-    Attributes:
-        encoder: the wrapped module; its parameters are named `encoder.*`.
-        name: the name it was loaded by.
-        feature_dim: number of features.
-        image_size: side S of the images it takes, in pixels.
-        transform: the preprocessing its weights expect.
-        provenance: where its weights come from.
-        checkpoint: what the file of its weights held and what was left out of it; `None` unless
-            they come from a checkpoint.
+    `name` is the one it was loaded by, `transform` the preprocessing that its weights expect and
+    `provenance` where they come from. `checkpoint` says what the file of the weights held and what
+    was left out of it; `None` unless they come from a checkpoint. Parameters are named `encoder.*`.
     """
 
     def __init__(
@@ -49,11 +46,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.name = name
-        self.feature_dim = feature_dim
-        self.transform = transform
-        self.provenance = provenance
-        self.checkpoint = checkpoint
+        self.name, self.feature_dim, self.transform = name, feature_dim, transform
+        self.provenance, self.checkpoint = provenance, checkpoint
         self.train(encoder.training)
 
     @property
@@ -62,11 +56,7 @@ class Backbone(nn.Module):
         return self.transform.image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode float images [N, 3, S, S] as features [N, feature_dim].
-
-        Raises:
-            ValueError: the images have another shape or are not floating point.
-        """
+        """Encode images; a ValueError says if they have another shape or are not floats."""
         size = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(
@@ -147,19 +137,18 @@ def prunable_parameters(model: nn.Module) -> list[str]:
         >>> pai.prunable_parameters(nn.Sequential(*layers))
         ['0.weight', '3.weight']
     """
-    root, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
+    own, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
     names: set[str] = set()
-    for path, module in root.named_modules(prefix=prefix.removesuffix(".")):
-        stem = f"{path}." if path else ""
+    for path, module in own.named_modules():
+        kinds: tuple[str, ...] = ()
         if isinstance(module, (_ConvNd, nn.Linear)):
+            kinds = ("weight",)
             if module._parameters.get("weight") is None:
                 raise ValueError(
                     f"the weight of {path or 'the model'} is not a plain parameter; remove its "
                     "parametrisation first"
                 )
-            names.add(f"{stem}weight")
         elif isinstance(module, nn.MultiheadAttention):
-            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                if module._parameters.get(name) is not None:
-                    names.add(stem + name)
+            kinds = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        names |= {f"{prefix}{path}.{kind}" if path else prefix + kind for kind in kinds}
     return [name for name, _ in model.named_parameters() if name in names]

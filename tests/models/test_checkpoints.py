@@ -27,9 +27,9 @@ from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
     CheckpointReport,
     check_digest,
+    digest_of,
     obtain_weights,
     read_checkpoint,
-    sha256_of,
     weights_root,
 )
 from pai_utils.models.encoders import Backbone
@@ -371,8 +371,8 @@ def test_a_digest_is_compared_by_as_many_digits_as_are_known(tmp_path: Path) -> 
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     # The examples of FIPS 180-2 and RFC 1321.
-    assert sha256_of(path).startswith("ba7816bf8f01cfea414140de5dae2223")
-    for right in ("ba7816bf", "sha256:BA7816BF8F01", f"sha256:{sha256_of(path)}", "md5:900150983c"):
+    assert digest_of(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+    for right in ("ba7816bf", "sha256:BA7816BF8F01", f"sha256:{digest_of(path)}", "md5:900150983c"):
         check_digest(path, right, "")
     for wrong in ("ba7816be", "md5:900150983d", "md5:ba7816bf", "sha256:", ""):
         with pytest.raises(ValueError, match=r"file is damaged or not the expected.*; do this"):
@@ -382,7 +382,7 @@ def test_a_digest_is_compared_by_as_many_digits_as_are_known(tmp_path: Path) -> 
 def test_a_local_checkpoint_is_held_to_a_given_checksum(tmp_path: Path) -> None:
     path = saved(state_of(RESNET), tmp_path / "model.safetensors")
     found = loaded(path).provenance.checksum
-    assert found == f"sha256:{sha256_of(path)}"
+    assert found == f"sha256:{digest_of(path)}"
     assert loaded(path, checksum=found).provenance.checksum == found
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not the expected"):
         loaded(path, checksum="0" * 64)
@@ -472,7 +472,7 @@ def test_a_preset_is_fetched_when_asked_checked_and_kept(
     assert kept.read_bytes() == source.read_bytes()
     assert backbone.name == "resnet50.mocov2"
     assert backbone.transform == ImageTransform(32, *IMAGENET, "bilinear")
-    assert backbone.provenance.checksum == f"sha256:{sha256_of(source)}"
+    assert backbone.provenance.checksum == f"sha256:{digest_of(source)}"
     assert backbone.provenance.licence == "CC-BY-NC-4.0"
     assert backbone.provenance.source.startswith("ResNet-50, MoCo v2 on ImageNet-1k")
     assert backbone.provenance.source.endswith(f"{kept.name} from {source.as_uri()}")
@@ -587,7 +587,7 @@ def test_a_hub_preset_is_read_from_the_hubs_cache_without_the_network(
     backbone = load_backbone(name, image_size=160, device="cpu", download=False)
     assert holds(backbone, without("head.", state))
     assert backbone.transform.mean == (0.5, 0.5, 0.5)
-    assert backbone.provenance.checksum == f"sha256:{sha256_of(path)}"
+    assert backbone.provenance.checksum == f"sha256:{digest_of(path)}"
     assert "model.safetensors from hub:timm/vit_small_patch16" in backbone.provenance.source
 
 
@@ -602,7 +602,7 @@ def test_weights_that_timm_publishes_are_read_from_the_hubs_cache_by_timm(
     backbone = load_backbone(name, device="cpu")
     assert holds(backbone, without("head.", state))
     assert backbone.image_size == 160
-    assert backbone.provenance.checksum == f"sha256:{sha256_of(path)}"
+    assert backbone.provenance.checksum == f"sha256:{digest_of(path)}"
     assert backbone.provenance.licence == "apache-2.0"
     assert backbone.provenance.source.endswith("from hub:timm/test_vit.r160_in1k/model.safetensors")
     assert load_backbone(name, image_size=64).encoder.get_parameter("pos_embed").shape[1] == 17
