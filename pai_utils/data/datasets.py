@@ -46,32 +46,22 @@ class DatasetSpec:
     """Facts about one data set, as in `datasets.toml`."""
 
     description: str
-    licence: str
-    """As published; "none stated" where the publisher states none."""
+    licence: str  #: as published
     images: Mapping[str, int]
     """Published number by part: "train" and "test", perhaps "validation"; or "all" for a set
     published whole, which is cut into the three parts. Without "validation", it is carved from
     "train"."""
-    megabytes: int
-    """To download, roughly."""
-    place: str
-    """What lies under the root when the set is there."""
-    archives: str = ""
-    """Pattern of the downloaded files under the root."""
-    base: str = ""
-    """Folder under the root that torchvision is given."""
-    kind: str = ""
-    """torchvision's class, where it has another name."""
+    megabytes: int  #: to download, roughly
+    place: str  #: what lies under the root when the set is there
+    archives: str = ""  #: pattern of the downloaded files under the root
+    base: str = ""  #: folder under the root that torchvision is given
+    kind: str = ""  #: torchvision's class, where it has another name
     splits: Mapping[str, str] = field(default_factory=dict)
     """torchvision's names of parts, where they are not "train", "val" and "test"."""
-    classes: Sequence[str] = ()
-    """Names in the order of the labels, where torchvision gives none."""
-    folders: int = 0
-    """Number of class folders, where torchvision accepts any."""
-    by_hand: str = ""
-    """How to get what torchvision cannot download."""
-    package: str = ""
-    """A further package that torchvision reads it with."""
+    classes: Sequence[str] = ()  #: names in the order of the labels, where torchvision has none
+    folders: int = 0  #: number of class folders, where torchvision accepts any
+    by_hand: str = ""  #: how to get what torchvision cannot download
+    package: str = ""  #: a further package that torchvision reads it with
 
 
 _FACTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -84,10 +74,8 @@ class OpenDataset:
     """A data set whose images are listed but not decoded yet."""
 
     class_names: tuple[str, ...]
-    parts: Mapping[str, Source]
-    """By part, as in `DatasetSpec.images`."""
-    cache: Path
-    """Folder for decoded pixels."""
+    parts: Mapping[str, Source]  #: by part, as in `DatasetSpec.images`
+    cache: Path  #: folder for decoded pixels
 
     @property
     def labels(self) -> dict[str, NDArray[np.int64]]:
@@ -103,6 +91,20 @@ def data_root(root: str | Path | None = None) -> Path:
 def _cache_folder(root: Path) -> Path:
     """Where decoded pixels go; data may lie where nobody may write."""
     return (root if os.access(root, os.W_OK) else data_root()) / ".decoded"
+
+
+def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
+    """Refuse what names no task.
+
+    Args:
+        name: of a task.
+        unlisted: what else may have been meant.
+
+    Raises:
+        ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
+    """
+    if name not in TASKS and name not in DATASETS and not name.startswith(FOLDER):
+        raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
 
 
 def open_dataset(
@@ -123,14 +125,13 @@ def open_dataset(
         ConnectionError: it was to be fetched and its publisher cannot be reached.
         ModuleNotFoundError: a package that it is read with is not installed.
     """
+    check_task_name(name)
     place = data_root(root)
     if name in TASKS:
         return OpenDataset(TASKS[name].class_names, TASKS[name].read(), _cache_folder(place))
     if name.startswith(FOLDER):
         given = Path(name.removeprefix(FOLDER)).expanduser()
         return _open_folder(given if given.is_dir() else place / given, name)
-    if name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS)
     spec = DATASETS[name]
     if spec.package:
         package_folder(spec.package, spec.package, f"{name} is read")
@@ -147,13 +148,8 @@ def open_dataset(
     opened = OpenDataset(names, parts, _cache_folder(place))
     count, published = sum(map(len, opened.labels.values())), sum(spec.images.values())
     if count != published:
-        logger.warning(
-            "%s under %s has %d images, %d are published; was it unpacked to the end?",
-            name,
-            place / spec.place,
-            count,
-            published,
-        )
+        found = f"{name} under {place / spec.place} has {count} images, {published} are published"
+        logger.warning("%s; was it unpacked to the end?", found)
     return opened
 
 
@@ -374,15 +370,13 @@ def _class_folders(path: Path) -> tuple[str, ...]:
 
 def _list_images(folder: Path, names: Sequence[str], name: str) -> ImageFiles:
     """Image files below each class folder, with the class as label."""
-    from torchvision.datasets.folder import is_image_file, make_dataset
-
-    def is_image(path: str) -> bool:
-        return is_image_file(path) and not Path(path).name.startswith(".")
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     if not names:
         raise ValueError(f"{name}: {folder} has no class folders")
     indices = {label: index for index, label in enumerate(names)}
-    items = make_dataset(folder, indices, is_valid_file=is_image, allow_empty=True)
+    found = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    items = [(path, index) for path, index in found if not Path(path).name.startswith(".")]
     present = {label for _, label in items}
     empty = [label for label, index in indices.items() if index not in present]
     if empty:

@@ -49,12 +49,9 @@ class ImageArrays:
         ValueError: images and labels of different counts.
     """
 
-    pixels: Any
-    """uint8 [N, H, W] or [N, H, W, 3], of NumPy or read from disk by increasing positions."""
-    labels: NDArray[np.int64]
-    """[N]."""
-    identity: str | None = None
-    """Names the array's content where reading all of it would take long."""
+    pixels: Any  #: uint8 [N, H, W] or [N, H, W, 3], of NumPy or read by increasing positions
+    labels: NDArray[np.int64]  #: [N]
+    identity: str | None = None  #: names the content where reading all of it would take long
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.pixels):
@@ -88,10 +85,8 @@ class ImageArrays:
 class ImageFiles:
     """Images that lie in files, of any size and mode."""
 
-    paths: Sequence[Path]
-    """One file an image."""
-    labels: NDArray[np.int64]
-    """[N]."""
+    paths: Sequence[Path]  #: one an image
+    labels: NDArray[np.int64]  #: [N]
 
     def resized(
         self, positions: Positions, transform: ImageTransform

@@ -27,8 +27,7 @@ class TaskSpec:
 
     description: str
     class_names: tuple[str, ...]
-    read: Callable[[], dict[str, ImageArrays]]
-    """Gives the raw images of each split."""
+    read: Callable[[], dict[str, ImageArrays]]  #: gives the raw images of each split
 
 
 def stratified_order(

@@ -85,14 +85,10 @@ class ImageTransform:
     Calling it does both. Datasets apply `resize` once and `normalize` at each access.
     """
 
-    image_size: int
-    """Side S of the square result, in pixels."""
-    mean: tuple[float, float, float]
-    """Subtracted from each channel, whose values are in [0, 1]."""
-    std: tuple[float, float, float]
-    """Each channel is then divided by this."""
-    interpolation: str = "bicubic"
-    """One of `INTERPOLATIONS`, always antialiased."""
+    image_size: int  #: side S of the square result, in pixels
+    mean: tuple[float, float, float]  #: subtracted from each channel, whose values are in [0, 1]
+    std: tuple[float, float, float]  #: each channel is then divided by this
+    interpolation: str = "bicubic"  #: one of `INTERPOLATIONS`, always antialiased
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)

@@ -7,7 +7,7 @@ hyper-parameters) and `test` (read once for a reported number). The parts never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pai_utils.data.datasets import DATASETS, FOLDER, open_dataset
+from pai_utils.data.datasets import DATASETS, open_dataset
 from pai_utils.data.decoding import ImageFiles, OnError, Positions, decode
-from pai_utils.data.embedded import FRACTIONS, SPLITS, TASKS, cut, stratified_order
+from pai_utils.data.embedded import FRACTIONS, SPLITS, cut, stratified_order
 from pai_utils.data.images import ImageDataset, Transform
 from pai_utils.support.common import listed, logger, unknown_name
 from pai_utils.support.sampling import check_seed
@@ -33,35 +33,16 @@ class Task:
     """A classification task with fixed, disjoint parts."""
 
     name: str
-    class_names: tuple[str, ...]
-    """In the order of the labels."""
-    train: ImageDataset
-    """Fits heads, scores weights, fine-tunes."""
-    validation: ImageDataset
-    """Chooses hyper-parameters."""
-    test: ImageDataset
-    """Read once, for the reported number."""
-    skipped: tuple[str, ...] = ()
-    """Files that could not be read and were left out."""
+    class_names: tuple[str, ...]  #: in the order of the labels
+    train: ImageDataset  #: fits heads, scores weights, fine-tunes
+    validation: ImageDataset  #: chooses hyper-parameters
+    test: ImageDataset  #: read once, for the reported number
+    skipped: tuple[str, ...] = ()  #: files that could not be read and were left out
 
     @property
     def chance(self) -> float:
         """Accuracy of always answering the most frequent class of `test`."""
         return float(self.test.labels.bincount().max()) / len(self.test)
-
-
-def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
-    """Refuse a name that `load_task` does not know.
-
-    Args:
-        name: of a task.
-        unlisted: what else may have been meant.
-
-    Raises:
-        ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
-    """
-    if name not in TASKS and name not in DATASETS and not name.startswith(FOLDER):
-        raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
 
 
 def load_task(
@@ -124,7 +105,6 @@ def load_task(
         >>> task.class_names[label]
         '2'
     """
-    check_task_name(name)
     if not callable(transform):
         raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")
     check_seed(seed)
@@ -195,7 +175,6 @@ def part_sizes(name: str) -> dict[str, int]:
     Raises:
         ValueError, FileNotFoundError: as :func:`load_task`.
     """
-    check_task_name(name)
     if name in DATASETS:  # the labels change which images a cut gives, not how many
         labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
     else:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pai_utils.data.datasets import check_task_name
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
-from pai_utils.data.tasks import check_task_name
 from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import SCORERS

@@ -507,7 +507,7 @@ def test_what_cannot_be_downloaded_is_not_tried(root: Path) -> None:
         load_task("StanfordCars", TRANSFORM, root, download=True)
     with pytest.raises(FileNotFoundError, match="Register with image-net"):
         open_dataset("ImageNet", root, download=True)
-    with pytest.raises(ValueError, match=r"unknown data set 'MNISt'; did you mean 'MNIST'\?"):
+    with pytest.raises(ValueError, match=r"unknown task 'MNISt'; did you mean 'MNIST'\?"):
         open_dataset("MNISt")
 
 

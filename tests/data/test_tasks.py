@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pai_utils.data.datasets import check_task_name
 from pai_utils.data.images import ImageDataset, ImageTransform
-from pai_utils.data.tasks import check_task_name, load_task
+from pai_utils.data.tasks import load_task
 
 TRANSFORM = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
