@@ -8,18 +8,17 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import click
-
-if TYPE_CHECKING:
-    from pai_utils.studies.parameters import RunParameters
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 # What notebooks import to be run, and the extra that installs it.
@@ -97,6 +96,8 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
     The parameters are checked before anything starts. The executed copy is written beside the
     results; that of a run that fails ends in .partial.ipynb.
     """
+    from pai_utils.studies.parameters import read_parameters
+
     path = _find_notebook(notebook)
     values = {name: _read_value(text) for name, text in given}
     if len(values) < len(given):
@@ -105,7 +106,10 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
         if "out" in values:
             raise BadInput("the folder is given twice, by -o and by -p out")
         values["out"] = out.as_posix()
-    config = _validate(path, values)
+    try:
+        config = read_parameters(path, values)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
     absent = [module for module in _RUNNERS if importlib.util.find_spec(module) is None]
     if absent:
         raise click.ClickException(
@@ -153,20 +157,11 @@ def _read_value(text: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
-def _validate(path: Path, values: Mapping[str, Any]) -> RunParameters:
-    """The notebook's parameters with ``values`` in place of its own."""
-    from pai_utils.studies.parameters import read_parameters
-
-    try:
-        return read_parameters(path, values)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
 def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute a notebook cell by cell; its copy takes its name in ``out`` once all of it ran."""
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
+    from traitlets.config import Config
 
     partial = out / f"{path.stem}.partial.ipynb"
     try:
@@ -174,21 +169,23 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
         partial.touch()
     except OSError as error:
         raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    bar = sys.stderr.isatty()
     try:
-        execute_notebook(
-            str(path),
-            str(partial),
-            parameters=dict(parameters),
-            progress_bar=sys.stderr.isatty(),
-        )
+        # A port would be open to every user of the computer, and two kernels may be given the same
+        # one: the channel is a socket, whose path may have a hundred characters.
+        with TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder:
+            channel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+            config = Config({"KernelManager": channel})
+            execute_notebook(
+                path, partial, parameters=dict(parameters), progress_bar=bar, config=config
+            )
     except (PapermillExecutionError, DeadKernelError) as error:
-        what = (
-            f"{error.ename}: {error.evalue}"
-            if isinstance(error, PapermillExecutionError)
-            else str(error)
-        )
+        what = str(error)
+        if isinstance(error, PapermillExecutionError):  # whose text is the whole traceback
+            what = " ".join(f"{error.ename}: {error.evalue}".split())
         raise click.ClickException(
-            f"{path.name} failed with {' '.join(what.split())}; the copy up to there is {partial}"
+            f"{path.name} failed with {what}; the copy up to there is {partial}"
         ) from error
     copy = out / f"{path.stem}.ipynb"
     partial.replace(copy)
@@ -205,11 +202,9 @@ class _Check(NamedTuple):
 def _checks() -> Iterator[_Check]:
     yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
-    if any(importlib.util.find_spec(module) is None for module in ("torch", "timm")):
-        return
-    yield _device()
-    yield from _embedded()
-    yield from _fetched()
+    if all(importlib.util.find_spec(module) for module in ("torch", "timm")):
+        yield from _shipped()
+        yield from _fetched()
 
 
 def _packages() -> Iterator[_Check]:
@@ -230,21 +225,18 @@ def _packages() -> Iterator[_Check]:
             yield _Check(name, False, todo, optional=extra is not None)
 
 
-def _device() -> _Check:
+def _shipped() -> Iterator[_Check]:
+    """The device, and what packages ship: weights, whose checksums are compared, and images."""
     import torch
 
-    if torch.cuda.is_available():
-        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return _Check("device", True, f"cuda, {torch.cuda.get_device_name()} with {gib:.0f} GiB")
-    threads = torch.get_num_threads()
-    return _Check("device", True, f"cpu with {threads} threads; torch finds no CUDA device")
-
-
-def _embedded() -> Iterator[_Check]:
-    """Weights, whose checksums are compared, and images, which are read."""
     from pai_utils.data.embedded import TASKS
     from pai_utils.models.published import BACKBONES
 
+    text = f"cpu with {torch.get_num_threads()} threads; torch finds no CUDA device"
+    if torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        text = f"cuda, {torch.cuda.get_device_name()} with {gib:.0f} GiB"
+    yield _Check("device", True, text)
     for name, spec in BACKBONES.items():
         try:
             path = spec.obtain(name, download=False)
@@ -278,15 +270,11 @@ def _fetched() -> Iterator[_Check]:
     if absent:
         text += f"; {', '.join(absent)}: fetched by load_backbone(name, download=True)"
     yield _Check("presets", True, text)
-    root = data_root()
+    there = [name for name, spec in DATASETS.items() if (data_root() / spec.place).exists()]
     by_hand = [name for name, spec in DATASETS.items() if spec.by_hand]
-    there = [name for name, spec in DATASETS.items() if (root / spec.place).exists()]
-    yield _Check(
-        "data sets",
-        True,
-        f"{', '.join(there) or 'none'} found in {root} (PAI_DATA_ROOT); others are fetched by "
-        f"load_task(..., download=True), {', '.join(by_hand)} by hand",
-    )
+    text = f"{', '.join(there) or 'none'} found in {data_root()} (PAI_DATA_ROOT); others are "
+    text += f"fetched by load_task(..., download=True), {', '.join(by_hand)} by hand"
+    yield _Check("data sets", True, text)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from pai_utils import __main__ as command_line
 from pai_utils.data import embedded
 from pai_utils.data.datasets import DATASETS
 from pai_utils.models import checkpoints, published
+from pai_utils.studies.parameters import STUDIES
 from pai_utils.support.common import package_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+NAME = "zero_shot_retention"
 PARAMETERS = """
 backbone = "efficientnet_lite0"
 source = "digits"  # one task
@@ -29,19 +31,22 @@ sparsities = [0.2]
 seeds = [0]
 out = "results"
 """
-CONFIG = """
-import pai_utils as pai
-
-config = pai.studies.zero_shot_retention.Parameters.from_notebook(globals())
-"""
-
-
-def _stem(path: Path) -> str:
-    return path.stem
+Written = Callable[..., Path]
 
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(command_line.main, arguments)
+
+
+def as_module(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pai_utils", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def refusal(*arguments: str) -> str:
@@ -56,16 +61,16 @@ def refusal(*arguments: str) -> str:
 
 
 @pytest.fixture
-def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write a notebook to an empty working directory: parameters, their check, more cells."""
+def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
+    """Write a notebook to an empty working directory: parameters, and one more cell."""
     monkeypatch.chdir(tmp_path)
 
-    def write(*sources: str, parameters: str = PARAMETERS, config: str = CONFIG) -> Path:
+    def write(source: str = "", name: str = NAME) -> Path:
         new: Any = nbformat.v4
-        cells = [new.new_code_cell(source) for source in (parameters, config, *sources)]
+        cells = [new.new_code_cell(PARAMETERS), new.new_code_cell(source)]
         cells[0].metadata["tags"] = ["parameters"]
-        path = tmp_path / "mine.ipynb"
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+        path = tmp_path / f"{name}.ipynb"
         path.write_text(nbformat.writes(new.new_notebook(cells=cells, metadata=kernel)))
         return path
 
@@ -85,21 +90,33 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any],
     return calls
 
 
-def test_help_names_the_commands() -> None:
-    result = call("--help")
-    assert result.exit_code == 0
-    listed = result.stdout.split("Commands:")[1].split("\n")
-    assert [line.split()[0] for line in listed if line.strip()] == ["doctor", "list", "run"]
+def test_help_names_the_commands_and_loads_no_library() -> None:
+    code = (
+        "import sys; from pai_utils.__main__ import main; "
+        "main(sys.argv[1:], standalone_mode=False); "
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    for argument, absent in (
+        ("--help", {"torch", "numpy", "pandas", "pydantic", "papermill"}),
+        ("list", {"timm", "torchvision", "pandas", "pydantic", "papermill", "sklearn"}),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument], check=True, capture_output=True, cwd=ROOT
+        )
+        assert not absent & set(done.stderr.decode().split())
+        if argument == "--help":
+            listed = done.stdout.decode().split("Commands:")[1].split("\n")
+            names = [line.split()[0] for line in listed if line.strip()]
+            assert names == ["doctor", "list", "run"]
 
 
 def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:
     result = call("list")
     assert result.exit_code == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
-    for name, spec in published.BACKBONES.items():
-        assert spec.description in lines[name]
-    for name, preset in published.PRESETS.items():
-        assert f"{preset.description}; 224 px, {preset.licence}" in lines[name]
+    for name, backbone in (published.BACKBONES | published.PRESETS).items():
+        assert f"{backbone.description}; " in lines[name]
+        assert backbone.licence in lines[name]
     for name, task in pai.TASKS.items():
         assert lines[name].endswith(task.description)
     for name, dataset in DATASETS.items():
@@ -109,46 +126,17 @@ def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:
         assert lines[name].endswith(scorer.summary)
 
 
-def test_help_loads_no_library_and_the_list_no_more_than_the_registries_need() -> None:
-    code = (
-        "import sys; from pai_utils.__main__ import main; "
-        "main(sys.argv[1:], standalone_mode=False); "
-        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
-    )
-    for arguments, absent in (
-        (["--help"], {"torch", "numpy", "pandas", "pydantic", "papermill"}),
-        (["list"], {"timm", "torchvision", "pandas", "pydantic", "papermill", "sklearn"}),
-    ):
-        loaded = subprocess.run(
-            [sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=ROOT
-        ).stderr
-        assert not absent & set(loaded.decode().split())
-
-
-def test_as_a_module_it_refuses_in_one_line() -> None:
-    call = [sys.executable, "-m", "pai_utils", "run", "zero_shot_retentio"]
-    result = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith(
-        "Error: unknown notebook 'zero_shot_retentio'; did you mean 'zero_shot_retention'? "
-    )
-    assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("path", sorted(command_line.NOTEBOOKS.glob("*.ipynb")), ids=_stem)
 def test_every_notebook_of_the_book_runs_by_name_with_its_own_parameters(
-    path: Path, executed: list[Any]
+    executed: list[Any],
 ) -> None:
-    result = call("run", path.stem)
-    assert result.exit_code == 0, result.output
-    assert executed == [(path.stem, {}, Path("out") / path.stem)]
+    assert {path.stem for path in command_line.NOTEBOOKS.glob("*.ipynb")} == set(STUDIES)
+    for name in STUDIES:
+        result = call("run", name)
+        assert result.exit_code == 0, result.output
+    assert executed == [(name, {}, Path("out") / name) for name in STUDIES]
 
 
-def test_values_reach_the_notebook_in_their_types(
-    executed: list[Any], notebook: Callable[..., Path]
-) -> None:
-    path = notebook()
+def test_values_reach_the_notebook_in_their_types(executed: list[Any], notebook: Written) -> None:
     given = {
         "sparsities": ("[0.1, 1e-2]", [0.1, 0.01]),
         "targets": ("[digits, photos]", ["digits", "photos"]),
@@ -158,11 +146,11 @@ def test_values_reach_the_notebook_in_their_types(
         "device": ("cpu", "cpu"),
     }
     options = [text for name, (value, _) in given.items() for text in ("-p", name, value)]
-    result = call("run", str(path), *options, "-o", "there/now")
+    result = call("run", str(notebook()), *options, "-o", "there/now")
     assert result.exit_code == 0, result.output
     expected = {name: value for name, (_, value) in given.items()} | {"out": "there/now"}
-    assert executed == [("mine", expected, Path("there/now"))]
-    assert str(Path("there/now/mine.ipynb")) in result.stdout
+    assert executed == [(NAME, expected, Path("there/now"))]
+    assert str(Path(f"there/now/{NAME}.ipynb")) in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -178,32 +166,30 @@ def test_values_reach_the_notebook_in_their_types(
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_starts(
-    options: list[str],
-    message: str,
-    executed: list[Any],
-    notebook: Callable[..., Path],
-    tmp_path: Path,
+    options: list[str], message: str, executed: list[Any], notebook: Written, tmp_path: Path
 ) -> None:
     assert message in refusal("run", str(notebook()), *options)
     assert executed == []
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.ipynb"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{NAME}.ipynb"]
 
 
-def test_what_is_no_notebook_of_ours_is_refused(
-    notebook: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_is_no_notebook_of_ours_is_refused(notebook: Written, tmp_path: Path) -> None:
     assert "there is no notebook other.ipynb" in refusal("run", "other.ipynb")
-    (tmp_path / "text.ipynb").write_text("text")
-    assert "text.ipynb is no readable notebook" in refusal("run", str(tmp_path / "text.ipynb"))
-    assert "no cell tagged 'parameters'" in refusal("run", str(notebook(config="")))
-    path = notebook(config="pai.runs.OtherConfig.from_notebook(globals())")
-    assert "OtherConfig, which pai_utils lacks" in refusal("run", str(path))
+    assert "unknown notebook 'mine'" in refusal("run", str(notebook(name="mine")))
+    (tmp_path / "scorer_atlas.ipynb").write_text("text")
+    assert "is no readable notebook" in refusal("run", str(tmp_path / "scorer_atlas.ipynb"))
     (tmp_path / "file").touch()
     assert "cannot write to the folder file" in refusal("run", str(notebook()), "-o", "file")
+    result = as_module("run", "zero_shot_retentio")
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "Error: unknown notebook 'zero_shot_retentio'; did you mean 'zero_shot_retention'? "
+    )
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_library_that_notebooks_need_is_named_with_how_to_install_it(
-    notebook: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    notebook: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_line, "_RUNNERS", ("json", "no_such_runner"))
     result = call("run", str(notebook()))
@@ -213,42 +199,31 @@ def test_a_library_that_notebooks_need_is_named_with_how_to_install_it(
     assert "'pai-utils[book]'" in result.stderr
 
 
-def as_module(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pai_utils", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_a_notebook_runs_and_its_copy_lies_with_the_results(
-    notebook: Callable[..., Path], tmp_path: Path
+    notebook: Written, tmp_path: Path
 ) -> None:
-    path = notebook("print(config.sparsities, config.out)")
+    path = notebook("print(sparsities, out)")
     before = path.read_bytes()
-    result = as_module("run", "mine.ipynb", "-p", "sparsities", "[0.3]", "-o", "o", folder=tmp_path)
+    result = as_module("run", path.name, "-p", "sparsities", "[0.3]", "-o", "o", folder=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "o/mine.ipynb and its results are in o\n"
-    assert [file.name for file in (tmp_path / "o").iterdir()] == ["mine.ipynb"]
-    copy = json.loads((tmp_path / "o" / "mine.ipynb").read_text())
+    assert result.stdout == f"o/{NAME}.ipynb and its results are in o\n"
+    assert [file.name for file in (tmp_path / "o").iterdir()] == [f"{NAME}.ipynb"]
+    copy = json.loads((tmp_path / "o" / path.name).read_text())
     assert "".join(copy["cells"][-1]["outputs"][0]["text"]) == "[0.3] o\n"
     assert path.read_bytes() == before
 
 
 def test_a_notebook_that_fails_says_with_what_and_leaves_its_copy(
-    notebook: Callable[..., Path], tmp_path: Path
+    notebook: Written, tmp_path: Path
 ) -> None:
-    notebook(config=f"raise ValueError('no such\\nluck')\n{CONFIG}")
-    result = as_module("run", "mine.ipynb", folder=tmp_path)
+    notebook("raise ValueError('no such\\nluck')")
+    result = as_module("run", f"{NAME}.ipynb", folder=tmp_path)
     assert result.returncode == 1
     assert result.stderr == (
-        "Error: mine.ipynb failed with ValueError: no such luck; the copy up to there is "
-        "results/mine.partial.ipynb\n"
+        f"Error: {NAME}.ipynb failed with ValueError: no such luck; the copy up to there is "
+        f"results/{NAME}.partial.ipynb\n"
     )
-    assert [file.name for file in (tmp_path / "results").iterdir()] == ["mine.partial.ipynb"]
+    assert [file.name for file in (tmp_path / "results").iterdir()] == [f"{NAME}.partial.ipynb"]
 
 
 def test_the_doctor_finds_versions_device_weights_and_data() -> None:
@@ -257,29 +232,27 @@ def test_the_doctor_finds_versions_device_weights_and_data() -> None:
     lines = result.stdout.splitlines()
     assert all(line.startswith("ok ") for line in lines)
     names = [line.split(maxsplit=1)[1].split(":")[0] for line in lines]
-    for name in ("Python", "torch", "timm", "papermill", "device"):
-        assert name in names
-    assert [n for n in names if n.startswith("weights")] == [
-        f"weights {name}" for name in published.BACKBONES
-    ]
-    assert [n for n in names if n.startswith("data")] == [
-        *(f"data {name}" for name in pai.TASKS),
-        "data sets",
-    ]
+    assert {"Python", "torch", "timm", "papermill", "device"} <= set(names)
+    shipped = [f"weights {name}" for name in published.BACKBONES]
+    shipped += [f"data {name}" for name in pai.TASKS]
+    assert names[-2 - len(shipped) :] == [*shipped, "presets", "data sets"]
+
+
+@pytest.fixture
+def fetched_only(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The doctor looks at nothing that packages ship."""
+    monkeypatch.setattr(command_line, "_packages", list)
+    monkeypatch.setattr(command_line, "_shipped", list)
+    return monkeypatch
 
 
 def test_the_doctor_says_which_published_weights_are_there_and_that_one_is_damaged(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fetched_only: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PAI_WEIGHTS_ROOT", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(command_line, "_packages", list)
-    monkeypatch.setattr(command_line, "_embedded", list)
-    result = call("doctor")
-    assert result.exit_code == 0
-    assert (
-        f"ok       presets: none found in {tmp_path} or the hub's cache; resnet50" in result.stdout
-    )
+    fetched_only.setenv("PAI_WEIGHTS_ROOT", str(tmp_path))
+    fetched_only.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    none = f"ok       presets: none found in {tmp_path} or the hub's cache; resnet50"
+    assert none in call("doctor").stdout
     (tmp_path / "dino_resnet50_pretrain.pth").touch()
     result = call("doctor")
     assert result.exit_code == 0
@@ -297,11 +270,9 @@ def test_the_doctor_says_which_published_weights_are_there_and_that_one_is_damag
 
 
 def test_the_doctor_says_which_data_sets_are_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fetched_only: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command_line, "_packages", list)
-    monkeypatch.setattr(command_line, "_embedded", list)
-    monkeypatch.setenv("PAI_DATA_ROOT", str(tmp_path))
+    fetched_only.setenv("PAI_DATA_ROOT", str(tmp_path))
     assert f"data sets: none found in {tmp_path} (PAI_DATA_ROOT)" in call("doctor").stdout
     (tmp_path / DATASETS["KMNIST"].place).mkdir(parents=True)
     assert f"data sets: KMNIST found in {tmp_path}" in call("doctor").stdout
@@ -313,7 +284,6 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
     name = "efficientnet_lite0"
     damaged = tmp_path / "encoder.pth"
     damaged.write_bytes(b"half a file")
-    spec = published.BACKBONES[name]
     find = checkpoints.find_weights
     monkeypatch.setattr(checkpoints, "find_weights", lambda a: damaged if "lite0" in a else find(a))
 
@@ -332,7 +302,7 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
     assert "no-such-library: run `make env`" in missing[0]
     assert "no-such-runner: only notebooks need it; run `make env`" in missing[1]
     assert f"weights {name}: encoder.pth is damaged" in missing[2]
-    assert f"reinstall the package {spec.package}" in missing[2]
+    assert f"reinstall the package {published.BACKBONES[name].package}" in missing[2]
     assert "data digits:" in missing[3]
     assert "install no-such-package" in missing[3]
     assert result.stderr == "Error: something is missing; the lines above say what to do\n"
@@ -340,7 +310,7 @@ def test_the_doctor_says_what_to_do_about_what_is_missing(
 
 def test_only_what_notebooks_need_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.requires", lambda _: ["no-such ; extra == 'book'"])
-    monkeypatch.setattr(command_line, "_embedded", list)
+    monkeypatch.setattr(command_line, "_shipped", list)
     result = call("doctor")
     assert result.exit_code == 0
     assert "missing  no-such: only notebooks need it" in result.stdout
