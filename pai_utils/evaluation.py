@@ -238,12 +238,11 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
     return float(low), float(high)
 
 
-def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
     """Retention with its bootstrap interval over items and seeds, for each source and target.
 
     Args:
         table: as from :func:`~pai_utils.studies.sweeps.sweep`.
-        level: coverage of the intervals.
 
     Returns:
         One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
@@ -256,15 +255,13 @@ def summarise_retention(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataF
         target = cast(tuple[str, ...], key)[1]
         reference = dense[target]
         known = {"dense_accuracy": reference["accuracy"], "chance": reference["chance"]}
-        rows.append(
-            dict(zip(keys, key, strict=True)) | known | _mean_retention(group, dense, level)
-        )
+        rows.append(dict(zip(keys, key, strict=True)) | known | _mean_retention(group, dense))
     columns = ["accuracy", "retention", "low", "high", "dense_accuracy", "chance", "count", "seeds"]
     return pd.DataFrame(rows, columns=[*keys, *columns])
 
 
 def held_out_retention(
-    table: pd.DataFrame, sources: Sequence[str], *, level: float = 0.95, own: bool = False
+    table: pd.DataFrame, sources: Sequence[str], *, own: bool = False
 ) -> pd.DataFrame:
     """Retention averaged over the tasks that a mask was *not* computed on.
 
@@ -274,7 +271,6 @@ def held_out_retention(
     Args:
         table: as from :func:`~pai_utils.studies.sweeps.sweep`.
         sources: what masks were computed on.
-        level: coverage of the intervals.
         own: average over the tasks that it was computed on instead.
 
     Returns:
@@ -288,13 +284,11 @@ def held_out_retention(
         seen = seen[[is_held_out(target, source) != own for target in seen.target]]
         for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
             mask = {"source": source, "scorer": scorer, "sparsity": sparsity}
-            rows.append(mask | _mean_retention(group, dense, level))
+            rows.append(mask | _mean_retention(group, dense))
     return pd.DataFrame(rows)
 
 
-def _mean_retention(
-    group: pd.DataFrame, dense: Mapping[str, Mapping[str, Any]], level: float
-) -> dict[str, Any]:
+def _mean_retention(group: pd.DataFrame, dense: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of one scorer and sparsity, averaged over the targets of its rows."""
     correct = {
         target: np.stack(list(rows.correct)) for target, rows in group.groupby("target", sort=False)
@@ -304,7 +298,7 @@ def _mean_retention(
     replicates = retention_replicates(
         [*correct.values()], [reference["correct"] for reference in references], chances
     )
-    low, high = interval(replicates, level)
+    low, high = interval(replicates)
     accuracies = [float(right.mean()) for right in correct.values()]
     each = [
         retention(accuracy, reference["accuracy"], chance)

@@ -14,15 +14,17 @@ planes of weights (:func:`losses_on_plane`).
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, combinations, product
 from typing import TypeVar, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -47,14 +49,7 @@ T = TypeVar("T")
 
 
 def pruning_direction(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """δ = (m − 1) ⊙ θ: the step from the dense to the pruned weights.
-
-    Args:
-        model: the dense model.
-        mask: what is pruned.
-
-    Returns:
-        One tensor a name of the mask, of the parameter's shape.
+    """δ = (m − 1) ⊙ θ: the step from the dense weights of a model to the pruned ones.
 
     Raises:
         ValueError: for a mask of another architecture.
@@ -79,17 +74,17 @@ def predicted_and_measured(
 ) -> pd.DataFrame:
     """Loss increase along directions: predicted by quadratic models and measured.
 
-    All quantities are over the same samples. Those with gradient, Hessian and Gauss-Newton matrix
-    are exact up to rounding; the diagonal, blocks and tensors of the latter are Monte Carlo
-    estimates with ``draws`` labels a sample, the same ones for all three
-    (:func:`~pai_utils.curvature.quadratic.partial_terms`): noisy where the model is sure of its
-    labels, and low for a direction that a score chose by the same labels, as ``ggn_diag`` does
-    with the same seed and samples. Costs about five forward and backward passes, two for each
-    direction, and one forward for each direction and fraction.
+    All quantities are over the same samples. Those with the gradient, H and G are exact up to
+    rounding. Those with the diagonal, blocks and whole tensors of G are Monte Carlo estimates with
+    ``draws`` labels a sample, the same ones for all three
+    (:func:`~pai_utils.curvature.quadratic.partial_terms`). They are noisy where the model is sure
+    of its labels, and too low for a direction that a score chose by the same labels, as
+    ``ggn_diag`` does with the same draw. Costs about five forward and backward passes, two for
+    each direction, and one forward for each direction and fraction.
 
     Args:
         model: the dense model, left as it was.
-        directions: by name, each a δ, as from :func:`pruning_direction`.
+        directions: δ by name, as from :func:`pruning_direction`.
         data: labelled samples.
         draw: of them, and of the labels.
         fractions: values of α.
@@ -97,10 +92,10 @@ def predicted_and_measured(
         draws: labels a sample.
 
     Returns:
-        One row a direction and α, with ``direction, fraction, diagonal, blocks, tensors, ggn,
-        hessian, gradient, taylor, measured, dense_loss, count``, in nats: ½ α² δᵀAδ for the
-        diagonal, the blocks and the whole tensors of G, for G and for H; α gᵀδ; gradient and
-        Hessian together; and the measured difference.
+        One row a direction and α, with ``direction, fraction``; ½ α² δᵀAδ for ``diagonal, blocks,
+        tensors`` of G, for ``ggn`` and for ``hessian``; ``gradient``, α gᵀδ; ``taylor``, gradient
+        and Hessian together; the ``measured`` difference; ``dense_loss`` and ``count``. All but
+        the last in nats.
     """
     steps = list(directions.values())
     exact = directional_terms(model, steps, data, draw)
@@ -111,21 +106,18 @@ def predicted_and_measured(
         losses = losses_along(model, directions[name], drawn, fractions, batch_size=draw.batch_size)
         for alpha, loss in zip(fractions, losses, strict=True):
             half = alpha**2 / 2
+            gradient, hessian = alpha * terms.gradient, half * terms.hessian
+            quadratic = {
+                "diagonal": half * parts.diagonal,
+                "blocks": half * parts.blocks,
+                "tensors": half * parts.tensors,
+                "ggn": half * terms.ggn,
+                "hessian": hessian,
+            }
             rows.append(
-                {
-                    "direction": name,
-                    "fraction": alpha,
-                    "diagonal": half * parts.diagonal,
-                    "blocks": half * parts.blocks,
-                    "tensors": half * parts.tensors,
-                    "ggn": half * terms.ggn,
-                    "hessian": half * terms.hessian,
-                    "gradient": alpha * terms.gradient,
-                    "taylor": alpha * terms.gradient + half * terms.hessian,
-                    "measured": loss - terms.loss,
-                    "dense_loss": terms.loss,
-                    "count": terms.count,
-                }
+                {"direction": name, "fraction": alpha, **quadratic, "gradient": gradient}
+                | {"taylor": gradient + hessian, "measured": loss - terms.loss}
+                | {"dense_loss": terms.loss, "count": terms.count}
             )
     return pd.DataFrame(rows)
 
@@ -142,8 +134,8 @@ def losses_along(
 
     Args:
         model: images to logits, in evaluation mode for each loss.
-        direction: δ, one tensor a parameter name.
-        data: labelled samples; all of them are looked at.
+        direction: δ.
+        data: labelled samples; all of them are used.
         fractions: values of α.
         batch_size: samples a forward.
 
@@ -164,37 +156,27 @@ def losses_along(
         >>> [round(loss, 3) for loss in losses_along(model, towards, data, [0, 1, 2])]
         [0.693, 0.313, 0.127]
     """
+    places = [[alpha] for alpha in fractions]
     return _at_each(
-        model,
-        [direction],
-        [[alpha] for alpha in fractions],
-        lambda: evaluate(model, data, batch_size=batch_size).loss,
+        model, [direction], places, lambda: evaluate(model, data, batch_size=batch_size).loss
     )
 
 
 @dataclass(frozen=True)
 class TaskCurvature:
-    """Curvature of one task's loss at the encoder's weights."""
+    """The Gauss-Newton matrix of one task's loss at the encoder's weights."""
 
-    diagonal: Mapping[str, Tensor]
-    """Of the GGN, by parameter name."""
-    eigenpairs: Eigenpairs
-    """The largest ones of the GGN, of the same parameters."""
+    diagonal: Mapping[str, Tensor]  #: by parameter name
+    eigenpairs: Eigenpairs  #: the largest ones, of the same parameters
 
 
 def task_curvature(
     model: nn.Module, data: Samples, draw: Draw, *, eigenvectors: int = 5, products: int = 30
 ) -> TaskCurvature:
-    """Diagonal (one drawn label a sample) and top eigenpairs of a task's GGN.
+    """Diagonal, by one drawn label a sample, and top eigenpairs of a task's Gauss-Newton matrix.
 
-    Costs a forward and two backwards for the diagonal, and about four passes a product.
-
-    Args:
-        model: images to logits; left as it was.
-        data: labelled samples.
-        draw: of them; its seed is also that of labels and of the start vector.
-        eigenvectors: how many pairs.
-        products: most products to take for them; see ``eigenpairs.converged``.
+    Costs a forward and two backwards for the diagonal, and about four passes for each of at most
+    ``products`` matrix products. The model is left as it was.
     """
     names = prunable_parameters(model)
     diagonal = ggn_diagonal(model, names, data, draw)
@@ -209,10 +191,8 @@ def task_curvature(
 def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     """Principal angles between two subspaces of weights, in radians, the smallest first.
 
-    Small angles come from sines and large ones from cosines, each where it keeps its digits.
-    Exact to the rounding of the vectors; costs kl inner products of all weights in float64, and a
-    QR decomposition of the smaller set.
-
+    Small angles come from sines and large ones from cosines, each where it keeps its digits. Costs
+    kl inner products of all weights in float64, and a QR decomposition of the smaller set.
     Sources: Björck & Golub (1973), "Numerical methods for computing angles between linear
     subspaces"; between tops of Hessians: Gur-Ari et al. (2018), "Gradient descent happens in a
     tiny subspace".
@@ -241,15 +221,13 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     if len(next(iter(left.values()))) < len(next(iter(right.values()))):
         return principal_angles(right, left)
 
-    cross = cast(
-        Tensor,
-        sum(left[n].flatten(1).double() @ right[n].flatten(1).double().T for n in left),
-    )
-    # Of the part of the right vectors that the left ones do not span only the triangular factor is
-    # kept: it has the same singular values, and a Gram matrix would lose half of their digits.
+    one, other = ({n: v.flatten(1).double() for n, v in side.items()} for side in (left, right))
+    cross = torch.stack([one[name] @ other[name].T for name in one]).sum(0)
+    # The sines are the singular values of what the left vectors do not span of the right ones, and
+    # of its triangular factor. A Gram matrix would lose half of their digits.
     factor = cross.new_zeros(0, cross.shape[1])
-    for name in left:
-        rest = right[name].flatten(1).double() - cross.T @ left[name].flatten(1).double()
+    for name in one:
+        rest = other[name] - cross.T @ one[name]
         factor = torch.linalg.qr(torch.cat([factor, rest.T]), mode="r").R
     sines = torch.linalg.svdvals(factor).flip(0).clamp(0, 1)
     cosines = torch.linalg.svdvals(cross).clamp(0, 1)
@@ -261,8 +239,8 @@ def task_alignment(
 ) -> pd.DataFrame:
     """How alike the curvature of tasks is, pair by pair.
 
-    Costs a sort of all weights for each task, and the inner products of
-    :func:`principal_angles` for each pair.
+    Costs a sort of all weights for each task, and for each pair the inner products of
+    :func:`principal_angles` and two correlations.
 
     Args:
         curvatures: by task.
@@ -278,21 +256,18 @@ def task_alignment(
     Raises:
         ValueError: if curvatures and weights are of different parameters.
     """
-    names = list(weights)
-    if any(set(curvature.diagonal) != set(names) for curvature in curvatures.values()):
+    if any(set(curvature.diagonal) != set(weights) for curvature in curvatures.values()):
         raise ValueError("the curvatures and weights are of different parameters")
 
-    def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([tensors[name].detach().flatten().cpu() for name in names])
+    def flat(tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
+        parts = [tensors[name].detach().flatten().cpu() for name in weights]
+        return np.asarray(torch.cat(parts).double())
 
-    importance = flat(weights).double().square()
+    importance = np.square(flat(weights))
     diagonals = {task: flat(curvature.diagonal) for task, curvature in curvatures.items()}
-    weighted = {task: _standardised(d, importance) for task, d in diagonals.items()}
-    ranked = {
-        task: _standardised(torch.from_numpy(rankdata(d.numpy()))) for task, d in diagonals.items()
-    }
+    ranks = {task: rankdata(diagonal) for task, diagonal in diagonals.items()}
     rows = []
-    for one, other in itertools.combinations(curvatures, 2):
+    for one, other in combinations(curvatures, 2):
         pairs = curvatures[one].eigenpairs, curvatures[other].eigenpairs
         angles = principal_angles(pairs[0].vectors, pairs[1].vectors)
         row = {
@@ -300,27 +275,21 @@ def task_alignment(
             "chance": max(len(pair.values) for pair in pairs) / len(importance),
             "smallest_angle": math.degrees(float(angles.min())),
             "largest_angle": math.degrees(float(angles.max())),
-            "rank_correlation": float(torch.dot(ranked[one], ranked[other])),
-            "weighted_correlation": float(torch.dot(weighted[one], weighted[other])),
+            "rank_correlation": _correlation(ranks[one], ranks[other]),
+            "weighted_correlation": _correlation(diagonals[one], diagonals[other], importance),
         }
         rows += [{"source": a, "target": b} | row for a, b in ((one, other), (other, one))]
     return pd.DataFrame(rows)
 
 
-def _standardised(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Numbers in float64 whose inner product with others of the kind is a Pearson correlation.
-
-    Not numbers where the values do not vary.
-    """
-    values = values.double()
-    varies = bool((values != values[0]).any())
-    if weights is None:
-        values = values - values.mean()
-    else:
-        share = weights / weights.sum()
-        values = (values - torch.dot(share, values)).mul_(share.sqrt_())
-    norm = torch.linalg.vector_norm(values)
-    return values.div_(norm if varies else math.nan)
+def _correlation(
+    one: NDArray[np.float64], other: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> float:
+    """Pearson correlation; not a number where the values do not vary."""
+    if not (np.ptp(one) and np.ptp(other)):
+        return math.nan
+    (first, shared), (_, second) = np.cov(one, other, aweights=weights)
+    return float(shared / math.sqrt(first * second))
 
 
 def difference(start: nn.Module, end: nn.Module) -> dict[str, Tensor]:
@@ -330,8 +299,7 @@ def difference(start: nn.Module, end: nn.Module) -> dict[str, Tensor]:
         ValueError: if they have other parameters or buffers that differ, which no straight line
             through parameters joins.
     """
-    there = dict(end.named_parameters())
-    here = dict(start.named_parameters())
+    here, there = dict(start.named_parameters()), dict(end.named_parameters())
     if {n: p.shape for n, p in here.items()} != {n: p.shape for n, p in there.items()}:
         raise ValueError("the two networks have different parameters")
     buffers, others = dict(start.named_buffers()), dict(end.named_buffers())
@@ -361,14 +329,14 @@ def losses_on_path(
         stations: encoders by name, in order.
         heads: a frozen head for each task.
         data: labelled images by task.
-        points: steps of a line; its ends are on the path as well.
+        points: steps of a line.
         batch_size: images a forward.
 
     Returns:
         One row a point and task, with ``position`` (0 at the first station, 1 at the second, …),
         ``segment`` ("dense → pruned"), ``task, loss, accuracy, count``. A point between two
-        segments comes once, with the first. Where a loss is not finite it is infinite, and the
-        accuracy not a number.
+        segments comes once, with the first. A loss that is not finite is infinite here, with an
+        accuracy that is not a number.
 
     Raises:
         ValueError: for fewer than two stations, fewer points than one, or as :func:`difference`.
@@ -377,21 +345,19 @@ def losses_on_path(
         raise ValueError(
             f"a path needs two stations and a point, got {len(stations)} and points={points}"
         )
-    names = list(stations)
-    origin = copy.deepcopy(stations[names[0]])
-    directions = [difference(origin, stations[name]) for name in names[1:]]
-    positions = [step / points for step in range(points * (len(names) - 1) + 1)]
-    # Hat functions: each station has weight one at its own position and none at the others.
+    names, (first, *others) = list(stations), stations.values()
+    origin = copy.deepcopy(first)
+    directions = [difference(origin, station) for station in others]
+    positions = np.arange(points * len(others) + 1) / points
+    # Each station has weight one at its own position and none at the others.
     coordinates = [
         [max(0.0, 1 - abs(position - place)) for place in range(1, len(names))]
-        for position in positions
+        for position in positions.tolist()
     ]
     table = _losses_over(origin, directions, coordinates, heads, data, batch_size)
-    place = table.point.map(dict(enumerate(positions)))
-    segment = (place.map(math.ceil) - 1).clip(0)
-    return table.drop(columns="point").assign(
-        position=place, segment=[f"{names[s]} → {names[s + 1]}" for s in segment]
-    )
+    table["position"] = positions[table.pop("point")]
+    starts = np.maximum(np.ceil(table.position).astype(int) - 1, 0)
+    return table.assign(segment=[f"{names[s]} → {names[s + 1]}" for s in starts])
 
 
 @dataclass(frozen=True)
@@ -399,10 +365,8 @@ class Plane:
     """A plane of weights: origin + x · first + y · second."""
 
     directions: tuple[Direction, Direction]
-    points: Mapping[str, tuple[float, float]]
-    """Networks that lie on it, by name."""
-    unit: str
-    """What x and y count."""
+    points: Mapping[str, tuple[float, float]]  #: networks that lie on it, by name
+    unit: str  #: of x and y
 
 
 def plane_through(
@@ -410,9 +374,10 @@ def plane_through(
 ) -> Plane:
     """The plane through three networks' weights.
 
-    The first direction leads to the first of the others and the second is perpendicular to it
-    (Gram–Schmidt, as Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling
-    of DNNs"); both have norm one, so that distances on the plane are distances of weights.
+    The first direction leads from the origin to the first of the others, and the second is
+    perpendicular to it (Gram–Schmidt, as Garipov et al. 2018, "Loss surfaces, mode connectivity,
+    and fast ensembling of DNNs"). Both have norm one, so that distances on the plane are distances
+    of weights.
 
     Args:
         origin: the network at (0, 0).
@@ -445,10 +410,9 @@ def plane_through(
 def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -> Plane:
     """A plane through a network along two Gaussian directions, normalised filter by filter.
 
-    Each output channel of a direction has the norm of the weights' channel, so that one unit moves
-    every filter as far as it is long whatever scale its layer has; only weights that could be
-    pruned move, and pruned ones stay (Li et al. 2018, "Visualizing the loss landscape of neural
-    nets").
+    Each output channel of a direction has the norm of that channel's weights, so that one unit
+    moves every filter as far as it is long, at whatever scale its layer is (Li et al. 2018,
+    "Visualizing the loss landscape of neural nets"). Only prunable weights move.
 
     Args:
         model: the network at (0, 0).
@@ -497,13 +461,13 @@ def losses_on_plane(
         heads: a frozen head for each task.
         data: labelled images by task.
         points: of a side of the grid, at least two.
-        margin: how far the grid reaches beyond the plane's points, over their extent; around a
-            single point, in the plane's units.
+        margin: how far the grid reaches beyond the plane's points, as a share of their extent;
+            around a single point, in the plane's units.
         batch_size: images a forward.
 
     Returns:
-        One row a point and task, with ``x, y, task, loss, accuracy, count``. Where a loss is not
-        finite it is infinite, and the accuracy not a number.
+        One row a point and task, with ``task, loss, accuracy, count`` as in :func:`losses_on_path`,
+        and ``x, y``.
 
     Raises:
         ValueError: for fewer points than two, or a margin that is negative or leaves no extent.
@@ -516,11 +480,11 @@ def losses_on_plane(
     reach = margin * np.where(extent > 0, extent, 1)
     if margin < 0 or ((extent + reach) == 0).any():
         raise ValueError(f"margin={margin} must be positive around a single point, never negative")
-    x, y = (np.linspace(low[i] - reach[i], high[i] + reach[i], points, dtype=float) for i in (0, 1))
-    coordinates = list(itertools.product(x.tolist(), y.tolist()))
-    table = _losses_over(backbone, plane.directions, coordinates, heads, data, batch_size)
-    at = [coordinates[point] for point in table.point]
-    return table.drop(columns="point").assign(x=[p[0] for p in at], y=[p[1] for p in at])
+    sides = np.linspace(low - reach, high + reach, points).T
+    coordinates = np.array(list(product(*sides)))
+    table = _losses_over(backbone, plane.directions, coordinates.tolist(), heads, data, batch_size)
+    table[["x", "y"]] = coordinates[table.pop("point")]
+    return table
 
 
 def _losses_over(
@@ -533,19 +497,19 @@ def _losses_over(
 ) -> pd.DataFrame:
     """Columns ``point`` (the number of the coordinates), ``task, loss, accuracy, count``."""
 
-    def measure() -> list[dict[str, object]]:
-        rows: list[dict[str, object]] = []
+    def measure() -> list[tuple[str, float, float, int]]:
+        rows = []
         for task, samples in data.items():
-            try:
+            loss, accuracy = math.inf, math.nan
+            with suppress(NonFiniteError):
                 found = evaluate_heads(backbone, heads, {task: samples}, batch_size=batch_size)
                 loss, accuracy = found[task].loss, found[task].accuracy
-            except NonFiniteError:
-                loss, accuracy = math.inf, math.nan
-            rows.append({"task": task, "loss": loss, "accuracy": accuracy, "count": len(samples)})  # type: ignore[arg-type]
+            rows.append((task, loss, accuracy, len(cast(Sized, samples))))
         return rows
 
     found = _at_each(backbone, directions, coordinates, measure)
-    return pd.DataFrame({"point": point} | row for point, rows in enumerate(found) for row in rows)
+    rows = [(point, *row) for point, measured in enumerate(found) for row in measured]
+    return pd.DataFrame(rows, columns=["point", "task", "loss", "accuracy", "count"])
 
 
 def _at_each(
@@ -560,9 +524,8 @@ def _at_each(
     """
     for direction in directions:
         check_directions(model, [direction])
-    moved = dict.fromkeys(itertools.chain(*directions))
-    parameters = {n: p for n, p in model.named_parameters() if n in moved}
-    origin = {name: p.detach().clone() for name, p in parameters.items()}
+    parameters = dict(model.named_parameters())
+    origin = {n: parameters[n].detach().clone() for n in dict.fromkeys(chain(*directions))}
     results = []
     try:
         for row in progress(coordinates, "points of the landscape", len(coordinates)):

@@ -34,7 +34,7 @@ from pai_utils.studies.suite import Suite
 from pai_utils.support.common import NonFiniteError, logger, progress
 from pai_utils.support.sampling import Draw
 
-_SETTINGS = ("start", "sparsity", "penalty", "learning_rate")  # of a run, as columns
+_SETTINGS = ["start", "sparsity", "penalty", "learning_rate"]  # of a run, as columns
 STARTS = {
     "pruned": "by a scorer",
     "repaired": "also repaired",
@@ -105,13 +105,9 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
             elif sparsity != config.sparsities[0]:
                 continue
             first = (start, sparsity) == (config.starts[0], config.sparsities[0])
-            penalties = make_penalties(
-                suite.encoder,
-                config.penalties if first else {"none": 0.0},
-                suite.tasks[config.source].train,
-                pool.images,
-                draw,
-            )
+            strengths = config.penalties if first else {"none": 0.0}
+            own = suite.tasks[config.source].train
+            penalties = make_penalties(suite.encoder, strengths, own, pool.images, draw)
             table = fine_tune(suite, config, encoder, mask, penalties, seed)
             parts.append(table.assign(start=start, sparsity=0.0 if mask is None else sparsity))
     return pd.concat(parts, ignore_index=True)
@@ -139,14 +135,8 @@ def fine_tune(
     rows = []
     runs = list(itertools.product(penalties.items(), config.learning_rates))
     for (label, penalty), rate in progress(runs, "fine-tuning", total=len(runs)):
-        training = Training(
-            steps=max(config.steps),
-            learning_rate=rate,
-            batch_size=config.finetune_batch_size,
-            optimiser=config.optimiser,
-            schedule=config.schedule,
-            seed=seed,
-        )
+        size, how = config.finetune_batch_size, (config.optimiser, config.schedule)
+        training = Training(max(config.steps), rate, size, *how, seed)
         tuned = Classifier(copy.deepcopy(encoder), suite.heads[config.source])
         found = _watched(suite, config, tuned, mask, training, penalty)
         rows += [{"penalty": label, "learning_rate": rate, **row} for row in found]
@@ -195,15 +185,15 @@ def make_penalties(
     pool: ImageDataset,
     draw: Draw,
 ) -> dict[str, Penalty | FeaturePenalty | None]:
-    """Penalties that hold a classifier's encoder to the dense one, for a comparison.
+    """Penalties that hold prunable weights, or features, to those of the dense encoder.
 
-    Each curvature is the diagonal of the features' Gauss-Newton matrix
+    A curvature is the diagonal of the features' Gauss-Newton matrix
     (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
     so that one strength means as much pull on average with it as without.
 
     Args:
-        encoder: the dense one, whose prunable weights are held, or its features.
-        strengths: λ of each, by a key of :data:`PENALTIES`; of ``"none"`` it is not looked at.
+        encoder: the dense one.
+        strengths: λ of each, by a key of :data:`PENALTIES`.
         source: images of the source task.
         pool: images of a mixture; features are held on all of them.
         draw: of the images of a curvature, at most all.
@@ -246,66 +236,57 @@ def recovery_results(
     frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
     ends = frozen[frozen.step == max(config.steps)]
     begun = frozen[frozen.step == 0].drop_duplicates(["start", "sparsity", "seed", "target"])
-    stages = [
-        (start, f"{start}, fine-tuned ({penalty}, {rate:g})", rows)
-        for (start, penalty, rate), rows in ends.groupby(
-            ["start", "penalty", "learning_rate"], sort=False
-        )
-    ] + [(start, start, rows) for start, rows in begun.groupby("start", sort=False)]
-    if not stages:
+    tuned = ends.assign(
+        stage=[
+            f"{row.start}, fine-tuned ({row.penalty}, {row.learning_rate:g})"
+            for row in ends.itertuples()
+        ]
+    )
+    rows = pd.concat([tuned, begun.assign(stage=begun.start)])
+    if rows.empty:
         raise ValueError(
             f"recovery was evaluated neither at step 0 nor at step {max(config.steps)}"
         )
+    blind = {"random", "dense"} | (set() if SCORERS[config.scorer].needs_data else {"pruned"})
+    rows["source"] = [config.pool if start not in blind else "none" for start in rows.start]
+    scorers = {"random": "random", "dense": "none"}
+    rows["scorer"] = [scorers.get(start, config.scorer) for start in rows.start]
     reference = pd.DataFrame(suite.rows(dense))
     tables = []
-    for start, stage, rows in stages:
-        blind = start in ("random", "dense") or (
-            start == "pruned" and not SCORERS[config.scorer].needs_data
-        )
-        made = rows.assign(
-            scorer={"random": "random", "dense": "none"}.get(str(start), config.scorer),
-            source="none" if blind else config.pool,
-        )
-        summary = summarise_retention(pd.concat([reference, made]))
+    for stage, group in rows.groupby("stage", sort=False):
+        summary = summarise_retention(pd.concat([reference, group]))
         tables.append(summary[summary.scorer != "dense"].assign(stage=stage))
     return pd.concat(tables, ignore_index=True)
 
 
-def recovery_gains(
-    recovery: pd.DataFrame,
-    source: str,
-    *,
-    dense: Mapping[str, float] | None = None,
-    level: float = 0.95,
-) -> pd.DataFrame:
+def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, float]) -> pd.DataFrame:
     """Gain in accuracy over a fine-tuning run, with frozen heads, on source and held-out tasks.
 
     Args:
         recovery: as from :func:`run`; seeds are averaged.
         source: the task fine-tuned on.
-        dense: accuracy of the dense encoder by task, for the retentions.
-        level: coverage of the bootstrap intervals, over test items for the seeds that were run.
+        dense: accuracy of the dense encoder by task.
 
     Returns:
         One row a start, sparsity, penalty and learning rate, with these, ``seeds`` (how many came
         to the last step; others are left out of all that follows), ``validation`` (the
         source's validation accuracy at the last step, which chooses a rate without a look at any
         test) and, for ``source`` and ``held_out`` (mean over the other tasks), the columns
-        ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy, and with ``dense``
-        ``<part>_retention`` at the last step and ``<part>_retention_before``.
+        ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy with bootstrap intervals over
+        test items, and ``<part>_retention, <part>_retention_before``.
     """
     if recovery.empty:
         raise ValueError("no fine-tuning came to an evaluation; try smaller learning rates")
     frozen = recovery[recovery["head"] == "frozen"]
-    keys = [key for key in _SETTINGS if key in frozen]
     gains = []
-    for values, run in frozen.groupby(keys, sort=False):
+    for values, run in frozen.groupby(_SETTINGS, sort=False):
         reached = run.groupby("seed").step.transform("max")
         run = run[reached == reached.max()]  # a seed that diverged has no end to compare
         last = run[run.step == run.step.max()]
-        row: dict[str, object] = dict(zip(keys, values, strict=True))
+        row: dict[str, object] = dict(zip(_SETTINGS, values, strict=True))
         row["seeds"] = run.seed.nunique()
         row["validation"] = last[last.split == "validation"].accuracy.mean()
+        chance = run.groupby("target").chance.first()
         before, after = (
             # Of each task and item: the share of seeds that are right on it.
             {
@@ -314,22 +295,16 @@ def recovery_gains(
             }
             for part in (run[run.step == run.step.min()], last)
         )
-        chance = run.groupby("target").chance.first()
-        for part, targets in {
-            "source": [source],
-            "held_out": [target for target in before if target != source],
-        }.items():
+        others = [target for target in before if target != source]
+        for part, targets in (("source", [source]), ("held_out", others)):
             old, new = ([side[target] for target in targets] for side in (before, after))
-            low, high = interval(gain_replicates(old, new), level)
+            low, high = interval(gain_replicates(old, new))
             start, end = (float(np.mean([right.mean() for right in side])) for side in (old, new))
             row |= {part: end, f"{part}_gain": end - start}
             row |= {f"{part}_low": low, f"{part}_high": high}
-            for suffix, side in (("", new), ("_before", old)):
-                if dense is None:
-                    continue
+            for suffix, side in (("", after), ("_before", before)):
                 kept = [
-                    retention(float(right.mean()), dense[target], float(chance[target]))
-                    for target, right in zip(targets, side, strict=True)
+                    retention(float(side[t].mean()), dense[t], float(chance[t])) for t in targets
                 ]
                 row[f"{part}_retention{suffix}"] = float(np.mean(kept))
         gains.append(row)
@@ -337,9 +312,6 @@ def recovery_gains(
 
 
 def chosen_on_validation(gains: pd.DataFrame) -> pd.DataFrame:
-    """The rows of :func:`recovery_gains` with the rate at which the source validates best.
-
-    One of each start, sparsity and penalty.
-    """
-    keys = [key for key in _SETTINGS if key in gains and key != "learning_rate"]
-    return gains.loc[gains.groupby(keys, sort=False).validation.idxmax()].reset_index(drop=True)
+    """Of each start, sparsity and penalty, the gains at the rate that validates best."""
+    best = gains.groupby(_SETTINGS[:3], sort=False).validation.idxmax()
+    return gains.loc[best].reset_index(drop=True)

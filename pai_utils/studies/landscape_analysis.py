@@ -150,12 +150,9 @@ class Landscape:
     """One row a source, scorer, sparsity and target, with the full step's predictions beside
     ``accuracy, retention, dense_accuracy, held_out``, the source mask's overlap with the target's
     own (``mask_overlap, mask_chance, mask_overlap_excess``), and the columns of ``alignment``."""
-    alignment: pd.DataFrame
-    """Of :func:`~pai_utils.landscape.task_alignment`."""
-    eigenvalues: pd.DataFrame
-    """``task, rank, eigenvalue, residual, converged``."""
-    retention: pd.DataFrame
-    """Of :func:`~pai_utils.evaluation.summarise_retention`."""
+    alignment: pd.DataFrame  #: of :func:`~pai_utils.landscape.task_alignment`
+    eigenvalues: pd.DataFrame  #: ``task, rank, eigenvalue, residual, converged``
+    retention: pd.DataFrame  #: of :func:`~pai_utils.evaluation.summarise_retention`
 
 
 def measure(
@@ -167,12 +164,6 @@ def measure(
     on test images. Scores and predictions of a task use the same draw of images and labels, so that
     what is predicted for a mask's own task is what its score has minimised. Needs memory for two
     copies of the prunable weights for each mask, and for each task's eigenvectors.
-
-    Args:
-        suite: the encoder, and at least two tasks.
-        config: the draw, and the sizes of what is measured.
-        recipes: of one round and without repair.
-        fractions: of the pruning step; must hold the full one, 1.
     """
     masks: dict[tuple[str, str, float], Mask] = {}
 
@@ -181,47 +172,30 @@ def measure(
 
     draw = config.draw
     kept = summarise_retention(sweep(suite, list(suite.tasks), recipes, draw, observe=observe))
-    models = {name: suite.classifier(name) for name in suite.tasks}
-    (model, *_) = models.values()
-    directions = {
-        str(number): pruning_direction(model, mask) for number, mask in enumerate(masks.values())
-    }
+    dense = suite.classifier(config.source)
+    directions = {str(i): pruning_direction(dense, mask) for i, mask in enumerate(masks.values())}
     made = pd.DataFrame(list(masks), columns=["source", "scorer", "sparsity"])
-    losses = []
-    for target, model in progress(models.items(), "tasks", len(models)):
+    parts, curvatures = [], {}
+    for target, task in progress(suite.tasks.items(), "tasks", len(suite.tasks)):
+        model = suite.classifier(target)
         found = predicted_and_measured(
-            model, directions, suite.tasks[target].train, draw,
-            fractions=fractions, block_size=config.block_size,
-        )  # fmt: skip
-        place = made.loc[found.direction.astype(int)].reset_index(drop=True)
-        losses.append(place.assign(target=target).join(found.drop(columns="direction")))
-    everything = pd.concat(losses, ignore_index=True)
-    curvatures = {
-        name: task_curvature(
-            model, suite.tasks[name].train, draw,
-            eigenvectors=config.eigenvectors, products=config.products,
+            model, directions, task.train, draw, fractions=fractions, block_size=config.block_size
         )
-        for name, model in models.items()
-    }  # fmt: skip
-    weights = {name: model.get_parameter(name) for name in prunable_parameters(model)}
+        place = made.loc[found.direction.astype(int)].reset_index(drop=True)
+        parts.append(place.assign(target=target).join(found.drop(columns="direction")))
+        sizes = {"eigenvectors": config.eigenvectors, "products": config.products}
+        curvatures[target] = task_curvature(model, task.train, draw, **sizes)
+    losses = pd.concat(parts, ignore_index=True)
+    weights = {name: dense.get_parameter(name) for name in prunable_parameters(dense)}
     alignment = task_alignment(curvatures, weights)
-    eigenvalues = pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "task": task,
-                    "rank": range(1, len(pairs.values) + 1),
-                    "eigenvalue": pairs.values.tolist(),
-                    "residual": pairs.residuals.tolist(),
-                    "converged": pairs.converged,
-                }
-            )
-            for task, pairs in ((task, found.eigenpairs) for task, found in curvatures.items())
-        ],
-        ignore_index=True,
-    )
-    cells = _cells(everything, kept, masks, alignment)
-    return Landscape(everything, cells, alignment, eigenvalues, kept)
+    rows = []
+    for target, curvature in curvatures.items():
+        pairs = curvature.eigenpairs
+        for i, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True), 1):
+            rows.append((target, i, float(value), float(residual), pairs.converged))
+    columns = ["task", "rank", "eigenvalue", "residual", "converged"]
+    cells = _cells(losses, kept, masks, alignment)
+    return Landscape(losses, cells, alignment, pd.DataFrame(rows, columns=columns), kept)
 
 
 def _cells(
@@ -234,24 +208,19 @@ def _cells(
     keys = ["source", "scorer", "sparsity", "target"]
     overlaps = []
     for (source, scorer, sparsity), mask in masks.items():
-        for target in dict.fromkeys(losses.target):
+        for target in losses.target.unique():
             own = masks.get((target, scorer, sparsity))
             if own is not None and target != source:
                 overlap, chance = mask.overlap(own), mask.expected_overlap(own)
-                place = [source, scorer, sparsity, target]
-                overlaps.append([*place, overlap, chance, overlap - chance])
+                place = (source, scorer, sparsity, target)
+                overlaps.append((*place, overlap, chance, overlap - chance))
     columns = [*keys, "mask_overlap", "mask_chance", "mask_overlap_excess"]
-    cells = losses[losses.fraction == 1].drop(columns="fraction")
-    cells = cells.merge(
-        kept[[*keys, "accuracy", "retention", "low", "high", "dense_accuracy"]], on=keys
-    )
+    accuracies = kept[[*keys, "accuracy", "retention", "low", "high", "dense_accuracy"]]
+    cells = losses[losses.fraction == 1].drop(columns="fraction").merge(accuracies, on=keys)
     cells = cells.merge(pd.DataFrame(overlaps, columns=columns), on=keys, how="left")
     cells = cells.merge(alignment, on=["source", "target"], how="left")
-    cells["held_out"] = [
-        is_held_out(target, source)
-        for target, source in zip(cells.target, cells.source, strict=True)
-    ]
-    return cells
+    pairs = zip(cells.target, cells.source, strict=True)
+    return cells.assign(held_out=[is_held_out(target, source) for target, source in pairs])
 
 
 def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
@@ -259,13 +228,12 @@ def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
 
     Heads are fitted anew for each.
     """
+    size = config.batch_size
+    blank = suite.untrained(seed=config.seed, batch_size=size) if config.comparisons else suite
     found = {}
-    if config.comparisons:
-        blank = suite.untrained(seed=config.seed, batch_size=config.batch_size)
     for name in config.comparisons:
-        other = blank
-        if name == "trained":
-            other = blank.with_encoder(briefly_trained(blank, config), batch_size=config.batch_size)
+        trained = name == "trained"
+        other = blank.with_encoder(briefly_trained(blank, config), size) if trained else blank
         found[name] = measure(other, config, [config.close], [1.0])
     return found
 
@@ -276,9 +244,8 @@ def briefly_trained(suite: Suite, config: Parameters) -> Backbone:
     BatchNorm keeps the statistics it was given.
     """
     model = copy.deepcopy(suite.classifier(config.source))
-    training = Training(
-        config.brief_steps, config.brief_learning_rate, 32, "adam", "linear", config.seed
-    )
+    steps, rate = config.brief_steps, config.brief_learning_rate
+    training = Training(steps, rate, 32, "adam", "linear", config.seed)
     train(model, suite.tasks[config.source].train, None, training)
     return model.backbone
 
@@ -286,24 +253,19 @@ def briefly_trained(suite: Suite, config: Parameters) -> Backbone:
 def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], Mask]:
     """The source's classifier, dense, pruned, repaired without training, and fine-tuned.
 
-    The pruned one is where fine-tuning starts. The mask is that of all three.
+    Fine-tuning starts from the pruned one. The mask is that of all three.
     """
-    model, source = suite.classifier(config.source), suite.source(config.source)
-    scores = suite.score(config.close, source, config.draw)
-    mending = replace(config.close, repair=config.repair, repair_options=config.repair_options)
-    pruned, mask = suite.prune(config.close, source, config.draw, scores=scores)
-    repaired, _ = suite.prune(mending, source, config.draw, scores=scores)
+    recipe, source, draw = config.close, suite.source(config.source), config.draw
+    scores = suite.score(recipe, source, draw)
+    pruned, mask = suite.prune(recipe, source, draw, scores=scores)
+    mending = replace(recipe, repair=config.repair, repair_options=config.repair_options)
+    repaired, _ = suite.prune(mending, source, draw, scores=scores)
     tuned = copy.deepcopy(pruned)
-    found = {"dense": suite.encoder, "pruned": pruned, "repaired": repaired, "fine-tuned": tuned}
-    models = {name: Classifier(encoder, model.head) for name, encoder in found.items()}
-    training = Training(
-        config.finetune_steps,
-        config.learning_rate,
-        config.batch_size,
-        "adam",
-        "linear",
-        config.seed,
-    )
+    encoders = {"dense": suite.encoder, "pruned": pruned, "repaired": repaired, "fine-tuned": tuned}
+    head = suite.heads[config.source]
+    models = {name: Classifier(encoder, head) for name, encoder in encoders.items()}
+    steps, rate, size = config.finetune_steps, config.learning_rate, config.batch_size
+    training = Training(steps, rate, size, "adam", "linear", config.seed)
     train(models["fine-tuned"], suite.tasks[config.source].train, mask, training)
     return models, mask
 
@@ -312,21 +274,18 @@ def error_parts(table: pd.DataFrame) -> pd.DataFrame:
     """What the diagonal drops of the measured increase, part by part (:data:`PARTS`).
 
     Args:
-        table: rows of :func:`predicted_and_measured`.
+        table: rows of :func:`~pai_utils.landscape.predicted_and_measured`.
 
     Returns:
         For each row the parts in its place, ``part`` and ``nats``; the first is the diagonal
         itself, and all of a row's add up to what was measured.
     """
-    known = [c for c in table.columns if c not in {*itertools.chain(*PARTS.values()), "gradient"}]
-    differences = {
-        "diagonal": table.diagonal,
-        **{part: table[more] - table[less] for part, (more, less) in PARTS.items()},
-    }
-    return pd.concat(
-        [table[known].assign(part=part, nats=nats) for part, nats in differences.items()],
-        ignore_index=True,
-    )
+    parts = {"diagonal": table.diagonal}
+    parts |= {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
+    terms = {"gradient", *itertools.chain(*PARTS.values())}
+    known = table[[column for column in table if column not in terms]]
+    tables = [known.assign(part=part, nats=nats) for part, nats in parts.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -348,21 +307,19 @@ def transfer_correlations(
     cells: pd.DataFrame,
     *,
     predictors: Collection[str] = PREDICTORS,
-    level: float = 0.95,
     replicates: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Spearman correlation of each predictor with retention on held-out tasks.
 
-    Intervals are from a bootstrap over pairs of source and target, which carry what their scorers
-    and sparsities have in common. Pooled over scorers and sparsities, a correlation says mostly
-    that both fall with sparsity; ``within`` compares only cells of one scorer and sparsity, that
-    is, pairs of tasks (the mean over such groups, weighted by their cells).
+    Intervals (95 %) are from a bootstrap over pairs of source and target, which carry what their
+    scorers and sparsities have in common. Pooled over scorers and sparsities, a correlation says
+    mostly that both fall with sparsity; ``within`` compares only cells of one scorer and sparsity,
+    that is, pairs of tasks (the mean over such groups, weighted by their cells).
 
     Args:
         cells: of one or more :class:`Landscape`, with a column for each predictor.
         predictors: columns to try.
-        level: of the intervals.
         replicates: of the bootstrap.
         seed: of the bootstrap.
 
@@ -380,20 +337,15 @@ def transfer_correlations(
         of_pair = known.groupby(["source", "target"]).ngroup().to_numpy()
         pairs = len(set(of_pair))
         # How often each pair is drawn, and with it all of its cells: first once, then at random.
-        random = np.random.default_rng(seed)
-        drawn = random.multinomial(
-            pairs, np.full(max(pairs, 1), 1 / max(pairs, 1)), size=replicates
-        )
+        even = np.full(max(pairs, 1), 1 / max(pairs, 1))
+        drawn = np.random.default_rng(seed).multinomial(pairs, even, size=replicates)
         counts = np.vstack([np.ones(len(known)), drawn[:, of_pair]])
         row: dict[str, object] = {"predictor": predictor}
         for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
             whole, *found = _mean_spearman(values, kept, groups, counts)
-            low, high = interval(np.array(found), level)
-            unknown = pairs < 2 or math.isnan(whole)
-            row[kind] = float(whole)
-            row[f"{kind}_low"], row[f"{kind}_high"] = (
-                (math.nan, math.nan) if unknown else (low, high)
-            )
+            known_to_vary = pairs > 1 and not math.isnan(whole)
+            low, high = interval(np.array(found)) if known_to_vary else (math.nan, math.nan)
+            row |= {kind: float(whole), f"{kind}_low": low, f"{kind}_high": high}
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
 
@@ -408,9 +360,7 @@ def _mean_spearman(
         found = _spearman(values[chosen], kept[chosen], counts[:, chosen])
         size = np.where(np.isnan(found), 0, counts[:, chosen].sum(1))
         total, weight = total + np.nan_to_num(found) * size, weight + size
-    mean: Values = np.full(len(counts), math.nan)
-    np.divide(total, weight, out=mean, where=weight > 0)
-    return mean
+    return np.where(weight > 0, total / np.maximum(weight, 1), math.nan)
 
 
 def _spearman(one: Values, other: Values, counts: Values) -> Values:
@@ -418,8 +368,7 @@ def _spearman(one: Values, other: Values, counts: Values) -> Values:
 
     Not a number for fewer than three different ones of the values, or where one does not vary.
     """
-    size = counts.sum(1)
-    share = counts / np.maximum(size, 1)[:, None]
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     a, b = (
         # Of value i: how many lie below it, and half of its equals.
         counts @ ((v[:, None] < v) + (v[:, None] == v) / 2)
@@ -428,9 +377,7 @@ def _spearman(one: Values, other: Values, counts: Values) -> Values:
     a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (a, b))
     scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
     known = ((counts > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
-    found: Values = np.full(len(counts), math.nan)
-    np.divide((share * a * b).sum(1), scale, out=found, where=known)
-    return found
+    return np.where(known, (share * a * b).sum(1) / np.where(known, scale, 1), math.nan)
 
 
 def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:

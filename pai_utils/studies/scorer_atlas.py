@@ -72,14 +72,9 @@ class Parameters(SeveralSources):
 def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
     """The accuracies of a :func:`~pai_utils.studies.sweeps.sweep`, and its masks."""
     atlas = Atlas(config.middle)
+    recipes, draws = config.recipes, config.draws
     table = sweep(
-        suite,
-        config.sources,
-        config.recipes,
-        config.draw,
-        seeds=config.seeds,
-        draws=config.draws,
-        observe=atlas,
+        suite, config.sources, recipes, config.draw, seeds=config.seeds, draws=draws, observe=atlas
     )
     return table, atlas
 
@@ -130,18 +125,13 @@ class Atlas:
         ``lost`` counts layers without any weight, ``most_pruned`` is the highest layer sparsity.
         """
         masks = self.layers.groupby(["scorer", "sparsity", "source", "seed"], sort=False)
-        each = masks.layer_sparsity.agg(lost=lambda share: int((share == 1).sum()), most="max")
-        means = each.groupby(["scorer", "sparsity"], sort=False).mean().reset_index()
-        return means.rename(columns={"most": "most_pruned"})
+        each = masks.layer_sparsity.agg(lost=lambda s: int((s == 1).sum()), most_pruned="max")
+        return each.groupby(["scorer", "sparsity"], sort=False).mean().reset_index()
 
     def costs(self, unit: float) -> pd.DataFrame:
-        """Columns ``scorer, seconds, fb``: means over a scorer's runs.
-
-        Args:
-            unit: seconds of one forward and backward over as many samples.
-        """
+        """Columns ``scorer, seconds, fb``: means over a scorer's runs, in seconds and in units."""
         table = pd.DataFrame(
-            [{"scorer": scorer, "seconds": s} for (scorer, _, _), s in self._seconds.items()]
+            {"scorer": scorer, "seconds": s} for (scorer, _, _), s in self._seconds.items()
         )
         means = table.groupby("scorer", sort=False).seconds.mean().reset_index()
         return means.assign(fb=means.seconds / unit)
@@ -159,7 +149,10 @@ class Atlas:
         names = list(first)
         overlap, chance = (pd.DataFrame(1.0, index=names, columns=names) for _ in range(2))
         for one, other in itertools.combinations(names, 2):
-            values = _means(_matched(first[one], first[other]))
+            mine, its = first[one], first[other]
+            alone = 1 in (len(mine), len(its))
+            pairs = itertools.product(mine, its) if alone else zip(mine, its, strict=True)
+            values = _mean_overlap(pairs)
             for table, value in zip((overlap, chance), values, strict=True):
                 table.loc[one, other] = table.loc[other, one] = value
         return overlap, chance
@@ -171,40 +164,30 @@ class Atlas:
         and draws): the second says how far apart masks are for reasons of sampling alone. Scorers
         with a single mask have no row.
         """
-        columns = ["scorer", "between", "overlap", "chance", "pairs"]
         rows = []
-        for scorer, (source, seed) in self._first.items():
-            own = {key[1:]: mask for key, mask in self.masks.items() if key[0] == scorer}
-            groups = {
-                "sources": [mask for key, mask in own.items() if key[1] == seed],
-                "seeds": [mask for key, mask in own.items() if key[0] == source],
-            }
-            for between, masks in groups.items():
+        for scorer, first in self._first.items():
+            for between, same in (("sources", 1), ("seeds", 0)):
+                masks = [
+                    mask
+                    for key, mask in self.masks.items()
+                    if key[0] == scorer and key[1:][same] == first[same]
+                ]
                 pairs = list(itertools.combinations(masks, 2))
                 if pairs:
-                    rows.append([scorer, between, *_means(pairs), len(pairs)])
-        return pd.DataFrame(rows, columns=columns)
+                    rows.append([scorer, between, *_mean_overlap(pairs), len(pairs)])
+        return pd.DataFrame(rows, columns=["scorer", "between", "overlap", "chance", "pairs"])
 
 
-def _matched(one: list[Mask], other: list[Mask]) -> list[tuple[Mask, Mask]]:
-    """Masks of the same source; a scorer's only mask goes with each of the other's."""
-    if len(one) == 1 or len(other) == 1:
-        return [(a, b) for a in one for b in other]
-    return list(zip(one, other, strict=True))
-
-
-def _means(pairs: Iterable[tuple[Mask, Mask]]) -> tuple[float, float]:
-    values = np.array([[a.overlap(b), a.expected_overlap(b)] for a, b in pairs])
-    overlap, chance = values.mean(0).tolist()
-    return overlap, chance
+def _mean_overlap(pairs: Iterable[tuple[Mask, Mask]]) -> list[float]:
+    """The overlap of pairs of masks, and that by chance."""
+    values: list[float] = np.mean(
+        [[one.overlap(other), one.expected_overlap(other)] for one, other in pairs], axis=0
+    ).tolist()
+    return values
 
 
 def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
-    """What masks leave of the source's own and of held-out tasks' accuracy.
-
-    Args:
-        table: as from :func:`run`.
-        sources: the tasks that masks were computed on.
+    """What masks leave of the accuracy on their sources and on held-out tasks.
 
     Returns:
         One row a scorer, sparsity and ``tasks`` (``"source"`` or ``"held-out"``), means over the
@@ -235,43 +218,30 @@ def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     sparsities = sorted(set(left.sparsity))
     middle = sparsities[len(sparsities) // 2]
     held_out = left[(left.tasks == "held-out") & (left.sparsity == middle)]
-    order = held_out.sort_values("retention", ascending=False).scorer
-    rows = {(r.scorer, r.tasks, r.sparsity): r for r in left.itertuples()}
-    prices = costs.set_index("scorer").fb
-    table = []
-    for scorer in order:
-        line = {"scorer": scorer}
-        for tasks in ("held-out", "source"):
-            for sparsity in sparsities:
-                row: Any = rows[scorer, tasks, sparsity]
-                # Adding zero turns "-0.00" into "0.00".
-                values = [round(float(v), 2) + 0.0 for v in (row.retention, row.low, row.high)]
-                line[f"{tasks} {sparsity:.0%}"] = "{:.2f} ({:.2f} to {:.2f})".format(*values)
-        table.append(line | {"cost (FB)": f"{prices[scorer]:.2g}"})
-    return pd.DataFrame(table)
+    order = held_out.sort_values("retention", ascending=False).scorer.to_list()
+    # Adding zero turns "-0.00" into "0.00".
+    rounded = left[["retention", "low", "high"]].astype(float).round(2) + 0.0
+    texts = [f"{kept:.2f} ({low:.2f} to {high:.2f})" for kept, low, high in rounded.to_numpy()]
+    long = left.assign(text=texts, column=left.tasks + left.sparsity.map(" {:.0%}".format))
+    columns = [f"{tasks} {s:.0%}" for tasks in ("held-out", "source") for s in sparsities]
+    pivot = long.pivot(index="scorer", columns="column", values="text")
+    table = pd.DataFrame({column: pivot.loc[order, column] for column in columns})
+    table["cost (FB)"] = costs.set_index("scorer").fb[order].map("{:.2g}".format)
+    return table.reset_index()
 
 
-def forward_backward_seconds(
-    model: nn.Module, data: Samples, draw: Draw, *, repeats: int = 2
-) -> float:
+def forward_backward_seconds(model: nn.Module, data: Samples, draw: Draw) -> float:
     """Seconds of one forward and backward of the mean loss: the unit in which scores are priced.
 
-    The fastest of ``repeats``, with gradients for the prunable weights, as plain training has
-    them.
-
-    Raises:
-        ValueError: as :meth:`~pai_utils.support.sampling.Draw.indices`, or for fewer repeats than
-            one.
+    The faster of two, with gradients for the prunable weights, as plain training has them.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least one is needed")
     indices, device = draw.indices(data), device_of(model)
     names = set(prunable_parameters(model))
     found = []
     with undisturbed(model), torch.enable_grad():
         for name, weight in model.named_parameters():
             weight.requires_grad_(name in names)
-        for _ in range(repeats):
+        for _ in range(2):
             begin = clock(device)
             for images, labels in batches(data, draw.batch_size, device, indices):
                 F.cross_entropy(model(images), labels).backward()

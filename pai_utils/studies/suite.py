@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -44,15 +44,19 @@ class Source:
 
     def images_for(self, scorer: str) -> ImageDataset:
         """What a scorer looks at: the first task's where it needs a head, or else all parts'."""
-        if SCORERS[scorer].needs_head and self.labelled is not None:
-            return self.labelled
-        return self.images
+        return self._images(alone=SCORERS[scorer].needs_head)
 
     def images_to_repair_by(self, repair: str) -> ImageDataset:
         """All parts', or the first task's where gradients, hence labels, are needed."""
-        if "obs" in parse_repair(repair) and self.labelled is not None:
-            return self.labelled
-        return self.images
+        return self._images(alone="obs" in parse_repair(repair))
+
+    def _images(self, *, alone: bool) -> ImageDataset:
+        return self.labelled if alone and self.labelled is not None else self.images
+
+    def draw_for(self, scorer: str, draw: Draw) -> Draw:
+        """The draw, of all images of the first task where the whole source has more."""
+        images = self.images_for(scorer)
+        return draw if images is self.images else draw.at_most(len(images))
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,13 @@ class Suite:
 
     Examples:
         >>> import pai_utils as pai
-        >>> from pai_utils.studies.zero_shot_retention import Parameters
+        >>> from pai_utils.studies.prune_per_task import Parameters
         >>> config = Parameters(
         ...     backbone="efficientnet_lite0", image_size=32, train_size=60, test_size=20,
-        ...     source="digits", targets=["photos"], scorers=["snip"], sparsities=[0.5],
-        ...     seeds=[0], out="results",
+        ...     sources=["digits", "photos"], scorers=["snip"], sparsity=0.5, out="results",
         ... )
         >>> suite = pai.Suite.load(config)
-        >>> list(suite.tasks)
-        ['digits', 'photos']
-        >>> suite.heads["photos"].in_features == suite.encoder.feature_dim
+        >>> suite.classifier("photos").head.out_features == len(suite.tasks["photos"].class_names)
         True
     """
 
@@ -82,24 +83,19 @@ class Suite:
     def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
         """The encoder and the tasks that a notebook's parameters name, with heads for them.
 
-        Args:
-            config: the parameters.
-            heads: what heads are made of, as in :func:`~pai_utils.heads.make_heads`.
-
-        Raises:
-            ValueError: as the functions that load them.
+        ``heads`` says what they are made of, as in :func:`~pai_utils.heads.make_heads`.
         """
         encoder = load_backbone(
             config.backbone,
-            image_size=config.image_size,
+            config.image_size,
+            config.device,
             pretrained=config.pretrained,
-            device=config.device,
             seed=config.seed,
         )
         tasks = {
             name: load_task(
                 name,
-                transform=encoder.transform,
+                encoder.transform,
                 train_size=config.train_size,
                 test_size=config.test_size,
                 seed=config.seed,
@@ -110,16 +106,12 @@ class Suite:
 
     def untrained(self, *, seed: int = 0, batch_size: int = 64) -> Suite:
         """The same architecture at random weights, with heads of its own."""
-        blank = load_backbone(
-            self.encoder.name,
-            image_size=self.encoder.image_size,
-            pretrained=False,
-            device=device_of(self.encoder),
-            seed=seed,
-        )
-        return self.with_encoder(blank, batch_size=batch_size)
+        name, size = self.encoder.name, self.encoder.image_size
+        device = device_of(self.encoder)
+        blank = load_backbone(name, size, device, pretrained=False, seed=seed)
+        return self.with_encoder(blank, batch_size)
 
-    def with_encoder(self, encoder: Backbone, *, batch_size: int = 64) -> Suite:
+    def with_encoder(self, encoder: Backbone, batch_size: int = 64) -> Suite:
         """Another encoder for the same tasks, with heads fitted on its features."""
         return Suite(encoder, self.tasks, make_heads(encoder, self.tasks, batch_size=batch_size))
 
@@ -132,20 +124,14 @@ class Suite:
         """The encoder with a task's head; neither is copied."""
         return Classifier(self.encoder, self.heads[task])
 
-    def evaluate(
-        self, encoder: Backbone | None = None, *, batch_size: int = 128, precision: str = "float32"
-    ) -> dict[str, Evaluation]:
+    def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
         """Test accuracy of every task with its frozen head.
 
         Args:
-            encoder: in the place of the dense one, such as that pruned.
-            batch_size: images a forward.
-            precision: as in :func:`~pai_utils.evaluation.evaluate`.
+            encoder: in the place of the dense one, such as a pruned one.
+            how: keywords of :func:`~pai_utils.evaluation.evaluate`.
         """
-        return evaluate_heads(
-            encoder or self.encoder, self.heads, self.tests,
-            batch_size=batch_size, precision=precision,
-        )  # fmt: skip
+        return evaluate_heads(encoder or self.encoder, self.heads, self.tests, **how)
 
     def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
         """Evaluations as rows of a table of retention.
@@ -189,30 +175,23 @@ class Suite:
         return Source(name, images, labelled, head)
 
     def score(self, recipe: Recipe, source: Source | None, draw: Draw) -> Scores:
-        """Score the dense encoder's weights by the images of a source.
+        """Score the dense encoder's weights, as a recipe's first round does.
 
-        A scorer that needs a head looks at the first task among the parts, at no more images than
-        that has; the others look at all parts.
+        A scorer that needs a head looks at the first task of the source, at no more images than it
+        has; the others look at all parts.
 
         Args:
             recipe: its scorer, with options, and the weights that it may prune.
             source: what to look at; ``None`` for a scorer that looks at no data.
-            draw: of that.
+            draw: of its images.
 
         Raises:
             ValueError: as :func:`~pai_utils.scorers.score`.
         """
-        model = self._model_of(source)
-        draw = _fitting(recipe, source, draw)
+        model, images, draw = self._seen(recipe, source, draw)
+        names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
         return score(
-            recipe.scorer,
-            model,
-            None if source is None else source.images_for(recipe.scorer),
-            names=select_parameters(prunable_parameters(model), recipe.include, recipe.exclude),
-            samples=draw.samples,
-            batch_size=draw.batch_size,
-            seed=draw.seed,
-            **recipe.options,
+            recipe.scorer, model, images, names=names, **dataclasses.asdict(draw), **recipe.options
         )
 
     def prune(
@@ -220,13 +199,13 @@ class Suite:
     ) -> tuple[Backbone, Mask]:
         """Prune a copy of the encoder by the images of a source.
 
-        The scores look at what :meth:`score` describes; the repair at all parts, but ``obs`` at
+        Scores look at what :meth:`score` describes. A repair looks at all parts, but ``obs`` at
         the first task among them.
 
         Args:
             recipe: how.
             source: what to look at; ``None`` where neither scorer nor repair does.
-            draw: of that, for the scores.
+            draw: of its images, for the scores.
             scores: of :meth:`score`, where they are known already.
 
         Returns:
@@ -235,28 +214,23 @@ class Suite:
         Raises:
             ValueError: as :func:`~pai_utils.pruning.prune`.
         """
-        pruned = follow(
-            recipe,
-            self._model_of(source),
-            None if source is None else source.images_for(recipe.scorer),
-            _fitting(recipe, source, draw),
-            repair_data=None if source is None else source.images_to_repair_by(recipe.repair),
-            source=None if source is None else source.name,
-            scores=scores,
-        )
+        model, images, draw = self._seen(recipe, source, draw)
+        whence: dict[str, Any] = {}
+        if source is not None:
+            mended = source.images_to_repair_by(recipe.repair)
+            whence = {"source": source.name, "repair_data": mended}
+        pruned = follow(recipe, model, images, draw, scores=scores, **whence)
         return cast(Classifier, pruned.model).backbone, pruned.mask
 
-    def _model_of(self, source: Source | None) -> Classifier:
-        """The encoder with the source's head, or with any for what looks at features only."""
-        head = None if source is None else source.head
-        return Classifier(self.encoder, head or next(iter(self.heads.values())))
-
-
-def _fitting(recipe: Recipe, source: Source | None, draw: Draw) -> Draw:
-    """The draw, of all images of the first task where the whole source has more."""
-    if source is None or source.images_for(recipe.scorer) is source.images:
-        return draw
-    return draw.at_most(len(source.images_for(recipe.scorer)))
+    def _seen(
+        self, recipe: Recipe, source: Source | None, draw: Draw
+    ) -> tuple[Classifier, ImageDataset | None, Draw]:
+        """The encoder with the source's head, and what scores look at with it."""
+        any_head = next(iter(self.heads.values()))  # for what looks at features only
+        if source is None:
+            return Classifier(self.encoder, any_head), None, draw
+        model = Classifier(self.encoder, source.head or any_head)
+        return model, source.images_for(recipe.scorer), source.draw_for(recipe.scorer, draw)
 
 
 def _relabelled(task: Task, seed: int) -> Task:

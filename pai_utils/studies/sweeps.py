@@ -45,22 +45,21 @@ def sweep(
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
-    No data but the source's touches a mask, of tasks their training part. Scores are computed once
-    a scorer, source and seed, and shared by all recipes that begin with them. A recipe that looks
-    at no data is followed once and recorded under the source ``"none"``, and one whose scorer draws
-    nothing with the first seed alone; where it repairs, it is followed for every source.
+    A mask depends on no data but the source's, of tasks on their training part. Scores are computed
+    once a scorer, source and seed, and shared by all recipes that begin with them. A scorer that
+    looks at no data runs once, under the source ``"none"``, but its masks are repaired on every
+    source; one that draws nothing runs with the first seed alone.
 
     Args:
         suite: the dense encoder, the tasks and their heads; it is left as it is.
-        sources: what masks are computed on: a task, or parts joined by ``+`` that may also be
-            images of no task (:mod:`pai_utils.data.mixtures`).
+        sources: what masks are computed on, as in :mod:`pai_utils.data.mixtures`.
         recipes: how; those of one scorer next to each other.
         draw: images a score, and images a forward.
         seeds: of the draws; by default that of ``draw`` alone.
         draws: for a scorer, another draw.
         precision: of the forwards that measure accuracy, as in
             :func:`~pai_utils.evaluation.evaluate`; scores are computed in the encoder's own.
-        observe: is handed every mask before it is evaluated.
+        observe: is given every mask before it is evaluated.
 
     Returns:
         One row a source, recipe, seed and target, and the dense rows (scorer ``"dense"``, sparsity

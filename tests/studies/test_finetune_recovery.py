@@ -46,7 +46,8 @@ def test_every_task_is_watched_at_every_step(suite: pai.Suite) -> None:
     }
     start = table[(table.step == 0) & (table.split == "test")]
     assert start.groupby("target").loss.nunique().eq(1).all()
-    gains = study.recovery_gains(table, "digits")
+    dense = {name: found.accuracy for name, found in suite.evaluate().items()}
+    gains = study.recovery_gains(table, "digits", dense)
     assert len(gains) == 2
     rows = table[(table.learning_rate == 1e-1) & (table.target == "digits")]
     ends: Any = rows[rows["head"] == "frozen"].set_index(["split", "step"]).accuracy
@@ -116,11 +117,11 @@ def test_gains_leave_out_a_seed_that_diverged() -> None:
             for target, split in (("s", "test"), ("s", "validation"), ("t", "test"))
         ]
     )
-    row = study.recovery_gains(table, "s", dense={"s": 0.75, "t": 1.0}).iloc[0]
+    row = study.recovery_gains(table.assign(sparsity=0.5), "s", {"s": 0.75, "t": 1.0}).iloc[0]
     assert (row.seeds, row.held_out_gain, row.source_gain, row.validation) == (1, 0.25, 0.25, 0.5)
     assert (row.source_retention, row.source_retention_before) == (0.5, 0)
     with pytest.raises(ValueError, match="no fine-tuning came to an evaluation"):
-        study.recovery_gains(pd.DataFrame(), "s")
+        study.recovery_gains(pd.DataFrame(), "s", {})
 
 
 def test_penalties_are_made_by_name_around_the_dense_encoder(suite: pai.Suite) -> None:
