@@ -150,18 +150,18 @@ class Mask(Mapping[str, Tensor]):
         self._check(parameters, "the model")
         if not strict:
             return
-        encoder = _encoder_name(model)
+        encoder = describe_weights(model, ())["encoder"]
         if self.metadata.get("encoder", encoder) != encoder:
             raise ValueError(
                 f"the mask was made for the encoder {self.metadata['encoder']!r}, not {encoder!r}; "
                 "strict=False applies it all the same"
             )
         made_for = self.metadata.get("weights")
-        if made_for is None or not any(
-            parameters[name].detach().cpu()[~entry].any() for name, entry in self.items()
+        if (
+            made_for is not None
+            and any(((parameters[n].cpu() != 0) & ~entry).any() for n, entry in self.items())
+            and made_for != describe_weights(model, self)["weights"]
         ):
-            return
-        if made_for != _checksum({name: parameters[name] for name in self}):
             raise ValueError(
                 "the mask was made for other weights of the same shapes: their checksum is "
                 f"{made_for}; load those weights, or strict=False applies it all the same"
@@ -443,32 +443,17 @@ def describe_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         shapes and type.
 
     Raises:
-        ValueError: if the model has no such parameter.
+        AttributeError: if the model has no such parameter.
     """
     backbone = model.backbone if isinstance(model, Classifier) else model
-    parameters = dict(model.named_parameters())
-    names = list(names)
-    missing = [name for name in names if name not in parameters]
-    if missing:
-        raise ValueError(f"the model has no {listed(missing)}")
-    return {
-        "encoder": _encoder_name(model),
-        **({"provenance": backbone.provenance.source} if isinstance(backbone, Backbone) else {}),
-        "weights": _checksum({name: parameters[name] for name in names}),
-    }
-
-
-def _encoder_name(model: nn.Module) -> str:
-    backbone = model.backbone if isinstance(model, Classifier) else model
-    if not isinstance(backbone, Backbone):
-        return type(model).__name__
-    # The folder of a local checkpoint is nobody else's, and no part of what it holds.
-    kind, separator, path = backbone.name.partition("file:")
-    return f"file:{Path(path).name}" if separator and not kind else backbone.name
-
-
-def _checksum(weights: Mapping[str, Tensor]) -> str:
-    return f"sha256:{hash_tensors(weights)}"
+    described = {"encoder": type(backbone).__name__}
+    if isinstance(backbone, Backbone):
+        name, path = backbone.name, Path(backbone.name.removeprefix("file:"))
+        # The folder of a local checkpoint is nobody else's, and no part of what it holds.
+        described["encoder"] = f"file:{path.name}" if name.startswith("file:") else name
+        described["provenance"] = backbone.provenance.source
+    weights = {name: model.get_parameter(name) for name in names}
+    return {**described, "weights": f"sha256:{hash_tensors(weights)}"}
 
 
 def _check_scores(scores: Mapping[str, Tensor], grouped: bool, within: Mask | None) -> None:

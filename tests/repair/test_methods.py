@@ -18,7 +18,7 @@ from pai_utils.repair.layouts import channels_last
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import ALL
-from tests.cases import Images, TorchAttention, fingerprint, tiny_backbone, tiny_task
+from tests.cases import Images, TorchAttention, fingerprint, tiny_classifier, tiny_task
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -77,7 +77,7 @@ class Setting:
                 assert module.running_var is not None
                 nn.init.uniform_(module.running_mean, -1, 1)
                 nn.init.uniform_(module.running_var, 0.5, 2)
-            if isinstance(module, NORMS):
+            if isinstance(module, NORMS) and module.bias is not None:
                 nn.init.uniform_(module.weight, -2, 2)
                 nn.init.normal_(module.bias)
         entries = random_mask(self.dense)
@@ -255,8 +255,7 @@ def test_rows_are_drawn_alike_in_both_networks_and_seeded() -> None:
 
 
 def test_prune_repairs_on_its_own_samples_and_leaves_the_model() -> None:
-    task, backbone = tiny_task(), tiny_backbone()
-    model = pai.Classifier(backbone, pai.fit_head(backbone, task))
+    task, model = tiny_task(), tiny_classifier()
     before = fingerprint(model)
     settings: dict[str, Any] = {"sparsity": 0.5, "samples": 20, "scorer": "magnitude"}
     plain = pai.prune(model, task.train, **settings)
@@ -299,13 +298,6 @@ class Functional(nn.Module):
         return nn.functional.linear(self.used(images.flatten(1)), self.aside.weight)
 
 
-def test_a_layer_that_is_not_called_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    setting = Setting(Functional)
-    repaired = setting.repair("layerwise")
-    assert "aside is not called as a layer" in caplog.text
-    assert torch.equal(repaired.aside.weight, setting.pruned.aside.weight)
-
-
 class Summed(nn.Module):
     """A layer that adds what it computes to its inputs."""
 
@@ -318,44 +310,45 @@ class Summed(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
-def test_convolutions_that_transform_their_weight_are_left_out_and_named(
-    kind: Any, caplog: pytest.LogCaptureFixture
+PLAIN = "no weights of plain linear layers or convolutions; not repaired by layerwise+moments"
+
+
+@pytest.mark.parametrize(
+    ("layers", "warnings"),
+    [
+        (
+            [
+                Summed(StdConv2d(3, 3, 3, bias=True)),
+                Summed(ScaledStdConv2d(3, 3, 3, bias=True)),
+                Conv2dSame(3, 4, 3),
+            ],
+            [f"0.layer.weight, 1.layer.weight: {PLAIN}"],
+        ),
+        (
+            [nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), TorchAttention()],
+            [f"0.weight, 3.attention.in_proj_weight: {PLAIN}",
+             "3.attention.out_proj is not called as a layer; its weights are not repaired"],
+        ),
+        (
+            [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
+             nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36)],
+            ["1, 5, 6, 8: no BatchNorm or LayerNorm of channels with scale and shift; moments "
+             "not restored"],
+        ),
+        (
+            [Functional()],
+            ["0.aside is not called as a layer; its weights are not repaired"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_repaired_is_named_and_left(
+    layers: list[nn.Module], warnings: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = Summed(kind(3, 3, 3, bias=True)), Conv2dSame(3, 4, 3)
-    setting = Setting(lambda: nn.Sequential(*layers), whole=("0.layer.weight", "1.weight"))
-    images = setting.data.images
+    setting = Setting(lambda: nn.Sequential(*layers))
+    setting.prune(random_mask(setting.dense, fraction=0))
     same = setting.repair("layerwise+moments")
-    torch.testing.assert_close(same(images), setting.dense(images))
-    assert caplog.messages == [
-        "0.layer.weight: no weights of plain linear layers or convolutions; "
-        "not repaired by layerwise+moments"
-    ]
-
-
-def test_masked_weights_of_other_modules_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    others = nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), TorchAttention()
-    Setting(lambda: nn.Sequential(*others)).repair("moments")
-    assert (
-        "0.weight, 3.attention.in_proj_weight: no weights of plain linear layers or convolutions"
-    ) in caplog.text
-
-
-def test_normalisations_whose_moments_are_not_restored_are_named(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dense = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
-        nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36),
-        nn.LayerNorm((4, 36)),
-    ).double().eval()  # fmt: skip
-    mask = Mask({"0.weight": random_mask(dense)["0.weight"]})
-    for method in ("layerwise", "moments"):
-        repair_(copy.deepcopy(dense), dense, mask, Images(), Repair(method))
-    assert caplog.messages == [
-        "1, 5, 6, 8, 9: no BatchNorm or LayerNorm of channels with scale and shift; moments "
-        "not restored"
-    ]
+    torch.testing.assert_close(same(setting.data.images), setting.dense(setting.data.images))
+    assert caplog.messages == warnings
 
 
 @pytest.mark.parametrize(
@@ -391,4 +384,4 @@ def test_images_that_are_not_finite_are_refused_and_the_model_left(
 
 def test_repair_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="repair 'moments' needs samples"):
-        pai.prune(tiny_backbone(), None, scorer="magnitude", repair="moments")
+        pai.prune(tiny_classifier(), None, scorer="magnitude", repair="moments")
