@@ -120,11 +120,9 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
 
 
 def load_compressed(path: str | Path, model: nn.Module) -> Mask:
-    """Fill ``model`` from a compressed file, bit for bit, and return its mask.
+    """Fill ``model`` from a file of :func:`save_compressed`, bit for bit, and return its mask.
 
-    Args:
-        path: a file of :func:`save_compressed`.
-        model: the same architecture in the same types, at any weights; on any device.
+    The model has the same architecture in the same types, any weights, and is on any device.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -135,12 +133,10 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Classifier:
-    """The encoder with its head from a compressed file alone, with no download.
+    """Make an encoder with its head from a compressed file alone, with no download.
 
-    Args:
-        path: a file of :func:`save_compressed`, of a :class:`~pai_utils.models.encoders.Classifier`
-            whose encoder :func:`~pai_utils.models.loading.load_backbone` knows by name.
-        device: where to put it.
+    The file is of a :class:`~pai_utils.models.encoders.Classifier` whose encoder
+    :func:`~pai_utils.models.loading.load_backbone` knows by name.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -166,39 +162,35 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
 def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between a classifier and its file, on the CPU.
 
-    A fresh process reads the file by :func:`load_classifier`. It has this one's number of threads,
-    on which rounding depends.
-
-    Args:
-        model: what was written, compared in evaluation mode.
-        path: the file.
-        images: [N, 3, S, S].
+    A fresh process reads the file by :func:`load_classifier` and encodes the images [N, 3, S, S].
+    It has this one's number of threads, on which rounding depends.
 
     Raises:
         ValueError: if the process fails, with its last words.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     # The library may be run from its folder, which the other process would not know.
     code = (
-        "import sys; library, path, folder, threads = sys.argv[1:]; sys.path.insert(0, library); "
-        "import torch; from safetensors.torch import load_file, save_file; "
-        "from pai_utils import load_classifier; "
-        "torch.set_num_threads(int(threads)); model = load_classifier(path, 'cpu'); "
-        "logits = model(load_file(folder + '/images')['images']).detach().contiguous(); "
-        "save_file({'logits': logits}, folder + '/logits')"
+        "import sys; library, path, data, threads = sys.argv[1:]; sys.path.insert(0, library); "
+        "import torch; from safetensors.torch import load_file; from pai_utils import export; "
+        "torch.set_num_threads(int(threads)); data = load_file(data); "
+        "logits = export.load_classifier(path, 'cpu')(data['images']); "
+        "print(float((logits - data['logits']).abs().max()))"
     )
     library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
+    images = images.cpu().contiguous()
     with TemporaryDirectory() as folder:
-        save_file({"images": images.cpu().contiguous()}, f"{folder}/images")
-        arguments = map(str, (library, Path(path).resolve(), folder, threads))
+        data = Path(folder, "data")
+        save_file({"images": images, "logits": _logits(model, images).contiguous()}, data)
+        arguments = map(str, (library, Path(path).resolve(), data, threads))
         process = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True
         )
-        if process.returncode:
-            said = process.stderr.strip() or f"exit status {process.returncode}"
-            raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
-        return _difference(load_file(f"{folder}/logits")["logits"], model, images)
+    if process.returncode:
+        said = process.stderr.strip() or f"exit status {process.returncode}"
+        raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
+    return float(process.stdout.split()[-1])
 
 
 def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
@@ -218,12 +210,8 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
 def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
     """Write the model in evaluation mode as ONNX: ``images`` [N, 3, S, S] to ``logits``, any N.
 
-    One file with the weights inside, written whole or not at all. The model keeps its mode.
-
-    Args:
-        model: images to logits (a backbone: to features).
-        path: the file.
-        image_size: S, in pixels; by default that of the backbone.
+    One file with the weights inside, written whole or not at all. The model keeps its mode; S is
+    ``image_size`` in pixels, by default that of the model's backbone.
 
     Raises:
         ModuleNotFoundError: if the extra ``export`` is not installed.
@@ -254,11 +242,7 @@ def check_onnx(
 ) -> float:
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
-    Args:
-        model: what was exported, in float32 or float64; compared in evaluation mode.
-        path: the ONNX file.
-        images: [N, 3, S, S].
-        tolerance: the largest difference to accept, in logits.
+    The model, in float32 or float64, is compared in evaluation mode on images [N, 3, S, S].
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -270,7 +254,7 @@ def check_onnx(
         raise FileNotFoundError(f"no ONNX file at {path}")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
-    difference = _difference(torch.from_numpy(found), model, images)
+    difference = float((torch.from_numpy(found) - _logits(model, images)).abs().max())
     if not difference <= tolerance:
         raise ValueError(
             f"logits of {path} differ from the model's by {difference:.3g}, more than {tolerance:g}"
@@ -302,7 +286,7 @@ def write_formats(
         folder: for the files ``<name>.compressed.safetensors``, ``<name>.dense.safetensors`` and
             ``<name>.onnx``.
         images: [N, 3, S, S], to compare logits on.
-        formats: of :data:`FORMATS`.
+        formats: some of :data:`FORMATS`.
         name: what the files' names begin with.
 
     Returns:
@@ -349,12 +333,12 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 
     Args:
         model: pruned with ``mask``, on CUDA, in float16 or bfloat16.
-        mask: at most two of every four weights along the input of each layer.
+        mask: keeps at most two of every four weights along the input of each layer.
 
     Returns:
-        The copy, for inference, and the weights under the mask that stay dense, that is, those of
-        other layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or
-        whose columns [in] are none of 64.
+        The copy, for inference, and the names of the weights that stay dense: those of other layers
+        than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or whose columns
+        [in] are none of 64.
 
     Raises:
         ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or
@@ -386,14 +370,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 def measure_speedup(
     dense: nn.Module, sparse: nn.Module, images: Tensor, *, repeats: int = 30, warmup: int = 5
 ) -> Speedup:
-    """Time forward passes of two models on the same images, in turns.
+    """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in turns.
 
-    Args:
-        dense: the model as it was.
-        sparse: the same by :func:`to_semi_structured`.
-        images: [N, 3, S, S], on the models' device.
-        repeats: timed passes of each model.
-        warmup: passes before these.
+    All are on one device. ``repeats`` passes of each model are timed after ``warmup`` others.
 
     Raises:
         ValueError: if ``repeats`` < 1 or ``warmup`` < 0.
@@ -505,9 +484,10 @@ def _image_size(model: nn.Module) -> int | None:
     return backbone.image_size if isinstance(backbone, Backbone) else None
 
 
-def _difference(logits: Tensor, model: nn.Module, images: Tensor) -> float:
-    expected = copy.deepcopy(model).cpu().eval()(images.cpu())
-    return float((logits - expected).abs().max())
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits in evaluation mode on the CPU, by a copy of the model."""
+    logits: Tensor = copy.deepcopy(model).cpu().eval()(images.cpu())
+    return logits
 
 
 def _extra(name: str) -> ModuleType:

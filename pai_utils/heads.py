@@ -26,8 +26,8 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Features ``[N, feature_dim]`` and labels ``[N]`` of all of ``data``, in order, on the CPU.
 
-    ``precision`` is that of the forward's products (`pai_utils.support.sampling.PRECISIONS`);
-    features are float32 at least.
+    Features are float32 at least, in whichever of `pai_utils.support.sampling.PRECISIONS` the
+    forward computes its products.
     """
     device = device_of(backbone)
 
@@ -43,7 +43,7 @@ def features(
 def dense_features(
     backbone: nn.Module, data: ImageDataset, *, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`features`, kept for other runs (:mod:`pai_utils.support.cache`)."""
+    """The same as :func:`features`, kept in the cache for other runs."""
 
     def compute() -> Kept:
         values, labels = features(backbone, data, batch_size=batch_size)
@@ -57,17 +57,14 @@ def dense_features(
 def make_heads(
     backbone: Backbone, tasks: Mapping[str, Task], kind: str = "linear", *, batch_size: int = 64
 ) -> dict[str, nn.Linear]:
-    """A frozen head for each task.
+    """A frozen head of the dense encoder for each task, by name.
 
-    Args:
-        backbone: the dense encoder.
-        tasks: by name.
-        kind: ``"linear"`` fits each on the task's training images (:func:`fit_head`); ``"text"``
-            makes it of the class names (:func:`~pai_utils.models.clip.zero_shot_head`): CLIP only.
-        batch_size: images a forward.
+    The kind ``"linear"`` is fitted on the task's training images, ``batch_size`` images a forward
+    (:func:`fit_head`). The kind ``"text"`` is made of the class names, which needs an encoder of
+    CLIP (:func:`~pai_utils.models.clip.zero_shot_head`).
 
     Raises:
-        ValueError: for an unknown kind, and as these functions.
+        ValueError: if the kind is unknown, and as these two functions say.
     """
     if kind not in HEADS:
         raise unknown_name("kind of head", kind, HEADS)
@@ -84,13 +81,13 @@ def fit_head(
     inverse_penalty: float = 0.1,
     batch_size: int = 64,
 ) -> nn.Linear:
-    """Multinomial logistic regression on standardised features of one part of ``task``.
+    """Fit multinomial logistic regression on standardised features of one part of ``task``.
 
-    The standardisation is folded into the returned layer, so that it applies to raw features.
+    The standardisation is folded into the head, which therefore takes raw features.
 
     Args:
         backbone: the encoder, usually dense; left as it was.
-        task: of which one split is used, and nothing else.
+        task: only the part that the protocol names is used.
         protocol: ``"clean"`` fits on ``task.train``. ``"paper-transfer"`` fits on ``task.test``,
             the very images that accuracy is reported on, as some public code does; it is here to
             measure what that leak is worth (:func:`pai_utils.evaluation.protocol_gap`).
@@ -117,17 +114,12 @@ def fit_head(
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
     split, device = PROTOCOLS[protocol], device_of(backbone)
-    parts = {
-        "by": fit_head,
-        "encoder": backbone,
-        "data": getattr(task, split),
-        "device": device.type,
-        "classes": list(task.class_names),
-        "inverse_penalty": inverse_penalty,
-    }
+    data: ImageDataset = getattr(task, split)
+    parts = {"by": fit_head, "encoder": backbone, "data": data, "device": device.type}
+    options = {"classes": list(task.class_names), "inverse_penalty": inverse_penalty}
 
     def compute() -> Kept:
-        values, labels = dense_features(backbone, getattr(task, split), batch_size=batch_size)
+        values, labels = dense_features(backbone, data, batch_size=batch_size)
         if not torch.isfinite(values).all():
             raise ValueError(f"features of task {task.name!r} are not finite; check the weights")
         absent = set(range(len(task.class_names))) - set(labels.tolist())
@@ -139,7 +131,7 @@ def fit_head(
         weight, bias = _logistic_regression(values.double(), labels, inverse_penalty)
         return Kept({"weight": weight.to(values.dtype), "bias": bias.to(values.dtype)}, {})
 
-    found = reused("head", parts, compute).tensors
+    found = reused("head", parts | options, compute).tensors
     return frozen_head(found["weight"], found["bias"]).to(device)
 
 

@@ -44,28 +44,20 @@ def test_the_head_is_frozen_and_the_encoder_as_it_was() -> None:
     assert head.weight.dtype == torch.float32
 
 
-def test_only_training_data_is_used() -> None:
-    backbone, task, poisoned = tiny_backbone(), tiny_task(), tiny_task()
+def test_a_protocol_uses_its_split_and_nothing_else() -> None:
+    backbone, task = tiny_backbone(), tiny_task(train=60, test=40)
+    poisoned = tiny_task(train=60, test=40)
     for part in (poisoned.validation, poisoned.test):
         part.images.fill_(255)
         part.labels.fill_(99)
-    head, other = pai.fit_head(backbone, task), pai.fit_head(backbone, poisoned)
-    assert torch.equal(head.weight, other.weight)
-    assert torch.equal(head.bias, other.bias)
-
-
-def test_the_leaking_protocol_fits_the_test_split_and_nothing_else() -> None:
-    backbone, task = tiny_backbone(), tiny_task(train=60, test=40)
-    swapped = dataclasses.replace(task, train=task.test, test=task.train)
-    head = pai.fit_head(backbone, task, protocol="paper-transfer")
-    other = pai.fit_head(backbone, swapped)
-    assert torch.equal(head.weight, other.weight)
-    assert torch.equal(head.bias, other.bias)
-
-
-def test_an_unknown_protocol_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"'transfer'.*clean.*paper-transfer"):
-        pai.fit_head(tiny_backbone(), tiny_task(), protocol="transfer")
+    swapped = dataclasses.replace(poisoned, train=poisoned.test, test=task.train)
+    head = pai.fit_head(backbone, task)
+    for other in (
+        pai.fit_head(backbone, poisoned),
+        pai.fit_head(backbone, swapped, protocol="paper-transfer"),
+    ):
+        assert torch.equal(head.weight, other.weight)
+        assert torch.equal(head.bias, other.bias)
 
 
 def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
@@ -89,20 +81,18 @@ def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
     assert float(head.weight.abs().max()) < 1e3
 
 
-def test_a_class_without_training_samples_is_an_error() -> None:
-    task = tiny_task(train=2)
+def test_what_no_head_can_be_fitted_on_is_an_error() -> None:
+    broken = tiny_backbone()
+    with torch.no_grad():
+        broken.get_parameter("encoder.3.weight").fill_(torch.inf)
+    with pytest.raises(ValueError, match="features of task 'spots' are not finite"):
+        pai.fit_head(broken, tiny_task())
     with pytest.raises(
         ValueError, match=r"the train part of task 'spots' has no sample of class 'c'.*train_size"
     ):
-        pai.fit_head(tiny_backbone(), task)
-
-
-def test_features_that_are_not_finite_are_an_error() -> None:
-    backbone = tiny_backbone()
-    with torch.no_grad():
-        backbone.get_parameter("encoder.3.weight").fill_(torch.inf)
-    with pytest.raises(ValueError, match="features of task 'spots' are not finite"):
-        pai.fit_head(backbone, tiny_task())
+        pai.fit_head(tiny_backbone(), tiny_task(train=2))
+    with pytest.raises(ValueError, match=r"'transfer'.*clean.*paper-transfer"):
+        pai.fit_head(tiny_backbone(), tiny_task(), protocol="transfer")
 
 
 def test_features_come_in_order_whatever_the_batches() -> None:

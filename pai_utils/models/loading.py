@@ -1,15 +1,7 @@
-"""Pre-trained image encoders, the classifier built on one, and the weights that may be pruned.
+"""Pre-trained image encoders, by the name of their weights.
 
-An encoder comes from one of five places:
-
-- a package of the environment that ships real weights (`BACKBONES`), read by checksum;
-- a file that its publisher offers (`PRESETS`), fetched once and only when asked for;
-- any timm model, with weights from the Hugging Face hub or at a seeded random initialisation;
-- the image tower of a CLIP model, through open_clip;
-- a local checkpoint for a timm architecture.
-
-Whatever the source, a `Backbone` maps images [N, 3, S, S] to features [N, feature_dim], knows the
-preprocessing its weights expect, and says where those weights come from.
+Wherever the weights come from, a `Backbone` maps images [N, 3, S, S] to features [N, feature_dim],
+knows the preprocessing that its weights expect, and says where they come from.
 """
 
 from __future__ import annotations
@@ -141,13 +133,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         valid = ["auto", "cpu", "cuda", "cuda:<index>", "mps"]
         raise unknown_name("device", device, valid) from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(target.type, False):
-        usable = ", ".join(kind for kind, there in available.items() if there)
+    mps = torch.backends.mps.is_available()
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}
+    if (target.index or 0) >= counts.get(target.type, 0):
+        usable = ", ".join(kind for kind, count in counts.items() if count)
         raise ValueError(f"device {str(device)!r} is not available here; choose auto or {usable}")
     return target
 

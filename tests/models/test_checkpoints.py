@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import http.server
 import logging
 import pickle
 import random
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -341,15 +339,10 @@ def test_altered_bytes_end_in_a_value_error_that_names_the_file_or_in_tensors(
             assert str(error).startswith("moco.pth ")  # noqa: PT017
             refused += 1
     assert refused > 100
-
-
-def test_a_flipped_bit_in_a_zipped_file_is_refused(tmp_path: Path) -> None:
-    path = saved(state_of(RESNET), tmp_path / "model.pth")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pth is truncated or damaged"):
-        loaded(path)
+    if zipped:  # a bit of a tensor, which has a checksum
+        path.write_bytes(content.replace(state["conv.weight"].numpy().tobytes(), b"\0" * 24))
+        with pytest.raises(ValueError, match=r"moco\.pth is truncated or damaged: the CRC"):
+            read_checkpoint(path)
 
 
 def test_a_file_name_must_be_complete_and_exist(tmp_path: Path) -> None:
@@ -503,60 +496,17 @@ def test_a_download_that_is_not_the_published_file_leaves_nothing_behind(
     publish("resnet50.in1k", state_of(RESNET), "sha256:00000000")
     with pytest.raises(ValueError, match=r"0676ba61\.pth is damaged.*was not kept; fetch it again"):
         small("resnet50.in1k", download=True)
-    page = tmp_path / "page.pth"
-    page.write_text("<!doctype html><title>Sign in</title>")
-    with pytest.raises(ValueError, match=r"page\.pth"):
-        obtain_weights("the weights of x", page.as_uri(), download=True)
+    file = tmp_path / "model.pth"
+    bodies = [saved(state_of(RESNET), file, zipped=zipped).read_bytes() for zipped in (True, False)]
+    # A connection that is cut ends like a complete one; a proxy may answer with a page of its own.
+    for body in (*(body[:-1000] for body in bodies), b"<!doctype html><title>Sign in</title>"):
+        file.write_bytes(body)
+        with pytest.raises(ValueError, match=r"model\.pth"):
+            obtain_weights("the weights of x", file.as_uri(), download=True)
+    file.unlink()
+    with pytest.raises(ConnectionError, match=r"model\.pth could not be fetched"):
+        obtain_weights("the weights of x", file.as_uri(), download=True)
     assert list((tmp_path / "weights").iterdir()) == []
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Announces a whole file and sends a part of it, then cuts the connection."""
-
-    body: bytes
-    sent: int
-
-    def do_GET(self) -> None:
-        if self.path != "/model.pth":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-        self.wfile.write(self.body[: self.sent])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_connection_that_is_cut_leaves_nothing_behind_even_without_a_published_digest(
-    zipped: bool, server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def obtain(file: str) -> Path:
-        return obtain_weights("the weights of x", f"{server}/{file}", download=True)
-
-    body = saved(state_of(RESNET), tmp_path / "whole.pth", zipped=zipped).read_bytes()
-    monkeypatch.setattr(Server, "body", body, raising=False)
-    monkeypatch.setattr(Server, "sent", len(body) - 1000, raising=False)
-    with pytest.raises((ValueError, ConnectionError), match=r"model\.pth"):
-        obtain("model.pth")
-    assert list((tmp_path / "weights").iterdir()) == []
-    with pytest.raises(ConnectionError, match=r"other\.pth could not be fetched .*404"):
-        obtain("other.pth")
-    assert list((tmp_path / "weights").iterdir()) == []
-    monkeypatch.setattr(Server, "sent", len(body))
-    assert obtain("model.pth").read_bytes() == body
 
 
 def test_a_preset_at_random_weights_needs_no_file() -> None:
@@ -636,16 +586,10 @@ def test_the_folder_of_weights_is_the_one_asked_for_or_torchvisions(
     assert weights_root() == tmp_path / "torch" / "hub" / "checkpoints"
 
 
-@pytest.mark.parametrize(
-    ("argument", "environment", "allowed"),
-    [
-        (None, None, False), (None, "1", True), (None, "0", False),
-        (True, "0", True), (False, "1", False),
-    ],
-)  # fmt: skip
-def test_what_is_asked_in_code_outweighs_the_environment(
-    argument: bool | None, environment: str | None, allowed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if environment is not None:
+def test_what_is_asked_in_code_outweighs_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not may_download(None)
+    for environment, allowed in (("1", True), ("0", False)):
         monkeypatch.setenv("PAI_DOWNLOAD", environment)
-    assert may_download(argument) is allowed
+        assert may_download(None) is allowed
+        assert may_download(True)
+        assert not may_download(False)
