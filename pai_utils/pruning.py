@@ -151,7 +151,7 @@ def prune(
             ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
             ``obs`` (:mod:`pai_utils.repair.methods`).
         repair_options: those of a :class:`~pai_utils.repair.methods.Repair`, by name.
-        repair_data: what the repair looks at; by default ``data``.
+        repair_data: samples for the repair; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
         seed: seed of every draw.
@@ -198,16 +198,16 @@ def follow(
 ) -> Pruned:
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
 
-    Unlike there, the mask's metadata do not identify the weights that it was made for, since
-    hashing them takes longer than pruning by scores that are known;
-    :func:`~pai_utils.masks.describe_weights` does that for a mask that goes to a file.
+    Unlike there, the mask's metadata do not identify the weights that it was made for: hashing
+    them takes longer than pruning by known scores. Add
+    :func:`~pai_utils.masks.describe_weights` to a mask that goes to a file.
 
     Args:
-        recipe: how.
+        recipe: how to prune.
         model: images to logits; it is untouched.
-        data: what the scores look at.
-        draw: of that, for the scores; its batches and its seed are the repair's too.
-        repair_data: what the repair looks at; by default ``data``.
+        data: samples for the scores.
+        draw: which of them the scores use; the repair takes its batch size and seed too.
+        repair_data: samples for the repair; by default ``data``.
         source: name of the data, for the mask's metadata.
         scores: of the dense model by this recipe and draw, where they are known already.
 

@@ -1,4 +1,4 @@
-"""How layers see their inputs as rows and their outputs as columns: what a solve works on."""
+"""Layers as linear maps of rows, which a least-squares solve works on."""
 
 from __future__ import annotations
 

@@ -330,7 +330,7 @@ class _Run:
                 target[key] = target[key] + (dense[key] - now)
 
     def before(self, name: str, original: Tensor, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Repair a place before its own output is computed, so that all later ones see it."""
+        """Repair a place before its own output is computed; all later inputs follow from it."""
         if (target := self.targets.get(name)) is None:
             return
         if is_norm(module):

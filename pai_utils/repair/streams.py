@@ -1,10 +1,10 @@
 """Where a network adds a layer's output to something it already has: its residual streams.
 
 Residual networks add what a branch computes to a stream that goes past it. Which layers end a
-branch, and what their outputs are added to, is read off one forward. Every addition of two tensors
-of one shape is looked at. A layer ends a branch if one of them is its output up to an affine map of
-each channel (a BatchNorm in evaluation mode, a LayerScale, dropout that is off), while the other
-went into or came out of a module. Where two branches meet, the one that is computed last is found,
+branch, and what their outputs are added to, is read off one forward, from every addition of two
+tensors of one shape. A layer ends a branch if one of them is its output up to an affine map of each
+channel (a BatchNorm in evaluation mode, a LayerScale, dropout that is off), while the other went
+into or came out of a module. Where two branches meet, the one that is computed last is found,
 since only then the other is known. Outputs that are rearranged before they are added, as in
 windowed attention, are not found.
 """
@@ -30,8 +30,8 @@ _AFFINE = 1e-6  # the share of the operand's variance that rounding may leave un
 class Residual:
     """The sum ``stream + scale · output + shift`` that a module's output goes into."""
 
-    place: str  #: module at which the stream is seen, before the sum
-    side: str  #: whether as its ``"input"`` or its ``"output"``
+    place: str  #: module that the stream passes before the sum
+    side: str  #: whether it is the module's ``"input"`` or ``"output"``
     scale: Tensor  #: ``[channels]``; zero for a channel that never varied
 
 
