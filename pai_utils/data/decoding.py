@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,6 +34,8 @@ from pai_utils.support.stored import write_atomically
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
+Block = tuple[Positions, Tensor, list[ValueError]]
+"""Positions of images, the images as uint8 [n, 3, S, S], and what others could not be read for."""
 _CHUNK = 64
 _WORKERS = 8
 _CACHE_FORMAT = 2
@@ -64,12 +66,10 @@ class ImageArrays:
             return pixels.unsqueeze(1).expand(-1, 3, -1, -1)
         return pixels.permute(0, 3, 1, 2)
 
-    def resized(
-        self, positions: Positions, transform: ImageTransform
-    ) -> Iterator[Tensor | ValueError]:
-        """Each image as uint8 [3, S, S]."""
+    def blocks(self, positions: Positions, transform: ImageTransform) -> Iterator[Block]:
+        """Resized images, some at a time."""
         for chunk in _chunked(positions):
-            yield from transform.resize(self.raw(chunk))
+            yield chunk, transform.resize(self.raw(chunk)), []
 
     def fingerprint(self, positions: Positions) -> str:
         """What tells these images from others."""
@@ -88,10 +88,8 @@ class ImageFiles:
     paths: Sequence[Path]  #: one an image
     labels: NDArray[np.int64]  #: [N]
 
-    def resized(
-        self, positions: Positions, transform: ImageTransform
-    ) -> Iterator[Tensor | ValueError]:
-        """Each image as uint8 [3, S, S]; an error in the place of a file that is unreadable."""
+    def blocks(self, positions: Positions, transform: ImageTransform) -> Iterator[Block]:
+        """Resized images, some at a time, and the errors of those that cannot be read."""
 
         def read(position: int) -> Tensor | ValueError:
             try:
@@ -99,9 +97,14 @@ class ImageFiles:
             except ValueError as error:
                 return error
 
+        none = torch.empty(0, 3, transform.image_size, transform.image_size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
             for chunk in _chunked(positions):
-                yield from pool.map(read, chunk.tolist())
+                results = list(pool.map(read, chunk.tolist()))
+                images = [result for result in results if isinstance(result, Tensor)]
+                errors = [result for result in results if isinstance(result, ValueError)]
+                found = chunk[[isinstance(result, Tensor) for result in results]]
+                yield found, torch.stack(images) if images else none, errors
 
     def fingerprint(self, positions: Positions) -> str:
         """What tells these files from others: names, sizes and times of change."""
@@ -205,18 +208,18 @@ def decode(
 
     def fill(out: Pixels) -> Positions:
         """Write the images that can be read into `out`, one after the other."""
-        kept: list[int] = []
-        results = source.resized(positions, transform)
-        shown: Iterable[Tensor | ValueError] = progress(results, f"decoding {name}", len(positions))
-        for position, result in zip(positions.tolist(), shown, strict=True):
-            if isinstance(result, Tensor):
-                out[len(kept)] = result.numpy()
-                kept.append(position)
-            elif on_error == "raise":
+        kept, filled = [positions[:0]], 0
+        blocks = source.blocks(positions, transform)
+        steps = math.ceil(len(positions) / _CHUNK)
+        for found, images, errors in progress(blocks, f"decoding {name}", steps):
+            if errors and on_error == "raise":
                 raise ValueError(
-                    f'{result}; restore the file, or pass on_error="skip" to leave such images out'
-                ) from result
-        return np.asarray(kept, dtype=np.int64)
+                    f'{errors[0]}; restore the file, or pass on_error="skip" to leave it out'
+                ) from errors[0]
+            out[filled : filled + len(found)] = images.numpy()
+            kept.append(found)
+            filled += len(found)
+        return np.concatenate(kept)
 
     pixels = _OF_PROCESS.empty(shape)
     if pixels is not None:
