@@ -248,14 +248,14 @@ def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
         One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
         dense_accuracy, chance, count, seeds``; ``low`` and ``high`` bound the retention.
     """
-    dense = _dense_rows(table)
+    dense = table[table.scorer == "dense"].set_index("target")
     keys = ["source", "target", "scorer", "sparsity"]
     rows = []
     for key, group in table.groupby(keys, sort=False):
-        target = cast(tuple[str, ...], key)[1]
-        reference = dense[target]
-        known = {"dense_accuracy": reference["accuracy"], "chance": reference["chance"]}
-        rows.append(dict(zip(keys, key, strict=True)) | known | _mean_retention(group, dense))
+        place = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
+        known = dense.loc[place["target"]]
+        place |= {"dense_accuracy": known.accuracy, "chance": known.chance}
+        rows.append(place | _mean_retention(group, dense))
     columns = ["accuracy", "retention", "low", "high", "dense_accuracy", "chance", "count", "seeds"]
     return pd.DataFrame(rows, columns=[*keys, *columns])
 
@@ -271,13 +271,13 @@ def held_out_retention(
     Args:
         table: as from :func:`~pai_utils.studies.sweeps.sweep`.
         sources: what masks were computed on.
-        own: average over the tasks that it was computed on instead.
+        own: average over the tasks that a mask *was* computed on instead.
 
     Returns:
         One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
-        count, seeds``; ``count`` is the number of test items over all held-out tasks.
+        count, seeds``; ``count`` is the number of test items over all those tasks.
     """
-    dense = _dense_rows(table)
+    dense = table[table.scorer == "dense"].set_index("target")
     rows = []
     for source in sources:
         seen = table[table.source.isin([source, "none"])]
@@ -288,24 +288,18 @@ def held_out_retention(
     return pd.DataFrame(rows)
 
 
-def _mean_retention(group: pd.DataFrame, dense: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_retention(group: pd.DataFrame, dense: pd.DataFrame) -> dict[str, Any]:
     """Of one scorer and sparsity, averaged over the targets of its rows."""
-    correct = {
-        target: np.stack(list(rows.correct)) for target, rows in group.groupby("target", sort=False)
-    }
-    references = [dense[str(target)] for target in correct]
-    chances = [reference["chance"] for reference in references]
-    replicates = retention_replicates(
-        [*correct.values()], [reference["correct"] for reference in references], chances
+    by_target = group.groupby("target", sort=False).correct
+    correct = {target: np.stack(list(seeds)) for target, seeds in by_target}
+    reference = dense.loc[list(correct)]
+    low, high = interval(
+        retention_replicates([*correct.values()], [*reference.correct], [*reference.chance])
     )
-    low, high = interval(replicates)
     accuracies = [float(right.mean()) for right in correct.values()]
-    each = [
-        retention(accuracy, reference["accuracy"], chance)
-        for accuracy, reference, chance in zip(accuracies, references, chances, strict=True)
-    ]
+    known = zip(accuracies, reference.accuracy, reference.chance, strict=True)
     return {
-        "retention": float(np.mean(each)),
+        "retention": float(np.mean([retention(*each) for each in known])),
         "low": low,
         "high": high,
         "accuracy": float(np.mean(accuracies)),
@@ -313,9 +307,3 @@ def _mean_retention(group: pd.DataFrame, dense: Mapping[str, Mapping[str, Any]])
         "count": sum(right.shape[1] for right in correct.values()),
         "seeds": len(next(iter(correct.values()))),
     }
-
-
-def _dense_rows(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The dense encoder's row of each target."""
-    rows = table[table.scorer == "dense"].to_dict("records")
-    return {str(row["target"]): {str(k): v for k, v in row.items()} for row in rows}

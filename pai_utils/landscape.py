@@ -28,15 +28,13 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from pai_utils.curvature.diagonals import ggn_diagonal
 from pai_utils.curvature.products import (
-    GGNOperator,
     check_directions,
     directional_terms,
     inner_product,
 )
 from pai_utils.curvature.quadratic import partial_terms
-from pai_utils.curvature.spectra import Eigenpairs, top_eigenpairs
+from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, prunable_parameters
@@ -162,40 +160,12 @@ def losses_along(
     )
 
 
-@dataclass(frozen=True)
-class TaskCurvature:
-    """The Gauss-Newton matrix of one task's loss at the encoder's weights."""
-
-    diagonal: Mapping[str, Tensor]  #: by parameter name
-    eigenpairs: Eigenpairs  #: the largest ones, of the same parameters
-
-
-def task_curvature(
-    model: nn.Module, data: Samples, draw: Draw, *, eigenvectors: int = 5, products: int = 30
-) -> TaskCurvature:
-    """Diagonal, by one drawn label a sample, and top eigenpairs of a task's Gauss-Newton matrix.
-
-    Costs a forward and two backwards for the diagonal, and about four passes for each of at most
-    ``products`` matrix products. The model is left as it was.
-    """
-    names = prunable_parameters(model)
-    diagonal = ggn_diagonal(model, names, data, draw)
-    operator = GGNOperator(model, names, data, draw)
-    # Angles are good to the residual over the gap to the next eigenvalue, which is not known.
-    pairs = top_eigenpairs(
-        operator, eigenvectors, products=products, tolerance=1e-2, seed=draw.seed
-    )
-    return TaskCurvature(diagonal, pairs)
-
-
 def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     """Principal angles between two subspaces of weights, in radians, the smallest first.
 
-    Small angles come from sines and large ones from cosines, each where it keeps its digits. Costs
-    kl inner products of all weights in float64, and a QR decomposition of the smaller set.
-    Sources: Björck & Golub (1973), "Numerical methods for computing angles between linear
-    subspaces"; between tops of Hessians: Gur-Ari et al. (2018), "Gradient descent happens in a
-    tiny subspace".
+    They come from their cosines, so that half of the digits of an angle near zero are lost. Costs
+    kl inner products of all weights in float64. Between tops of Hessians: Gur-Ari et al. (2018),
+    "Gradient descent happens in a tiny subspace".
 
     Args:
         left: orthonormal vectors ``[k, *shape]`` by name, as
@@ -218,33 +188,27 @@ def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     """
     if set(left) != set(right) or any(left[n].shape[1:] != right[n].shape[1:] for n in left):
         raise ValueError("the vectors are of different parameters")
-    if len(next(iter(left.values()))) < len(next(iter(right.values()))):
-        return principal_angles(right, left)
-
-    one, other = ({n: v.flatten(1).double() for n, v in side.items()} for side in (left, right))
-    cross = torch.stack([one[name] @ other[name].T for name in one]).sum(0)
-    # The sines are the singular values of what the left vectors do not span of the right ones, and
-    # of its triangular factor. A Gram matrix would lose half of their digits.
-    factor = cross.new_zeros(0, cross.shape[1])
-    for name in one:
-        rest = other[name] - cross.T @ one[name]
-        factor = torch.linalg.qr(torch.cat([factor, rest.T]), mode="r").R
-    sines = torch.linalg.svdvals(factor).flip(0).clamp(0, 1)
-    cosines = torch.linalg.svdvals(cross).clamp(0, 1)
-    return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+    cosines = torch.stack(
+        [left[n].flatten(1).double() @ right[n].flatten(1).double().T for n in left]
+    ).sum(0)
+    angles: Tensor = torch.linalg.svdvals(cosines).clamp(0, 1).acos()
+    return angles
 
 
 def task_alignment(
-    curvatures: Mapping[str, TaskCurvature], weights: Mapping[str, Tensor]
+    diagonals: Mapping[str, Direction],
+    eigenpairs: Mapping[str, Eigenpairs],
+    weights: Mapping[str, Tensor],
 ) -> pd.DataFrame:
-    """How alike the curvature of tasks is, pair by pair.
+    """How alike the Gauss-Newton matrices of tasks are, pair by pair.
 
     Costs a sort of all weights for each task, and for each pair the inner products of
     :func:`principal_angles` and two correlations.
 
     Args:
-        curvatures: by task.
-        weights: of the encoder, by the curvatures' names.
+        diagonals: of each task's matrix, by parameter.
+        eigenpairs: the largest ones of each.
+        weights: of the encoder.
 
     Returns:
         One row an ordered pair of different tasks, with ``source, target, eigenspace_overlap``
@@ -254,21 +218,21 @@ def task_alignment(
         (Pearson, of the diagonals, each weight counted by its square: what pruning sees).
 
     Raises:
-        ValueError: if curvatures and weights are of different parameters.
+        ValueError: if they are of different parameters.
     """
-    if any(set(curvature.diagonal) != set(weights) for curvature in curvatures.values()):
-        raise ValueError("the curvatures and weights are of different parameters")
+    if any(set(diagonal) != set(weights) for diagonal in diagonals.values()):
+        raise ValueError("the diagonals and the weights are of different parameters")
 
     def flat(tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
         parts = [tensors[name].detach().flatten().cpu() for name in weights]
         return np.asarray(torch.cat(parts).double())
 
     importance = np.square(flat(weights))
-    diagonals = {task: flat(curvature.diagonal) for task, curvature in curvatures.items()}
-    ranks = {task: rankdata(diagonal) for task, diagonal in diagonals.items()}
+    values = {task: flat(diagonal) for task, diagonal in diagonals.items()}
+    ranks = {task: rankdata(each) for task, each in values.items()}
     rows = []
-    for one, other in combinations(curvatures, 2):
-        pairs = curvatures[one].eigenpairs, curvatures[other].eigenpairs
+    for one, other in combinations(diagonals, 2):
+        pairs = eigenpairs[one], eigenpairs[other]
         angles = principal_angles(pairs[0].vectors, pairs[1].vectors)
         row = {
             "eigenspace_overlap": float(angles.cos().square().mean()),
@@ -276,7 +240,7 @@ def task_alignment(
             "smallest_angle": math.degrees(float(angles.min())),
             "largest_angle": math.degrees(float(angles.max())),
             "rank_correlation": _correlation(ranks[one], ranks[other]),
-            "weighted_correlation": _correlation(diagonals[one], diagonals[other], importance),
+            "weighted_correlation": _correlation(values[one], values[other], importance),
         }
         rows += [{"source": a, "target": b} | row for a, b in ((one, other), (other, one))]
     return pd.DataFrame(rows)

@@ -15,17 +15,13 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from pai_utils.curvature.products import HessianOperator
-from pai_utils.curvature.spectra import spectral_density
+from pai_utils.curvature.diagonals import ggn_diagonal
+from pai_utils.curvature.products import GGNOperator, HessianOperator
+from pai_utils.curvature.spectra import spectral_density, top_eigenpairs
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.evaluation import interval, summarise_retention
 from pai_utils.finetuning import Training, train
-from pai_utils.landscape import (
-    predicted_and_measured,
-    pruning_direction,
-    task_alignment,
-    task_curvature,
-)
+from pai_utils.landscape import predicted_and_measured, pruning_direction, task_alignment
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.pruning import Recipe
@@ -175,7 +171,8 @@ def measure(
     dense = suite.classifier(config.source)
     directions = {str(i): pruning_direction(dense, mask) for i, mask in enumerate(masks.values())}
     made = pd.DataFrame(list(masks), columns=["source", "scorer", "sparsity"])
-    parts, curvatures = [], {}
+    weights = {name: dense.get_parameter(name) for name in prunable_parameters(dense)}
+    parts, diagonals, eigenpairs, rows = [], {}, {}, []
     for target, task in progress(suite.tasks.items(), "tasks", len(suite.tasks)):
         model = suite.classifier(target)
         found = predicted_and_measured(
@@ -183,16 +180,16 @@ def measure(
         )
         place = made.loc[found.direction.astype(int)].reset_index(drop=True)
         parts.append(place.assign(target=target).join(found.drop(columns="direction")))
-        sizes = {"eigenvectors": config.eigenvectors, "products": config.products}
-        curvatures[target] = task_curvature(model, task.train, draw, **sizes)
+        diagonals[target] = ggn_diagonal(model, list(weights), task.train, draw)
+        operator = GGNOperator(model, list(weights), task.train, draw)
+        # Angles are good to the residual over the gap to the next eigenvalue, which is not known.
+        eigenpairs[target] = pairs = top_eigenpairs(
+            operator, config.eigenvectors, products=config.products, tolerance=1e-2, seed=draw.seed
+        )
+        values = zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)
+        rows += [(target, rank, *pair, pairs.converged) for rank, pair in enumerate(values, 1)]
     losses = pd.concat(parts, ignore_index=True)
-    weights = {name: dense.get_parameter(name) for name in prunable_parameters(dense)}
-    alignment = task_alignment(curvatures, weights)
-    rows = []
-    for target, curvature in curvatures.items():
-        pairs = curvature.eigenpairs
-        for i, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True), 1):
-            rows.append((target, i, float(value), float(residual), pairs.converged))
+    alignment = task_alignment(diagonals, eigenpairs, weights)
     columns = ["task", "rank", "eigenvalue", "residual", "converged"]
     cells = _cells(losses, kept, masks, alignment)
     return Landscape(losses, cells, alignment, pd.DataFrame(rows, columns=columns), kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -28,40 +28,34 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
+def checked(check: Callable[[Any], object]) -> AfterValidator:
+    """Keep a value that a check does not refuse."""
+
+    def keep(value: Any) -> Any:
+        check(value)
+        return value
+
+    return AfterValidator(keep)
+
+
 def one_of(kind: str, names: Collection[str]) -> AfterValidator:
     """A check that a parameter is one of some names."""
-
-    def check(name: str) -> str:
-        check_names(kind, [name], names)
-        return name
-
-    return AfterValidator(check)
+    return checked(lambda name: check_names(kind, [name], names))
 
 
-def _known_task(name: str) -> str:
-    check_task_name(name)
-    return name
-
-
-def known_source(name: str) -> str:
+def check_source(name: str) -> None:
     """Refuse a source with an unknown part."""
     for part in name.split("+"):
         if part not in IMAGE_SETS:
             check_task_name(task_of(part), unlisted=IMAGE_SETS)
-    return name
-
-
-def _known_repair(text: str) -> str:
-    parse_repair(text)
-    return text
 
 
 # Names are looked up before a run starts, which would meet the last of them after minutes.
-TaskName = Annotated[str, AfterValidator(_known_task)]
-SourceName = Annotated[str, AfterValidator(known_source)]
+TaskName = Annotated[str, checked(check_task_name)]
+SourceName = Annotated[str, checked(check_source)]
 ScorerName = Annotated[str, one_of("scorer", SCORERS)]
 Precision = Annotated[str, one_of("precision", PRECISIONS)]
-Repair = Annotated[str, AfterValidator(_known_repair)]
+Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -93,10 +87,8 @@ class RunParameters(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_texts(cls, values: Any) -> Any:
+    def _read_texts(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Papermill's ``-p`` passes lists and mappings as text; read it."""
-        if not isinstance(values, Mapping):
-            return values
         return {name: _read_text(value) for name, value in values.items()}
 
     @classmethod
@@ -171,15 +163,11 @@ def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
     Raises:
         ValueError: no such notebook, or a value that its schema refuses.
     """
-    try:
-        text = notebook.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
     schema = schema_of(notebook.stem)
     try:
-        defaults = _defaults(text)
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{notebook} {error}") from error
+        defaults = _defaults(notebook.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
     check_names("parameter", values, schema.model_fields)
     return schema.from_notebook({**defaults, **values})
 
@@ -197,20 +185,11 @@ def schema_of(notebook: str) -> type[RunParameters]:
 
 @cache  # a grid reads one notebook for thousands of cells
 def _defaults(text: str) -> dict[str, Any]:
-    """The parameters that a notebook sets itself, from its file's text.
-
-    Raises:
-        ValueError, SyntaxError: with what is wrong, to be put after the notebook's name.
-    """
-    try:
-        cells = json.loads(text)["cells"]
-        tagged = [
-            "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"is no readable notebook: {error!r}") from error
+    """The parameters that a notebook sets itself, from its file's text."""
+    cells = json.loads(text)["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
     if len(tagged) != 1:
-        raise ValueError("has no cell tagged 'parameters', or several")
+        raise ValueError("it has no cell tagged 'parameters', or several")
     return {
         target.id: ast.literal_eval(statement.value)
         for statement in ast.parse(tagged[0]).body
@@ -252,10 +231,8 @@ def combine(
     **common: Any,
 ) -> list[Recipe]:
     """A recipe for each scorer, sparsity and repair, in this order, alike in all else."""
-    return [
-        Recipe(scorer, sparsity, repair=repair, **common)
-        for scorer, sparsity, repair in itertools.product(scorers, sparsities, repairs)
-    ]
+    every = itertools.product(scorers, sparsities, repairs)
+    return [Recipe(scorer, s, repair=repair, **common) for scorer, s, repair in every]
 
 
 class SeveralSources(EncoderParameters):

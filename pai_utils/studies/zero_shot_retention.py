@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self, cast
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
 from pai_utils.evaluation import Evaluation
@@ -21,25 +21,25 @@ from pai_utils.studies.parameters import (
     ScorerName,
     Seeds,
     TaskName,
+    check_source,
+    checked,
     combine,
-    known_source,
     one_of,
 )
 from pai_utils.studies.suite import Suite
 from pai_utils.studies.sweeps import sweep
 
 
-def _known_sources(names: str | list[str]) -> str | list[str]:
+def _check_sources(names: str | list[str]) -> None:
     for name in [names] if isinstance(names, str) else names:
-        known_source(name)
-    return names
+        check_source(name)
 
 
 class Parameters(Masks):
     """Parameters of the notebook ``zero_shot_retention``."""
 
     #: One or several, as of `pai_utils.data.mixtures`.
-    source: Annotated[str | list[str], AfterValidator(_known_sources)]
+    source: Annotated[str | list[str], checked(_check_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
     seeds: Seeds
