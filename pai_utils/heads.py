@@ -90,7 +90,8 @@ def fit_head(
         task: only the part that the protocol names is used.
         protocol: ``"clean"`` fits on ``task.train``. ``"paper-transfer"`` fits on ``task.test``,
             the very images that accuracy is reported on, as some public code does; it is here to
-            measure what that leak is worth (:func:`pai_utils.evaluation.protocol_gap`).
+            measure what that leak is worth:
+            :func:`~pai_utils.studies.zero_shot_retention.protocol_gap`.
         inverse_penalty: scikit-learn's ``C``, the inverse of the L2 penalty's strength.
         batch_size: images a forward.
 

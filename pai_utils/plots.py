@@ -78,7 +78,7 @@ def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float
     """Retention on the validation part against sparsity; what was chosen is in a square.
 
     Args:
-        candidates: as from :func:`~pai_utils.studies.prune_your_own.validation_sweep`.
+        candidates: as from :func:`~pai_utils.studies.prune_your_own.compare_candidates`.
         choice: as from :func:`~pai_utils.studies.prune_your_own.choose`.
         tolerance: as given to it; a dashed line is at what must be kept.
     """
@@ -386,7 +386,8 @@ def error_parts(parts: pd.DataFrame) -> Figure:
     """What the diagonal model drops of the measured increase, part by part.
 
     Args:
-        parts: as from :func:`~pai_utils.landscape.error_parts`, with a column ``panel``.
+        parts: as from :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a column
+            ``panel``.
     """
     names = list(dict.fromkeys(parts.part))
 

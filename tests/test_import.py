@@ -38,5 +38,5 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'scoer'"):
+    with pytest.raises(AttributeError, match="pai_utils attribute scoer"):
         pai_utils.scoer  # type: ignore[attr-defined]  # noqa: B018

@@ -53,8 +53,9 @@ def list_fields(
     """Append the fields of a pydantic model to its description, with the comments beside them."""
     if not _is_model(thing):
         return
-    owners = [thing, *(base for base in thing.__bases__ if base.__name__.startswith("_"))]
-    for owner in reversed(owners):
+    for owner in reversed(thing.__mro__):  # what all notebooks have comes first
+        if not _is_model(owner) or owner is BaseModel:
+            continue
         comments = ModuleAnalyzer.for_module(owner.__module__)
         comments.analyze()
         for field, annotation in owner.__annotations__.items():
@@ -76,6 +77,14 @@ def skip_fields(
     return True if _is_model(owner) and name in owner.model_fields else None
 
 
+def keep_sentences(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Give an attribute an empty type, so that napoleon takes no words before a colon for it."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = f": {lines[0]}"
+
+
 def _is_model(thing: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(thing, type) and issubclass(thing, BaseModel)
 
@@ -85,5 +94,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-before-read-docs", import_types)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", list_fields)
+    app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_fields)
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}

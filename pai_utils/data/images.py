@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -167,7 +167,7 @@ class ImageTransform:
         return images.to(torch.float32).sub_(shift).div_(scale)
 
 
-Transform = ImageTransform | Callable[["Image"], Tensor]
+Transform = ImageTransform | Callable[[Any], Tensor]
 """What is applied to images: an encoder's, or any callable from PIL to a float [3, H, W]."""
 
 

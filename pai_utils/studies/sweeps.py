@@ -64,7 +64,8 @@ def sweep(
     Returns:
         One row a source, recipe, seed and target, and the dense rows (scorer ``"dense"``, sparsity
         0): columns ``target, source, scorer, sparsity, seed, accuracy, loss, count, chance,
-        correct`` (the last one ``[count]`` bool). The scorer is :attr:`Recipe.label`.
+        correct`` (the last one ``[count]`` bool). The scorer is the recipe's
+        :attr:`~pai_utils.pruning.Recipe.label`.
 
     Raises:
         ValueError: for a recipe that cannot be followed, an unknown source or precision, or a
