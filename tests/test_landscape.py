@@ -116,17 +116,15 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
     for row in table.to_dict("records"):
         a, name = row["fraction"], row["direction"]
         terms, part = exact[name], parts[name]
-        assert row["gradient"] == pytest.approx(a * terms.gradient)
-        assert row["hessian"] == pytest.approx(a**2 * terms.hessian / 2)
-        assert row["taylor"] == pytest.approx(row["gradient"] + row["hessian"])
-        assert row["ggn"] == pytest.approx(a**2 * terms.ggn / 2)
-        assert row["diagonal"] == pytest.approx(a**2 * part.diagonal / 2)
-        assert row["blocks"] == pytest.approx(a**2 * part.blocks / 2)
-        assert row["tensors"] == pytest.approx(a**2 * part.tensors / 2)
-        assert row["dense_loss"] == pytest.approx(terms.loss)
-        assert row["count"] == 6
         (loss,) = losses_along(case.model, directions[name], drawn, [a])
-        assert row["measured"] == pytest.approx(loss - terms.loss)
+        gradient, half = a * terms.gradient, a**2 / 2
+        expected = {
+            "gradient": gradient, "hessian": half * terms.hessian, "ggn": half * terms.ggn,
+            "taylor": gradient + half * terms.hessian, "diagonal": half * part.diagonal,
+            "blocks": half * part.blocks, "tensors": half * part.tensors,
+            "dense_loss": terms.loss, "measured": loss - terms.loss, "count": 6,
+        }  # fmt: skip
+        assert {column: row[column] for column in expected} == pytest.approx(expected)
 
 
 def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
