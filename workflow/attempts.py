@@ -1,7 +1,8 @@
 """What came of every start of a cell, kept when the cell's process is not there any more.
 
-Each start writes a file `ATTEMPTS/CELL/TIME.json`, again when it ends. One whose process was killed
-stays `running`; whoever reads it sees that the process is gone, or that a later attempt began.
+A start adds a line to the file `ATTEMPTS/CELL.jsonl`, and another when it ends. One whose process
+was killed has no second line; whoever reads it sees that the process is gone, or that a later start
+began.
 """
 
 import json
@@ -10,60 +11,40 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any
 
-from pai_utils.support.stored import write_atomically
-
-Outcome = Literal["running", "finished", "failed", "stopped", "killed"]
-
-
-@dataclass
-class Attempt:
-    """One start of a cell."""
-
-    cell: str
-    started: datetime
-    host: str
-    process: int
-    outcome: Outcome = "running"
-    seconds: float | None = None  # None: it never said
-    error: str = ""
-
-    def write(self, path: Path) -> None:
-        """Write it, all of it or nothing."""
-        content = {**asdict(self), "started": self.started.isoformat()}
-        write_atomically(path, json.dumps(content).encode())
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read what was written."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**content, "started": datetime.fromisoformat(content["started"])})
+Attempt = dict[str, Any]
+"""`started, host, process, outcome`; once it ended also `seconds` and `error`."""
 
 
 @contextmanager
 def attempt(folder: Path, cell: str) -> Iterator[Attempt]:
     """Record an attempt; the caller sets its `outcome` and `error`; an exception is a failure."""
     begin = time.monotonic()
-    this = Attempt(
-        cell=cell, started=datetime.now(UTC), host=socket.gethostname(), process=os.getpid()
-    )
-    path = folder / cell / f"{this.started:%Y%m%dT%H%M%S.%fZ}.json"
-    this.write(path)
+    path = folder / f"{cell}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = datetime.now(UTC).isoformat()
+    this = {"started": started, "host": socket.gethostname(), "process": os.getpid()}
+    _add(path, {**this, "outcome": "running"})
+    end: Attempt = {"error": ""}
     try:
-        yield this
+        yield end
     except BaseException as error:
-        this.outcome = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        this.error = this.error or f"{type(error).__name__}: {error}".strip(": ")
+        end["outcome"] = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        end["error"] = end["error"] or f"{type(error).__name__}: {error}".strip(": ")
         raise
     finally:
-        this.seconds = round(time.monotonic() - begin, 1)
+        end["seconds"] = round(time.monotonic() - begin, 1)
         # A full disk is what may have ended the cell; its own error matters more.
         with suppress(OSError):
-            this.write(path)
+            _add(path, {**this, **end})
+
+
+def _add(path: Path, entry: Attempt) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def read_attempts(
@@ -78,20 +59,26 @@ def read_attempts(
     """
     found: dict[str, list[Attempt]] = {}
     for cell in cells:
-        attempts = [Attempt.read(path) for path in sorted((folder / cell).glob("*.json"))]
-        for this in attempts:
-            if this.outcome == "running" and (over or this is not attempts[-1] or not _lives(this)):
-                this.outcome = "killed"
-        found[cell] = attempts
+        path = folder / f"{cell}.jsonl"
+        attempts: dict[tuple[str, int], Attempt] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with suppress(ValueError):  # half a line, of a full disk
+                this = json.loads(line)
+                attempts[this["started"], this["process"]] = this
+        found[cell] = list(attempts.values())
+        for this in found[cell]:
+            if this["outcome"] == "running":
+                alive = not over and this is found[cell][-1] and _lives(this)
+                this["outcome"] = "running" if alive else "killed"
     return found
 
 
 def _lives(this: Attempt) -> bool:
     """Whether the process is there, as far as one can see from this computer."""
-    if this.host != socket.gethostname():
+    if this["host"] != socket.gethostname():
         return True
     try:
-        os.kill(this.process, 0)
+        os.kill(this["process"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:

@@ -122,7 +122,7 @@ def failures(layout: Layout, cells: Iterable[str]) -> list[str]:
         if (layout.executed / f"{name}.ipynb").exists():
             continue
         if attempts:
-            error = attempts[-1].error or (log.is_file() and last_error(log)) or KERNEL_DIED
+            error = attempts[-1].get("error") or (log.is_file() and last_error(log)) or KERNEL_DIED
             lines += [f"{name}: {error}", f"  read it as far as it ran: {log}"]
         elif scores.exists():
             text = scores.read_text(encoding="utf-8", errors="replace").strip() or KERNEL_DIED

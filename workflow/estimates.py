@@ -6,8 +6,9 @@ without values, and hours follow from a speed that the device sustains. Left out
 of heads, and what a scorer does beyond forwards and backwards, such as inverting blocks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from pai_utils.data.mixtures import IMAGE_SETS, MOST_POOLED, UNLABELLED_IMAGES, 
 from pai_utils.data.tasks import check_size, part_sizes
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.models.loading import load_backbone
+from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_SAMPLES
 from pai_utils.scorers import SCORERS
-from pai_utils.studies.parameters import EncoderParameters, RunParameters
+from pai_utils.studies.parameters import EncoderParameters, RunParameters, combine
 
 LIBRARIES_MIB = 1200
-FIGURES_MIB = 3
+FIGURES_MIB = 2.5
 REPAIR_MIB = 1000  # products of layers' inputs
 BLOCKS_MIB = 4096  # most of the sums of Fisher blocks
 
@@ -70,18 +72,33 @@ def sizes(name: str, config: Any) -> dict[str, int]:
     return found
 
 
+def recipes_of(config: Any) -> list[Recipe]:
+    """How the masks of a study are made, those of one scorer next to each other."""
+    if hasattr(config, "starts"):
+        starts = [start for start in config.starts if start != "dense"]
+        return [config.recipe(start, s) for start in starts for s in config.sparsities]
+    if hasattr(config, "recipes"):
+        return list(config.recipes)
+    return [Recipe(scorer, config.sparsity) for scorer in config.scorers]
+
+
+def sources_of(config: Any) -> list[str]:
+    """What the masks of a study are computed on."""
+    return getattr(config, "sources", [config.pool] if hasattr(config, "pool") else config.tasks)
+
+
 class Work:
     """The work of one cell, counted in images."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.tasks: list[str] = config.tasks
-        self.images = [sizes(name, config) for name in self.tasks]
+        self.images = [sizes(name, config) for name in config.tasks]
         self.train, self.test = (sum(s[split] for s in self.images) for split in ("train", "test"))
         self.forwards: float = self.train + self.test  # for heads and dense accuracies
         self.longest = 0.0  # of single scores
         self.copies = 12  # of the weights, at once in memory
         self.kept = 0  # files with a byte a weight
+        self.rows = 0  # of tables
 
     def steps(self, images: float) -> None:
         """Forwards and backwards."""
@@ -100,76 +117,68 @@ class Work:
             )
         return min(samples or most, most)
 
-    def sweep(
-        self,
-        scorers: Iterable[str],
-        sources: Sequence[str],
-        seeds: int = 1,
-        repairs: Sequence[str] = ("none",),
-    ) -> int:
-        """Masks of scorers, sources and seeds with each repair; returns how many there are."""
-        count = len(getattr(self.config, "sparsities", [0]))
-        rounds = getattr(self.config, "rounds", 1)
-        # More than one round leads to each mask by itself.
-        times = 1 if rounds == 1 else rounds * count * len(repairs)
-        wanted = getattr(self.config, "repair_options", {}).get("samples", REPAIR_SAMPLES)
-        masks = 0
-        for name in scorers:
-            scorer, given = SCORERS[name], getattr(self.config, "options", {}).get(name, {})
-            passes = scorer.passes({**scorer.options, **given}) if scorer.needs_data else 0
+    def masks(self, recipes: Iterable[Recipe], seeds: int = 1) -> int:
+        """Scores and repairs of a sweep; returns how many masks there are."""
+        made, sources = 0, sources_of(self.config)
+        for name, group in groupby(recipes, lambda recipe: recipe.scorer):
+            alike, scorer = list(group), SCORERS[name]
             draws = seeds if scorer.seeded else 1
-            samples = given.get("samples", self.config.samples)
-            for place, source in enumerate(sources):
-                if scorer.needs_data:
-                    images = passes * self.looked_at(source, samples, scorer.needs_head)
-                    self.longest = max(self.longest, 3 * images)
-                    self.steps(draws * times * images)
-                made = [r for r in repairs if r != "none" or scorer.needs_data or not place]
-                repaired = draws * count * rounds * (len(made) - made.count("none"))
-                self.forwards += 2 * repaired * min(wanted, self.looked_at(source, None))
+            # Their first round is the same.
+            times = draws * (1 + sum(recipe.rounds - 1 for recipe in alike))
+            draw = getattr(self.config, "draws", {}).get(name, self.config.draw)
+            for source in sources if scorer.needs_data else []:
+                passes = scorer.passes({**scorer.options, **alike[0].options})
+                images = passes * self.looked_at(source, draw.samples, scorer.needs_head)
+                self.longest = max(self.longest, 3 * images)
+                self.steps(times * images)
+            for recipe in alike:
+                repaired = recipe.repair != "none"
+                places = sources if repaired or scorer.needs_data else sources[:1]
+                made += draws * len(places)
+                self.rows += 2 * draws * len(places) * len(self.images)
+                wanted = recipe.repair_options.get("samples", REPAIR_SAMPLES)
+                taken = sum(min(wanted, self.looked_at(place, None)) for place in places)
+                self.forwards += 2 * draws * recipe.rounds * taken * repaired
                 self.copies = 40 if repaired else self.copies
-                masks += draws * count * len(made)
-        return masks
+        return made
 
 
 def count_work(notebook: str, work: Work, config: Any) -> None:
     """Count what a notebook does beyond heads and dense accuracies."""
-    pool = str(getattr(config, "prune_by", None) or getattr(config, "source", ""))
+    recipes = recipes_of(config)
+    masks = work.masks(recipes, len(getattr(config, "seeds", [0])))
     if notebook == "prune_per_task":
-        work.kept = work.sweep(config.scorers, config.sources)
-        work.forwards += work.kept * work.test / len(work.tasks)
+        work.kept = masks
+        work.forwards += masks * work.test / len(work.images)
     elif notebook == "scorer_atlas":
-        masks = work.sweep(config.scorers, config.sources, len(config.seeds))
         work.forwards += masks * work.test
-    elif notebook == "zero_shot_retention":
-        masks = work.sweep(config.scorers, config.sources, len(config.seeds), config.repairs)
-        masks += work.sweep(config.scorers[:1], config.sources)  # without pre-training
+    elif notebook == "zero_shot_retention":  # and the encoder without pre-training
+        masks += work.masks(combine(config.scorers[:1], config.sparsities))
         work.forwards += masks * work.test + 2 * (work.train + work.test)
-    elif notebook == "prune_your_own":
-        masks = work.sweep(config.scorers, [pool], repairs=[config.repair])
-        masks += work.sweep(config.scorers[:1], [pool], repairs=[config.repair])  # the chosen one
+    elif notebook == "prune_your_own":  # and the chosen one
+        masks += work.masks(recipes[:1])
         work.forwards += masks * work.images[0]["validation"] + work.test
         work.steps(config.finetune_steps * config.finetune_batch_size)
         work.copies, work.kept = 40, 1 + 4 * len(config.formats)
     elif notebook == "finetune_recovery":
-        seeds, steps = len(config.seeds), len(config.steps)
-        starts = [config.repair if s == "repaired" else "none" for s in config.starts]
-        masks = work.sweep([config.scorer], [pool], seeds, starts)
-        runs = (masks + seeds * (len(config.penalties) - 1)) * len(config.learning_rates)
+        starts = masks + len(config.seeds) * (
+            len(config.penalties) - 1 + ("dense" in config.starts)
+        )
+        runs, steps = starts * len(config.learning_rates), len(config.steps)
         work.steps(runs * max(config.steps) * config.finetune_batch_size)
         # Heads are fitted anew at the last step.
         work.forwards += runs * ((steps + 1) * work.test + work.train)
         work.forwards += runs * steps * work.images[0]["validation"]
         work.copies = 40
     elif notebook == "landscape_analysis":
-        for scorers in (config.scorers, *(config.scorers[:1] for _ in config.comparisons)):
-            masks = work.sweep(scorers, config.tasks)
-            images = len(work.tasks) * (config.samples or work.train / len(work.tasks))
+        studies = [masks, *(work.masks(recipes[:1]) for _ in config.comparisons)]
+        for masks in studies:
+            images = len(work.images) * (config.samples or work.train / len(work.images))
             # What all steps to masks share, each of them, and products for eigenvectors.
             work.steps((5 + 2 * masks + 2.5 * config.products) * images)
             work.forwards += (1 + masks * len(config.fractions)) * images
             work.forwards += work.train + masks * work.test
-            work.copies = max(work.copies, 16 + 4 * masks + config.products)
+        work.copies = 16 + 4 * studies[0] + config.products
         spectrum = config.spectrum_samples or work.images[0]["train"]
         work.steps(4 * config.probes * config.lanczos_steps * 3.1 * spectrum)
         plane = sum(min(config.plane_images or s["test"], s["test"]) for s in work.images[:2])
@@ -210,7 +219,7 @@ def estimate(notebook: str, config: RunParameters, tflops: float) -> dict[str, f
         "hours": work.forwards * hours,
         "score_hours": work.longest * hours,
         "memory_mib": LIBRARIES_MIB + (4 * numbers + pixels) / 2**20 + products,
-        "results_mib": FIGURES_MIB + work.kept * size.prunable / 2**20,
+        "results_mib": FIGURES_MIB + (120 * work.rows + work.kept * size.prunable) / 2**20,
         "pixels_mib": pixels / 2**20,
     }
 
@@ -218,5 +227,5 @@ def estimate(notebook: str, config: RunParameters, tflops: float) -> dict[str, f
 def downloads(configs: Iterable[RunParameters]) -> dict[str, int]:
     """The data sets on disk that cells need, each once, with their megabytes."""
     encoders = [config for config in configs if isinstance(config, EncoderParameters)]
-    names = dict.fromkeys(name for config in encoders for name in Work(config).tasks)
+    names = dict.fromkeys(name for config in encoders for name in config.tasks)
     return {name: DATASETS[name].megabytes for name in names if name in DATASETS}

@@ -73,16 +73,16 @@ def main() -> int:
             held_gpus(arguments.gpus),
         ):
             if execute(arguments.notebook, parameters, arguments.out, arguments.log):
-                this.outcome = "failed"
-                this.error = last_error(arguments.log) or KERNEL_DIED
+                this["outcome"] = "failed"
+                this["error"] = last_error(arguments.log) or KERNEL_DIED
             else:
                 partial = arguments.copy.with_suffix(".partial")
                 shutil.copyfile(arguments.log, partial)
                 partial.replace(arguments.copy)
-                this.outcome = "finished"
+                this["outcome"] = "finished"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return 0 if this.outcome == "finished" else 1
+    return 0 if this["outcome"] == "finished" else 1
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import argparse
 import sys
 
 import pandas as pd
-from cells import NOTEBOOKS, Layout
+from cells import Layout
 from grids import read_grid
-from planned import PLANNED_TFLOPS
+from planned import PLANNED_TFLOPS, read_cell
 
 
 def plan(grid: str, tflops: float) -> str:
@@ -20,28 +20,24 @@ def plan(grid: str, tflops: float) -> str:
         ValueError: The grid is none, a cell is refused, or `tflops` is not above 0.
         FileNotFoundError: A folder of images does not exist.
     """
-    from estimates import downloads, estimate
+    from estimates import downloads
 
     from pai_utils.data.datasets import DATASETS
-    from pai_utils.studies.parameters import read_parameters
 
     if not tflops > 0:
         raise ValueError(f"tflops must be above 0, got {tflops}")
-    configs, rows = {}, {}
-    for name, cell in read_grid(Layout(grid).grid_file).items():
-        try:
-            configs[name] = read_parameters(NOTEBOOKS / f"{cell.notebook}.ipynb", cell.parameters)
-            rows[name] = estimate(cell.notebook, configs[name], tflops)
-        except ValueError as error:
-            raise ValueError(f"cell {name!r}: {error}") from error
-    table = pd.DataFrame.from_dict(rows, orient="index")
+    cells = [read_cell(cell, tflops) for cell in read_grid(Layout(grid).grid_file).values()]
+    table = pd.DataFrame([{"cell": cell, **estimate} for cell, _, estimate in cells])
     columns = {
+        "cell": "cell",
         "forwards": "forwards",
         "hours": "GPU hours",
         "results_mib": "results, MiB",
         "pixels_mib": "pixels, MiB",
     }
-    shown = table[list(columns)].rename(columns=columns).rename_axis("cell").reset_index()
+    shown = table[list(columns)].rename(columns=columns)
+    needed = downloads(config for _, config, _ in cells)
+    listed = ", ".join(f"{name} {size:,}" for name, size in needed.items())
     lines = [
         shown.to_string(index=False, float_format="{:,.3g}".format),
         f"\n{len(table)} rows, {table.hours.sum():,.1f} hours on a device that sustains "
@@ -49,17 +45,11 @@ def plan(grid: str, tflops: float) -> str:
         "Decoded images are shared by the rows of one task and size; the largest row needs "
         f"{table.pixels_mib.max() / 1024:,.1f} GiB of them, in memory or beside the data.",
     ]
-    needed = downloads(configs.values())
     if needed:
-        listed = ", ".join(f"{name} {size:,}" for name, size in needed.items())
-        lines.append(
-            f"Data sets to have on disk, in MB: {listed}; {sum(needed.values()):,} together."
-        )
-    lines += [
-        f"{name} cannot be downloaded. {DATASETS[name].by_hand}."
-        for name in needed
-        if DATASETS[name].by_hand
-    ]
+        total = sum(needed.values())
+        lines.append(f"Data sets to have on disk, in MB: {listed}; {total:,} together.")
+    by_hand = [name for name in needed if DATASETS[name].by_hand]
+    lines += [f"{name} cannot be downloaded. {DATASETS[name].by_hand}." for name in by_hand]
     return "\n".join(lines)
 
 
@@ -67,12 +57,8 @@ def main() -> int:
     """Estimate the grid that the command line names."""
     parser = argparse.ArgumentParser(description="Estimate GPU hours and disk of a grid's cells.")
     parser.add_argument("grid", help="the name of a file in workflow/grids")
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=PLANNED_TFLOPS,
-        help="what the device sustains, in 10^12 floating-point operations a second",
-    )
+    speed = "what the device sustains, in 10^12 floating-point operations a second"
+    parser.add_argument("--tflops", type=float, default=PLANNED_TFLOPS, help=speed)
     arguments = parser.parse_args()
     try:
         print(plan(arguments.grid, arguments.tflops))

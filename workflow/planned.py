@@ -54,7 +54,7 @@ def read_plan(layout: Layout) -> dict[str, dict[str, Any]]:
             "code": codes[cell.notebook],
         }
         same = known.get(name, {}).items() >= entry.items()
-        plan[name] = known[name] if same else {**entry, **_resources(name, cell)}
+        plan[name] = known[name] if same else {**entry, **_resources(cell)}
     content = {"key": key, "estimated": estimated, "cells": plan}
     write_atomically(layout.plan, json.dumps(content, indent=1).encode())
     return plan
@@ -70,19 +70,28 @@ def _code(library: Library, notebook: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _resources(name: str, cell: Cell) -> dict[str, float]:
-    """An estimate, if the notebook is a study of the library."""
-    if not (ROOT / LIBRARY / "studies" / f"{cell.notebook}.py").is_file():
-        return {"memory_mib": LEAST_MIB, "hours": 0.0, "score_hours": 0.0}
+def read_cell(cell: Cell, tflops: float) -> tuple[str, Any, dict[str, float]]:
+    """A cell's name, parameters and estimate.
+
+    Raises:
+        ValueError: The parameters are refused; the message names the cell.
+    """
     from estimates import estimate
 
     from pai_utils.studies.parameters import read_parameters
 
     try:
         config = read_parameters(NOTEBOOKS / f"{cell.notebook}.ipynb", cell.parameters)
-        found = estimate(cell.notebook, config, PLANNED_TFLOPS)
+        return cell.name, config, estimate(cell.notebook, config, tflops)
     except ValueError as error:
-        raise ValueError(f"cell {name!r}: {error}") from error
+        raise ValueError(f"cell {cell.name!r}: {error}") from error
+
+
+def _resources(cell: Cell) -> dict[str, float]:
+    """An estimate, if the notebook is a study of the library."""
+    if not (ROOT / LIBRARY / "studies" / f"{cell.notebook}.py").is_file():
+        return {"memory_mib": LEAST_MIB, "hours": 0.0, "score_hours": 0.0}
+    found = read_cell(cell, PLANNED_TFLOPS)[2]
     found["memory_mib"] = math.ceil(found["memory_mib"])
     return {key: found[key] for key in ("memory_mib", "hours", "score_hours")}
 

@@ -6,7 +6,6 @@ only the pages that changed, in a site of its own.
 """
 
 import argparse
-import filecmp
 import re
 import shutil
 import subprocess
@@ -21,10 +20,10 @@ DRAFT = Path("build/draft")
 
 
 def stage(site: Path, executed: Path | None = None) -> None:
-    """Make the site's copy of the book's sources equal to the sources.
+    """Make the site's copy of the book's sources equal to the sources, their dates included.
 
     Args:
-        site: The site's folder. What is equal there already keeps its date.
+        site: The site's folder.
         executed: The folder of executed copies to show; None: those that the site has.
 
     Raises:
@@ -33,42 +32,20 @@ def stage(site: Path, executed: Path | None = None) -> None:
     for source in map(Path, SITE_SOURCES[:3]):
         if not source.exists():
             raise ValueError(f"{source} is missing: this is not the folder of the book's sources")
+    site.mkdir(parents=True, exist_ok=True)
+    for old in [*site.glob("book/*"), *site.glob("results")]:
+        if old.is_dir() and not old.is_symlink() and old.name != "executed":
+            shutil.rmtree(old)
+        elif old.name != "executed" or executed is not None:
+            old.unlink()
     for source in map(Path, SITE_SOURCES):
         if source.is_dir():
-            _mirror(source, site / source)
+            hidden = shutil.ignore_patterns("executed", "__pycache__", ".*")
+            shutil.copytree(source, site / source, ignore=hidden, dirs_exist_ok=True)
         elif source.exists():
-            _copy(source, site / source)
+            shutil.copy2(source, site / source)
     if executed is not None:
-        link = site / "book" / "executed"
-        link.unlink(missing_ok=True)
-        link.symlink_to(executed.resolve(), target_is_directory=True)
-
-
-def _mirror(source: Path, target: Path) -> None:
-    wanted = [
-        path
-        for path in source.iterdir()
-        if path.name not in ("executed", "__pycache__") and not path.name.startswith(".")
-    ]
-    kinds = {path.name: path.is_dir() for path in wanted}
-    for entry in target.iterdir() if target.is_dir() else ():
-        if entry.name == "executed" or kinds.get(entry.name) == entry.is_dir():
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    for path in wanted:
-        if path.is_dir():
-            _mirror(path, target / path.name)
-        else:
-            _copy(path, target / path.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not (target.exists() and filecmp.cmp(source, target, shallow=False)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        (site / "book/executed").symlink_to(executed.resolve(), target_is_directory=True)
 
 
 def render(site: Path, log: Path, *, draft: bool = False) -> list[str]:
@@ -92,12 +69,13 @@ def render(site: Path, log: Path, *, draft: bool = False) -> list[str]:
             return []
     found = complaints(log)
     # An incremental build is silent about warnings in pages that it does not read again.
-    pages = {Path(line.partition(":")[0]).resolve() for line in found}
-    if all(page.is_file() and page.is_relative_to(site.resolve()) for page in pages):
-        for page in pages:
-            page.touch()
-    else:
-        shutil.rmtree(build / ".doctrees", ignore_errors=True)
+    for line in found:
+        page = Path(line.partition(":")[0])
+        if page.is_relative_to(site.absolute()):
+            read = build / ".doctrees" / page.relative_to(site.absolute())
+            read.with_suffix(".doctree").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(build / ".doctrees", ignore_errors=True)
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,19 @@ from pai_utils.support.stored import write_atomically
 
 def scores(config: Any) -> list[str]:
     """Compute the scores of a study's encoder on its sources; returns what was computed."""
-    from pai_utils.pruning import Recipe
+    from estimates import recipes_of, sources_of
+
     from pai_utils.scorers import SCORERS
     from pai_utils.studies.suite import Suite
-    from pai_utils.support.sampling import Draw
 
     suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
-    sources = getattr(config, "sources", config.tasks)
-    if hasattr(config, "prune_by"):
-        sources = [config.prune_by or config.source]
     done = []
-    for scorer in getattr(config, "scorers", None) or [config.scorer]:
-        for source in sources if SCORERS[scorer].needs_data else []:
+    for name, recipe in {recipe.scorer: recipe for recipe in recipes_of(config)}.items():
+        draw = getattr(config, "draws", {}).get(name, config.draw)
+        for source in sources_of(config) if SCORERS[name].needs_data else []:
             for seed in getattr(config, "seeds", [config.seed]):
-                draw = Draw(config.samples, config.batch_size, seed)
-                suite.score(Recipe(scorer), suite.source(source, seed=seed), draw)
-                done.append(f"{scorer} {source} {seed}")
+                suite.score(recipe, suite.source(source, seed=seed), replace(draw, seed=seed))
+                done.append(f"{name} {source} {seed}")
     return done
 
 

@@ -8,8 +8,8 @@ import csv
 import io
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from attempts import Attempt, read_attempts
 from cells import KERNEL_DIED, Layout, commit_of
@@ -30,62 +30,51 @@ COLUMNS = (
 )
 
 
-def status(layout: Layout, *, over: bool = False) -> list[dict[str, Any]]:
-    """Return one row a cell of the grid, in its order, with keys of `COLUMNS`.
+def write_status(layout: Layout, path: Path | None = None, *, over: bool = False) -> Path:
+    """Write the table, a row for each cell of the grid in its order, and return its path.
 
     Args:
         layout: of the grid.
+        path: to write; by default beside the logs.
         over: whether nothing of it runs any more.
     """
-    cells = read_grid(layout.grid_file)
-    attempts = read_attempts(layout.attempts, cells, over=over)
-    return [_row(layout, cell, attempts[cell]) for cell in cells]
+    path = layout.logs / "status.csv" if path is None else path
+    attempts = read_attempts(layout.attempts, read_grid(layout.grid_file), over=over)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_row(layout, cell, starts) for cell, starts in attempts.items())
+    write_atomically(path, text.getvalue().encode())
+    return path
 
 
-def _row(layout: Layout, cell: str, attempts: list[Attempt]) -> dict[str, Any]:
+def _row(layout: Layout, cell: str, attempts: list[Attempt]) -> dict[str, object]:
     finished = (layout.executed / f"{cell}.ipynb").is_file()
-    last = attempts[-1] if attempts else None
-    state = "finished" if finished else last.outcome if last else "not started"
-    row: dict[str, Any] = {"cell": cell, "state": state, "starts": len(attempts)}
-    if last is not None:
-        row |= {
-            "started, UTC": f"{last.started:%Y-%m-%d %H:%M}",
-            "minutes": None if last.seconds is None else round(last.seconds / 60, 1),
-            "device": last.host if not finished else "",
-        }
+    last: Attempt = attempts[-1] if attempts else {"outcome": "not started"}
+    state = "finished" if finished else last["outcome"]
+    row: dict[str, object] = {"cell": cell, "state": state, "starts": len(attempts)}
+    if attempts:
+        row["started, UTC"] = f"{datetime.fromisoformat(last['started']):%Y-%m-%d %H:%M}"
+        row["minutes"] = round(last["seconds"] / 60, 1) if "seconds" in last else None
+        row["device"] = "" if finished else last["host"]
     path = layout.executed / cell / "record.json"
     if finished and path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
-        row |= {
-            "memory, MiB": record.get("peak_memory_mib"),
-            "device": record.get("device", ""),
-            "commit": commit_of(record),
-        }
+        row["memory, MiB"] = record.get("peak_memory_mib")
+        row["device"] = record.get("device", "")
+        row["commit"] = commit_of(record)
+    failed = [each for each in attempts if each["outcome"] in ("failed", "killed", "stopped")]
     row["what failed"] = "; ".join(
-        f"{this.started:%H:%M} {this.outcome}: {_in_short(this)}"
-        for this in attempts
-        if this.outcome in ("failed", "killed", "stopped")
+        f"{datetime.fromisoformat(each['started']):%H:%M} {each['outcome']}: {_in_short(each)}"
+        for each in failed
     )
     return row
 
 
 def _in_short(this: Attempt, most: int = 120) -> str:
-    error = this.error
-    if not error and this.outcome == "killed":
-        error = "its process is gone"
-    text = " ".join((error or KERNEL_DIED).split())
+    gone = "its process is gone" if this["outcome"] == "killed" else KERNEL_DIED
+    text = " ".join((this.get("error") or gone).split())
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def write_status(layout: Layout, path: Path | None = None, *, over: bool = False) -> Path:
-    """Write the table, beside the logs unless told where, and return its path."""
-    path = layout.logs / "status.csv" if path is None else path
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(status(layout, over=over))
-    write_atomically(path, text.getvalue().encode())
-    return path
 
 
 if __name__ == "__main__":

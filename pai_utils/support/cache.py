@@ -43,16 +43,9 @@ MOST_BYTES = 20 * 2**30
 """What a folder holds at most; what was not used for longest makes room."""
 _FORMAT = "pai_utils.support.cache/3"
 _STARTED = time.time()
-# Packages whose modules compute the same as long as their version is the same.
-_PACKAGES = {
-    "numpy": "numpy",
-    "open_clip": "open_clip_torch",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "timm": "timm",
-    "torch": "torch",
-    "torchvision": "torchvision",
-}
+# Packages that compute, whose modules do the same as long as their version is the same.
+_PACKAGES = ("numpy", "open_clip_torch", "scikit-learn", "scipy", "timm", "torch", "torchvision")
+_KNOWN = {"numpy", "open_clip", "timm", "torch", "torchvision", *sys.stdlib_module_names}
 
 
 class Kept(NamedTuple):
@@ -160,11 +153,10 @@ class _Describer(pickle.Pickler):
         if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
             module = value.__module__ or "builtins"
             root = module.partition(".")[0]
-            known = root in _PACKAGES or root in sys.stdlib_module_names
             # Transforms of torchvision draw at random.
             if root == LIBRARY:
                 self.library.add(module)
-            elif not known or module.startswith("torchvision.transforms"):
+            elif root not in _KNOWN or module.startswith("torchvision.transforms"):
                 raise pickle.PicklingError(f"{value} may be anything")
         return None
 
@@ -182,7 +174,7 @@ class _Describer(pickle.Pickler):
 @cache
 def _versions() -> str:
     found = []
-    for package in _PACKAGES.values():
+    for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return " ".join(found)

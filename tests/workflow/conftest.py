@@ -160,8 +160,8 @@ class Project:
 
     def process(self, cell: str) -> int:
         """The process of a cell's last start."""
-        path = max((self.logs / "attempts" / cell).glob("*.json"))
-        process: int = json.loads(path.read_text())["process"]
+        lines = (self.logs / "attempts" / f"{cell}.jsonl").read_text().splitlines()
+        process: int = json.loads(lines[-1])["process"]
         return process
 
     def status(self) -> dict[str, dict[str, str]]:

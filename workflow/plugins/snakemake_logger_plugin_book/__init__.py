@@ -30,6 +30,12 @@ def duration(seconds: float) -> str:
 class LogHandler(LogHandlerBase):
     """Prints the progress over cells, and every warning and error that is not a cell's."""
 
+    writes_to_stream = True  # in the place of Snakemake's own
+    writes_to_file = False  # Snakemake's log file is written all the same
+    has_filter = True  # `emit` decides what is shown
+    has_formatter = False  # warnings and errors are worded by Snakemake
+    needs_rulegraph = False
+
     def __post_init__(self) -> None:
         """Start the clock."""
         self._begin = time.monotonic()
@@ -75,28 +81,3 @@ class LogHandler(LogHandlerBase):
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-    @property
-    def writes_to_stream(self) -> bool:
-        """True: this handler takes the place of Snakemake's own."""
-        return True
-
-    @property
-    def writes_to_file(self) -> bool:
-        """False: Snakemake's log file is written all the same."""
-        return False
-
-    @property
-    def has_filter(self) -> bool:
-        """True: `emit` decides what is shown."""
-        return True
-
-    @property
-    def has_formatter(self) -> bool:
-        """False: warnings and errors are worded by Snakemake."""
-        return False
-
-    @property
-    def needs_rulegraph(self) -> bool:
-        """False: no graph is drawn."""
-        return False
