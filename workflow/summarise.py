@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from answers import Stored, answers, held_out, overview
@@ -59,29 +60,16 @@ def runs(results: Path) -> pd.DataFrame:
 
 def repaired(results: Path) -> pd.DataFrame:
     """Retention on held-out tasks of every mask and repair, means over the sources."""
-    rows = []
-    for grid, tasks in TASKS.items():
-        for backbone, label in BACKBONES.items():
-            try:
-                table = held_out(results, grid, backbone)
-            except FileNotFoundError:
-                continue
-            for scorer in dict.fromkeys(table.scorer):
-                verdict = retention_verdict(table, scorer, threshold=0.9)
-                for row in verdict.itertuples():
-                    rows.append(
-                        {
-                            "encoder": label,
-                            "tasks": tasks,
-                            "method": scorer,
-                            "sparsity": row.sparsity,
-                            "retention": row.retention,
-                            "low": row.low,
-                            "high": row.high,
-                            "seeds": table[table.scorer == scorer].seeds.max(),
-                        }
-                    )
-    return pd.DataFrame(rows)
+    parts = []
+    for (grid, tasks), (backbone, label) in itertools.product(TASKS.items(), BACKBONES.items()):
+        with suppress(FileNotFoundError):
+            table = held_out(results, grid, backbone)
+            for method, own in table.groupby("scorer", sort=False):
+                verdict = retention_verdict(table, str(method), threshold=0.9)
+                shared = {"encoder": label, "tasks": tasks, "method": method}
+                parts.append(verdict.assign(**shared, seeds=own.seeds.max()))
+    columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
 
 
 def _methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -154,44 +142,51 @@ def levers(results: Path) -> pd.DataFrame:
     return pd.concat(rows)[["run", "tasks", *shown]]
 
 
-def recovery(results: Path) -> pd.DataFrame:
-    """Fine-tuning at every rate, and which one the source's validation part chose."""
-    columns = {
-        "encoder": "encoder",
-        "tasks": "tasks",
-        "start": "start",
-        "rounds": "rounds",
-        "optimiser": "optimiser",
-        "penalty": "penalty",
-        "sparsity": "sparsity",
-        "learning_rate": "rate",
-        "chosen": "chosen",
-        "source_retention_before": "source before",
-        "source_retention": "source after",
-        "held_out_retention_before": "held-out before",
-        "held_out_retention": "held-out after",
-        "held_out_gain": "gain",
-        "held_out_low": "low",
-        "held_out_high": "high",
-    }
-    parts = []
+def _recoveries(results: Path, file: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+    """One table of every stored run of fine-tuning, and the run's parameters."""
     for (grid, tasks), (backbone, label) in itertools.product(
         RECOVERIES.items(), BACKBONES.items()
     ):
-        for folder in sorted((results / grid).glob(f"finetune_recovery-{backbone}*")):
-            table = pd.read_csv(folder / "gains.csv")
-            keys = ["start", "sparsity", "penalty", "learning_rate"]
-            best = chosen_on_validation(table)[keys].assign(chosen="yes")
-            marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
-            used = read_record(folder).parameters
-            strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
-            marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
-            shared = {"rounds": rounds_of(used), "optimiser": used["optimiser"]}
-            parts.append(marked.assign(encoder=label, tasks=tasks, **shared))
+        for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/{file}.csv")):
+            used = read_record(path.parent).parameters
+            shared = {"encoder": label, "tasks": tasks, "rounds": rounds_of(used)}
+            yield pd.read_csv(path).assign(**shared, optimiser=used["optimiser"]), used
+
+
+def _named(parts: list[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
+    """Some columns of tables under each other, by other names."""
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts)[list(columns)].rename(columns=columns)
     return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
+
+
+def recovery(results: Path) -> pd.DataFrame:
+    """Fine-tuning at every rate, and which one the source's validation part chose."""
+    keys = ["start", "sparsity", "penalty", "learning_rate"]
+    parts = []
+    for table, used in _recoveries(results, "gains"):
+        best = chosen_on_validation(table)[keys].assign(chosen="yes")
+        marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
+        strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
+        marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
+        parts.append(marked)
+    same = ("encoder", "tasks", "start", "rounds", "optimiser", "penalty", "sparsity")
+    return _named(
+        parts,
+        {
+            **dict(zip(same, same, strict=True)),
+            "learning_rate": "rate",
+            "chosen": "chosen",
+            "source_retention_before": "source before",
+            "source_retention": "source after",
+            "held_out_retention_before": "held-out before",
+            "held_out_retention": "held-out after",
+            "held_out_gain": "gain",
+            "held_out_low": "low",
+            "held_out_high": "high",
+        },
+    )
 
 
 def refitted(results: Path) -> pd.DataFrame:
@@ -200,29 +195,24 @@ def refitted(results: Path) -> pd.DataFrame:
     Of runs from repaired masks, at the first sparsity, which is the one that the notebook re-fits
     heads for, and the largest rate.
     """
-    parts: list[pd.DataFrame] = []
-    for grid, (backbone, label) in itertools.product(RECOVERIES, BACKBONES.items()):
-        for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/refitted.csv")):
-            used = read_record(path.parent).parameters
-            if used["starts"][0] != "repaired":
-                continue
-            table = pd.read_csv(path)
-            table = table[table.learning_rate == table.learning_rate.max()]
-            parts.append(table.assign(encoder=label, rounds=rounds_of(used)))
-    if not parts:
-        return pd.DataFrame()
-    columns = {
-        "encoder": "encoder",
-        "rounds": "rounds",
-        "target": "task",
-        "dense": "dense",
-        "pruned": "before",
-        "frozen": "after",
-        "refitted": "re-fitted",
-        "learning_rate": "rate",
-    }
-    table = pd.concat(parts)[list(columns)].rename(columns=columns)
-    return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
+    parts = [
+        table[table.learning_rate == table.learning_rate.max()]
+        for table, used in _recoveries(results, "refitted")
+        if used["starts"][0] == "repaired"
+    ]
+    return _named(
+        parts,
+        {
+            "encoder": "encoder",
+            "rounds": "rounds",
+            "target": "task",
+            "dense": "dense",
+            "pruned": "before",
+            "frozen": "after",
+            "refitted": "re-fitted",
+            "learning_rate": "rate",
+        },
+    )
 
 
 def _pairs_of_the_atlas(table: pd.DataFrame) -> pd.DataFrame:
@@ -438,6 +428,12 @@ def summarise(results: Path) -> list[Path]:
     left = repaired(results)
     stored = stored_in(results, left)
     written = []
+
+    def write(name: str, content: str | bytes) -> None:
+        path = results / "summary" / name
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
+        written.append(path)
+
     for name, table in {
         "runs": stored.runs,
         "repaired": left,
@@ -456,30 +452,19 @@ def summarise(results: Path) -> list[Path]:
         "spectra": _significant(_landscape(results, "spectra")),
         "claims": stored.claims,
     }.items():
-        if table.empty:
-            continue
-        path = results / "summary" / f"{name}.csv"
-        content = _shown(table).to_csv(index=False, float_format="%.2f")
-        write_atomically(path, content.encode())
-        written.append(path)
-    pairs = stored.explorer
-    if not pairs.empty:
-        path = results / "summary" / "explorer.html"
+        if not table.empty:
+            write(f"{name}.csv", _shown(table).to_csv(index=False, float_format="%.2f"))
+    if not stored.explorer.empty:
         # As an inert script, since a page opened from disk may not fetch a file.
-        text = pairs.to_csv(index=False, float_format="%.3g")
-        content = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
-        write_atomically(path, content.encode())
-        written.append(path)
+        text = stored.explorer.to_csv(index=False, float_format="%.3g")
+        script = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
+        write("explorer.html", script)
     for chapter, text in answers(stored).items():
-        path = results / "summary" / "answers" / f"{chapter}.txt"
-        write_atomically(path, text.encode())
-        written.append(path)
+        write(f"answers/{chapter}.txt", text)
     for name, figure in _figures(stored):
         image = BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
-        path = results / "summary" / f"{name}.png"
-        write_atomically(path, image.getvalue())
-        written.append(path)
+        write(f"{name}.png", image.getvalue())
     return written
 
 
