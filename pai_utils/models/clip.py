@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,6 @@ class ImageTower(nn.Module):
         return F.normalize(self.visual(images), dim=-1)
 
 
-class Towers(NamedTuple):
-    """A CLIP model, what its images need, and where its weights come from."""
-
-    model: nn.Module
-    transform: ImageTransform
-    provenance: Provenance
-
-
 def load_towers(
     name: str,
     *,
@@ -57,12 +49,15 @@ def load_towers(
     pretrained: bool = True,
     seed: int = 0,
     download: bool | None = None,
-) -> Towers:
+) -> tuple[nn.Module, ImageTransform, Provenance]:
     """Build both towers of `clip:<model>@<weights>`, on the CPU, in evaluation mode.
 
     `<model>` is one of open_clip's; `<weights>` one of its tags for it, or the path of a local
     checkpoint. Without pre-training `clip:<model>` is enough. Arguments and errors are otherwise
     those of `load_backbone`.
+
+    Returns:
+        The whole model, what its images need, and where its weights come from.
     """
     if importlib.util.find_spec("open_clip") is None:
         raise ModuleNotFoundError(
@@ -107,14 +102,14 @@ def load_towers(
     size = given["size"][0] if isinstance(given["size"], (tuple, list)) else given["size"]
     transform = ImageTransform(size, given["mean"], given["std"], given["interpolation"])
     if path is None:
-        return Towers(towers.eval(), transform, Provenance.random(model, seed))
+        return towers.eval(), transform, Provenance.random(model, seed)
     weights = path.name if Path(tag).name == path.name else f"weights {tag}"
     provenance = Provenance(
         f"CLIP {model} through open_clip; {weights}",
         "MIT" if tag == "openai" else "unknown",
         f"sha256:{digest_of(path)}",
     )
-    return Towers(towers.eval(), transform, provenance)
+    return towers.eval(), transform, provenance
 
 
 def _find(name: str, config: dict[str, Any], download: bool) -> Path:
@@ -172,10 +167,10 @@ def zero_shot_head(
     import open_clip
 
     tokenizer = _load_tokenizer(backbone.name, may_download(download))
-    towers = load_towers(backbone.name, download=download)
-    if towers.provenance != backbone.provenance:
+    towers, _, provenance = load_towers(backbone.name, download=download)
+    if provenance != backbone.provenance:
         raise ValueError(f"the file of {backbone.name} changed since it was loaded; load it again")
-    model: Any = towers.model
+    model: Any = towers
     with torch.inference_mode():
         embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
         weight = model.logit_scale.exp() * embeddings.T

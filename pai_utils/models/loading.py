@@ -225,8 +225,10 @@ def _build(architecture: str, image_size: int, seed: int, weights: Path | None) 
 
 def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
     """Refuse an image size that does not divide into patches."""
-    # timm's transformers have it in a layer of their own, open_clip's themselves.
-    side = getattr(getattr(encoder, "patch_embed", encoder), "patch_size", (1,))[0]
+    # timm's transformers cut them in a layer of their own, open_clip's in their first convolution.
+    own = encoder.conv1 if hasattr(encoder, "patch_size") and hasattr(encoder, "conv1") else None
+    cut = getattr(getattr(encoder, "patch_embed", None), "proj", own)
+    side = cut.stride[0] if isinstance(cut, nn.Conv2d) else 1
     if image_size % side:
         below = image_size // side * side
         nearest = f"{below} and {below + side}" if below else f"{side}"

@@ -191,6 +191,12 @@ def test_a_timm_name_works_with_and_without_its_prefix(tiny: Backbone) -> None:
     assert load_backbone("test_resnet", pretrained=False).image_size == 160
 
 
+def test_patches_that_overlap_or_come_from_several_layers_take_any_size_that_fits() -> None:
+    for name in ("xcit_nano_12_p16_224", "pvt_v2_b0"):
+        backbone = load_backbone(name, image_size=64, pretrained=False, device="cpu")
+        assert backbone.image_size == 64
+
+
 def test_a_vision_transformer_takes_another_image_size() -> None:
     backbone = load_backbone("test_vit", image_size=48, pretrained=False, device="cpu")
     assert backbone.encoder.get_parameter("pos_embed").shape[1] == 1 + 9
