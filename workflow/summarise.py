@@ -150,7 +150,7 @@ def _recoveries(results: Path, file: str) -> Iterator[tuple[pd.DataFrame, dict[s
         for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/{file}.csv")):
             used = read_record(path.parent).parameters
             shared = {"encoder": label, "tasks": tasks, "rounds": rounds_of(used)}
-            yield pd.read_csv(path).assign(**shared, optimiser=used["optimiser"]), used
+            yield pd.read_csv(path).assign(**shared), used
 
 
 def _named(parts: list[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
@@ -166,6 +166,7 @@ def recovery(results: Path) -> pd.DataFrame:
     keys = ["start", "sparsity", "penalty", "learning_rate"]
     parts = []
     for table, used in _recoveries(results, "gains"):
+        table = table.assign(optimiser=used["optimiser"])
         best = chosen_on_validation(table)[keys].assign(chosen="yes")
         marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
         strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
