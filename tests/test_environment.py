@@ -1,9 +1,8 @@
-"""The lock, `pyproject.toml` and `environment.yml` name the same environment."""
+"""The locks, `pyproject.toml` and `environment.yml` name the same environments."""
 
 import itertools
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,135 +10,108 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCK_TEXT = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-
-EXTRAS = ("book", "clip", "export", "test")
+# The extras that each lock holds.
+EXTRAS = {"requirements": ("book", "clip", "export", "test"), "requirements-bench": ("bench",)}
 PYTHONS = ("3.11", "3.12", "3.13")
-PLATFORMS = (("linux", "Linux", "x86_64"), ("darwin", "Darwin", "arm64"))
-
-
-@dataclass(frozen=True)
-class Pin:
-    """One entry of the lock."""
-
-    requirement: Requirement
-    hashes: int
-
-    @property
-    def version(self) -> Version:
-        (specifier,) = self.requirement.specifier
-        assert specifier.operator == "=="
-        return Version(specifier.version)
-
-    def applies(self, environment: dict[str, str]) -> bool:
-        marker = self.requirement.marker
-        return marker is None or marker.evaluate(environment)
-
-
-def _read_lock() -> list[Pin]:
-    joined = re.sub(r"\\\n\s*", " ", LOCK_TEXT)
-    entries = [line for line in joined.splitlines() if line and not line.lstrip().startswith("#")]
-    pins = []
-    for entry in entries:
-        requirement, *hashes = re.split(r"\s+--hash=", entry)
-        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", value) for value in hashes), entry
-        pins.append(Pin(Requirement(requirement), len(hashes)))
-    return pins
-
-
-LOCK = _read_lock()
-DIRECT = [
-    Requirement(text)
-    for text in itertools.chain(
-        PROJECT["project"]["dependencies"],
-        *(PROJECT["project"]["optional-dependencies"][extra] for extra in EXTRAS),
-    )
-]
 ENVIRONMENTS = [
     {
         "python_version": python,
         "python_full_version": f"{python}.9",
-        "sys_platform": platform,
-        "platform_system": system,
+        "sys_platform": platform.lower(),
+        "platform_system": platform,
         "platform_machine": machine,
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
         "os_name": "posix",
     }
-    for python, (platform, system, machine) in itertools.product(PYTHONS, PLATFORMS)
+    for python in PYTHONS
+    for platform, machine in (("Linux", "x86_64"), ("Darwin", "arm64"))
 ]
+every_lock = pytest.mark.parametrize("lock", EXTRAS)
 
 
-def _pins(name: str, environment: dict[str, str]) -> list[Pin]:
-    wanted = canonicalize_name(name)
-    return [
-        pin
-        for pin in LOCK
-        if canonicalize_name(pin.requirement.name) == wanted and pin.applies(environment)
-    ]
+def text_of(lock: str) -> str:
+    return (ROOT / f"{lock}.lock").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
-def test_lock_holds_one_fitting_version_for_every_python_and_platform(
-    requirement: Requirement,
-) -> None:
+def pins(lock: str) -> list[Requirement]:
+    """The entries of a lock, each with a hash."""
+    joined = re.sub(r"\\\n\s*", " ", text_of(lock))
+    found = []
+    for entry in joined.splitlines():
+        if entry and not entry.lstrip().startswith("#"):
+            requirement, *hashes = re.split(r"\s+--hash=", entry)
+            assert hashes, entry
+            assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", value) for value in hashes), entry
+            found.append(Requirement(requirement))
+    return found
+
+
+def locked(lock: str, environment: dict[str, str]) -> dict[str, str]:
+    """The version of every package in one environment."""
+    versions: dict[str, str] = {}
+    for pin in pins(lock):
+        if pin.marker is None or pin.marker.evaluate(environment):
+            name = canonicalize_name(pin.name)
+            assert name not in versions, f"{name} is locked twice"
+            versions[name] = str(pin.specifier).removeprefix("==")
+    return versions
+
+
+def asked_for(lock: str) -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    texts = itertools.chain.from_iterable(extras[extra] for extra in EXTRAS[lock])
+    own = PROJECT["project"]["dependencies"] if lock == "requirements" else []
+    return [Requirement(text) for text in (*own, *texts)]
+
+
+@every_lock
+def test_a_lock_holds_one_fitting_version_for_every_python_and_platform(lock: str) -> None:
+    overridden = [Requirement(t).name for t in PROJECT["tool"]["uv"]["override-dependencies"]]
     for environment in ENVIRONMENTS:
-        (pin,) = _pins(requirement.name, environment)
-        assert pin.version in requirement.specifier, environment
+        versions = locked(lock, environment)
+        for requirement in asked_for(lock):
+            version = versions[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version, prereleases=True), requirement
+        assert not set(overridden) & set(versions)
 
 
-def test_no_package_is_locked_twice_for_one_environment() -> None:
-    for environment in ENVIRONMENTS:
-        names = [pin.requirement.name for pin in LOCK if pin.applies(environment)]
-        assert len(names) == len(set(names))
+@every_lock
+def test_a_lock_names_no_address_and_no_index(lock: str) -> None:
+    assert "://" not in text_of(lock)
+    assert [pin.name for pin in pins(lock) if pin.url] == []
+    assert re.findall(r"^\s*-", text_of(lock).replace("    --hash", ""), flags=re.MULTILINE) == []
 
 
-def test_every_entry_of_the_lock_has_a_hash() -> None:
-    assert [pin.requirement.name for pin in LOCK if pin.hashes == 0] == []
+def test_both_locks_hold_the_same_version_of_what_they_share() -> None:
+    first, second = (locked(lock, ENVIRONMENTS[0]) for lock in EXTRAS)
+    shared = set(first) & set(second)
+    assert {"torch", "timm", "pytest"} <= shared
+    assert {name for name in shared if second[name] != first[name]} == set()
 
 
-def test_lock_names_no_address_and_no_index() -> None:
-    assert "://" not in LOCK_TEXT
-    assert [pin.requirement.name for pin in LOCK if pin.requirement.url] == []
-    assert re.findall(r"^\s*-", LOCK_TEXT.replace("    --hash", ""), flags=re.MULTILINE) == []
-
-
-def test_lock_leaves_out_what_the_project_overrides() -> None:
-    for text in PROJECT["tool"]["uv"]["override-dependencies"]:
-        for environment in ENVIRONMENTS:
-            assert _pins(Requirement(text).name, environment) == []
-
-
-def test_lock_brings_the_installer_that_the_makefile_starts_with() -> None:
+def test_the_lock_brings_the_installer_that_the_makefile_starts_with() -> None:
     # The Makefile cuts uv's entry out of the lock and installs it without dependencies.
-    for environment in ENVIRONMENTS:
-        assert len(_pins("uv", environment)) == 1
-    assert len(re.findall(r"^uv==", LOCK_TEXT, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^uv==", text_of("requirements"), flags=re.MULTILINE)) == 1
+    assert all("uv" in locked("requirements", environment) for environment in ENVIRONMENTS)
 
 
-def test_conda_users_get_the_same_direct_dependencies() -> None:
+def test_conda_users_get_the_same_packages_on_a_supported_python() -> None:
     packages = next(entry["pip"] for entry in CONDA["dependencies"] if isinstance(entry, dict))
     *requirements, project = packages
-    assert {str(Requirement(text)) for text in requirements} == {str(r) for r in DIRECT}
-    assert len(requirements) == len(DIRECT)
+    asked = sorted(map(str, asked_for("requirements")))
+    assert sorted(str(Requirement(text)) for text in requirements) == asked
     assert project == "--editable ."
+    (python,) = [text for text in CONDA["dependencies"] if str(text).startswith("python ")]
+    supported = SpecifierSet(PROJECT["project"]["requires-python"])
+    assert SpecifierSet(python.removeprefix("python ")) == supported
 
 
-def test_conda_users_get_a_supported_python() -> None:
-    (python,) = [
-        entry.removeprefix("python ")
-        for entry in CONDA["dependencies"]
-        if isinstance(entry, str) and entry.startswith("python ")
-    ]
-    assert SpecifierSet(python) == SpecifierSet(PROJECT["project"]["requires-python"])
-
-
-def test_lock_covers_exactly_the_pythons_that_the_project_supports() -> None:
+def test_the_pythons_tested_are_those_that_the_project_supports() -> None:
     supported = SpecifierSet(PROJECT["project"]["requires-python"])
     assert [f"3.{minor}" for minor in range(30) if f"3.{minor}" in supported] == list(PYTHONS)
     prefix = "Programming Language :: Python :: "

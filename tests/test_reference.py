@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,8 @@ import pai_utils
 from pai_utils.scorers import SCORERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "book" / "api").glob("*.md"))
+PAGES = {path.stem: path.read_text("utf-8") for path in (ROOT / "book" / "api").glob("*.md")}
 DIRECTIVE = re.compile(r"^\.\. auto(?:module|function|class):: (\S+)\n((?: +\S.*\n)*)", re.M)
-ENTRY = re.compile(r"^   ~(\S+)$", re.M)
 
 
 def resolve(name: str) -> Any:
@@ -34,45 +34,48 @@ def option(options: str, name: str) -> list[str] | None:
     return found and re.findall(r"\w+", found[1])
 
 
-def public(module: ModuleType) -> list[str]:
-    """Names that autodoc takes for a module's members."""
-    return [n for n, v in vars(module).items() if inspect.getmodule(v) is module and n[0] != "_"]
+def members(module: ModuleType, options: str) -> Iterator[Any]:
+    """What a directive describes of a module: the names it lists, or all public ones."""
+    names = option(options, "members")
+    if names is not None:
+        public = [n for n, v in vars(module).items() if inspect.getmodule(v) is module]
+        left_out = option(options, "exclude-members") or []
+        for name in names or [name for name in public if not name.startswith("_")]:
+            if name not in left_out:
+                yield getattr(module, name)
 
 
-def described() -> Iterator[Any]:
-    for page in PAGES:
-        for name, options in DIRECTIVE.findall(page.read_text("utf-8")):
-            thing = resolve(name)
-            yield thing
-            members = option(options, "members")
-            if isinstance(thing, ModuleType) and members is not None:
-                left_out = option(options, "exclude-members") or []
-                for member in members or public(thing):
-                    if member not in left_out:
-                        yield getattr(thing, member)
+@cache
+def described() -> list[Any]:
+    things = []
+    for page in PAGES.values():
+        for name, options in DIRECTIVE.findall(page):
+            things.append(resolve(name))
+            if isinstance(things[-1], ModuleType):
+                things += members(things[-1], options)
+    return things
 
 
 def listed(page: str) -> list[Any]:
     """What the tables of a page name."""
-    return [resolve(n) for n in ENTRY.findall((ROOT / "book" / "api" / page).read_text("utf-8"))]
+    return [resolve(name) for name in re.findall(r"^   ~(\S+)$", PAGES[page], re.M)]
 
 
-@pytest.mark.parametrize("name", pai_utils.__all__)
-def test_a_public_name_is_in_the_tables_and_on_a_page(name: str) -> None:
-    thing = getattr(pai_utils, name)
-    assert sum(entry is thing for entry in listed("index.md")) == 1
-    assert any(entry is thing for entry in described())
-
-
-def test_the_tables_name_nothing_that_is_not_public() -> None:
-    assert len(listed("index.md")) == len(pai_utils.__all__)
-
-
-@pytest.mark.parametrize("name", SCORERS)
-def test_a_scorer_is_in_the_table_of_scorers_and_on_a_page(name: str) -> None:
-    scorer = SCORERS[name].function
-    assert any(entry is scorer for entry in listed("scores.md"))
-    assert any(entry is scorer for entry in described())
+@pytest.mark.parametrize(
+    ("page", "things"),
+    [
+        ("index", {name: getattr(pai_utils, name) for name in pai_utils.__all__}),
+        ("scores", {name: scorer.function for name, scorer in SCORERS.items()}),
+    ],
+)
+def test_the_tables_name_what_is_public_and_pages_describe_it(
+    page: str, things: dict[str, Any]
+) -> None:
+    tables = listed(page)
+    for name, thing in things.items():
+        assert sum(entry is thing for entry in tables) == 1, name
+        assert any(entry is thing for entry in described()), name
+    assert len(tables) == len(things)
 
 
 def test_nothing_is_described_twice() -> None:
@@ -83,4 +86,4 @@ def test_nothing_is_described_twice() -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     contents = (ROOT / "_toc.yml").read_text("utf-8")
-    assert [page.stem for page in PAGES if f"book/api/{page.stem}\n" not in contents] == []
+    assert [page for page in PAGES if f"book/api/{page}\n" not in contents] == []

@@ -66,7 +66,7 @@ def repaired(results: Path) -> pd.DataFrame:
             table = held_out(results, grid, backbone)
             for method, own in table.groupby("scorer", sort=False):
                 verdict = retention_verdict(table, str(method), threshold=0.9)
-                shared = {"encoder": label, "tasks": tasks, "method": method}
+                shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "method": method}
                 parts.append(verdict.assign(**shared, seeds=own.seeds.max()))
     columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
@@ -149,7 +149,7 @@ def _recoveries(results: Path, file: str) -> Iterator[tuple[pd.DataFrame, dict[s
     ):
         for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/{file}.csv")):
             used = read_record(path.parent).parameters
-            shared = {"encoder": label, "tasks": tasks, "rounds": rounds_of(used)}
+            shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "rounds": rounds_of(used)}
             yield pd.read_csv(path).assign(**shared), used
 
 
