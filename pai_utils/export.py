@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import json
 import math
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -249,10 +247,12 @@ def check_onnx(
         ModuleNotFoundError: if the extra ``export`` is not installed.
         ValueError: if the difference exceeds the tolerance or is not a number.
     """
-    runtime = _extra("onnxruntime")
+    _extra("onnxruntime")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no ONNX file at {path}")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
     difference = float((torch.from_numpy(found) - _logits(model, images)).abs().max())
     if not difference <= tolerance:
@@ -490,13 +490,11 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _extra(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+def _extra(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
         raise ModuleNotFoundError(
             f"ONNX files need {name}: pip install 'pai-utils[export]'", name=name
-        ) from error
+        )
 
 
 def _short(value: Tensor) -> str:

@@ -1,9 +1,13 @@
 """Which code of the library a notebook's result follows from."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from dependencies import Library
+
+ROOT = Path(__file__).parents[2]
 
 LIBRARY = {
     "__init__.py": "import lazy\n__getattr__ = lazy.attach(__name__)\n",
@@ -122,3 +126,30 @@ def test_names_that_stand_for_others_now_are_followed(tmp_path: Path) -> None:
     before = Library(tmp_path).digest(source)
     (folder / "use.py").write_text("from pai_utils.b import f\ndef g(): return f()\n")
     assert Library(tmp_path).digest(source) != before
+
+
+def test_notebooks_of_the_book_follow_from_the_figures_and_scorers_that_they_use(
+    tmp_path: Path,
+) -> None:
+    sources = {}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        sources[path.stem] = "\n".join(code)
+    folder = tmp_path / "pai_utils"
+    shutil.copytree(ROOT / "pai_utils", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {name: Library(tmp_path).digest(source) for name, source in sources.items()}
+
+    def concerned(file: str, old: str, new: str) -> set[str]:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new, 1))
+        after = {name: Library(tmp_path).digest(source) for name, source in sources.items()}
+        (folder / file).write_text(text)
+        return {name for name in sources if before[name] != after[name]}
+
+    figure = "def transfer_heatmap(summary: pd.DataFrame, sparsity: float"
+    assert concerned("plots.py", figure, f"{figure} = 0.5") == {"zero_shot_retention"}
+    assert concerned("plots.py", "Retention of every target", "Retention of a target") == set()
+    assert concerned("__main__.py", "def doctor(", "def physician(") == set()
+    assert concerned("scorers/baselines.py", ".abs()", ".square()") == set(sources)
