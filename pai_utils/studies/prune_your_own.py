@@ -48,14 +48,8 @@ class Parameters(RepairedMasks):
     @property
     def recipes(self) -> list[Recipe]:
         """The candidates."""
-        return combine(
-            self.scorers,
-            self.sparsities,
-            [self.repair],
-            scope=self.scope,
-            rounds=self.rounds,
-            repair_options=self.repair_options,
-        )
+        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
+        return combine(self.scorers, self.sparsities, [self.repair], **how)
 
 
 @dataclass(frozen=True)

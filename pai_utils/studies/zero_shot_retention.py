@@ -77,38 +77,25 @@ class Parameters(Masks):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity, with every repair."""
-        return combine(
-            self.scorers,
-            self.sparsities,
-            self.repairs,
-            scope=self.scope,
-            rounds=self.rounds,
-            repair_options=self.repair_options,
-        )
+        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
+        return combine(self.scorers, self.sparsities, self.repairs, **how)
 
 
 def run(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Masks of every source, recipe and seed, as of :func:`~pai_utils.studies.sweeps.sweep`."""
     return sweep(
-        suite,
-        config.sources,
-        config.recipes,
-        config.draw,
-        seeds=config.seeds,
-        precision=config.precision,
-    )
+        suite, config.sources, config.recipes, config.draw,
+        seeds=config.seeds, precision=config.precision,
+    )  # fmt: skip
 
 
 def run_plain(suite: Suite, config: Parameters) -> pd.DataFrame:
     """The same of the first scorer and seed alone, in one round and without repair."""
+    recipes = combine(config.scorers[:1], config.sparsities, scope=config.scope)
     return sweep(
-        suite,
-        config.sources,
-        combine(config.scorers[:1], config.sparsities, scope=config.scope),
-        config.draw,
-        seeds=config.seeds[:1],
-        precision=config.precision,
-    )
+        suite, config.sources, recipes, config.draw,
+        seeds=config.seeds[:1], precision=config.precision,
+    )  # fmt: skip
 
 
 def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
@@ -214,8 +201,8 @@ def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataF
 
     Args:
         summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
-        scorer: the one looked at.
-        sparsity: the one looked at.
+        scorer: of the masks compared.
+        sparsity: of the same.
 
     Returns:
         One row a source, the best first, with ``source, advantage, low, high, targets``; the
@@ -230,6 +217,5 @@ def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataF
     table = pd.DataFrame({"advantage": grouped.mean(), "targets": grouped.count()})
     error = 1.96 * grouped.sem()
     table["low"], table["high"] = table.advantage - error, table.advantage + error
-    return table.sort_values("advantage", ascending=False).reset_index()[
-        ["source", "advantage", "low", "high", "targets"]
-    ]
+    columns = ["source", "advantage", "low", "high", "targets"]
+    return table.sort_values("advantage", ascending=False).reset_index()[columns]
