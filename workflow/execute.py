@@ -22,8 +22,8 @@ from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
-# Batches of one size come and go. Where glibc keeps their memory, the kernel need not clear it again,
-# and large pages are faster: together a tenth of a forward's time and more of a backward's.
+# Batches of one size come and go. Memory that glibc keeps need not be cleared again, and large
+# pages are faster: together a tenth of a forward's time, and more of a backward's.
 MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
