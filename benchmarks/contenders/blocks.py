@@ -18,7 +18,6 @@ from pai_utils.curvature.blocks import BlockFisher
 
 BLOCK_SIZE = 128
 SAMPLES = 1024
-BATCH_SIZE = 64  # samples of a streamed batch
 DAMPING = 1e-2
 CHECKED = 8
 """Blocks that are compared with float64."""
@@ -75,10 +74,7 @@ def ours(gradients: Gradients) -> Steps:
 
     def whole() -> Vector:
         blocks = BlockFisher.from_gradients(
-            gradients.values,
-            block_size=gradients.block_size,
-            damping=DAMPING,
-            batch_size=BATCH_SIZE,
+            gradients.values, block_size=gradients.block_size, damping=DAMPING
         )
         return _checked(gradients, blocks.inverse_diagonal())
 

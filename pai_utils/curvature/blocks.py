@@ -30,30 +30,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.labels import DrawnLabels, TrueLabels
+from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import (
-    Call,
-    Cotangents,
+    Gradients,
     chunk_bytes,
     drawn_batches,
-    gradient_entries,
-    gradient_factors,
     receive_gradients,
-    samples_at_once,
 )
-from pai_utils.support.common import device_of, logger, undisturbed, unknown_name
+from pai_utils.support.common import check_names, device_of, logger, undisturbed
 from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 FISHER_ESTIMATORS = ("empirical", "mc")
 SMALLEST_DAMPING = 1e-10
 """Below it, rounding in float64 decides what the inverse of a singular block is."""
 
-_LEAST_CHUNK = 4 * 2**20  # bytes of matrices to factorise at once, however few are stored
 _BASE = 32  # matrices up to this size are left to LAPACK
 
 
@@ -79,20 +76,14 @@ class BlockFisher:
     start: int  #: a multiple of the block size
     stop: int
     damping: float
-    gram: Tensor | None  #: [blocks, B, B] float64, the mean of g gᵀ; None with fewer samples than B
-    gradients: Tensor | None  #: g/√m [blocks, m, B], if so
+    stored: Tensor
+    """Mean of g gᵀ, float64 ``[blocks, B, B]``; of m < B samples the g/√m ``[blocks, m, B]``."""
 
     @classmethod
     def from_gradients(
-        cls,
-        gradients: Tensor,
-        *,
-        block_size: int,
-        damping: float,
-        batch_size: int = 64,
-        name: str = "weights",
+        cls, gradients: Tensor, *, block_size: int, damping: float, name: str = "weights"
     ) -> BlockFisher:
-        """Blocks of given gradients ``[m, P]``, one row a sample, added ``batch_size`` at a time.
+        """Blocks of given gradients ``[m, P]``, one row a sample.
 
         Raises:
             ValueError: for a block size below one, or a damping that is not at least
@@ -100,14 +91,8 @@ class BlockFisher:
         """
         check_block_options(block_size, damping)
         samples, length = gradients.shape
-        size = min(block_size, length)
-        work = 4 * chunk_bytes(gradients.device)
-        sums = _BlockSums(name, (0, length), size, samples, gradients, work)
-        sums.stored.zero_()
-        for rows in torch.arange(samples, device=gradients.device).split(batch_size):
-            batch = gradients[int(rows[0]) : int(rows[-1]) + 1]
-            for lo, hi in sums.slices(len(rows)):
-                sums.add_(lo, batch[:, lo:hi], rows)
+        sums = _BlockSums(_Part(name, 0, length, min(block_size, length)), samples, gradients)
+        sums.add_(Gradients(name, torch.arange(samples), gradients))
         return sums.fisher(damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
@@ -132,16 +117,15 @@ class BlockFisher:
             ValueError: if a block is singular in float64 in spite of its damping.
         """
         parts = []
-        for chunk in self._chunks():
-            scale = self._scale(chunk)
+        for _, stored, scale in self._chunks():
             safe = torch.where(scale == 0, 1, scale)[:, None]
-            if self.gradients is None:
-                diagonal = _inverse_cholesky(self._scaled(chunk)).square_().sum(1)
-            else:
-                each = self.gradients[chunk].double() / safe[:, :, None].sqrt()
+            if self._few:
+                each = stored / safe[:, :, None].sqrt()
                 small = _with_diagonal(torch.bmm(each, each.mT), self.damping)
                 reduced = torch.bmm(_inverse_cholesky(small), each)
                 diagonal = (1 - reduced.square_().sum(1)) / self.damping
+            else:
+                diagonal = _inverse_cholesky(self._damped(stored, scale)).square_().sum(1)
             self._check(diagonal > 0, scale)
             parts.append(torch.where(scale[:, None] == 0, math.inf, diagonal / safe))
         return torch.cat(parts).flatten()[: self.stop - self.start]
@@ -166,61 +150,46 @@ class BlockFisher:
                 f"weights {tuple(weights.shape)} and keep {tuple(keep.shape)} must both have the "
                 f"shape ({length},), that of entries {self.start} to {self.stop} of {self.name!r}"
             )
-        size = self._block_size
-        w = _pad(weights.double(), size).reshape(-1, size)
-        kept = _pad(keep.double(), size).reshape(-1, size)
+        size = self.stored.shape[-1]
+        w, kept = (_pad(v.double(), size).reshape(-1, size) for v in (weights, keep))
         parts = []
-        for chunk in self._chunks():
+        for chunk, stored, scale in self._chunks():
             k = kept[chunk]
-            damped = self._scaled(chunk)
+            damped = self._damped(stored, scale)
             # F_kk δ_k = F_kq w_q, with the rows and columns of q replaced by those of I.
             right = k * torch.bmm(damped, ((1 - k) * w[chunk])[:, :, None]).squeeze(2)
             system = damped * k[:, :, None] * k[:, None, :] + torch.diag_embed(1 - k)
             factor = _inverse_cholesky(system)
             moved = torch.bmm(factor.mT, torch.bmm(factor, right[:, :, None])).squeeze(2)
-            self._check(moved.isfinite() | ~w[chunk].isfinite(), self._scale(chunk))
+            self._check(moved.isfinite() | ~w[chunk].isfinite(), scale)
             parts.append(torch.where(k > 0, w[chunk] + moved, 0))
         return torch.cat(parts).flatten()[:length].to(weights.dtype)
 
     @property
-    def _block_size(self) -> int:
-        return self._stored.shape[-1]
+    def _few(self) -> bool:
+        """Whether gradients are stored, fewer than a block has weights."""
+        return self.stored.shape[1] < self.stored.shape[2]
 
-    @property
-    def _stored(self) -> Tensor:
-        stored = self.gram if self.gradients is None else self.gradients
-        assert stored is not None
-        return stored
-
-    def _chunks(self) -> Iterator[slice]:
-        """Blocks to factorise at once."""
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks to factorise at once: which, what is stored, and their mean diagonals ``[b]``."""
         # About six such chunks exist at a time: together no more than the sums' quarter for work.
-        stored = self._stored
-        share = max(_LEAST_CHUNK, stored.numel() * stored.element_size() // 24)
-        step = max(1, min(chunk_bytes(stored.device), share) // (8 * self._block_size**2))
-        for first in range(0, len(self._stored), step):
-            yield slice(first, min(first + step, len(self._stored)))
+        count, _, size = self.stored.shape
+        share = max(2**22, self.stored.numel() * self.stored.element_size() // 24)
+        step = max(1, min(2 * chunk_bytes(self.stored.device), share) // (8 * size**2))
+        for first in range(0, count, step):
+            chunk = slice(first, min(first + step, count))
+            stored = self.stored[chunk].double()
+            squares = stored.square().sum(1) if self._few else stored.diagonal(dim1=1, dim2=2)
+            lengths = torch.full((len(stored),), size).to(squares)
+            if chunk.stop == count:  # over the weights that the last one really has
+                lengths[-1] = (self.stop - self.start - 1) % size + 1
+            yield chunk, stored, squares.sum(1) / lengths
 
-    def _scale(self, chunk: slice) -> Tensor:
-        """Mean diagonal of each undamped block, ``[b]``, over the weights that it really has."""
-        if self.gradients is None:
-            trace = self._stored[chunk].diagonal(dim1=1, dim2=2).sum(1)
-        else:
-            trace = self.gradients[chunk].double().square().sum((1, 2))
-        lengths = torch.full_like(trace, self._block_size)
-        if chunk.stop == len(self._stored):
-            lengths[-1] = (self.stop - self.start - 1) % self._block_size + 1
-        return trace / lengths
-
-    def _scaled(self, chunk: slice) -> Tensor:
+    def _damped(self, stored: Tensor, scale: Tensor) -> Tensor:
         """F over its scale, ``[b, B, B]``; the damping alone where the gradients are zero."""
-        scale = self._scale(chunk)
-        stored = self._stored[chunk]
-        if self.gradients is not None:
-            each = stored.double()
-            stored = torch.bmm(each.mT, each)
+        gram = torch.bmm(stored.mT, stored) if self._few else stored
         safe = torch.where(scale == 0, 1, scale)
-        return _with_diagonal(stored / safe[:, None, None], self.damping)
+        return _with_diagonal(gram / safe[:, None, None], self.damping)
 
     def _check(self, right: Tensor, scale: Tensor) -> None:
         # Gradients that are not finite are for the caller to find in the result.
@@ -272,11 +241,9 @@ def fisher_blocks(
             classes.
     """
     check_block_options(block_size, damping)
-    if estimator not in FISHER_ESTIMATORS:
-        raise unknown_name("estimator", estimator, FISHER_ESTIMATORS)
+    check_names("estimator", [estimator], FISHER_ESTIMATORS)
     indices = draw.indices(data)
-    parameters = dict(model.named_parameters())
-    weights = {name: parameters[name].detach() for name in names}
+    weights = {name: model.get_parameter(name).detach() for name in names}
     passes = _plan(weights, block_size, len(indices), memory_budget)
     logger.info(
         "Fisher blocks of %d weights within %.2f GiB: %d %s over %d samples",
@@ -286,17 +253,24 @@ def fisher_blocks(
         "pass" if len(passes) == 1 else "passes",
         len(indices),
     )
-    work = memory_budget // 4
+    device, room = device_of(model), memory_budget // 4
+    drawn_labels = DrawnLabels(len(indices), 1, draw.seed)
+    cotangents = true_labels if estimator == "empirical" else drawn_labels
+
+    def one_pass(parts: Sequence[_Part], batch_size: int) -> dict[str, _BlockSums]:
+        sums = {p.name: _BlockSums(p, len(indices), weights[p.name]) for p in parts}
+        drawn = drawn_batches(data, indices, batch_size, device, "Fisher blocks")
+        receive_gradients(
+            model, list(sums), drawn, cotangents, lambda g: sums[g.name].add_(g), room
+        )
+        return sums
 
     def make() -> Iterator[BlockFisher]:
         for parts in passes:
-            sums = {
-                name: _BlockSums(name, entries, size, len(indices), weights[name], work // 2)
-                for name, entries, size in parts
-            }
             with undisturbed(model):
-                _fill(sums, model, data, indices, draw, estimator, work)
+                sums = fitting_batches(partial(one_pass, parts), draw.batch_size)
             for name in list(sums):
+                sum_over_processes_(sums[name].stored)
                 yield sums.pop(name).fisher(damping)
 
     return make()
@@ -317,17 +291,25 @@ def check_block_options(block_size: int, damping: float) -> None:
         )
 
 
+class _Part(NamedTuple):
+    """Entries of a tensor, and the size of their blocks."""
+
+    name: str
+    start: int
+    stop: int
+    size: int
+
+
 def _plan(
     weights: Mapping[str, Tensor], block_size: int, samples: int, memory_budget: int
-) -> list[list[tuple[str, tuple[int, int], int]]]:
-    """Tensors, the ranges of their entries and the size of their blocks, pass by pass."""
+) -> list[list[_Part]]:
+    """What each pass over the data looks at."""
     capacity = memory_budget - memory_budget // 4
-    passes: list[list[tuple[str, tuple[int, int], int]]] = []
+    passes: list[list[_Part]] = []
     room = 0
     for name, weight in weights.items():
         size = min(block_size, weight.numel())
-        keeps_gradients = samples < size
-        each = samples * size * _gradient_dtype(weight).itemsize if keeps_gradients else 8 * size**2
+        each = samples * size * _gradient_dtype(weight).itemsize if samples < size else 8 * size**2
         if each > capacity:
             raise ValueError(
                 f"memory_budget={memory_budget} is too small: one block of {size} weights takes "
@@ -340,7 +322,7 @@ def _plan(
                 passes.append([])
                 room = capacity
             stop = min(weight.numel(), start + room // each * size)
-            passes[-1].append((name, (start, stop), size))
+            passes[-1].append(_Part(name, start, stop, size))
             room -= -(-(stop - start) // size) * each
             start = stop
     return passes
@@ -351,138 +333,38 @@ def _gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 class _BlockSums:
-    """Σ_n g_n g_nᵀ of the blocks of one part of a tensor, or the g_n while these are fewer.
+    """Σ_n g_n g_nᵀ of the blocks of a part, or the g_n while these are fewer than B."""
 
-    ``stored`` is to be zeroed before the first gradient.
-    """
+    def __init__(self, part: _Part, samples: int, like: Tensor) -> None:
+        self.part, self.samples = part, samples
+        self.few = samples < part.size
+        rows, dtype = (samples, _gradient_dtype(like)) if self.few else (part.size, torch.float64)
+        blocks = -(-(part.stop - part.start) // part.size)
+        self.stored = torch.zeros(blocks, rows, part.size, dtype=dtype, device=like.device)
 
-    def __init__(
-        self,
-        name: str,
-        entries: tuple[int, int],
-        size: int,
-        samples: int,
-        like: Tensor,
-        work: int,
-    ) -> None:
-        self.name, self.size, self.samples = name, size, samples
-        self.start, self.stop = entries
-        # Half of it for gradients in float64, half for the products they are copied from.
-        self.work = min(8 * chunk_bytes(like.device), work)
-        self.keeps_gradients = samples < size
-        blocks = -(-(self.stop - self.start) // size)
-        rows, dtype = (
-            (samples, _gradient_dtype(like)) if self.keeps_gradients else (size, torch.float64)
-        )
-        self.stored = torch.empty(blocks, rows, size, dtype=dtype, device=like.device)
-
-    def slices(self, samples: int) -> Iterator[tuple[int, int]]:
-        """Ranges of entries whose gradients, for so many samples, are worked on at once."""
-        step = max(1, self.work // (16 * samples * self.size)) * self.size
-        for first in range(self.start, self.stop, step):
-            yield first, min(first + step, self.stop)
-
-    def add_(self, first: int, gradients: Tensor, rows: Tensor) -> None:
-        """Add the gradients ``[b, n]`` of n entries, from a block's first on, of b samples."""
-        each = _pad(gradients, self.size).unflatten(1, (-1, self.size)).transpose(0, 1)
-        begin = (first - self.start) // self.size
-        target = self.stored[begin : begin + len(each)]
-        if self.keeps_gradients:
-            target.index_copy_(1, rows, each.to(target.dtype))
-            return
-        each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
-        target.baddbmm_(each.mT, each)
+    def add_(self, gradients: Gradients) -> None:
+        """Add the gradients of some samples."""
+        _, start, stop, size = self.part
+        for chosen, first, entries in gradients.pieces(start, stop, size):
+            each = _pad(entries, size).unflatten(1, (-1, size)).transpose(0, 1)
+            begin = (first - start) // size
+            target = self.stored[begin : begin + len(each)]
+            if self.few:
+                rows = gradients.rows[chosen].to(target.device)
+                target.index_copy_(1, rows, each.to(target.dtype))
+            else:
+                each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
+                target.baddbmm_(each.mT, each)
 
     def fisher(self, damping: float) -> BlockFisher:
         """The blocks; the sums are divided in place, so this is the end of them."""
-        gram = gradients = None
-        if self.keeps_gradients:
-            gradients = self.stored.div_(self.samples**0.5)
-        else:
-            gram = self.stored.div_(self.samples)
-        return BlockFisher(self.name, self.start, self.stop, damping, gram, gradients)
-
-
-class _Filler:
-    """Receives per-sample gradients and adds them to the sums of a pass."""
-
-    def __init__(self, sums: Mapping[str, _BlockSums], work: int) -> None:
-        self.sums = sums
-        self.work = work
-        self.waiting: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sums}
-        self.waiting_bytes = 0
-
-    def observed(self, call: Call, gradient: Tensor, rows: Tensor) -> None:
-        """Add a batch: the gradients of a slice of the weight at a time, from their factors."""
-        sums = self.sums[call.name]
-        samples = len(rows)
-        rows = rows.to(gradient.device)
-        step = samples_at_once(call, gradient, samples, self.work / (2 * gradient.element_size()))
-        for first in range(0, samples, step):
-            chosen = slice(first, min(first + step, samples))
-            left, right = gradient_factors(call, gradient, samples, chosen)
-            dtype = _gradient_dtype(left)
-            left, right = left.to(dtype), right.to(dtype)
-            for lo, hi in sums.slices(len(left)):
-                sums.add_(lo, gradient_entries(left, right, lo, hi), rows[chosen])
-
-    def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
-        """Keep one sample's gradient: one product for many samples is faster than many."""
-        sums = self.sums[name]
-        taken = gradient.flatten()[sums.start : sums.stop].clone()
-        self.waiting[name].append((taken, rows))
-        self.waiting_bytes += taken.numel() * taken.element_size()
-        if self.waiting_bytes * 2 > self.work:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add the gradients kept so far."""
-        for name, kept in self.waiting.items():
-            if kept:
-                sums = self.sums[name]
-                rows = torch.cat([r for _, r in kept]).to(sums.stored.device)
-                for lo, hi in sums.slices(len(kept)):
-                    part = slice(lo - sums.start, hi - sums.start)
-                    sums.add_(lo, torch.stack([g[part] for g, _ in kept]), rows)
-                kept.clear()
-        self.waiting_bytes = 0
-
-
-def _fill(
-    sums: dict[str, _BlockSums],
-    model: nn.Module,
-    data: Samples,
-    indices: Tensor,
-    draw: Draw,
-    estimator: str,
-    work: int,
-) -> None:
-    """One pass over the data; under ``torchrun`` each process takes its share of it."""
-    device = device_of(model)
-
-    def compute(size: int) -> None:
-        true = TrueLabels(device)
-        cotangents: Cotangents = (
-            true if estimator == "empirical" else DrawnLabels(len(indices), 1, draw.seed)
-        )
-        for part in sums.values():
-            part.stored.zero_()
-        filler = _Filler(sums, work)
-        drawn = drawn_batches(data, indices, size, device, "Fisher blocks")
-        receive_gradients(model, list(sums), drawn, cotangents, filler)
-        filler.flush()
-        if estimator == "empirical":
-            true.check()
-
-    fitting_batches(compute, draw.batch_size)
-    for part in sums.values():
-        sum_over_processes_(part.stored)
+        stored = self.stored.div_(self.samples**0.5 if self.few else self.samples)
+        return BlockFisher(*self.part[:3], damping, stored)
 
 
 def _pad(values: Tensor, size: int) -> Tensor:
     """``values [..., n]`` with zeros behind them up to a multiple of ``size``."""
-    missing = -values.shape[-1] % size
-    return F.pad(values, (0, missing)) if missing else values
+    return F.pad(values, (0, -values.shape[-1] % size))
 
 
 def _with_diagonal(matrices: Tensor, value: float) -> Tensor:

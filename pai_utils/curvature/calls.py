@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -111,6 +112,37 @@ class Call:
         for position, name in enumerate(list(_parameters(self.function))[: len(args)]):
             args[position] = changed.pop(name, args[position])
         return self.function(*args, **{**self.keywords, **changed})
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the kernel of a two-dimensional convolution goes, whatever way it was called."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, call: Call) -> Geometry | None:
+        """That of a call of ``F.conv2d``; None without a batch, or with uneven padding."""
+        kernel, dilation = _pair(call["weight"].shape[2:]), _pair(call["dilation"])
+        padding = call["padding"]
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            if any(t % 2 for t in total):
+                return None
+            padding = [t // 2 for t in total]
+        if call["input"].dim() != 4:
+            return None
+        return cls(kernel, _pair(call["stride"]), _pair(padding), dilation, call["groups"])
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
 class Calls(TorchFunctionMode):

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pai_utils.curvature.labels import DrawnLabels, TrueLabels
+from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
-from pai_utils.support.common import device_of, undisturbed, unknown_name
+from pai_utils.support.common import check_names, device_of, undisturbed
 from pai_utils.support.sampling import (
     ALL,
     Draw,
@@ -71,11 +71,7 @@ def fisher_diagonal(
         tensor([[0.0241, 0.0047, 0.0241],
                 [0.0241, 0.0047, 0.0241]])
     """
-    indices = draw.indices(data)
-    cotangents = TrueLabels(device_of(model))
-    diagonal = _mean_squares(model, names, data, indices, draw.batch_size, cotangents)
-    cotangents.check()
-    return diagonal
+    return _mean_squares(model, names, data, draw, lambda count: true_labels)
 
 
 def ggn_diagonal(
@@ -121,16 +117,13 @@ def ggn_diagonal(
         tensor([[0.0655, 0.0350, 0.0655],
                 [0.0655, 0.0350, 0.0655]])
     """
-    if estimator not in GGN_ESTIMATORS:
-        raise unknown_name("estimator", estimator, GGN_ESTIMATORS)
-    if draws < 1:
-        raise ValueError(f"draws={draws}: at least one label a sample is needed")
-    indices = draw.indices(data)
-    if estimator == "exact":
-        return _mean_squares(model, names, data, indices, draw.batch_size, _factor_columns)
-    cotangents = DrawnLabels(len(indices), draws, draw.seed)
+    _check(estimator, GGN_ESTIMATORS, draws)
+
+    def cotangents(count: int) -> Cotangents:
+        return _factor_columns if estimator == "exact" else DrawnLabels(count, draws, draw.seed)
+
     sums = sum_squared_batch_gradients if estimator == "batch" else sum_squared_gradients
-    return _mean_squares(model, names, data, indices, draw.batch_size, cotangents, sums)
+    return _mean_squares(model, names, data, draw, cotangents, sums)
 
 
 def output_diagonal(
@@ -164,15 +157,18 @@ def output_diagonal(
     Raises:
         ValueError: if ``estimator`` is unknown or ``draws`` is below one.
     """
-    if estimator not in OUTPUT_ESTIMATORS:
-        raise unknown_name("estimator", estimator, OUTPUT_ESTIMATORS)
+    _check(estimator, OUTPUT_ESTIMATORS, draws)
+
+    def cotangents(count: int) -> Cotangents:
+        return _unit_columns if estimator == "exact" else _RandomSigns(count, draws, draw.seed)
+
+    return _mean_squares(model, names, data, draw, cotangents)
+
+
+def _check(estimator: str, estimators: Sequence[str], draws: int) -> None:
+    check_names("estimator", [estimator], estimators)
     if draws < 1:
-        raise ValueError(f"draws={draws}: at least one direction a sample is needed")
-    indices = draw.indices(data)
-    cotangents = (
-        _unit_columns if estimator == "exact" else _RandomSigns(len(indices), draws, draw.seed)
-    )
-    return _mean_squares(model, names, data, indices, draw.batch_size, cotangents)
+        raise ValueError(f"draws={draws}: at least one a sample is needed")
 
 
 def sum_squared_batch_gradients(
@@ -186,21 +182,19 @@ def sum_squared_batch_gradients(
     Arguments and result as :func:`~pai_utils.curvature.persample.sum_squared_gradients`; to be
     called inside :func:`~pai_utils.support.common.undisturbed`, since it sets ``requires_grad``.
     """
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in set(names))
-    weights = [parameters[name] for name in names]
-    totals = {name: torch.zeros_like(parameters[name]) for name in names}
+    model.requires_grad_(False)
+    weights = {name: model.get_parameter(name).requires_grad_() for name in names}
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for images, labels, rows in batches:
         with torch.enable_grad():
             logits = model(paired(images))[: len(images)]
         for cotangent in cotangents(logits.detach(), labels, rows):
             gradients = torch.autograd.grad(
-                logits, weights, cotangent, retain_graph=True, allow_unused=True
+                logits, list(weights.values()), cotangent, retain_graph=True, allow_unused=True
             )
-            for name, gradient in zip(names, gradients, strict=True):
+            for total, gradient in zip(totals.values(), gradients, strict=True):
                 if gradient is not None:
-                    totals[name].addcmul_(gradient, gradient)
+                    total.addcmul_(gradient, gradient)
     return totals
 
 
@@ -242,18 +236,18 @@ def _mean_squares(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
-    indices: Tensor,
-    batch_size: int,
-    cotangents: Cotangents,
+    draw: Draw,
+    cotangents: Callable[[int], Cotangents],
     sums: Callable[..., dict[str, Tensor]] = sum_squared_gradients,
 ) -> dict[str, Tensor]:
     """Mean over the samples; under ``torchrun`` each process takes its share of them."""
-    device = device_of(model)
+    device, indices = device_of(model), draw.indices(data)
+    chosen = cotangents(len(indices))
 
     def compute(size: int) -> dict[str, Tensor]:
         drawn = drawn_batches(data, indices, size, device, "curvature diagonal")
-        return sums(model, names, drawn, cotangents)
+        return sums(model, names, drawn, chosen)
 
     with undisturbed(model):
-        totals = sum_over_processes(fitting_batches(compute, batch_size))
+        totals = sum_over_processes(fitting_batches(compute, draw.batch_size))
     return {name: total / len(indices) for name, total in totals.items()}

@@ -16,13 +16,13 @@ Kokiopoulou & Saad (2007), "An estimator for the diagonal of a matrix".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pai_utils.curvature.products import Operator, inner_product
+from pai_utils.curvature.products import Operator, Vector, inner_product
 from pai_utils.support.common import NonFiniteError, progress
 
 
@@ -70,23 +70,16 @@ def hutchinson_diagonal(
         ValueError: if ``probes`` is below two, ``tolerance`` is negative or a product not finite.
     """
     _check(probes, tolerance)
-    generator = torch.Generator().manual_seed(seed)
-    mean: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    for n in progress(range(1, probes + 1), "diagonal, one product a probe", probes):
-        signs = rademacher(operator.parameters, generator)
-        product = operator(signs)
-        for name, values in product.items():
-            value = values * signs[name]
-            if n == 1:
-                mean[name], squares[name] = value, torch.zeros_like(value)
-                continue
-            before = value - mean[name]
-            mean[name] += before / n
-            squares[name].addcmul_(before, value - mean[name])
+
+    def entries(signs: Vector, product: Vector) -> dict[str, Tensor]:
+        return {name: values * signs[name] for name, values in product.items()}
+
+    for n, mean, squares in _moments(operator, entries, probes, seed, "diagonal"):
         # One look a probe, which also decides whether another follows.
-        relative = _relative_error(mean, squares, n)
-        if n > 1 and relative <= tolerance:
+        spreads = torch.stack([values.double().sum() for values in squares.values()])
+        size, spread = torch.stack([inner_product(mean, mean), spreads.sum()]).tolist()
+        relative = math.inf if n == 1 else math.sqrt(spread / (n * (n - 1)) / (size or 1))
+        if relative <= tolerance:
             break
     error = {name: (s / (n * (n - 1))).sqrt_() for name, s in squares.items()}
     return DiagonalEstimate(mean, error, relative, n, relative <= tolerance)
@@ -122,20 +115,20 @@ def hutchinson_trace(
         True
     """
     _check(probes, tolerance)
-    generator = torch.Generator().manual_seed(seed)
-    values: list[float] = []
-    for n in progress(range(1, probes + 1), "trace, one product a probe", probes):
-        signs = rademacher(operator.parameters, generator)
-        values.append(_finite(float(inner_product(signs, operator(signs))), n))
-        sample = torch.tensor(values, dtype=torch.float64)
-        mean = float(sample.mean())
-        error = float(sample.std() / n**0.5) if n > 1 else math.inf
-        if n >= 8 and error <= tolerance * abs(mean):
+
+    def form(signs: Vector, product: Vector) -> dict[str, Tensor]:
+        return {"trace": inner_product(signs, product)}
+
+    for n, means, squares in _moments(operator, form, probes, seed, "trace"):
+        mean, square = float(means["trace"]), float(squares["trace"])
+        error = math.inf if n == 1 else math.sqrt(square / (n * (n - 1)))
+        converged = error <= tolerance * abs(mean)
+        if n >= 8 and converged:
             break
-    return TraceEstimate(mean, error, n, error <= tolerance * abs(mean))
+    return TraceEstimate(mean, error, n, converged)
 
 
-def rademacher(parameters: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def rademacher(parameters: Vector, generator: torch.Generator) -> dict[str, Tensor]:
     """Random signs of the parameters' shapes, type and device, drawn on the CPU."""
     return {
         name: torch.empty(values.shape, dtype=torch.int8)
@@ -147,20 +140,26 @@ def rademacher(parameters: Mapping[str, Tensor], generator: torch.Generator) -> 
     }
 
 
-def _relative_error(mean: Mapping[str, Tensor], squares: Mapping[str, Tensor], n: int) -> float:
-    spreads = torch.stack([values.double().sum() for values in squares.values()])
-    size, spread = torch.stack([inner_product(mean, mean), spreads.sum()]).tolist()
-    _finite(size + spread, n)
-    if n == 1:
-        return math.inf
-    variance = spread / (n * (n - 1))
-    return math.sqrt(variance / size) if size > 0 else 0.0
-
-
-def _finite(value: float, probe: int) -> float:
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the product with probe {probe} is not finite")
-    return value
+def _moments(
+    operator: Operator,
+    measure: Callable[[Vector, Vector], dict[str, Tensor]],
+    probes: int,
+    seed: int,
+    title: str,
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+    """After each probe: their number, the mean of what is measured, and Σ (value − mean)²."""
+    generator = torch.Generator().manual_seed(seed)
+    mean: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    for n in progress(range(1, probes + 1), f"{title}, one product a probe", probes):
+        signs = rademacher(operator.parameters, generator)
+        for name, value in measure(signs, operator(signs)).items():
+            before = value - mean.setdefault(name, torch.zeros_like(value))
+            mean[name] += before / n
+            squares.setdefault(name, torch.zeros_like(value)).addcmul_(before, value - mean[name])
+        if not all(math.isfinite(values.sum()) for values in mean.values()):
+            raise NonFiniteError(f"the product with probe {n} is not finite")
+        yield n, mean, squares
 
 
 def _check(probes: int, tolerance: float) -> None:

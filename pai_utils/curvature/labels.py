@@ -16,28 +16,14 @@ from torch import Tensor
 from pai_utils.support.sampling import check_labels
 
 
-class TrueLabels:
-    """Cotangents of the data's labels; call :meth:`check` when all have been seen."""
+def true_labels(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    """The one cotangent ``[B, C]`` of the data's labels.
 
-    def __init__(self, device: torch.device) -> None:
-        self._lowest, self._highest = torch.zeros(2, dtype=torch.long, device=device)
-        self._classes = 0
-
-    def __call__(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """The one cotangent ``[B, C]`` of a batch."""
-        self._classes = logits.shape[1]
-        torch.minimum(self._lowest, labels.min(), out=self._lowest)
-        torch.maximum(self._highest, labels.max(), out=self._highest)
-        yield residual(logits, labels)
-
-    def check(self) -> None:
-        """Refuse labels that the model cannot give: once, so that a GPU does not wait each batch.
-
-        Raises:
-            ValueError: if a label seen goes beyond the model's classes.
-        """
-        if self._classes:  # none seen where the logits do not depend on any weight looked at
-            check_labels(torch.stack([self._lowest, self._highest]), self._classes)
+    Raises:
+        ValueError: if a label goes beyond the model's classes.
+    """
+    check_labels(labels, logits.shape[1])
+    yield residual(logits, labels)
 
 
 class DrawnLabels:

@@ -3,7 +3,7 @@
 With the gradient g, Jacobians J_n of the logits and p_n = softmax(z_n)::
 
     Hv = ∂(gᵀv)/∂w                       (Pearlmutter 1994: two backwards a batch)
-    vᵀGv = 1/N Σ_n (J_n v)ᵀ (diag p_n − p_n p_nᵀ) (J_n v)     (Schraudolph 2002)
+    Gv = 1/N Σ_n J_nᵀ (diag p_n − p_n p_nᵀ) J_n v             (Schraudolph 2002)
 
 The tangent J_n v is ∂(vᵀJ_nᵀu)/∂u, a product that is linear in u: two backwards as well, and no
 need of forward-mode derivatives, which not every operation has.
@@ -17,8 +17,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import astuple, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
-from pai_utils.support.common import NonFiniteError, device_of, progress, undisturbed, unknown_name
+from pai_utils.support.common import (
+    NonFiniteError,
+    check_names,
+    device_of,
+    progress,
+    undisturbed,
+)
 from pai_utils.support.sampling import (
     ALL,
     Draw,
@@ -39,31 +45,24 @@ from pai_utils.support.sampling import (
     paired,
     share_of_work,
     sum_over_processes,
-    sum_over_processes_,
 )
 
 GRAPH_MEMORY = 4 * 2**30
 """Bytes that graphs kept between products may hold, unless told otherwise."""
+
+Vector = Mapping[str, Tensor]
+"""One tensor a parameter name, of the parameter's shape."""
 
 
 class Operator(Protocol):
     """A symmetric matrix over named parameters, known by its products."""
 
     @property
-    def parameters(self) -> Mapping[str, Tensor]:
+    def parameters(self) -> Vector:
         """The parameters it acts on, with their names, order, shapes, type and device."""
 
-    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The product with ``vector``, one tensor a parameter name."""
-
-
-class _Graph(Protocol):
-    """What is kept of one batch: its loss, and how it multiplies."""
-
-    @property
-    def loss(self) -> Tensor: ...
-
-    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]: ...
+    def __call__(self, vector: Vector) -> dict[str, Tensor]:
+        """The product with ``vector``."""
 
 
 class CurvatureOperator(ABC):
@@ -87,11 +86,12 @@ class CurvatureOperator(ABC):
         memory: bytes that graphs kept between products may hold; 0 keeps none.
 
     Raises:
-        ValueError: if a name is no parameter of the model or comes twice, or ``memory``
-            is negative; at the first product, if the loss is not finite or a label
-            goes beyond the model's classes.
+        ValueError: if a name is no parameter of the model or comes twice, or ``memory`` is
+            negative; at the first product, if the loss is not finite or a label goes beyond the
+            model's classes.
     """
 
+    _differentiated: tuple[str, ...]
     bar: str | None = None
     """Name of a progress bar over batches; callers who take many products show one over these."""
 
@@ -115,19 +115,17 @@ class CurvatureOperator(ABC):
             self._values[name] = self._values[name].detach().requires_grad_()
         self._weights = [self._values[name] for name in names]
         self._names = list(names)
-        self._model = model
-        self._data = data
+        self._model, self._data = model, data
         drawn = draw.indices(data)
-        self._count = len(drawn)
+        self.count = len(drawn)  # samples that sums are means over
         self._indices = drawn[share_of_work(len(drawn))]
-        self._batch_size = draw.batch_size
-        self._memory = memory
-        self._kept: dict[int, _Graph] = {}
+        self._batch_size, self._memory = draw.batch_size, memory
+        self._kept: dict[int, _Graphs] = {}
         self._kept_bytes = 0
         self._losses: Tensor | None = None
 
     @property
-    def parameters(self) -> Mapping[str, Tensor]:
+    def parameters(self) -> Vector:
         """The parameters the operator acts on, in order."""
         return {name: self._originals[name].detach() for name in self._names}
 
@@ -136,7 +134,7 @@ class CurvatureOperator(ABC):
         """Bytes of the graphs that are kept for further products."""
         return self._kept_bytes
 
-    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, vector: Vector) -> dict[str, Tensor]:
         """The product with ``vector``.
 
         Args:
@@ -149,70 +147,66 @@ class CurvatureOperator(ABC):
             ValueError: if a name or a shape of ``vector`` does not fit.
             RuntimeError: if weights, data or model changed between products.
         """
-        self._check_vector(vector)
-        vectors = [
-            vector[name].detach().to(weight)
-            for name, weight in zip(self._names, self._weights, strict=True)
-        ]
-        return self._sum(lambda graph, keep: graph.multiply(vectors, keep=keep))
+        parts = self._parts(vector)
+        return self._sum(
+            lambda graphs, keep: self._multiply(graphs, parts, keep=keep), self.parameters
+        )
 
-    def _sum(self, part: Callable[[Any, bool], Iterable[Tensor]]) -> dict[str, Tensor]:
-        """Σ over all batches of ``part(graph, whether the graph is needed again)``."""
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch, which a subclass of :class:`HessianOperator` may replace."""
+        return F.cross_entropy(logits, labels)
+
+    @abstractmethod
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Iterable[Tensor]:
+        """A batch's part of the product; ``keep`` what it takes for another one."""
+
+    def _parts(self, vector: Vector) -> list[Tensor]:
+        check_vector(vector, self.parameters)
+        return [vector[n].detach().to(w) for n, w in zip(self._names, self._weights, strict=True)]
+
+    def _sum(
+        self, part: Callable[[_Graphs, bool], Iterable[Tensor]], like: Vector
+    ) -> dict[str, Tensor]:
+        """Sums over all batches of ``part(graphs, whether they are needed again)``."""
         changed = [n for n, p in self._originals.items() if p._version != self._versions[n]]
         if changed:
             raise RuntimeError(
                 f"the weights of {changed[0]!r} changed after the operator was made; make a new one"
             )
-        totals = fitting_batches(lambda size: self._sum_in_batches(part, size), self._batch_size)
-        return sum_over_processes(dict(zip(self._names, totals, strict=True)))
 
-    @abstractmethod
-    def _graph(
-        self,
-        logits: Tensor,
-        inputs: list[Tensor],
-        labels: Tensor,
-        share: float,
-        layers: FastSecondDerivatives,
-    ) -> _Graph:
-        """The graph from ``inputs``, the weights, of a batch with ``share`` of all samples."""
+        def compute(batch_size: int) -> dict[str, Tensor]:
+            if batch_size != self._batch_size:  # memory ran out
+                self._batch_size, self._memory, self._losses = batch_size, 0, None
+                self._drop()
+            totals = {
+                name: torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
+                for name, v in like.items()
+            }
+            losses = []
+            split = self._indices.split(batch_size) if len(self._indices) else ()
+            for number, rows in enumerate(progress(split, self.bar) if self.bar else split):
+                with torch.autocast(device_of(self._model).type, enabled=False):
+                    graphs = self._kept.get(number) or self._build(number, rows)
+                    found = part(graphs, number in self._kept)
+                for total, value in zip(totals.values(), found, strict=True):
+                    total += value.detach()
+                losses.append(graphs.loss)
+                del graphs, found, value
+            self._check_losses(losses)
+            return totals
 
-    def _sum_in_batches(
-        self, part: Callable[[Any, bool], Iterable[Tensor]], batch_size: int
-    ) -> list[Tensor]:
-        if batch_size != self._batch_size:  # memory ran out
-            self._batch_size, self._memory = batch_size, 0
-            self._losses = None
-            self._drop()
-        if not len(self._indices):  # fewer samples than processes
-            return [torch.zeros_like(w, dtype=_accumulator(w.dtype)) for w in self._weights]
-        totals: list[Tensor] = []
-        losses = []
-        split = self._indices.split(batch_size)
-        loop = split if self.bar is None else progress(split, self.bar)
-        for number, rows in enumerate(loop):
-            with _own_precision(self._model):
-                graph = self._kept.get(number) or self._build(number, rows)
-                found = part(graph, number in self._kept)
-            parts = [value.detach().to(_accumulator(value.dtype)) for value in found]
-            # Not in place: autograd may hand out its own tensors, or the caller's.
-            totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
-            losses.append(graph.loss)
-            del graph, found, parts
-        self._check_losses(torch.stack(losses))
-        return totals
+        return sum_over_processes(fitting_batches(compute, self._batch_size))
+
+    def _drop(self) -> None:
+        self._kept, self._kept_bytes = {}, 0
 
     def _inputs(self) -> list[Tensor]:
         """The weights that a graph is made with."""
         return self._weights
 
-    def _drop(self) -> None:
-        self._kept, self._kept_bytes = {}, 0
-
-    def _build(self, number: int, rows: Tensor) -> _Graph:
-        """Run a batch, and keep its graph if it fits."""
+    def _build(self, number: int, rows: Tensor) -> _Graphs:
+        """Run a batch, and keep its graphs if they fit."""
         images, labels = next(batches(self._data, len(rows), device_of(self._model), rows))
-        share = len(rows) / self._count
         # The fused attention kernels have no second derivative; the plain one has.
         with (
             undisturbed(self._model),
@@ -224,27 +218,37 @@ class CurvatureOperator(ABC):
             inputs = self._inputs()
             values = self._values | dict(zip(self._names, inputs, strict=True))
             logits = functional_call(self._model, values, (paired(images),))
-            if number not in self._kept and self._losses is None:
+            if self._losses is None:
                 check_labels(labels, logits.shape[1])
-            graph = self._graph(logits, inputs, paired(labels), share, layers)
+            share = len(rows) / self.count
+            loss = share * self.loss(logits, paired(labels))
+            graphs = _Graphs(loss.detach(), logits, paired(labels), share)
+            if "gradient" in self._differentiated:
+                graphs.gradient = _backward([loss], inputs, create_graph=True)
+            if "tangent" in self._differentiated:
+                graphs.u = torch.zeros_like(logits, requires_grad=True)
+                with layers.only_tangents():
+                    graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
         if self._kept_bytes + size <= self._memory:
-            self._kept[number] = graph
+            self._kept[number] = graphs
             self._kept_bytes += size
-        return graph
+        return graphs
 
-    def _check_losses(self, losses: Tensor) -> None:
+    def _check_losses(self, found: list[Tensor]) -> None:
         """Compare with the first product's: costs nothing, and shows data that change."""
+        losses = torch.stack(found) if found else torch.zeros(0)
         if self._losses is None:
             self._losses = losses
             if not torch.isfinite(losses).all():
-                broken = _first_non_finite(self._values)
+                broken = (n for n, v in self._values.items() if not torch.isfinite(v).all())
+                name = next(broken, None)
                 raise NonFiniteError(
                     "the loss is not finite: "
                     + (
-                        f"the weights of {broken!r} are not finite"
-                        if broken
+                        f"the weights of {name!r} are not finite"
+                        if name
                         else "the weights are finite, so look for non-finite images"
                     )
                 )
@@ -254,18 +258,27 @@ class CurvatureOperator(ABC):
                 "is random (augmentation, noise); make them deterministic"
             )
 
-    def _check_vector(self, vector: Mapping[str, Tensor]) -> None:
-        for name, weight in zip(self._names, self._weights, strict=True):
-            if name not in vector:
-                raise ValueError(f"the vector lacks {name!r}; it needs all of the operator's names")
-            if vector[name].shape != weight.shape:
-                raise ValueError(
-                    f"the vector has shape {tuple(vector[name].shape)} for {name!r}, "
-                    f"which is {tuple(weight.shape)}"
-                )
-        unknown = [name for name in vector if name not in self._names]
-        if unknown:
-            raise unknown_name("parameter", unknown[0], self._names)
+
+@dataclass
+class _Graphs:
+    """One batch's forward, and what of its first backwards an operator differentiates again."""
+
+    loss: Tensor  #: its part of the mean loss
+    logits: Tensor  #: [B, C]
+    labels: Tensor  #: [B]
+    share: float  #: of the batch in all samples
+    gradient: Sequence[Tensor] = ()  #: of the loss, one a weight
+    u: Tensor | None = None  #: [B, C]
+    pulled: Sequence[Tensor] = ()  #: Jᵀu, linear in u, so that u may have any value
+
+    def tangent(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Jv less its mean under p, and the loss's Hessian at the logits times it, ``[B, C]``."""
+        assert self.u is not None
+        (tangent,) = _backward(self.pulled, [self.u], parts, keep=True)
+        p = self.logits.detach().softmax(1)
+        # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
+        centred = tangent - (p * tangent).sum(1, keepdim=True)
+        return centred, p * centred * (self.share / len(p))
 
 
 class HessianOperator(CurvatureOperator):
@@ -289,10 +302,11 @@ class HessianOperator(CurvatureOperator):
                 [-0.0655, -0.0350, -0.0655]])
     """
 
+    _differentiated: tuple[str, ...] = ("gradient",)
     _with_values = False  # whether the graphs hold the gradient's values
 
     def gradient(self) -> dict[str, Tensor]:
-        """Gradient of the mean cross-entropy; its graphs are kept for the products.
+        """Gradient of the mean loss; its graphs are kept for the products.
 
         Returns:
             One tensor a name, of the parameter's shape, at least in float32.
@@ -303,23 +317,14 @@ class HessianOperator(CurvatureOperator):
         if not self._with_values:
             self._with_values = True
             self._drop()
-        return self._sum(lambda graph, keep: graph.gradients)
+        return self._sum(lambda graphs, keep: graphs.gradient, self.parameters)
 
     def _inputs(self) -> list[Tensor]:
         # Of a leaf's gradient the fast layers would not compute the value.
         return [w.view_as(w) for w in self._weights] if self._with_values else self._weights
 
-    def _graph(
-        self,
-        logits: Tensor,
-        inputs: list[Tensor],
-        labels: Tensor,
-        share: float,
-        layers: FastSecondDerivatives,
-    ) -> _HessianGraph:
-        loss = share * F.cross_entropy(logits, labels)
-        gradients = _gradients(loss, inputs, create_graph=True)
-        return _HessianGraph(loss.detach(), self._weights, gradients)
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Sequence[Tensor]:
+        return _backward(graphs.gradient, self._weights, parts, keep=keep)
 
 
 class GGNOperator(CurvatureOperator):
@@ -330,103 +335,38 @@ class GGNOperator(CurvatureOperator):
     forward and backward passes, each further one on kept graphs 4/3.
     """
 
-    def _graph(
-        self,
-        logits: Tensor,
-        inputs: list[Tensor],
-        labels: Tensor,
-        share: float,
-        layers: FastSecondDerivatives,
-    ) -> _Graph:
-        loss = share * F.cross_entropy(logits.detach(), labels)
-        # Jᵀu is linear in u: its derivative does not depend on where it is taken.
-        cotangent = torch.zeros_like(logits, requires_grad=True)
-        pulled = _gradients(logits, inputs, cotangent, create_graph=True)
-        share /= len(labels)
-        return _GGNGraph(loss, self._weights, logits, cotangent, pulled, share, layers)
+    _differentiated = ("tangent",)
+
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Sequence[Tensor]:
+        _, image = graphs.tangent(parts)
+        return _backward([graphs.logits], self._weights, [image], keep=keep)
 
 
-@dataclass(frozen=True)
-class _HessianGraph:
-    loss: Tensor
-    weights: list[Tensor]
-    gradients: tuple[Tensor, ...]
+class _Expansion(HessianOperator):
+    """Both operators' graphs of a batch, from one forward."""
 
-    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
-        return _backward(self.gradients, self.weights, vectors, keep=keep)
+    _differentiated = ("gradient", "tangent")
 
+    def terms(self, directions: Sequence[Vector]) -> Tensor:
+        """Loss, gᵀv, vᵀHv and vᵀGv of each direction, ``[directions, 4]`` in float64."""
+        vectors = [self._parts(direction) for direction in directions]
 
-@dataclass(frozen=True)
-class _GGNGraph:
-    loss: Tensor
-    weights: list[Tensor]
-    logits: Tensor  # [B, C]
-    cotangent: Tensor  # u [B, C]
-    pulled: tuple[Tensor, ...]  # Jᵀu, one a weight
-    share: float  # of one sample in the mean
-    layers: FastSecondDerivatives
+        def part(graphs: _Graphs, keep: bool) -> list[Tensor]:
+            slopes = residual(graphs.logits.detach(), graphs.labels)
+            slopes *= graphs.share / len(slopes)
+            rows = []
+            for parts in vectors:
+                # The second graph hangs on parts of the first, so that this one stays for it.
+                products = self._multiply(graphs, parts, keep=True)
+                tangent, image = graphs.tangent(parts)
+                bends = [(a * b).sum() for a, b in zip(products, parts, strict=True)]
+                slope, spread = (slopes * tangent).sum(), (image * tangent).sum()
+                terms = (graphs.loss, slope, torch.stack(bends).sum(), spread)
+                rows.append(torch.stack([term.double() for term in terms]))
+            return [torch.stack(rows)]
 
-    def multiply(self, vectors: list[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
-        with self.layers.only_linear():
-            (tangent,) = _backward(self.pulled, [self.cotangent], vectors, keep=True)
-        p = self.logits.detach().softmax(1)
-        image = p * (tangent - (p * tangent).sum(1, keepdim=True)) * self.share
-        return _backward((self.logits,), self.weights, [image], keep=keep)
-
-
-def _backward(
-    outputs: Sequence[Tensor], inputs: list[Tensor], vectors: list[Tensor], *, keep: bool
-) -> tuple[Tensor, ...]:
-    """Σ_k (∂ outputs_k / ∂ inputs)ᵀ vectors_k; outputs without a graph are constants."""
-    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(value) for value in inputs)
-    return torch.autograd.grad(
-        [output for output, _ in pairs],
-        inputs,
-        [vector for _, vector in pairs],
-        retain_graph=keep,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
-def _own_precision(model: nn.Module) -> torch.autocast:
-    return torch.autocast(device_of(model).type, enabled=False)
-
-
-@contextmanager
-def _saved_storages() -> Iterator[dict[int, int]]:
-    """Sizes in bytes, by address, of the storages that graphs made inside keep."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        # Detached: a node that kept its own output with its history would never be freed.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield storages
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((n for n, values in tensors.items() if not torch.isfinite(values).all()), None)
-
-
-def _check_names(parameters: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    if not names:
-        raise ValueError("no parameter is named; at least one is needed")
-    for name in names:
-        if name not in parameters:
-            raise unknown_name("parameter", name, parameters)
-    twice = [name for name in names if list(names).count(name) > 1]
-    if twice:
-        raise ValueError(f"parameter {twice[0]!r} is named twice")
+        like = torch.zeros(len(vectors), 4, dtype=torch.float64, device=device_of(self._model))
+        return self._sum(part, {"terms": like})["terms"]
 
 
 @dataclass(frozen=True)
@@ -441,10 +381,7 @@ class DirectionalTerms:
 
 
 def directional_terms(
-    model: nn.Module,
-    directions: Sequence[Mapping[str, Tensor]],
-    data: Samples,
-    draw: Draw = ALL,
+    model: nn.Module, directions: Sequence[Vector], data: Samples, draw: Draw = ALL
 ) -> list[DirectionalTerms]:
     """Loss, gᵀv, vᵀHv and vᵀGv of the mean cross-entropy at the model's parameters.
 
@@ -478,110 +415,98 @@ def directional_terms(
         '0.693 -0.333 1.000 1.000'
     """
     check_directions(model, directions)
-    indices = draw.indices(data)
-    share = indices[share_of_work(len(indices))]
-
-    def compute(size: int) -> Tensor:
-        total = torch.zeros(len(directions), 4, dtype=torch.float64, device=device_of(model))
-        if not len(share):  # fewer samples than processes
-            return total
-        for images, labels in batches(data, size, device_of(model), share):
-            terms = _batch_terms(model, directions, paired(images), paired(labels))
-            total += terms / len(paired(images)) * len(images)
-        return total
-
-    # The fused attention kernels have no second derivative; the plain one has.
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), _own_precision(model):
-        total = fitting_batches(compute, draw.batch_size)
-    sum_over_processes_(total)
+    # Each batch is looked at once, so that nothing need be kept.
+    expansion = _Expansion(model, list(directions[0]), data, draw, memory=0)
+    rows = expansion.terms(directions).tolist()
     found = [
-        DirectionalTerms(loss, gradient, hessian, ggn, len(indices))
-        for loss, gradient, hessian, ggn in (total / len(indices)).tolist()
+        DirectionalTerms(loss, gradient, hessian, ggn, expansion.count)
+        for loss, gradient, hessian, ggn in rows
     ]
     for terms in found:
-        if not all(map(math.isfinite, (terms.loss, terms.gradient, terms.hessian, terms.ggn))):
+        if not all(map(math.isfinite, astuple(terms))):
             raise NonFiniteError(f"{terms}: look for non-finite weights, images or directions")
     return found
 
 
-def check_directions(model: nn.Module, directions: Sequence[Mapping[str, Tensor]]) -> None:
-    """Refuse directions that do not fit the model's parameters.
-
-    Raises:
-        ValueError: if there are none or one is empty, a name or shape is none of the model's, or
-            they do not all have the same names.
-    """
-    if not directions:
-        raise ValueError("at least one direction is needed")
-    parameters = dict(model.named_parameters())
-    for direction in directions:
-        if not direction:
-            raise ValueError("the direction names no parameter")
-        for name, value in direction.items():
-            if name not in parameters or parameters[name].shape != value.shape:
-                raise ValueError(
-                    f"direction {name!r} {tuple(value.shape)} is no parameter of the model"
-                )
-        if different := set(direction) ^ set(directions[0]):
-            raise ValueError(f"only some of the directions have {min(different)!r}")
-
-
-def _batch_terms(
-    model: nn.Module, directions: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor
-) -> Tensor:
-    """Sums over the batch of loss, gᵀv, vᵀHv and vᵀGv, ``[directions, 4]`` in float64."""
-    # Others are detached as well: no gradient is formed that nobody asks for.
-    values = {name: p.detach() for name, p in model.named_parameters()}
-    weights = {name: values[name].requires_grad_() for name in directions[0]}
-    leaves = list(weights.values())
-    with torch.enable_grad(), FastSecondDerivatives() as layers:
-        logits = functional_call(model, values, (images,))
-        check_labels(labels, logits.shape[1])
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        gradients = _gradients(loss, leaves, create_graph=True)
-        along = torch.zeros_like(logits, requires_grad=True)
-        pulled = _gradients(logits, leaves, along, create_graph=True)
-    p = logits.detach().softmax(1)
-    slopes = residual(logits.detach(), labels)
-    terms: list[Tensor] = []
-    for direction in directions:
-        vectors = [direction[name] for name in weights]
-        keep = len(terms) + 1 < len(directions)
-        # The second graph hangs on parts of the first, so that this one stays for it.
-        products = _backward(gradients, leaves, vectors, keep=True)
-        with layers.only_linear():
-            (tangent,) = _backward(pulled, [along], vectors, keep=keep)
-        # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
-        centred = tangent - (p * tangent).sum(1, keepdim=True)
-        spread = (p * centred.square()).sum()
-        slope = (slopes * tangent).sum()
-        bend = torch.stack([(a * b).sum() for a, b in zip(products, vectors, strict=True)]).sum()
-        terms.append(torch.stack([t.double() for t in (loss.detach(), slope, bend, spread)]))
-    return torch.stack(terms)
-
-
-def _gradients(
-    value: Tensor,
-    weights: list[Tensor],
-    cotangent: Tensor | None = None,
+def _backward(
+    outputs: Sequence[Tensor],
+    inputs: list[Tensor],
+    vectors: Sequence[Tensor | None] = (None,),
     *,
+    keep: bool = False,
     create_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    """Gradients of ``value`` against ``cotangent``, zero for weights it does not depend on."""
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(weight) for weight in weights)
+) -> Sequence[Tensor]:
+    """Σ_k (∂ outputs_k / ∂ inputs)ᵀ vectors_k; outputs without a graph are constants."""
+    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(value) for value in inputs]
     return torch.autograd.grad(
-        value,
-        weights,
-        cotangent,
-        retain_graph=True,
+        [output for output, _ in pairs],
+        inputs,
+        [vector for _, vector in pairs],
+        retain_graph=keep or create_graph,
         create_graph=create_graph,
         allow_unused=True,
         materialize_grads=True,
     )
 
 
-def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+@contextmanager
+def _saved_storages() -> Iterator[dict[int, int]]:
+    """Sizes in bytes, by address, of the storages that graphs made inside keep."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        # Detached: a node that kept its own output with its history would never be freed.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def _check_names(parameters: Vector, names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("no parameter is named; at least one is needed")
+    check_names("parameter", names, parameters)
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise ValueError(f"parameter {twice[0]!r} is named twice")
+
+
+def check_vector(vector: Vector, parameters: Vector) -> None:
+    """Refuse a vector whose names or shapes are not those of the parameters.
+
+    Raises:
+        ValueError: naming the first that does not fit.
+    """
+    for name, weight in parameters.items():
+        if name not in vector:
+            raise ValueError(f"the vector lacks {name!r}; it needs all of the operator's names")
+        if vector[name].shape != weight.shape:
+            raise ValueError(
+                f"the vector has shape {tuple(vector[name].shape)} for {name!r}, "
+                f"which is {tuple(weight.shape)}"
+            )
+    check_names("parameter", vector, parameters)
+
+
+def check_directions(model: nn.Module, directions: Sequence[Vector]) -> None:
+    """Refuse directions that do not all fit the same parameters of the model.
+
+    Raises:
+        ValueError: if there are none, one is empty, or a name or shape does not fit.
+    """
+    if not directions:
+        raise ValueError("at least one direction is needed")
+    parameters = dict(model.named_parameters())
+    _check_names(parameters, list(directions[0]))
+    for direction in directions:
+        check_vector(direction, {name: parameters[name] for name in directions[0]})
+
+
+def inner_product(left: Vector, right: Vector) -> Tensor:
     """Inner product over all names, in float64."""
     return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
 

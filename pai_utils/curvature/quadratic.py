@@ -24,15 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.labels import DrawnLabels
-from pai_utils.curvature.persample import (
-    Call,
-    chunk_bytes,
-    drawn_batches,
-    gradient_entries,
-    gradient_factors,
-    receive_gradients,
-    samples_at_once,
-)
+from pai_utils.curvature.persample import Gradients, drawn_batches, receive_gradients
 from pai_utils.curvature.products import check_directions
 from pai_utils.support.common import device_of, undisturbed
 from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
@@ -89,19 +81,36 @@ def partial_terms(
             raise ValueError(f"{name}={value}: at least one is needed")
     indices = draw.indices(data)
     device = device_of(model)
-    names = list(directions[0])
-    # One row a direction, whole blocks.
-    flat = {}
-    for name in names:
-        rows = torch.stack([v[name].detach().to(device).flatten() for v in directions])
-        flat[name] = _padded(rows, block_size)
+    # One row a direction, [D, P].
+    flat = {
+        name: torch.stack([v[name].detach().to(device).flatten() for v in directions])
+        for name in directions[0]
+    }
 
     def compute(size: int) -> Tensor:
-        receiver = _Forms(flat, block_size)
+        sums = torch.zeros(len(directions), 3, dtype=torch.float64, device=device)
+
+        def receive(gradients: Gradients) -> None:
+            inner = sums.new_zeros(len(gradients.rows), len(directions))  # gᵀv of whole tensors
+            length = directions[0][gradients.name].numel()
+            for chosen, start, entries in gradients.pieces(0, length, block_size):
+                along = flat[gradients.name][:, start : start + entries.shape[1]].to(entries)
+                missing = (0, -entries.shape[1] % block_size)
+                along, entries = F.pad(along, missing), F.pad(entries, missing)
+                sums[:, 0] += (along.square() @ entries.square().sum(0)).double()
+                # [blocks, b, size] @ [blocks, size, D]
+                blocks = torch.bmm(
+                    entries.unflatten(1, (-1, block_size)).transpose(0, 1),
+                    along.unflatten(1, (-1, block_size)).permute(1, 2, 0),
+                ).double()
+                sums[:, 1] += blocks.square().sum((0, 1))
+                inner[chosen] += blocks.sum(0)
+            sums[:, 2] += inner.square().sum(0)
+
         drawn = drawn_batches(data, indices, size, device, "quadratic forms")
         cotangents = DrawnLabels(len(indices), draws, draw.seed)
-        receive_gradients(model, names, drawn, cotangents, receiver)
-        return receiver.sums
+        receive_gradients(model, list(flat), drawn, cotangents, receive)
+        return sums
 
     with undisturbed(model):
         sums = fitting_batches(compute, draw.batch_size)
@@ -110,52 +119,3 @@ def partial_terms(
         PartialTerms(diagonal, blocks, tensors, len(indices))
         for diagonal, blocks, tensors in (sums / len(indices)).tolist()
     ]
-
-
-class _Forms:
-    """Receives per-sample gradients; ``sums`` are the squares over weights, blocks and tensors."""
-
-    def __init__(self, directions: Mapping[str, Tensor], block_size: int) -> None:
-        self.directions = directions
-        self.block_size = block_size
-        (like, *_) = directions.values()
-        self.sums = torch.zeros(len(like), 3, dtype=torch.float64, device=like.device)
-
-    def observed(self, call: Call, gradient: Tensor, rows: Tensor) -> None:
-        """Add a batch, as many samples and entries at a time as a chunk of memory holds."""
-        samples = len(rows)
-        room = chunk_bytes(gradient.device) // gradient.element_size()
-        together = samples_at_once(call, gradient, samples, room)
-        for first in range(0, samples, together):
-            chosen = slice(first, min(first + together, samples))
-            left, right = gradient_factors(call, gradient, samples, chosen)
-            step = max(1, room // (len(left) * self.block_size)) * self.block_size
-            inner = left.new_zeros(len(left), len(self.sums), dtype=torch.float64)
-            stop = left.shape[1] * left.shape[2] * right.shape[3]
-            for start in range(0, stop, step):
-                entries = gradient_entries(left, right, start, min(start + step, stop))
-                inner += self._add_(call.name, start, entries)
-            self.sums[:, 2] += inner.square().sum(0)
-
-    def single(self, name: str, gradient: Tensor, rows: Tensor) -> None:
-        """Add the gradient of one sample."""
-        self.sums[:, 2] += self._add_(name, 0, gradient.flatten()[None]).square().sum(0)
-
-    def _add_(self, name: str, start: int, entries: Tensor) -> Tensor:
-        """Add entries ``[b, n]`` from ``start`` on; their products with the directions [b, D]."""
-        entries = _padded(entries, self.block_size)
-        along = self.directions[name][:, start : start + entries.shape[1]]
-        along = along.to(torch.promote_types(along.dtype, torch.float32))
-        entries = entries.to(along.dtype)
-        self.sums[:, 0] += (along.square() @ entries.square().sum(0)).double()
-        # [blocks, b, size] @ [blocks, size, D]
-        blocks = torch.bmm(
-            entries.unflatten(1, (-1, self.block_size)).transpose(0, 1),
-            along.unflatten(1, (-1, self.block_size)).permute(1, 2, 0),
-        ).double()
-        self.sums[:, 1] += blocks.square().sum((0, 1))
-        return blocks.sum(0)
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    return F.pad(rows, (0, -rows.shape[1] % size))

@@ -20,17 +20,15 @@ Yang (2016), "Approximating spectral densities of large matrices"; Ghorbani, Kri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pai_utils.curvature.hutchinson import rademacher
-from pai_utils.curvature.products import Operator
-from pai_utils.support.common import NonFiniteError, progress, unknown_name
-
-_Multiply = Callable[[Tensor], Tensor]
+from pai_utils.curvature.products import Operator, Vector
+from pai_utils.support.common import NonFiniteError, check_names, progress
 
 _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda values: values,
@@ -113,8 +111,7 @@ def top_eigenpairs(
         >>> [round(value, 4) for value in pairs.values.tolist()]  # n²/6 of the n-th pixel
         [1.5, 0.6667]
     """
-    if order not in _ORDERS:
-        raise unknown_name("order", order, _ORDERS)
+    check_names("order", [order], _ORDERS)
     multiply, size = _flat(operator)
     named = operator.parameters
     if not 1 <= count <= min(size, products):
@@ -130,24 +127,22 @@ def top_eigenpairs(
         # Signs, as for the density, can be orthogonal to an eigenvector of few weights.
         return _unit({n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()})
 
-    for step in _lanczos(multiply, draw, min(products, size)):
-        m = len(step.alphas)
-        if m < count:
+    for basis, tridiagonal, beta in _lanczos(multiply, draw, min(products, size)):
+        if len(basis) < count:
             continue
-        theta, s = torch.linalg.eigh(step.tridiagonal())
+        theta, s = torch.linalg.eigh(tridiagonal)
         chosen = _ORDERS[order](theta).argsort(descending=True)[:count]
-        residuals = step.beta * s[-1, chosen].abs()
+        residuals = beta * s[-1, chosen].abs()
         converged = bool((residuals <= tolerance * theta.abs().max()).all())
         if converged:
             break
-    combined = s[:, chosen].T.to(step.basis) @ step.basis
-    shapes = {name: values.shape for name, values in named.items()}
-    parts = combined.split([shape.numel() for shape in shapes.values()], 1)
+    combined = s[:, chosen].T.to(basis) @ basis
+    parts = combined.split([values.numel() for values in named.values()], 1)
     vectors = {
-        name: part.reshape(count, *shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape(count, *values.shape)
+        for (name, values), part in zip(named.items(), parts, strict=True)
     }
-    return Eigenpairs(theta[chosen], vectors, residuals, m, converged)
+    return Eigenpairs(theta[chosen], vectors, residuals, len(basis), converged)
 
 
 def spectral_density(
@@ -188,10 +183,10 @@ def spectral_density(
         return _unit(rademacher(operator.parameters, generator))
 
     for probe in range(probes):
-        for step in _lanczos(multiply, draw, steps):
-            if step.beta == 0:
+        for _, tridiagonal, beta in _lanczos(multiply, draw, steps):
+            theta, s = torch.linalg.eigh(tridiagonal)
+            if beta == 0:
                 break  # the start vector lies in an invariant subspace: the quadrature is exact
-        theta, s = torch.linalg.eigh(step.tridiagonal())
         nodes[probe, : len(theta)], weights[probe, : len(theta)] = theta, s[0].square()
         nodes[probe, len(theta) :] = theta[-1]
     return _smoothed(nodes, weights, width)
@@ -222,47 +217,38 @@ def _smoothed(nodes: Tensor, weights: Tensor, width: float | None) -> SpectralDe
     return SpectralDensity(grid, density, nodes, weights, width)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """State after m steps."""
+def _lanczos(
+    multiply: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], steps: int
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Take ``steps`` steps; after an invariant subspace go on from a new random vector.
 
-    basis: Tensor  # Q_mᵀ [m, P]
-    alphas: list[float]  # diagonal of T_m
-    betas: list[float]  # its m − 1 off-diagonal entries
-    beta: float  # β_m; 0 where the basis spans an invariant subspace
-
-    def tridiagonal(self) -> Tensor:
-        alphas, betas = (torch.tensor(v, dtype=torch.float64) for v in (self.alphas, self.betas))
-        return torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1)
-
-
-def _lanczos(multiply: _Multiply, draw: Callable[[], Tensor], steps: int) -> Iterator[_Step]:
-    """Take ``steps`` steps; after an invariant subspace go on from a new random vector."""
+    Yields:
+        After m steps Q_mᵀ ``[m, P]``, T_m ``[m, m]``, and β_m: 0 where the basis spans an
+        invariant subspace.
+    """
     q = draw()
     basis = q.new_empty(steps, len(q))
+    tridiagonal = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
     tiny = 100 * torch.finfo(q.dtype).eps
-    alphas: list[float] = []
-    betas: list[float] = []
     scale = 0.0
     for m in progress(range(1, steps + 1), "Lanczos steps", steps):
         basis[m - 1] = q
         image = multiply(q)
-        alphas.append(float(q @ image))
-        if not math.isfinite(alphas[-1]):
+        alpha = float(q @ image)
+        if not math.isfinite(alpha):
             raise NonFiniteError(f"the product of Lanczos step {m} is not finite")
         # First against the two vectors that have a part in it, then against all for the rounding.
-        image.add_(q, alpha=-alphas[-1])
+        image.add_(q, alpha=-alpha)
         if m > 1:
-            image.add_(basis[m - 2], alpha=-betas[-1])
+            image.add_(basis[m - 2], alpha=-float(tridiagonal[m - 1, m - 2]))
         beta = _orthogonalise_(image, basis[:m])
-        scale = max(scale, abs(alphas[-1]), beta)
+        scale = max(scale, abs(alpha), beta)
         if beta <= tiny * scale:
             beta = 0.0
-        yield _Step(basis[:m], alphas, betas, beta)
-        if m == steps:
-            return
-        betas.append(beta)
-        if beta == 0:
+        tridiagonal[m - 1, m - 1] = alpha
+        yield basis[:m], tridiagonal[:m, :m], beta
+        tridiagonal[m - 1, m] = tridiagonal[m, m - 1] = beta
+        if beta == 0 and m < steps:
             image = draw()
             beta = _orthogonalise_(image, basis[:m])
         q = image.div_(beta)
@@ -284,26 +270,25 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
     return after
 
 
-def _unit(vector: Mapping[str, Tensor]) -> Tensor:
+def _unit(vector: Vector) -> Tensor:
     """The vector, flat and of length one."""
-    flat = _concatenate(list(vector.values()))
+    flat = _concatenate(vector)
     return flat.div_(flat.norm())
 
 
-def _flat(operator: Operator) -> tuple[_Multiply, int]:
+def _flat(operator: Operator) -> tuple[Callable[[Tensor], Tensor], int]:
     """The operator as a function of one vector, and the vector's length."""
     shapes = {name: values.shape for name, values in operator.parameters.items()}
     sizes = [shape.numel() for shape in shapes.values()]
 
     def multiply(vector: Tensor) -> Tensor:
-        parts = vector.split(sizes)
-        named = {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
-        product = operator(named)
-        return _concatenate([product[name] for name in shapes])
+        parts = zip(shapes.items(), vector.split(sizes), strict=True)
+        product = operator({name: part.view(shape) for (name, shape), part in parts})
+        return _concatenate({name: product[name] for name in shapes})
 
     return multiply, sum(sizes)
 
 
-def _concatenate(tensors: list[Tensor]) -> Tensor:
-    flat = torch.cat([values.flatten() for values in tensors])
+def _concatenate(vector: Vector) -> Tensor:
+    flat = torch.cat([values.flatten() for values in vector.values()])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))

@@ -7,7 +7,6 @@ anything is made of it, so that neither depends on the batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,5 +120,5 @@ class _TemperedHessian(HessianOperator):
     bar = "grasp"
     temperature = 1.0
 
-    def _graph(self, logits: Tensor, *settings: Any) -> Any:
-        return super()._graph(logits / self.temperature, *settings)
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits / self.temperature, labels)
