@@ -76,7 +76,9 @@ def test_an_error_on_the_way_restores_the_weights_bit_for_bit() -> None:
     with pytest.raises(ValueError, match="loss on 10 samples is"):
         losses_along(case.model, direction, case.data, [0.0, 10.0])
     assert fingerprint(case.model) == before
-    with pytest.raises(ValueError, match=r"'0\.wieght' \(1,\) is no parameter"):
+    with pytest.raises(
+        ValueError, match=r"unknown parameter '0\.wieght'; did you mean '0\.weight'"
+    ):
         losses_along(case.model, {"0.wieght": torch.ones(1)}, case.data, [1.0])
 
 
