@@ -37,13 +37,13 @@ def read_plan(layout: Layout) -> dict[str, dict[str, Any]]:
     for name, path in notebooks.items():
         if not path.is_file():
             raise ValueError(f"there is no notebook {name!r} in {NOTEBOOKS}")
-    scripts = list(Path(__file__).parent.glob("*.py"))
+    scripts = sorted(Path(__file__).parent.glob("*.py"))
     key = digest([layout.grid_file, *notebooks.values(), *code_files(), *scripts])
     old = json.loads(layout.plan.read_text(encoding="utf-8")) if layout.plan.is_file() else {}
     if old.get("key") == key:
         found: dict[str, dict[str, Any]] = old["cells"]
         return found
-    library, estimated = Library(Path()), digest(scripts)
+    library, estimated = Library(Path()), digest([Path(__file__).with_name("estimates.py")])
     codes = {name: _code(library, path) for name, path in notebooks.items()}
     known = old.get("cells", {}) if old.get("estimated") == estimated else {}
     plan = {}

@@ -138,13 +138,18 @@ def test_notebooks_of_the_book_follow_from_the_figures_and_scorers_that_they_use
         sources[path.stem] = "\n".join(code)
     folder = tmp_path / "pai_utils"
     shutil.copytree(ROOT / "pai_utils", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    before = {name: Library(tmp_path).digest(source) for name, source in sources.items()}
+
+    def digests() -> dict[str, str]:
+        library = Library(tmp_path)
+        return {name: library.digest(source) for name, source in sources.items()}
+
+    before = digests()
 
     def concerned(file: str, old: str, new: str) -> set[str]:
         text = (folder / file).read_text()
         assert old in text
         (folder / file).write_text(text.replace(old, new, 1))
-        after = {name: Library(tmp_path).digest(source) for name, source in sources.items()}
+        after = digests()
         (folder / file).write_text(text)
         return {name for name in sources if before[name] != after[name]}
 
