@@ -298,19 +298,13 @@ def select_parameters(
 def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> set[str]:
     matched = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = {n for n in names if any(fnmatchcase(path, pattern) for path in _paths(n))}
+        # What matches a module's name matches the start of its weights' names.
+        found = {n for n in names if any(fnmatchcase(n, p) for p in (pattern, f"{pattern}.*"))}
         if not found:
-            known = dict.fromkeys(path for name in names for path in _paths(name))
-            near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
             raise ValueError(
                 f"no prunable weight or module matches {pattern!r}; names near it: "
-                + ", ".join(near or list(known)[:3])
+                + ", ".join(near or names[:3])
             )
         matched |= found
     return matched
-
-
-def _paths(name: str) -> list[str]:
-    """The name of a parameter and of every module that it is part of."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
