@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.create_conv2d import create_conv2d
@@ -93,60 +96,24 @@ class Attention(nn.Module):
         return projected
 
 
-class TorchAttention(nn.Module):
-    def __init__(self) -> None:
+class Layers(nn.Module):
+    """Layers, and what is done with them."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.call = call
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return x + mixed
+        return self.call(self, x)
 
 
-class Shared(nn.Module):
-    """One weight in two calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(torch.tanh(self.linear(x)))
-        return y
-
-
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used = nn.Linear(6, 6)
-        self.unused = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.used(x)
-        return y
-
-
-class Reshaped(nn.Module):
-    """A convolution's weight, reshaped and called as a linear layer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(6, 6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.conv.weight.reshape(6, 6), self.conv.bias)
-
-
-class Product(nn.Module):
-    """A weight used by a matrix product, and a second time by a linear call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(torch.tanh(x @ self.linear.weight))
-        return y
+def torch_attention() -> nn.Module:
+    return Layers(
+        lambda m, x: x + m.attention(x, x, x, need_weights=False)[0],
+        attention=nn.MultiheadAttention(6, 2, batch_first=True),
+    )
 
 
 class _Hidden(torch.autograd.Function):
@@ -168,106 +135,42 @@ class _Hidden(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, 1).T @ x.flatten(0, 1)
 
 
-class CustomFunction(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Hidden.apply(x, self.linear.weight)
-        return y
+def _in_windows(layers: Any, x: Tensor) -> Tensor:
+    """A linear layer whose rows are ``samples × windows``, as Swin's attention has them."""
+    return F.gelu(layers.linear(x.reshape(-1, 2, 6))).reshape(x.shape)
 
 
-class SequenceFirst(nn.Module):
-    """Rows ``[tokens, samples]``, all of which carry a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x.transpose(0, 1))
-        return F.gelu(y).transpose(0, 1)
-
-
-class SequenceFirstReadout(nn.Module):
-    """Rows ``[tokens, samples]``, of which only the first token reaches the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x.transpose(0, 1))
-        return F.gelu(y[0])
-
-
-class Windows(nn.Module):
-    """Rows ``samples × windows``, as Swin's attention has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        windows = x.reshape(-1, 2, 6)
-        y: Tensor = self.linear(windows)
-        return F.gelu(y).reshape(x.shape)
-
-
-class WindowConvolution(nn.Module):
+def _convolved_windows(layers: Any, x: Tensor) -> Tensor:
     """A convolution whose rows are ``samples × windows``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        rows = x.reshape(batch, channels, 2, height // 2, width).transpose(1, 2)
-        y: Tensor = self.conv(rows.flatten(0, 1))
-        return F.gelu(y).reshape(rows.shape).transpose(1, 2).flatten(2, 3)
+    batch, channels, height, width = x.shape
+    rows = x.reshape(batch, channels, 2, height // 2, width).transpose(1, 2)
+    y = layers.conv(rows.flatten(0, 1))
+    return F.gelu(y).reshape(rows.shape).transpose(1, 2).flatten(2, 3)
 
 
-class Constant(nn.Module):
+def _constant() -> nn.Module:
     """A layer whose input is no function of the images, as a position table's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table: Tensor
-        self.register_buffer("table", torch.randn(4, 3))
-        self.linear = nn.Linear(3, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.linear(self.table))
+    table = torch.randn(4, 3)
+    return Layers(lambda m, x: torch.tanh(x * m.linear(table.to(x))), linear=nn.Linear(3, 6))
 
 
-class SetAside(nn.Module):
+def _set_aside() -> nn.Module:
     """A layer after one whose weights are all zero: no gradient reaches what comes before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Linear(6, 6)
-        self.after = nn.Linear(6, 6)
-        nn.init.zeros_(self.after.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.after(torch.tanh(self.before(x)))
-        return x + y
+    layers = Layers(
+        lambda m, x: x + m.after(torch.tanh(m.before(x))),
+        before=nn.Linear(6, 6),
+        after=nn.Linear(6, 6),
+    )
+    nn.init.zeros_(layers.get_parameter("after.weight"))
+    return layers
 
 
-class UnevenlyPadded(nn.Module):
+def _unevenly_padded(layers: Any, x: Tensor) -> Tensor:
     """One more row and column of zeros below and right, which torch warns of as slow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 2, padding="same")
-
-    def forward(self, x: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            y: Tensor = self.conv(x)
-        return y
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y: Tensor = layers.conv(x)
+    return y
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -295,7 +198,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv without bias": lambda: _conv(nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False)),
     "strided conv": lambda: _conv(nn.Conv2d(4, 5, 3, 2, 1), nn.Conv2d(5, 4, 1, 2)),
     "dilated conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding="same", dilation=2)),
-    "unevenly padded conv": lambda: _conv(UnevenlyPadded()),
+    "unevenly padded conv": lambda: _conv(
+        Layers(_unevenly_padded, conv=nn.Conv2d(4, 4, 2, padding="same"))
+    ),
     "circularly padded conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
     "grouped conv": lambda: _conv(nn.Conv2d(4, 6, 3, 2, groups=2), width=6),
     "depthwise conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, groups=4)),
@@ -322,18 +227,39 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear over tokens": lambda: _tokens(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)),
     "LayerNorm": lambda: _tokens(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)),
     "fused attention": lambda: _tokens(Attention()),
-    "nn.MultiheadAttention": lambda: _tokens(TorchAttention()),
-    "shared weight": lambda: _tokens(Shared()),
-    "unused weight": lambda: _tokens(Unused()),
-    "reshaped weight": lambda: _tokens(Reshaped()),
-    "weight used twice in two ways": lambda: _tokens(Product()),
-    "weight in a custom function": lambda: _tokens(CustomFunction()),
-    "sequence first": lambda: _tokens(SequenceFirst()),
-    "sequence first, one token read": lambda: _tokens(SequenceFirstReadout()),
-    "windows": lambda: _tokens(Windows()),
-    "convolution over windows": lambda: _conv(WindowConvolution()),
-    "input without images": lambda: _tokens(Constant()),
-    "no gradient": lambda: _tokens(SetAside()),
+    "nn.MultiheadAttention": lambda: _tokens(torch_attention()),
+    "shared weight": lambda: _tokens(
+        Layers(lambda m, x: m.linear(torch.tanh(m.linear(x))), linear=nn.Linear(6, 6))
+    ),
+    "unused weight": lambda: _tokens(
+        Layers(lambda m, x: m.used(x), used=nn.Linear(6, 6), unused=nn.Linear(6, 6))
+    ),
+    "reshaped weight": lambda: _tokens(
+        Layers(
+            lambda m, x: F.linear(x, m.conv.weight.reshape(6, 6), m.conv.bias),
+            conv=nn.Conv2d(6, 6, 1),
+        )
+    ),
+    "weight used twice in two ways": lambda: _tokens(
+        Layers(lambda m, x: m.linear(torch.tanh(x @ m.linear.weight)), linear=nn.Linear(6, 6))
+    ),
+    "weight in a custom function": lambda: _tokens(
+        Layers(lambda m, x: _Hidden.apply(x, m.linear.weight), linear=nn.Linear(6, 6))
+    ),
+    "sequence first": lambda: _tokens(
+        Layers(
+            lambda m, x: F.gelu(m.linear(x.transpose(0, 1))).transpose(0, 1), linear=nn.Linear(6, 6)
+        )
+    ),
+    "sequence first, one token read": lambda: _tokens(
+        Layers(lambda m, x: F.gelu(m.linear(x.transpose(0, 1))[0]), linear=nn.Linear(6, 6))
+    ),
+    "windows": lambda: _tokens(Layers(_in_windows, linear=nn.Linear(6, 6))),
+    "convolution over windows": lambda: _conv(
+        Layers(_convolved_windows, conv=nn.Conv2d(4, 4, 3, padding=1))
+    ),
+    "input without images": lambda: _tokens(_constant()),
+    "no gradient": lambda: _tokens(_set_aside()),
 }
 
 
@@ -356,11 +282,17 @@ def build(name: str) -> Case:
     return Case(model.train(), names, Images())
 
 
-def _builder(name: str) -> Callable[[], Case]:
-    return lambda: build(name)
+CASES: dict[str, Callable[[], Case]] = {name: partial(build, name) for name in MODELS}
 
 
-CASES: dict[str, Callable[[], Case]] = {name: _builder(name) for name in MODELS}
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    yield
+    for module, training in modes.items():
+        module.training = training
 
 
 def per_sample_gradients(
@@ -368,28 +300,22 @@ def per_sample_gradients(
 ) -> Iterator[tuple[Tensor, ...]]:
     """J_nᵀ v_n by one backward a sample, in evaluation mode: the definition, without any trick."""
     parameters = dict(model.named_parameters())
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for image, cotangent in zip(images.split(1), cotangents.split(1), strict=True):
-        yield torch.autograd.grad(
-            # Twice, since torch's BatchNorm is wrong for some single samples; one is looked at.
-            model(torch.cat([image, image]))[:1],
-            [parameters[name] for name in names],
-            cotangent,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        for image, cotangent in zip(images.split(1), cotangents.split(1), strict=True):
+            yield torch.autograd.grad(
+                # Twice, since torch's BatchNorm is wrong for some single samples; one is looked at.
+                model(torch.cat([image, image]))[:1],
+                [parameters[name] for name in names],
+                cotangent,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad():
-        logits: Tensor = model.eval()(images)
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model), torch.no_grad():
+        logits: Tensor = model(images)
     return logits
 
 
@@ -430,9 +356,8 @@ def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tenso
     """Hessian of the mean cross-entropy over the named weights, ``[P, P]``, row by row."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with evaluating(model), math_kernel:
         loss = F.cross_entropy(model(data.images), data.labels)
     gradients = torch.autograd.grad(
         loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
@@ -451,8 +376,6 @@ def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tenso
         else torch.zeros_like(flat)
         for entry in flat
     ]
-    for module, training in modes.items():
-        module.training = training
     return torch.stack(rows).detach()
 
 

@@ -18,7 +18,7 @@ from pai_utils.repair.layouts import channels_last
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import ALL
-from tests.cases import Images, TorchAttention, fingerprint, tiny_classifier, tiny_task
+from tests.cases import Images, fingerprint, tiny_classifier, tiny_task, torch_attention
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -325,7 +325,7 @@ PLAIN = "no weights of plain linear layers or convolutions; not repaired by laye
             [f"0.layer.weight, 1.layer.weight: {PLAIN}"],
         ),
         (
-            [nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), TorchAttention()],
+            [nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), torch_attention()],
             [f"0.weight, 3.attention.in_proj_weight: {PLAIN}",
              "3.attention.out_proj is not called as a layer; its weights are not repaired"],
         ),
