@@ -233,26 +233,6 @@ def test_repair_is_the_closed_form(samples: int, block_size: int) -> None:
         assert torch.equal(found[:8], weights[:8])
 
 
-def test_repair_lowers_the_increase_to_the_saliency() -> None:
-    gradients = spread_gradients(64, 16)
-    weights = torch.ones(16, dtype=torch.float64)
-    blocks = BlockFisher.from_gradients(gradients, block_size=16, damping=1e-2)
-    (matrix,) = dense_blocks(gradients, 16, 1e-2)
-    for i in range(16):
-        keep = torch.arange(16) != i
-        step = blocks.repair(weights, keep) - weights
-        assert float(step @ matrix @ step / 2) == pytest.approx(
-            float(blocks.saliency(weights)[i]), rel=1e-10
-        )
-        assert blocks.saliency(weights)[i] < weights[i] ** 2 * matrix[i, i] / 2
-
-
-def test_repaired_weights_keep_their_dtype() -> None:
-    blocks = BlockFisher.from_gradients(spread_gradients(9, 10), block_size=4, damping=1e-2)
-    found = blocks.repair(torch.ones(10), torch.arange(10) > 3)
-    assert found.dtype == torch.float32
-
-
 def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
     case = build("grouped conv")
     options = {"block_size": 1, "damping": 0.25}
@@ -304,15 +284,6 @@ def test_the_model_is_as_it_was_whenever_the_caller_has_control(case: Case) -> N
     for _ in fisher_blocks(case.model, case.names, case.data, **options):  # type: ignore[arg-type]
         assert fingerprint(case.model) == before
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_tokens_of_one_sample_are_summed_before_the_outer_product() -> None:
-    case = build("linear over tokens")
-    name = "1.weight"
-    (blocks,) = fisher_blocks(case.model, [name], case.data, block_size=6)
-    gradients = gradients_of(case)[name]
-    expected = torch.stack([g.T @ g / len(g) for g in gradients.split(6, dim=1)])
-    assert relative_error(blocks.stored, expected) <= 1e-12
 
 
 @pytest.mark.parametrize(

@@ -32,30 +32,18 @@ DIAGONALS: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_fisher_equals_the_mean_of_squared_gradients(case: Case, batch_size: int) -> None:
-    found = fisher_diagonal(case.model, case.names, case.data, Draw(None, batch_size))
-    expected = dense_fisher_diagonal(case)
-    for name in case.names:
-        assert relative_error(found[name], expected[name]) <= 1e-10, name
+EXACT = {
+    "fisher": dense_fisher_diagonal,
+    "exact": dense_ggn_diagonal,
+    "outputs, exact": dense_output_diagonal,
+}
 
 
 @pytest.mark.parametrize("batch_size", [4, 64])
-def test_exact_ggn_equals_the_dense_one(case: Case, batch_size: int) -> None:
-    found = ggn_diagonal(
-        case.model, case.names, case.data, Draw(None, batch_size), estimator="exact"
-    )
-    expected = dense_ggn_diagonal(case)
-    for name in case.names:
-        assert relative_error(found[name], expected[name]) <= 1e-10, name
-
-
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_exact_output_diagonal_equals_the_dense_one(case: Case, batch_size: int) -> None:
-    found = output_diagonal(
-        case.model, case.names, case.data, Draw(None, batch_size), estimator="exact"
-    )
-    expected = dense_output_diagonal(case)
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_diagonals_equal_the_dense_ones(case: Case, kind: str, batch_size: int) -> None:
+    found = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, batch_size))
+    expected = EXACT[kind](case)
     for name in case.names:
         assert relative_error(found[name], expected[name]) <= 1e-10, name
 
@@ -232,14 +220,6 @@ def test_running_out_of_memory_on_single_samples_is_an_error() -> None:
     assert fingerprint(case.model) == before
 
 
-def test_an_impossible_estimate_of_the_outputs_is_refused() -> None:
-    case = build("linear over vectors")
-    with pytest.raises(ValueError, match=r"estimator 'batch'.*mc, exact"):
-        output_diagonal(case.model, case.names, case.data, estimator="batch")
-    with pytest.raises(ValueError, match="draws=0: at least one"):
-        output_diagonal(case.model, case.names, case.data, draws=0)
-
-
 @pytest.mark.parametrize("label", [-1, 4])
 def test_labels_outside_the_classes_are_refused(label: int) -> None:
     case = build("linear over vectors")
@@ -261,6 +241,8 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
 )
 def test_impossible_settings_are_refused(options: dict[str, int], message: str) -> None:
     case = build("linear over vectors")
+    with pytest.raises(ValueError, match=r"estimator 'batch'.*mc, exact"):
+        output_diagonal(case.model, case.names, case.data, estimator="batch")
     with pytest.raises(ValueError, match=message):
         ggn_diagonal(case.model, case.names, case.data, **options)  # type: ignore[arg-type]
 

@@ -14,7 +14,6 @@ from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
-    Head,
     Images,
     Limited,
     build,
@@ -63,20 +62,17 @@ def dense_ggn(case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
-def test_hessian_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
+@kinds
+def test_product_equals_that_of_the_dense_matrix(
+    kind: type[CurvatureOperator], case: Case, batch_size: int
+) -> None:
     v = vector_for(case)
-    product = HessianOperator(case.model, case.names, case.data, Draw(None, batch_size))(v)
+    product = kind(case.model, case.names, case.data, Draw(None, batch_size))(v)
     assert list(product) == case.names
-    dense = dense_hessian(case.model, case.names, case.data)
+    dense = (
+        dense_ggn(case) if kind is GGNOperator else dense_hessian(case.model, case.names, case.data)
+    )
     assert relative_error(flattened(product), dense @ flattened(v)) <= 1e-10
-
-
-@pytest.mark.parametrize("batch_size", [3, 64])
-def test_ggn_product_equals_that_of_the_dense_matrix(case: Case, batch_size: int) -> None:
-    v = vector_for(case)
-    product = GGNOperator(case.model, case.names, case.data, Draw(None, batch_size))(v)
-    assert list(product) == case.names
-    assert relative_error(flattened(product), dense_ggn(case) @ flattened(v)) <= 1e-10
 
 
 @pytest.mark.parametrize(("batch_size", "memory"), [(64, 2**30), (3, 2**30), (3, 0)])
@@ -143,46 +139,6 @@ def test_product_takes_the_seeded_draw(kind: type[CurvatureOperator]) -> None:
     found = kind(case.model, case.names, case.data, Draw(6, seed=5))(v)
     expected = kind(case.model, case.names, drawn)(v)
     assert all(torch.equal(found[name], expected[name]) for name in case.names)
-
-
-@kinds
-def test_matrix_is_symmetric(kind: type[CurvatureOperator], case: Case) -> None:
-    operator = kind(case.model, case.names, case.data, Draw(None, 4))
-    u, v = vector_for(case, 2), vector_for(case, 3)
-    left = flattened(u) @ flattened(operator(v))
-    right = flattened(v) @ flattened(operator(u))
-    scale = flattened(u).norm() * flattened(operator(v)).norm()
-    assert (left - right).abs() <= 1e-12 * scale
-
-
-def test_hessian_equals_ggn_for_the_last_layer_alone() -> None:
-    case = build("conv")
-    names = [name for name in case.names if name.endswith("out.weight")]
-    v = {name: vector_for(case)[name] for name in names}
-    hessian = HessianOperator(case.model, names, case.data)(v)
-    ggn = GGNOperator(case.model, names, case.data)(v)
-    assert relative_error(flattened(hessian), flattened(ggn)) <= 1e-12
-
-
-@pytest.mark.parametrize(("activation", "equal"), [(nn.ReLU, True), (nn.GELU, False)])
-def test_hessian_and_ggn_share_their_diagonal_on_piecewise_linear_networks_only(
-    activation: type[nn.Module], equal: bool
-) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 3, 2, bias=False),
-        nn.BatchNorm2d(3),
-        activation(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(3, 2, 2),
-        activation(),
-        Head(2),
-    ).double()
-    names = ["0.weight", "4.weight"]
-    hessian, ggn = (dense_matrix(kind(model, names, Images())).diagonal() for kind in KINDS)
-    assert ggn.min() >= 0
-    assert (relative_error(hessian, ggn) <= 1e-10) == equal
-    assert (relative_error(hessian, ggn) >= 1e-3) != equal
 
 
 def test_a_dense_matrix_has_the_rows_and_columns_of_the_operator() -> None:

@@ -126,29 +126,6 @@ def test_equal_samples_are_still_told_apart() -> None:
         assert relative_error(whole[name], single[name]) <= 1e-10
 
 
-def test_positions_are_summed_before_squaring() -> None:
-    case = build("linear over tokens")
-    name = "1.weight"
-    cotangents = cotangents_for(case)
-    right = squares(case, cotangents, 5)[name]
-    # What squaring each token's outer product first would give.
-    inputs: list[Tensor] = []
-    gradients: list[Tensor] = []
-    layer = case.model.get_submodule("1")
-
-    def keep(_: nn.Module, received: tuple[Tensor], output: Tensor) -> None:
-        inputs.append(received[0].detach())
-        output.register_hook(gradients.append)
-
-    handle = layer.register_forward_hook(keep)
-    case.model.eval()(case.data.images).backward(cotangents)
-    handle.remove()
-    wrong = torch.einsum("nto,nti->oi", gradients[0].square(), inputs[0].square())
-    summed = torch.einsum("nto,nti->noi", gradients[0], inputs[0]).square().sum(0)
-    assert relative_error(right, summed) <= 1e-10
-    assert relative_error(right, wrong) > 0.1
-
-
 @pytest.mark.parametrize("fails_at", [1, 3, 4, 6])
 def test_an_error_midway_leaves_no_trace(case: Case, fails_at: int) -> None:
     calls = 0

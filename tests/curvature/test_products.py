@@ -92,21 +92,6 @@ def test_frozen_models_have_the_same_terms(case: Case) -> None:
     assert found == expected
 
 
-def test_a_linear_softmax_model_has_its_closed_form() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()
-    data = Images(7, classes=3, side=2)
-    v = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    terms = terms_along(model, {"1.weight": v}, data)
-    x = data.images.flatten(1)
-    p = logits_of(model, data.images).softmax(1)
-    t = x @ v.T
-    y = F.one_hot(data.labels, 3)
-    assert close(terms.gradient, ((p - y) * t).sum(1).mean())
-    quadratic = ((p * t**2).sum(1) - (p * t).sum(1) ** 2).mean()
-    assert close(terms.hessian, quadratic)
-    assert close(terms.ggn, quadratic)
-
-
 def test_the_ggn_keeps_its_digits_when_all_logits_move_alike() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = Images(7, classes=3, side=2, dtype=torch.float32)
@@ -177,14 +162,6 @@ def test_directions_that_do_not_fit_are_refused() -> None:
     v = direction_for(case)
     with pytest.raises(ValueError, match=r"the vector lacks '2\.weight'"):
         directional_terms(case.model, [v, {"2.bias": torch.zeros(6)}], case.data)
-
-
-@pytest.mark.parametrize("label", [-100, 4])
-def test_labels_outside_the_classes_are_refused(label: int) -> None:
-    case = build("linear over vectors")
-    case.data.labels[3] = label
-    with pytest.raises(ValueError, match=f"label {label} but the model's classes are 0 to 3"):
-        terms_along(case.model, direction_for(case), case.data)
 
 
 def test_terms_that_are_not_finite_are_refused() -> None:

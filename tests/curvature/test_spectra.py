@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pai_utils.curvature.products import GGNOperator, HessianOperator
+from pai_utils.curvature.products import HessianOperator
 from pai_utils.curvature.spectra import Eigenpairs, spectral_density, top_eigenpairs
 from pai_utils.support.common import NonFiniteError
-from pai_utils.support.sampling import Draw
-from tests.cases import Case, build, dense_hessian, fingerprint
+from tests.cases import Case, dense_hessian
 from tests.matrices import MatrixOperator, symmetric
 
 
@@ -146,21 +145,6 @@ def test_density_of_one_repeated_eigenvalue_is_one_peak() -> None:
         found = spectral_density(MatrixOperator(matrix), probes=2, steps=5)
         assert found.grid[found.density.argmax()] == pytest.approx(value, abs=1e-12)
         assert abs(float(torch.trapezoid(found.density, found.grid)) - 1) <= 1e-6
-
-
-def test_ggn_of_a_network_has_no_density_below_zero() -> None:
-    case = build("conv")
-    found = spectral_density(GGNOperator(case.model, case.names, case.data), probes=2, steps=30)
-    assert found.nodes.min() >= -1e-12
-
-
-def test_model_is_left_as_it_was() -> None:
-    case = build("eval BatchNorm")
-    before = fingerprint(case.model)
-    operator = HessianOperator(case.model, case.names, case.data, Draw(None, 4))
-    top_eigenpairs(operator, 2)
-    spectral_density(operator, probes=1, steps=3)
-    assert fingerprint(case.model) == before
 
 
 def test_bad_settings_and_products_are_refused() -> None:
