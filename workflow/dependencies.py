@@ -17,6 +17,7 @@ from pai_utils.support.code import LIBRARY, file_of, imported, syntax
 
 # Decorators that only change what they decorate.
 PURE = {"cache", "contextmanager", "dataclass", "inference_mode", "no_grad"}
+NAME = re.compile(r"\w+(\.\w+)*")
 DYNAMIC = re.compile(
     r"(.*\.)?(import_module|__import__|__subclasses__|__init_subclass__)|eval|exec|globals"
     r"|sys\.modules.*"
@@ -117,25 +118,15 @@ def _code(
 def _names(node: ast.AST) -> Iterator[str]:
     """Names that code uses, with the attributes that are asked of them, as `pai.plots.curves`."""
     match node:
-        case ast.Name() | ast.Attribute() if name := _dotted(node):
+        case ast.Name() | ast.Attribute() if NAME.fullmatch(name := ast.unparse(node)):
             yield name
-        case ast.Call(func, [ast.Constant(str(name)), *_]) if DYNAMIC.fullmatch(_dotted(func)):
+        case ast.Call(func, [ast.Constant(str(name)), *_]) if DYNAMIC.fullmatch(ast.unparse(func)):
             yield name  # of a module, which the text says
         case ast.FunctionDef("__init_subclass__"):
             yield "__init_subclass__"
         case _:
             for child in ast.iter_child_nodes(node):
                 yield from _names(child)
-
-
-def _dotted(node: ast.AST) -> str:
-    """A name with its attributes; empty for anything else."""
-    match node:
-        case ast.Name(name):
-            return name
-        case ast.Attribute(value, name) if base := _dotted(value):
-            return f"{base}.{name}"
-    return ""
 
 
 def _role(node: ast.stmt) -> tuple[str, bool]:

@@ -166,9 +166,9 @@ def count_work(notebook: str, work: Work, config: Any) -> None:
         )
         runs, steps = starts * len(config.learning_rates), len(config.steps)
         work.steps(runs * max(config.steps) * config.finetune_batch_size)
+        validation = steps * work.images[0]["validation"]
         # Heads are fitted anew at the last step.
-        work.forwards += runs * ((steps + 1) * work.test + work.train)
-        work.forwards += runs * steps * work.images[0]["validation"]
+        work.forwards += runs * ((steps + 1) * work.test + work.train + validation)
         work.copies = 40
     elif notebook == "landscape_analysis":
         studies = [masks, *(work.masks(recipes[:1]) for _ in config.comparisons)]
@@ -186,18 +186,12 @@ def count_work(notebook: str, work: Work, config: Any) -> None:
 
 
 def estimate(notebook: str, config: RunParameters, tflops: float) -> dict[str, float]:
-    """Estimate one cell.
-
-    Args:
-        notebook: its name.
-        config: its parameters.
-        tflops: 10¹² floating-point operations a second that the device sustains.
+    """Estimate one cell, on a device that sustains `tflops` 10¹² operations a second.
 
     Returns:
         `forwards` (of one image), `hours`, `score_hours` (of the longest score), `memory_mib` (of
-        the process, or of a GPU and the process), `results_mib` (figures and masks) and
-        `pixels_mib` (decoded images, which cells of one task and size share). Of a notebook without
-        an encoder no work is counted.
+        the process, or of a GPU and the process), `results_mib` and `pixels_mib` (decoded images,
+        which cells of one task and size share). Without an encoder no work is counted.
 
     Raises:
         ValueError: an unknown encoder, or more images than a part of a task has.

@@ -5,10 +5,7 @@ parameters each. A cell with the key `over` stands for many: one for each combin
 it lists, which are added to its parameters and put into its name in the place of `{parameter}`.
 """
 
-from __future__ import annotations
-
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +24,6 @@ class Cell:
     name: str
     notebook: str
     parameters: Mapping[str, Any]
-
-    @property
-    def parameters_json(self) -> str:
-        """The parameters as text that is equal when they are."""
-        return json.dumps(self.parameters, sort_keys=True)
 
 
 def read_grid(path: Path) -> dict[str, Cell]:

@@ -8,15 +8,6 @@ import yaml
 from grids import read_grid
 
 
-def test_parameters_in_another_order_are_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "grid.yaml"
-    texts = []
-    for parameters in ("{a: 1, b: [2]}", "{b: [2], a: 1}"):
-        path.write_text(f"cells: {{one: {{notebook: n, parameters: {parameters}}}}}")
-        texts.append(read_grid(path)["one"].parameters_json)
-    assert texts[0] == texts[1] == '{"a": 1, "b": [2]}'
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
