@@ -118,7 +118,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
 
 
 def load_compressed(path: str | Path, model: nn.Module) -> Mask:
-    """Fill ``model`` from a file of :func:`save_compressed`, bit for bit, and return its mask.
+    """Fill ``model`` from a file of ``save_compressed``, bit for bit, and return its mask.
 
     The model has the same architecture in the same types, any weights, and is on any device.
 
@@ -336,9 +336,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
         mask: keeps at most two of every four weights along the input of each layer.
 
     Returns:
-        The copy, for inference, and the names of the weights that stay dense: those of other layers
-        than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or whose columns
-        [in] are none of 64.
+        The copy, for inference, and the names of the weights that stay dense. These are weights of
+        other layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or
+        whose columns [in] are none of 64.
 
     Raises:
         ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or
