@@ -308,21 +308,120 @@ def receive_gradients(
     those of :func:`sum_squared_gradients`; ``room`` are bytes of gradients in the making.
     """
     weights = {name: model.get_parameter(name) for name in names}
+    through = _Pass(model, cotangents, receive, room)
     generic: set[str] | None = None
     for batch in batches:
         model.requires_grad_(False)
         slow = weights
         if len(batch[0]) > 1:  # a single sample's gradient is its own, however weights are used
             if generic is None:
-                generic = _trial(model, weights, batch, cotangents, receive, room)
+                generic = through.trial(weights, batch)
                 if not generic:
                     continue
             slow = {name: weight for name, weight in weights.items() if name in generic}
             if fast := {name: weight for name, weight in weights.items() if name not in generic}:
                 # Nothing of it is named here, which would keep the layers' inputs for the next.
-                _pull_back(_observed(model, fast, batch, receive, room)[0], batch, cotangents)
+                through.pull_back(through.observe(fast, batch)[0], batch)
         if slow:
-            _receive_singles(model, slow, batch, cotangents, receive, room)
+            through.singly(slow, batch)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    model: nn.Module
+    cotangents: Cotangents
+    receive: Receiver
+    room: int
+
+    def trial(self, weights: Mapping[str, nn.Parameter], batch: Batch) -> set[str]:
+        """Names of the weights that take one backward a sample; if none does, use the batch too."""
+        images = batch[0]
+        for weight in weights.values():
+            weight.requires_grad_()
+        logits, observer = self.observe(weights, batch)
+        self.model.requires_grad_(False)
+        generic = _reached(logits, weights)
+        chosen, again = len(images) // 2, _Observer(weights)
+        change = torch.linspace(-1, 1, images[0].numel()).to(images).view_as(images[0])
+        with torch.no_grad(), again:
+            self.model(torch.stack([images[chosen], images[chosen - 1] + change]))
+        generic |= {
+            name
+            for name, inputs in observer.inputs.items()
+            if inputs and not _grouped_by_sample(inputs, again.inputs[name], len(images))
+        }
+        del observer  # and with it the layers' inputs
+        if generic:
+            logger.info(
+                "per-sample gradients of %s take one backward a sample: the weight is shared, "
+                "reshaped, or its rows are not grouped by sample",
+                ", ".join(sorted(generic)),
+            )
+        else:
+            self.pull_back(logits, batch)
+        return generic
+
+    def observe(
+        self, weights: Mapping[str, nn.Parameter], batch: Batch
+    ) -> tuple[Tensor, _Observer]:
+        """Logits of a batch, whose backward pass will hand on the gradients."""
+
+        def made(name: str, inputs: Tensor, geometry: Geometry | None, gradient: Tensor) -> None:
+            self.receive(Gradients(name, batch[2], gradient, inputs, geometry, self.room))
+
+        observer = _Observer(weights, made)
+        with torch.enable_grad(), observer:
+            logits = self.model(batch[0])
+        return logits, observer
+
+    def pull_back(self, logits: Tensor, batch: Batch) -> None:
+        """One backward a cotangent; the last one frees the graph."""
+        if not logits.requires_grad:
+            return
+        waiting: Tensor | None = None
+        for cotangent in self.cotangents(logits.detach(), *batch[1:]):
+            if waiting is not None:
+                logits.backward(waiting, retain_graph=True)
+            waiting = cotangent
+        if waiting is not None:
+            logits.backward(waiting)
+
+    def singly(self, weights: Mapping[str, nn.Parameter], batch: Batch) -> None:
+        """One backward a sample and cotangent; as many are handed on at once as fit."""
+        for weight in weights.values():
+            weight.requires_grad_()
+        norms = (isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        normalised = any(norms)
+        size = sum(w.numel() * w.element_size() for w in weights.values())
+        together = max(1, self.room // (2 * size))
+        kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
+        def hand_on() -> None:
+            found, each = zip(*kept, strict=True)
+            kept.clear()
+            for name, gradients in zip(weights, zip(*each, strict=True), strict=True):
+                formed = torch.stack(gradients)
+                self.receive(Gradients(name, torch.cat(found), formed, room=self.room))
+
+        for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
+            with torch.enable_grad():
+                logits = self.model(paired(image) if normalised else image)[:1]
+            if not logits.requires_grad:
+                return
+            for cotangent in self.cotangents(logits.detach(), label, row):
+                gradients = torch.autograd.grad(
+                    logits,
+                    list(weights.values()),
+                    cotangent,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                kept.append((row, gradients))
+                if len(kept) == together:
+                    hand_on()
+        if kept:
+            hand_on()
 
 
 class _Observer(Calls):
@@ -370,42 +469,6 @@ class _Observer(Calls):
         return output
 
 
-def _trial(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batch: Batch,
-    cotangents: Cotangents,
-    receive: Receiver,
-    room: int,
-) -> set[str]:
-    """Names of the weights that take one backward a sample; where none does, use the batch too."""
-    images = batch[0]
-    for weight in weights.values():
-        weight.requires_grad_()
-    logits, observer = _observed(model, weights, batch, receive, room)
-    model.requires_grad_(False)
-    generic = _reached(logits, weights)
-    chosen, again = len(images) // 2, _Observer(weights)
-    change = torch.linspace(-1, 1, images[0].numel()).to(images).view_as(images[0])
-    with torch.no_grad(), again:
-        model(torch.stack([images[chosen], images[chosen - 1] + change]))
-    generic |= {
-        name
-        for name, inputs in observer.inputs.items()
-        if inputs and not _grouped_by_sample(inputs, again.inputs[name], len(images))
-    }
-    del observer  # and with it the layers' inputs
-    if generic:
-        logger.info(
-            "per-sample gradients of %s take one backward a sample: the weight is shared, "
-            "reshaped, or its rows are not grouped by sample",
-            ", ".join(sorted(generic)),
-        )
-    else:
-        _pull_back(logits, batch, cotangents)
-    return generic
-
-
 def _grouped_by_sample(inputs: list[Tensor], again: list[Tensor], count: int) -> bool:
     """Whether a layer is called once, with rows that do not depend on the other samples.
 
@@ -443,77 +506,3 @@ def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
             found.add(names[variable])
         waiting += [following for following, _ in node.next_functions]
     return found
-
-
-def _observed(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batch: Batch,
-    receive: Receiver,
-    room: int,
-) -> tuple[Tensor, _Observer]:
-    """Logits of a batch, whose backward pass will hand ``receive`` the gradients."""
-    images, _, rows = batch
-
-    def observed(name: str, inputs: Tensor, geometry: Geometry | None, gradient: Tensor) -> None:
-        receive(Gradients(name, rows, gradient, inputs, geometry, room))
-
-    observer = _Observer(weights, observed)
-    with torch.enable_grad(), observer:
-        logits = model(images)
-    return logits, observer
-
-
-def _pull_back(logits: Tensor, batch: Batch, cotangents: Cotangents) -> None:
-    """One backward a cotangent; the last one frees the graph."""
-    if not logits.requires_grad:
-        return
-    waiting: Tensor | None = None
-    for cotangent in cotangents(logits.detach(), *batch[1:]):
-        if waiting is not None:
-            logits.backward(waiting, retain_graph=True)
-        waiting = cotangent
-    if waiting is not None:
-        logits.backward(waiting)
-
-
-def _receive_singles(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batch: Batch,
-    cotangents: Cotangents,
-    receive: Receiver,
-    room: int,
-) -> None:
-    """One backward a sample and cotangent; handed on for as many samples at once as fit."""
-    for weight in weights.values():
-        weight.requires_grad_()
-    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    together = max(1, room // (2 * sum(w.numel() * w.element_size() for w in weights.values())))
-    kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
-
-    def hand_on() -> None:
-        found, each = zip(*kept, strict=True)
-        kept.clear()
-        for name, gradients in zip(weights, zip(*each, strict=True), strict=True):
-            receive(Gradients(name, torch.cat(found), torch.stack(gradients), room=room))
-
-    for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
-        with torch.enable_grad():
-            logits = model(paired(image) if normalised else image)[:1]
-        if not logits.requires_grad:
-            return
-        for cotangent in cotangents(logits.detach(), label, row):
-            gradients = torch.autograd.grad(
-                logits,
-                list(weights.values()),
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            kept.append((row, gradients))
-            if len(kept) == together:
-                hand_on()
-    if kept:
-        hand_on()
