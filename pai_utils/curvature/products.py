@@ -178,22 +178,22 @@ class CurvatureOperator(ABC):
             if batch_size != self._batch_size:  # memory ran out
                 self._batch_size, self._memory, self._losses = batch_size, 0, None
                 self._drop()
-            totals = {
-                name: torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
-                for name, v in like.items()
-            }
+            totals: list[Tensor] = []
             losses = []
             split = self._indices.split(batch_size) if len(self._indices) else ()
             for number, rows in enumerate(progress(split, self.bar) if self.bar else split):
                 with torch.autocast(device_of(self._model).type, enabled=False):
                     graphs = self._kept.get(number) or self._build(number, rows)
                     found = part(graphs, number in self._kept)
-                for total, value in zip(totals.values(), found, strict=True):
-                    total += value.detach()
+                parts = [v.detach().to(_at_least_single(v)) for v in found]
+                # Not in place: autograd may hand out its own tensors, or the caller's.
+                totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
                 losses.append(graphs.loss)
-                del graphs, found, value
+                del graphs, found, parts
             self._check_losses(losses)
-            return totals
+            if not totals:  # fewer samples than processes
+                totals = [v.new_zeros(v.shape, dtype=_at_least_single(v)) for v in like.values()]
+            return dict(zip(like, totals, strict=True))
 
         return sum_over_processes(fitting_batches(compute, self._batch_size))
 
@@ -449,6 +449,10 @@ def _backward(
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+def _at_least_single(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 @contextmanager

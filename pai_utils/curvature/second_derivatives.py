@@ -228,26 +228,26 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, slope = ctx.saved_tensors
-        if torch.is_grad_enabled() and not ctx.mode.tangents_only:
-            slope = _GeluSlope.apply(x, slope)
-        return gradient * slope, None
+        if not torch.is_grad_enabled() or ctx.mode.tangents_only:
+            return gradient * slope, None
+        return _GeluGradient.apply(gradient, x, slope), None
 
 
-class _GeluSlope(torch.autograd.Function):
-    """The slope as it is, whose derivative φ(x) (2 − x²) is formed once for all products."""
+class _GeluGradient(torch.autograd.Function):
+    """The slope times g, whose derivative in x is g φ(x) (2 − x²), formed once for all products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, x: Tensor, slope: Tensor) -> Tensor:
         square = x.square()
-        bend = square.mul(-0.5).exp_().mul_(square.neg_().add_(2)).div_(math.sqrt(2 * math.pi))
-        ctx.save_for_backward(bend)
-        return slope
+        bend = square.mul(-0.5).exp_().mul_(square.neg_().add_(2)).mul_(gradient)
+        ctx.save_for_backward(slope, bend.div_(math.sqrt(2 * math.pi)))
+        return gradient * slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, along: Tensor) -> tuple[Tensor, None]:
-        (bend,) = ctx.saved_tensors
-        return along * bend, None
+    def backward(ctx: Any, along: Tensor) -> tuple[Tensor | None, ...]:
+        slope, bend = ctx.saved_tensors
+        return along * slope, along * bend if ctx.needs_input_grad[1] else None, None
 
 
 class _LayerNorm(torch.autograd.Function):
