@@ -379,6 +379,17 @@ def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tenso
     return torch.stack(rows).detach()
 
 
+def vector_for(case: Case, seed: int = 2) -> dict[str, Tensor]:
+    """A random direction over the case's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(
+            case.model.get_parameter(name).shape, generator=generator, dtype=torch.float64
+        )
+        for name in case.names
+    }
+
+
 def flattened(tensors: dict[str, Tensor]) -> Tensor:
     """All entries in one vector, in the dictionary's order."""
     return torch.cat([tensor.flatten() for tensor in tensors.values()])

@@ -21,20 +21,12 @@ from tests.cases import (
     fingerprint,
     flattened,
     relative_error,
+    vector_for,
 )
 from tests.matrices import MatrixOperator
 
 KINDS: list[type[CurvatureOperator]] = [HessianOperator, GGNOperator]
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def vector_for(case: Case, seed: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(case.model.named_parameters())
-    return {
-        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
-        for name in case.names
-    }
 
 
 def dense_ggn(case: Case) -> Tensor:

@@ -7,20 +7,15 @@ from pai_utils.curvature.labels import DrawnLabels
 from pai_utils.curvature.products import directional_terms
 from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.support.sampling import Draw
-from tests.cases import Case, build, fingerprint, flattened, logits_of, per_sample_gradients
-
-
-def directions_for(case: Case, count: int = 2) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        {
-            name: torch.randn(
-                case.model.get_parameter(name).shape, generator=generator, dtype=torch.float64
-            )
-            for name in case.names
-        }
-        for _ in range(count)
-    ]
+from tests.cases import (
+    Case,
+    build,
+    fingerprint,
+    flattened,
+    logits_of,
+    per_sample_gradients,
+    vector_for,
+)
 
 
 def products(
@@ -41,7 +36,7 @@ def products(
 def test_forms_are_those_of_dense_gradients_of_the_drawn_labels(
     case: Case, block_size: int
 ) -> None:
-    directions = directions_for(case)
+    directions = [vector_for(case), vector_for(case, 3)]
     logits = logits_of(case.model, case.data.images)
     rows = torch.arange(10)
     expected = torch.zeros(2, 3, dtype=torch.float64)
@@ -65,7 +60,7 @@ def test_forms_are_those_of_dense_gradients_of_the_drawn_labels(
 
 
 def test_the_diagonal_is_that_of_the_same_labels(case: Case) -> None:
-    directions = directions_for(case)
+    directions = [vector_for(case), vector_for(case, 3)]
     diagonal = ggn_diagonal(case.model, case.names, case.data, Draw(6, seed=3))
     found = partial_terms(case.model, directions, case.data, Draw(6, seed=3))
     for v, terms in zip(directions, found, strict=True):
@@ -77,7 +72,7 @@ def test_the_diagonal_is_that_of_the_same_labels(case: Case) -> None:
 def test_of_a_single_tensor_the_form_is_unbiased_for_the_whole_matrix() -> None:
     case = build("linear over vectors")
     name = case.names[0]
-    v = {name: directions_for(case, 1)[0][name]}
+    v = {name: vector_for(case)[name]}
     draws = 400
     found = [
         partial_terms(case.model, [v], case.data, Draw(None, seed=seed), draws=draws)[0].tensors
@@ -90,7 +85,7 @@ def test_of_a_single_tensor_the_form_is_unbiased_for_the_whole_matrix() -> None:
 
 
 def test_memory_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    directions = directions_for(case)
+    directions = [vector_for(case), vector_for(case, 3)]
     whole = partial_terms(case.model, directions, case.data, block_size=4)
     monkeypatch.setattr("pai_utils.curvature.persample._CPU_BLOCK_BYTES", 16)
     for found, expected in zip(
@@ -102,7 +97,7 @@ def test_memory_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: 
 
 def test_bad_settings_are_refused() -> None:
     case = build("conv")
-    directions = directions_for(case)
+    directions = [vector_for(case), vector_for(case, 3)]
     with pytest.raises(ValueError, match="block_size=0: at least one"):
         partial_terms(case.model, directions, case.data, block_size=0)
     with pytest.raises(ValueError, match="draws=0: at least one"):
