@@ -114,12 +114,7 @@ def prune(
     scope: str = "global",
     *,
     rounds: int = 1,
-    schedule: str = "exponential",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-    source: str | None = None,
     repair: str = "none",
-    repair_options: Mapping[str, Any] | None = None,
     repair_data: Samples | None = None,
     samples: int | None = 256,
     batch_size: int = 64,
@@ -142,20 +137,16 @@ def prune(
             leave.
         scope: as in :func:`~pai_utils.masks.make_mask`.
         rounds: R above; the scopes ``"N:M"`` take one.
-        schedule: a key of :data:`SCHEDULES`.
-        include: patterns of the weights that may be pruned, by :func:`select_parameters`;
-            ``None`` for all prunable ones.
-        exclude: patterns of the weights to spare, by :func:`select_parameters`.
-        source: name of the source task, for the mask's metadata.
         repair: what is done to the surviving weights in every round, from their values in
             ``model``: ``"none"``, or parts joined by ``+`` of ``moments``, ``layerwise`` and
             ``obs`` (:mod:`pai_utils.repair.methods`).
-        repair_options: those of a :class:`~pai_utils.repair.methods.Repair`, by name.
         repair_data: samples for the repair; by default ``data``.
         samples: size of the draw for the scores; ``None`` for all of ``data``.
         batch_size: samples a forward.
         seed: seed of every draw.
-        options: the scorer's own keywords.
+        options: ``schedule``, ``include``, ``exclude`` and ``repair_options`` of a
+            :class:`Recipe`; ``source``, the data's name, for the mask's metadata; and the scorer's
+            own keywords.
 
     Raises:
         ValueError: for an unknown scorer, scope, schedule, option or repair, an impossible
@@ -176,8 +167,10 @@ def prune(
         >>> pruned.report.sparsity
         0.5
     """
-    how = (scorer, sparsity, scope, rounds, schedule, repair)
-    recipe = Recipe(*how, options, repair_options or {}, include, exclude)
+    source = options.pop("source", None)
+    others = ("schedule", "include", "exclude", "repair_options")
+    given = {name: options.pop(name) for name in others if name in options}
+    recipe = Recipe(scorer, sparsity, scope, rounds, repair=repair, options=options, **given)
     draw = Draw(samples, batch_size, seed)
     pruned = follow(recipe, model, data, draw, repair_data=repair_data, source=source)
     pruned.mask.metadata.update(describe_weights(model, pruned.mask))
