@@ -41,7 +41,8 @@ _PARAMETERS: dict[Any, str] = {
     F.gelu: "input approximate='none'",
     **dict.fromkeys((torch.add, torch.sub, torch.rsub), "input other alpha=1"),
     **dict.fromkeys((torch.mul, torch.div, torch.matmul), "input other"),
-    torch.cat: "tensors dim=0",
+    **dict.fromkeys((torch.cat, torch.stack), "tensors dim=0"),
+    torch.addcmul: "input tensor1 tensor2 value=1",
 }
 
 # The other ways to write a function, all with its parameters.
@@ -58,6 +59,7 @@ _SPELLINGS: dict[Any, tuple[Any, ...]] = {
     torch.cat: (torch.concat, torch.concatenate),
     F.softmax: (torch.softmax, Tensor.softmax),
     F.max_pool2d: (torch.max_pool2d,),
+    torch.addcmul: (Tensor.addcmul, Tensor.addcmul_),
 }
 _CHIEF = {other: function for function, others in _SPELLINGS.items() for other in others}
 
@@ -99,7 +101,7 @@ class Call:
     @property
     def name(self) -> str:
         """What the function is called in torch, as ``"torch.nn.functional.linear"``."""
-        return str(resolve_name(self.function))
+        return str(resolve_name(self.function) or self.function)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from pai_utils.support.common import device_of, progress, undisturbed, unknown_name
-from pai_utils.support.sampling import (
-    Samples,
-    batches,
-    draw_samples,
-    fitting_batches,
-    paired,
-    share_of_work,
-    sum_over_processes,
-)
+from pai_utils.curvature.persample import drawn_batches
+from pai_utils.support.common import device_of, replica, unknown_name
+from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
 
 INPUTS = ("data", "noise")
 
@@ -26,10 +18,8 @@ def ntk_sap(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
+    draw: Draw,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     epsilon: float = 0.01,
     perturbations: int = 1,
     inputs: str = "data",
@@ -45,8 +35,8 @@ def ntk_sap(
     the pre-trained network's. A weight that is exactly zero counts as pruned: it is not perturbed,
     and its score is zero.
 
-    All is computed in float64: the score is a difference of differences, of relative size ε².
-    Costs two forward and backward passes a sample and perturbation.
+    All is computed in float64, on copies of the model: the score is a difference of differences, of
+    relative size ε². Costs two forward and backward passes a sample and perturbation.
 
     Source: Wang, Li & Sun (2023), "NTK-SAP: improving neural network pruning by aligning training
     dynamics".
@@ -68,75 +58,55 @@ def ntk_sap(
     if inputs not in INPUTS:
         raise unknown_name("inputs", inputs, INPUTS)
     device = device_of(model)
-    indices = draw_samples(data, samples, seed)
-    share = share_of_work(len(indices))
-    values = {name: _double(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    weights = {name: values[name].requires_grad_() for name in names}
-
-    def images_of(size: int) -> Iterable[Tensor]:
-        if len(share) == 0:  # fewer samples than processes
-            return
-        loaded = batches(data, size, device, indices[share])
-        for (images, _), rows in zip(loaded, share.split(size), strict=True):
-            yield _noise(images, rows, seed) if inputs == "noise" else images.double()
+    indices = draw.indices(data)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    plain = replica(model, {name: _double(tensor) for name, tensor in own.items()})
+    weights = {name: plain.get_parameter(name).requires_grad_() for name in names}
 
     def compute(size: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(draw.seed)
         totals = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
         for _ in range(perturbations):
-            moved = _perturbed(weights, epsilon, generator)
-            steps = progress(images_of(size), "ntk_sap", total=-(-len(share) // size))
-            for images in steps:
-                gradients = _change_gradients(model, values, weights, moved, images)
-                for name, total in totals.items():
-                    at_weights, at_moved = gradients[name]
-                    # Both networks are masked: ∂/∂m = θ ∂/∂θ + (θ + Δθ) ∂/∂(θ + Δθ).
-                    total.addcmul_(weights[name].detach(), at_weights)
-                    total.addcmul_(moved[name].detach(), at_moved)
+            steps = _perturbation(weights, epsilon, generator)
+            other = replica(plain, {name: weights[name] + step for name, step in steps.items()})
+            moved = {name: other.get_parameter(name).requires_grad_() for name in names}
+            leaves = [*weights.values(), *moved.values()]
+            for images, _, rows in drawn_batches(data, indices, size, device, "ntk_sap"):
+                images = _noise(images, rows, draw.seed) if inputs == "noise" else images.double()
+                pair = paired(images)
+                with torch.enable_grad():
+                    change = (plain(pair) - other(pair)).square().sum()
+                if not change.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(
+                    change * (len(images) / len(pair)),
+                    leaves,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                # Both networks are masked: ∂/∂m = θ ∂/∂θ + (θ + Δθ) ∂/∂(θ + Δθ).
+                for name, leaf, gradient in zip([*weights, *moved], leaves, gradients, strict=True):
+                    totals[name].addcmul_(leaf.detach(), gradient)
         return totals
 
-    with undisturbed(model):
-        totals = sum_over_processes(fitting_batches(compute, batch_size))
-    parameters = dict(model.named_parameters())
+    totals = sum_over_processes(fitting_batches(compute, draw.batch_size))
     return {
         name: (total / (len(indices) * perturbations))
         .abs_()
-        .to(torch.promote_types(parameters[name].dtype, torch.float32))
+        .to(torch.promote_types(own[name].dtype, torch.float32))
         for name, total in totals.items()
     }
 
 
-def _change_gradients(
-    model: nn.Module,
-    values: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    moved: dict[str, Tensor],
-    images: Tensor,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Gradients of Σ_n ‖f(x_n; θ) − f(x_n; θ + Δθ)‖² at either set of weights."""
-    inputs = paired(images)
-    with torch.enable_grad():
-        logits = functional_call(model, values, (inputs,))
-        change = (logits - functional_call(model, {**values, **moved}, (inputs,))).square().sum()
-    change = change * (len(images) / len(inputs))
-    leaves = [*weights.values(), *moved.values()]
-    if not change.requires_grad:
-        return {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
-    gradients = torch.autograd.grad(change, leaves, allow_unused=True, materialize_grads=True)
-    halves = gradients[: len(weights)], gradients[len(weights) :]
-    return dict(zip(weights, zip(*halves, strict=True), strict=True))
-
-
-def _perturbed(
+def _perturbation(
     weights: dict[str, Tensor], epsilon: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """θ + Δθ; drawn on the CPU, so that one seed means the same Δθ on every device."""
-    moved = {}
+    """Δθ; drawn on the CPU, so that one seed means the same Δθ on every device."""
+    steps = {}
     for name, weight in weights.items():
         step = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        step = step.to(weight.device).mul_(epsilon).mul_(weight.detach() != 0)
-        moved[name] = (weight.detach() + step).requires_grad_()
-    return moved
+        steps[name] = step.to(weight.device).mul_(epsilon).mul_(weight.detach() != 0)
+    return steps
 
 
 def _noise(images: Tensor, rows: Tensor, seed: int) -> Tensor:
@@ -154,6 +124,6 @@ def _noise(images: Tensor, rows: Tensor, seed: int) -> Tensor:
 
 
 def _double(tensor: Tensor) -> Tensor:
-    """A detached copy in float64; anything but a floating-point tensor as it is."""
-    tensor = tensor.detach()
-    return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor
+    """A copy, in float64 if it is of a floating-point type."""
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(dtype, copy=True)

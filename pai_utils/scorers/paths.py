@@ -1,26 +1,68 @@
 """Scores from sums over the paths of a network: ``synflow`` and ``px``.
 
-What a path is, also through attention, gates and normalisation, says
-:mod:`pai_utils.scorers.linearised`.
+With all gates fixed, a network is linear in its input: logit k is Σ_p a_p v_p x_o over the paths p
+from an input o to k, where v_p is the product of the weights on the path and a_p that of all other
+factors, such as the gates of activations. These sums are computed by a copy of the model in
+float64. Its parameters are raised to a *power*, 0, 1 or 2, and its functions follow these rules,
+with the factors of the model on some data or without:
+
+- *Parameters* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers*
+  are taken in absolute value, to the same power.
+- *Constants that are added* are left out: biases, position tables. Only what comes from the image
+  flows. What is subtracted is added, and other signs are dropped.
+- *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
+  tokens they are joined to. They bring in next to no flow, but have queries to attend with.
+- *Activations* are the identity; with data, their gate f(x)/x squared, which for ReLU is 0 or 1.
+- *BatchNorm* is its fixed scale ``(|γ| / √(var + ε))^power``. So a network gives the same as one
+  into whose convolutions BatchNorm was folded.
+- *LayerNorm, GroupNorm, RMSNorm and L2 normalisation* are their gain ``|γ|^power``; with data,
+  times the square of 1/σ. The mean is not subtracted.
+- *Attention* has a fixed pattern: q·k over its sum, which is uniform over tokens that the network
+  cannot tell apart (for power 2: 1 for each pair of tokens); with data, the square of the softmax.
+  Masks and position biases of the pattern are constants.
+- *Sigmoid gates* (squeeze-and-excitation) are 1; with data, the square of their value.
+- *Max-pooling* stays (for power 2 it is a sum); with data, it takes the entry that was largest.
+- *Layers, shapes, pads, means, sums, averages and casts* act as they do in the model.
+
+Any other function of what comes from the image is refused by its name.
+
+**Queries, keys and gates.** With a fixed pattern no path runs through the weights of queries and
+keys, or of squeeze-and-excitation; all of them would score zero and be pruned first. Therefore a
+fixed factor a is replaced by a · s / [s], where s is the quantity it is made of (q·k; the gate's
+input) in this network and [s] its value, taken as a constant. No value changes, but the weights
+that make s carry flow. And where two quantities that come from the image are multiplied, each
+passes on half of the gradient. So a product divides its flow equally among its factors (a half of
+attention's goes to values, a quarter each to queries and keys), and every neuron passes on exactly
+what it receives; without the halves the flow would grow with every product. The price: weights
+before an attention are reached through queries and keys as well as through values. Where s is
+zero, as for a head whose queries are all pruned, the pattern's part of the flow ends.
+
+**Degrees.** Sums over paths are of degree 1 in the image, gates and patterns of degree 0, and q·k
+is of degree 2 until it becomes a pattern. Quantities of different degrees cannot be added, since
+the scale of the image would decide how they compare. So products of two streams are refused, as in
+SwiGLU, gMLP and linear attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from pai_utils.scorers.linearised import PathNetwork, Recorder
-from pai_utils.support.common import device_of, progress, undisturbed, unknown_name
-from pai_utils.support.sampling import (
-    Samples,
-    batches,
-    draw_samples,
-    fitting_batches,
-    share_of_work,
-    sum_over_processes,
-)
+from pai_utils.curvature.calls import Call, Calls
+from pai_utils.curvature.persample import drawn_batches
+from pai_utils.support.common import device_of, replica, undisturbed, unknown_name
+from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
 
 ESTIMATORS = ("bound", "gated")
 
@@ -28,16 +70,16 @@ ESTIMATORS = ("bound", "gated")
 # All scores have the same factor, which goes when they are divided by the whole.
 _FLOW = 2.0**-300
 _COUNT = 2.0**-900
+# What a class token is of the mean of the image's tokens: next to nothing, but not zero.
+_SEED = 2.0**-40
 
 
 def synflow(
     model: nn.Module,
     names: Sequence[str],
     data: Samples | None,
+    draw: Draw,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     image_size: int | None = None,
 ) -> dict[str, Tensor]:
     """``|w ⊙ ∂R/∂w| / R``, R the sum of the logits of an image of ones with weights ``|w|``.
@@ -45,14 +87,9 @@ def synflow(
     ``R = 1ᵀ ∏ |W_l| 1`` for a network of layers W_l: the score is the share of R on paths through
     w. Each neuron passes on what it receives, and in a network without skip connections the scores
     of each layer sum to 1. (The paper does not divide by R; the order is the same. Here it keeps
-    the scores of deep networks in range; the computation is in float64.)
-
-    The network is made linear by :mod:`pai_utils.scorers.linearised`, with power 1: activations
-    are the identity, biases and other added constants are left out, BatchNorm is its fixed scale,
-    LayerNorm its gain, attention mixes tokens uniformly. So conservation holds on every such
-    network. Queries and keys, which no path runs through, each get a quarter of the flow of their
-    attention, values a half; otherwise they would be pruned first. That is our definition, since
-    the paper has none for attention.
+    the scores of deep networks in range.) What a path is in networks with attention, gates and
+    normalisation says :mod:`pai_utils.scorers.paths`; that is our definition, since the paper has
+    none.
 
     No sample is looked at; ``data`` serves for the shape of an image only.
 
@@ -63,26 +100,20 @@ def synflow(
     ``image_size`` is the side of the image; by default that of the data, or of the model.
 
     Raises:
-        ValueError: if no side is known.
+        ValueError: if no side is known, or the model calls a function without a rule.
     """
     shape = _image_shape(model, data, image_size)
-    with undisturbed(model):
-        network = PathNetwork(model, names, 1, shape)
-        image = torch.full((1, *shape), _FLOW, dtype=torch.float64, device=device_of(model))
-        with torch.enable_grad():
-            logits = network(image)
-        gradients, whole = _flow(network, logits, torch.full_like(logits, _FLOW))
-    return _shares(model, network, gradients, whole)
+    network = _Network(model, names, 1, shape)
+    image = torch.full((1, *shape), _FLOW, dtype=torch.float64, device=device_of(model))
+    return _shares(model, network, _flow(network, image, _FLOW))
 
 
 def px(
     model: nn.Module,
     names: Sequence[str],
     data: Samples,
+    draw: Draw,
     *,
-    samples: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     estimator: str = "bound",
 ) -> dict[str, Tensor]:
     """w² ∂R/∂(w²) / R, R a bound on the trace of the neural tangent kernel, by paths.
@@ -106,11 +137,9 @@ def px(
     so that Σ_j ∂R/∂(w_j²) is the trace without the products of different paths. This second form is
     ours.
 
-    What a_p and v_p are in networks with GELU, SiLU, attention, normalisation or pooling says
-    :mod:`pai_utils.scorers.linearised`. In particular BatchNorm enters by the square of its scale
-    γ / √(var + ε), without shift, as if folded into the convolution; squaring its parameters and
-    statistics one by one, as public code does, is something else. Weights of queries and keys get a
-    part of the flow through their attention.
+    What a_p and v_p are in other networks than those of ReLU says :mod:`pai_utils.scorers.paths`.
+    In particular BatchNorm enters as if folded into the convolution; squaring its parameters and
+    statistics one by one, as public code does, is something else.
 
     Costs a forward pass of the model and one of the gates' network in float64; ``"gated"`` a
     backward pass as well.
@@ -119,109 +148,462 @@ def px(
     data-driven spectral foresight pruning".
 
     Raises:
-        ValueError: if ``estimator`` is unknown.
+        ValueError: if ``estimator`` is unknown, or the model calls a function without a rule.
     """
     if estimator not in ESTIMATORS:
         raise unknown_name("estimator", estimator, ESTIMATORS)
-    indices = draw_samples(data, samples, seed)
-    rows = indices[share_of_work(len(indices))]
+    indices = draw.indices(data)
     device = device_of(model)
     shape = _image_shape(model, data, None)
+    network = _Network(model, names, 2, shape)
 
     def recorded(size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Squared images of each batch, with the gates of the model on it."""
-        if len(rows) == 0:  # fewer samples than processes
-            return
-        loaded = batches(data, size, device, rows)
-        for images, _ in progress(loaded, "px", total=-(-len(rows) // size)):
-            with torch.no_grad(), Recorder() as recorder:
-                model(images)
-            yield images.double().square(), recorder.records
+        """Squared images of each batch, and the factors of the model on them."""
+        for images, _, _ in drawn_batches(data, indices, size, device, "px"):
+            squares = images.double().square()  # before the model, which may change its input
+            yield squares, _factors(model, images)
 
-    with undisturbed(model):
-        # Counts of paths need no patterns of their own: those are of the data.
-        network = PathNetwork(model, names, 2, shape, patterns="count")
+    def gated(size: int) -> dict[str, Tensor]:
+        total = {name: torch.zeros_like(w.detach()) for name, w in network.weights.items()}
+        total[""] = torch.zeros(1, dtype=torch.float64, device=device)
+        for squares, factors in recorded(size):
+            for name, part in _flow(network, squares * _FLOW, _FLOW, factors).items():
+                total[name] += part
+        return total
+
+    def activity(size: int) -> dict[str, Tensor]:
+        total = torch.zeros(network.classes, dtype=torch.float64, device=device)
+        for squares, factors in recorded(size):
+            total += counts(squares * _COUNT, factors).sum(0)
+        return {"": total}
+
+    with undisturbed(model), torch.no_grad():
         if estimator == "gated":
-
-            def gated(size: int) -> dict[str, Tensor]:
-                totals = {name: torch.zeros_like(w.detach()) for name, w in network.weights.items()}
-                totals[""] = torch.zeros(1, dtype=torch.float64, device=device)  # R
-                for squares, records in recorded(size):
-                    with torch.enable_grad():
-                        logits = network(squares * _FLOW, records)
-                    parts, whole = _flow(network, logits, torch.full_like(logits, _FLOW))
-                    for name, part in parts.items():
-                        totals[name] += part
-                    totals[""] += whole
-                return totals
-
-            gradients = sum_over_processes(fitting_batches(gated, batch_size))
-            whole = gradients.pop("").squeeze(0)
+            flow = sum_over_processes(fitting_batches(gated, draw.batch_size))
         else:
-            counts = PathNetwork(model, [], 0, shape)
-
-            def activity(size: int) -> dict[str, Tensor]:
-                total = torch.zeros(counts.classes, dtype=torch.float64, device=device)
-                for squares, records in recorded(size):
-                    with torch.no_grad():
-                        total += counts(squares * _COUNT, records).sum(0)
-                return {"": total}
-
-            of_classes = sum_over_processes(fitting_batches(activity, batch_size))[""]
-            # Only the ratios count.
-            of_classes /= of_classes.max() if of_classes.max() > 0 else 1
+            counts = _Network(model, [], 0, shape)
+            classes = sum_over_processes(fitting_batches(activity, draw.batch_size))[""]
+            classes /= classes.max() if classes.max() > 0 else 1  # only the ratios count
             ones = torch.full((1, *shape), _FLOW, dtype=torch.float64, device=device)
-            with torch.enable_grad():
-                logits = network(ones)
-            gradients, whole = _flow(network, logits, of_classes[None] * _FLOW)
-    return _shares(model, network, gradients, whole)
+            flow = _flow(network, ones, classes * _FLOW)
+    return _shares(model, network, flow)
 
 
-def _flow(
-    network: PathNetwork, logits: Tensor, cotangent: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of R = Σ logits · cotangent, and R."""
-    whole = (logits.detach() * cotangent).sum()
-    if not logits.requires_grad:
-        return {name: torch.zeros_like(w) for name, w in network.weights.items()}, whole
-    gradients = torch.autograd.grad(
-        logits,
-        list(network.weights.values()),
-        cotangent,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(network.weights, gradients, strict=True)), whole
-
-
-def _shares(
-    model: nn.Module, network: PathNetwork, gradients: dict[str, Tensor], whole: Tensor
-) -> dict[str, Tensor]:
-    """Shares of R on the paths through each weight; 0 where nothing flows at all."""
-    parameters = dict(model.named_parameters())
-    factor = torch.where(whole > 0, whole, 1)
-    return {
-        name: (network.weights[name].detach() * gradient)
-        .div_(factor)
-        .to(torch.promote_types(parameters[name].dtype, torch.float32))
-        for name, gradient in gradients.items()
-    }
-
-
-def _image_shape(
-    model: nn.Module, data: Samples | None, image_size: int | None
-) -> tuple[int, int, int]:
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size}: at least one pixel is needed")
+def _image_shape(model: nn.Module, data: Samples | None, image_size: int | None) -> tuple[int, ...]:
     if image_size is None and data is not None:
         images, _ = next(batches(data, 1, torch.device("cpu"), torch.tensor([0])))
-        channels, height, width = images.shape[1:]
-        return channels, height, width
+        return tuple(images.shape[1:])
     if image_size is None:
-        backbone = getattr(model, "backbone", model)
-        image_size = getattr(backbone, "image_size", None)
+        image_size = getattr(getattr(model, "backbone", model), "image_size", None)
     if not isinstance(image_size, int):
         raise ValueError(
             "the size of an image is not known: pass image_size, or data to take it from"
         )
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size}: at least one pixel is needed")
     return 3, image_size, image_size
+
+
+def _flow(
+    network: _Network,
+    images: Tensor,
+    cotangent: Tensor | float,
+    factors: Iterable[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of R = Σ logits · cotangent by name, and R itself under the name ""."""
+    with torch.enable_grad():
+        whole = (network(images, factors) * cotangent).sum()
+    flow = {name: torch.zeros_like(w) for name, w in network.weights.items()}
+    if whole.requires_grad:
+        weights = list(network.weights.values())
+        gradients = torch.autograd.grad(whole, weights, allow_unused=True, materialize_grads=True)
+        flow = dict(zip(network.weights, gradients, strict=True))
+    return {**flow, "": whole.detach()}
+
+
+def _shares(model: nn.Module, network: _Network, flow: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shares of R on the paths through each weight; 0 where nothing flows at all."""
+    whole = torch.where(flow[""] > 0, flow[""], 1)
+    parameters = dict(model.named_parameters())
+    return {
+        name: (weight.detach() * flow[name])
+        .div_(whole)
+        .to(torch.promote_types(parameters[name].dtype, torch.float32))
+        for name, weight in network.weights.items()
+    }
+
+
+class _Network:
+    """The sum over paths of a model; see the module.
+
+    ``weights`` are the raised parameters called ``names``, of which gradients can be asked.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], power: int, shape: Sequence[int]
+    ) -> None:
+        self.power = power
+        self._model = replica(model, _raised(model, power))
+        image = torch.ones(1, *shape, dtype=torch.float64, device=device_of(model))
+        with torch.enable_grad():  # no weight has a graph yet: what has one comes from the image
+            self.classes = self(image.requires_grad_().clone()).shape[1]
+        self.weights = {n: self._model.get_parameter(n).requires_grad_() for n in names}
+
+    def __call__(self, images: Tensor, factors: Iterable[Tensor] | None = None) -> Tensor:
+        """Logits ``[N, C]`` of ``images``, with the factors of data or without."""
+        self._factors = None if factors is None else iter(factors)
+        self._image_alone_has_a_graph = images.requires_grad
+        self._degrees: Any = WeakTensorKeyDictionary()
+        self._degrees[images] = 1
+        handlers = {function: partial(self._apply, rule) for function, rule in _RULES.items()}
+        with _Composed(handlers, self._other):
+            logits: Tensor = self._model(images)
+        if (self.degree(logits) or 0) > 1:
+            raise _no_rule("a product of two streams that the logits are made of")
+        return logits
+
+    def degree(self, value: object) -> int | None:
+        """That of what comes from the image; None for anything else."""
+        if not isinstance(value, Tensor):
+            return None
+        degree: int | None = self._degrees.get(value)
+        node = value.grad_fn if self._image_alone_has_a_graph else None
+        # Functions with a gradient of their own, and calls that no observer sees.
+        if isinstance(node, BackwardCFunction) or (degree is None and node is not None):
+            raise _no_rule(node.name())
+        return degree
+
+    def share(self, *factors: Any) -> list[Any]:
+        """Factors of a product: each that comes from the image passes on an equal part."""
+        streams = [self.degree(factor) is not None for factor in factors]
+        parts = max(1, sum(streams))
+        return [
+            # The value is the same; the gradient is a fraction.
+            x / parts + (x * (1 - 1 / parts)).detach() if stream and parts > 1 else x
+            for x, stream in zip(factors, streams, strict=True)
+        ]
+
+    def _apply(self, rule: _Rule, call: Call) -> Any:
+        factor = None
+        if rule.record is not None and self._factors is not None:
+            factor = next(self._factors)
+            factor = factor.double().square() if factor.is_floating_point() else factor
+        # Of `expand_as` and the like, the second tensor gives its form alone.
+        tensors = call.tensors[:1] if call.name.endswith("_as") else call.tensors
+        degrees = [d for tensor in tensors if (d := self.degree(tensor)) is not None]
+        if rule.degree is max and len(set(degrees)) > 1:
+            raise _no_rule(f"{call.name} of a product of streams, or of a gate, and a stream")
+        output = rule.flow(self, call, factor)
+        for tensor in tree_leaves(output) if degrees else []:
+            if isinstance(tensor, Tensor):
+                self._degrees[tensor] = rule.degree(degrees)
+        return output
+
+    def _other(self, call: Call) -> Any:
+        name = call.name.removesuffix(".__get__").rpartition(".")[2].strip("_")
+        if name in _AS_THEY_ARE.split():
+            return self._apply(_Rule(lambda network, call, factor: call.run()), call)
+        if name not in _OF_FORM.split() and any(self.degree(t) is not None for t in call.tensors):
+            raise _no_rule(call.name)
+        return call.run()
+
+
+def _raised(model: nn.Module, power: int) -> dict[str, Tensor]:
+    """|t|^power of all parameters and buffers in float64; statistics of norms and integers stay."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    kept = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    values = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        value = tensor.detach()
+        if value.is_floating_point() and id(tensor) not in kept:
+            value = value.double().abs()
+            values[name] = value**power if power else value.sign()  # a pruned weight has no paths
+        else:
+            dtype = torch.float64 if value.is_floating_point() else value.dtype
+            values[name] = value.to(dtype, copy=True)
+    return values
+
+
+def _factors(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Gates, patterns and scales of the model itself on images, in the order of its calls."""
+    factors = []
+
+    def observe(record: _Record, call: Call) -> Any:
+        factors.append(record(call))  # before the call, which may work in place
+        return call.run()
+
+    handlers = {f: partial(observe, rule.record) for f, rule in _RULES.items() if rule.record}
+    with torch.no_grad(), _Composed(handlers):
+        model(images)
+    return factors
+
+
+class _Composed(Calls):
+    """Shows its handlers attention and the like as the simpler calls that they are made of."""
+
+    def __init__(self, handlers: dict[Any, Any], otherwise: Any = None) -> None:
+        composites = {f: partial(compute, self) for f, compute in _COMPOSITES.items()}
+        super().__init__({**handlers, **composites}, otherwise)
+
+
+def _no_rule(what: str) -> ValueError:
+    return ValueError(
+        f"synflow and px know no paths through {what}, which the model applies to what comes from "
+        "the image: build it of the functions that pai_utils.scorers.paths lists, or take another "
+        "scorer"
+    )
+
+
+# What a rule makes of a call and of its factor; and what is recorded of a call.
+_Flow = Callable[[_Network, Call, "Tensor | None"], Any]
+_Record = Callable[[Call], Any]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    flow: _Flow
+    record: _Record | None = None
+    degree: Callable[[list[int]], int] = max  #: of the result by those of the arguments, all equal
+
+
+def _times(value: Tensor, *factors: Tensor | None) -> Tensor:
+    """No alias of the value, even without factors: the model may write to it afterwards."""
+    given = [factor for factor in factors if factor is not None]
+    return math.prod(given, start=value) if given else value.clone()
+
+
+def _identity(network: _Network, call: Call, gate: Tensor | None) -> Tensor:
+    return _times(call["input"], gate)
+
+
+def _kept(network: _Network, call: Call, factor: Tensor | None) -> Any:
+    """Casts and signs are of constants alone."""
+    return call.run() if network.degree(call["input"]) is None else call["input"].clone()
+
+
+def _slope(call: Call) -> Any:
+    # At 0 the slope from the left, which for ReLU is 0. The function may work in place.
+    value = call["input"]
+    at = torch.where(value == 0, -torch.finfo(value.dtype).eps, value)
+    return call.run(input=at.clone()) / at
+
+
+def _product(
+    network: _Network, call: Call, factor: Tensor | None, *, of: Sequence[str], **others: Any
+) -> Any:
+    shares = network.share(*(call[name] for name in of))
+    return call.run(**dict(zip(of, shares, strict=True)), **others)
+
+
+def _quotient(network: _Network, call: Call, factor: Tensor | None) -> Any:
+    if network.degree(call["other"]) is not None:
+        raise _no_rule(f"{call.name} by a stream")
+    return call.run()
+
+
+def _einsum(network: _Network, call: Call, factor: Tensor | None) -> Any:
+    return torch.einsum(call.args[0], *network.share(*call.args[1:]))
+
+
+def _sum(network: _Network, call: Call, factor: Tensor | None, *, minus: str = "") -> Any:
+    terms = {name: call[name] for name in ("input", "other")}
+    constants = [name for name, value in terms.items() if network.degree(value) is None]
+    if len(constants) == 2:
+        return call.run()
+    for name in constants:
+        terms[name] = torch.zeros_like(terms[name]) if isinstance(terms[name], Tensor) else 0
+    if minus:
+        terms[minus] = -terms[minus]
+    return call.run(**terms)
+
+
+def _join(network: _Network, call: Call, factor: Tensor | None) -> Any:
+    streams = [tensor for tensor in call["tensors"] if network.degree(tensor) is not None]
+    if not streams:
+        return call.run()
+    seed = streams[0] * _SEED
+    if call.function is not torch.stack:
+        seed = seed.mean(call["dim"], keepdim=True)
+    seeded = [t if network.degree(t) is not None else seed.expand_as(t) for t in call["tensors"]]
+    return call.run(tensors=seeded)
+
+
+def _pad(network: _Network, call: Call, factor: Tensor | None) -> Any:
+    constant = call["mode"] == "constant" and network.degree(call["input"]) is not None
+    return call.run(value=0) if constant else call.run()
+
+
+def _gate(network: _Network, call: Call, value: Tensor | None) -> Tensor:
+    """The factor as a · s / [s]."""
+    s = call["input"]
+    if not (torch.is_grad_enabled() and s.requires_grad):
+        return torch.ones_like(s) if value is None else value
+    zero = s.detach() == 0
+    return _times(s / s.detach().masked_fill(zero, 1) + zero, value)
+
+
+def _pattern(network: _Network, call: Call, pattern: Tensor | None) -> Tensor:
+    if pattern is None and network.power < 2:
+        products, dim = call["input"].detach(), call["dim"]
+        sums = products.sum(dim, keepdim=True)
+        even = torch.full_like(products, 1 / products.shape[dim])
+        pattern = torch.where(sums > 0, products / sums, even)
+    return _gate(network, call, pattern)
+
+
+def _value(call: Call) -> Any:
+    return call.run(input=call["input"].clone())
+
+
+def _max_pool(network: _Network, call: Call, largest: Tensor | None) -> Any:
+    if largest is not None:
+        return call["input"].flatten(-2).gather(-1, largest.flatten(-2)).view_as(largest)
+    if network.power < 2:
+        return call.run()
+    if call["dilation"] not in (1, (1, 1), [1, 1]):
+        raise ValueError("px does not count the paths through a dilated max-pooling")
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
+    return F.avg_pool2d(**{name: call[name] for name in names}, divisor_override=1)
+
+
+def _largest(call: Call) -> Any:
+    return F.max_pool2d(**{**call.arguments, "return_indices": True})[1]
+
+
+def _norm(network: _Network, call: Call, scale: Tensor | None) -> Tensor:
+    value, gains = call["input"], [call.arguments.get("weight")]
+    variance = call.arguments.get("running_var")
+    if variance is not None and not call["training"]:
+        gains.append((variance + call["eps"]) ** (-network.power / 2))
+    if call.function in (F.batch_norm, F.group_norm):
+        shape = (-1, *(1,) * (value.dim() - 2))
+        gains = [None if gain is None else gain.view(shape) for gain in gains]
+    return _times(value, scale, *gains)
+
+
+def _scale(call: Call) -> Any:
+    """1/σ of LayerNorm and RMSNorm."""
+    value, eps = call["input"], call["eps"]
+    dims = tuple(range(-len(call["normalized_shape"]), 0))
+    if call.function is F.layer_norm:
+        return (value.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+    eps = torch.finfo(value.dtype).eps if eps is None else eps
+    return (value.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _group_scale(call: Call) -> Any:
+    value, groups = call["input"], call["num_groups"]
+    variance = value.reshape(len(value), groups, -1).var(-1, correction=0)
+    scale = (variance + call["eps"]).rsqrt().repeat_interleave(value.shape[1] // groups, 1)
+    return scale.view(*value.shape[:2], *(1,) * (value.dim() - 2))
+
+
+def _length(call: Call) -> Any:
+    norm = call["input"].norm(call["p"], call["dim"], keepdim=True)
+    return norm.clamp_min(call["eps"]).reciprocal()
+
+
+def _attention(calls: Calls, call: Call) -> Any:
+    query, key, value, mask = (call[n] for n in ("query", "key", "value", "attn_mask"))
+    if call["is_causal"]:
+        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    # A constant even if it comes from the image: the observer is not entered yet.
+    mask = 0 if mask is None else mask.detach()
+    with calls:
+        if call["enable_gqa"]:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
+        return (query @ key.transpose(-2, -1) * scale + mask).softmax(-1) @ value
+
+
+def _multi_head_attention(calls: Calls, call: Call) -> tuple[Tensor, None]:
+    """Of inputs ``[tokens, samples, width]``."""
+    unusual = [call["bias_k"], call["key_padding_mask"], call["add_zero_attn"] or None]
+    if call["query"].dim() != 3 or any(value is not None for value in unusual):
+        raise ValueError(
+            "nn.MultiheadAttention with padding masks, bias_kv, zero attention or unbatched inputs "
+            "has no defined paths"
+        )
+    inputs = [call[name] for name in ("query", "key", "value")]
+    weights = [call[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    if not call["use_separate_proj_weight"]:
+        weights = call["in_proj_weight"].chunk(3)
+    biases = (None,) * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
+    with calls:
+        q, k, v = (
+            F.linear(x, w, b).unflatten(2, (call["num_heads"], -1)).permute(1, 2, 0, 3)
+            for x, w, b in zip(inputs, weights, biases, strict=True)
+        )
+        mask, causal = call["attn_mask"], call["is_causal"]
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        joined = mixed.permute(2, 0, 1, 3).flatten(2)
+        return F.linear(joined, call["out_proj_weight"], call["out_proj_bias"]), None
+
+
+def _add_product(calls: Calls, call: Call) -> Any:
+    with calls:
+        return call["input"] + call["value"] * call["tensor1"] * call["tensor2"]
+
+
+_COMPOSITES: dict[Any, Callable[[Calls, Call], Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    torch.addcmul: _add_product,
+}
+
+
+def _spelled(names: str) -> list[Any]:
+    """The functions of these names in torch, in place or not."""
+    spellings = [spelling for name in names.split() for spelling in (name, f"{name}_")]
+    found = (getattr(space, name, None) for space in (torch, Tensor, F) for name in spellings)
+    return [function for function in found if callable(function)]
+
+
+# By the last part of their names: functions of a tensor's form alone, and functions that act on a
+# flow as they do on any tensor.
+_OF_FORM = (
+    "shape ndim dim size numel dtype device layout stride is_contiguous is_floating_point is_cuda "
+    "requires_grad is_nested get_device len zeros_like ones_like empty_like full_like new_zeros "
+    "new_ones new_empty new_full"
+)
+_AS_THEY_ARE = (
+    "getitem T mT view reshape view_as reshape_as permute transpose swapaxes movedim flatten "
+    "unflatten unbind chunk split narrow select squeeze unsqueeze expand expand_as repeat tile "
+    "repeat_interleave contiguous clone roll flip index_select mean sum unfold fold avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "pixel_shuffle pixel_unshuffle interpolate dropout dropout1d dropout2d dropout3d"
+)
+_CASTS = _spelled("to type type_as float double half bfloat16 neg")
+_LAYERS = _spelled("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+_ACTIVATIONS = _spelled(
+    "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish tanh "
+    "softsign"
+)
+_LAYER = _Rule(partial(_product, of=("input", "weight"), bias=None), degree=sum)
+_PRODUCT = _Rule(partial(_product, of=("input", "other")), degree=sum)
+_RULES: dict[Any, _Rule] = {
+    **dict.fromkeys(_CASTS, _Rule(_kept)),
+    **dict.fromkeys(_LAYERS, _LAYER),
+    **dict.fromkeys(_ACTIVATIONS, _Rule(_identity, _slope)),
+    **dict.fromkeys(_spelled("sigmoid hardsigmoid"), _Rule(_gate, _value, lambda degrees: 0)),
+    F.softmax: _Rule(_pattern, _value, lambda degrees: 0),
+    F.max_pool2d: _Rule(_max_pool, _largest),
+    F.batch_norm: _Rule(_norm),
+    F.group_norm: _Rule(_norm, _group_scale),
+    F.layer_norm: _Rule(_norm, _scale),
+    F.rms_norm: _Rule(_norm, _scale),
+    F.normalize: _Rule(_norm, _length),
+    F.pad: _Rule(_pad),
+    torch.cat: _Rule(_join),
+    torch.stack: _Rule(_join),
+    torch.add: _Rule(_sum),
+    torch.sub: _Rule(partial(_sum, minus="other")),
+    torch.rsub: _Rule(partial(_sum, minus="input")),
+    torch.mul: _PRODUCT,
+    torch.matmul: _PRODUCT,
+    torch.einsum: _Rule(_einsum, degree=sum),
+    torch.div: _Rule(_quotient),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -32,25 +33,49 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate ``model`` inside; on leaving, modes, buffers, ``grad`` and ``requires_grad`` return.
+    """Evaluate ``model`` inside; on leaving, it is as it was but for values of parameters.
 
-    Parameter *values* are not copied: whoever changes them inside restores them.
+    That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and caches
+    that it keeps in attributes. Whoever changes *values* of parameters inside restores them.
     """
-    modes = {module: module.training for module in model.modules()}
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+    # Dictionaries are filled in place.
+    held = [(d, dict(d)) for _, saved in modules for d in saved.values() if isinstance(d, dict)]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for current, saved in [*modules, *held]:
+            current.clear()
+            current.update(saved)
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for buffer, values in buffers:
+                buffer.copy_(values)
+
+
+def replica(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` in evaluation mode, with other values of some parameters and buffers.
+
+    Unlike a functional call of the model itself, running the copy leaves nothing behind in caches
+    that modules keep beside their state. The values are shared, not copied, and no parameter that
+    they are given for asks for a gradient.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in values:
+            value = values[name].detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(value, False) if is_parameter else value
+    for module in model.modules():  # weights that a hook computes, which cannot be copied
+        computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo.update({id(tensor): tensor.detach() for tensor in computed})
+    # In training mode modules drop what they keep for evaluation.
+    return copy.deepcopy(model, memo).train().eval()
 
 
 def clock(device: torch.device) -> float:

@@ -5,6 +5,7 @@ from torch.func import functional_call
 
 import pai_utils as pai
 from pai_utils.scorers.ntk import ntk_sap
+from pai_utils.support.sampling import Draw
 from tests.cases import Case, Images, build, fingerprint, flattened, relative_error
 
 
@@ -81,9 +82,8 @@ def test_the_change_is_the_kernels_trace_for_small_perturbations() -> None:
     # is Σ_k m_kj² x_j², with the derivative 2 x_j² at one.
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
     data = Images(6, classes=3, side=2)
-    scores = ntk_sap(
-        model, ["1.weight"], data, samples=None, epsilon=1e-3, perturbations=3000, batch_size=6
-    )["1.weight"]
+    draw = Draw(None, batch_size=6)
+    scores = ntk_sap(model, ["1.weight"], data, draw, epsilon=1e-3, perturbations=3000)["1.weight"]
     second = 2 * data.images.flatten(1).square().mean(0)
     error = (scores / 1e-6 - second).abs().max() / second.max()
     assert error <= 0.15

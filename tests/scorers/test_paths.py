@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.scorers.linearised import PathNetwork
 from pai_utils.scorers.paths import px
-from pai_utils.support.common import undisturbed
+from pai_utils.support.sampling import Draw
 from tests.cases import (
+    CASES,
     BatchNorm,
     Case,
     Images,
@@ -168,7 +168,7 @@ def test_px_is_the_sum_over_all_paths_of_a_relu_network(
 def test_the_bound_is_one_on_the_trace_of_the_tangent_kernel() -> None:
     model = mlp()
     data = Images(5, classes=3, side=2)
-    shares = px(model, pai.prunable_parameters(model), data)
+    shares = px(model, pai.prunable_parameters(model), data, Draw(None))
     expected, _ = enumerated(model, data.images, gated=False)
     whole = expected["1.weight"].sum()
     bound = sum(
@@ -515,6 +515,11 @@ def test_max_pooling_takes_the_entry_that_was_largest_on_the_data() -> None:
         assert relative_error(found, (weight * gradient / whole).detach()) <= 1e-10
 
 
+# Its gradient is its own, whatever the rules make of its value.
+CUSTOM = "weight in a custom function"
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - {CUSTOM}), indirect=True)
 @pytest.mark.parametrize("estimator", ["bound", "gated"])
 def test_px_does_not_depend_on_the_batches_to_double_precision(case: Case, estimator: str) -> None:
     before = fingerprint(case.model)
@@ -532,6 +537,7 @@ def test_px_does_not_depend_on_the_batches_to_double_precision(case: Case, estim
     assert relative_error(parts, whole) <= 1e-10
 
 
+@pytest.mark.parametrize("case", sorted(set(CASES) - {CUSTOM}), indirect=True)
 def test_synflow_of_every_case_is_not_negative_and_leaves_no_trace(case: Case) -> None:
     before = fingerprint(case.model)
     scores = pai.score("synflow", case.model, image_size=8)
@@ -579,18 +585,74 @@ def test_an_unknown_estimator_is_refused() -> None:
         pai.score("px", mlp(), Images(4, side=2), samples=None, estimator="exact")
 
 
-def test_a_path_network_of_non_negative_weights_is_the_network() -> None:
-    # Without biases and with ReLU, absolute weights change nothing on a non-negative image.
-    model = seeded(
-        lambda: nn.Conv2d(3, 4, 3, bias=False),
-        nn.ReLU,
-        nn.Flatten,
-        lambda: nn.Linear(144, 3, False),
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.abs_()
-    image = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    with undisturbed(model):
-        network = PathNetwork(model, ["0.weight"], 1, (3, 8, 8))
-        assert relative_error(network(image).detach(), model(image).detach()) <= 1e-14
+@pytest.mark.parametrize("scorer", ["synflow", "px"])
+def test_a_function_with_a_gradient_of_its_own_is_refused(scorer: str) -> None:
+    case = build(CUSTOM)
+    with pytest.raises(ValueError, match="no paths through _HiddenBackward"):
+        pai.score(scorer, case.model, case.data, samples=None)
+
+
+class Between(nn.Module):
+    """A function of the output of one layer, before another."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.function = function
+        self.last = nn.Linear(4, CLASSES_OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.function(self.first(x)).mean((2, 3)))
+        return y
+
+
+CLASSES_OUT = 3
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "instance norm": (F.instance_norm, "instance_norm"),
+    "softplus": (F.softplus, "softplus"),
+    "square": (lambda x: x**2, "__pow__"),
+    "absolute value": (torch.abs, "abs"),
+    "exponential": (torch.exp, "exp"),
+    "threshold": (nn.Threshold(0.1, 0.0), "threshold"),
+    "clamp": (lambda x: x.clamp(min=0), "clamp"),
+    "maximum": (lambda x: torch.maximum(x, torch.zeros_like(x)), "maximum"),
+    "GLU": (lambda x: F.glu(torch.cat([x, x], 1), 1), "glu"),
+    "response norm": (lambda x: x * x.norm(dim=(2, 3), keepdim=True), "norm"),
+    "division": (lambda x: x / (x.sum(1, keepdim=True) + 1e-6), "div by a stream"),
+    "detached": (lambda x: x + x.detach(), "detach"),
+    "indices of a pool": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], "with_indices"),
+    "gated product": (lambda x: x + F.silu(x) * x, "product of streams"),
+    "product alone": (lambda x: F.silu(x) * x, "product of two streams"),
+}
+
+
+@pytest.mark.parametrize("scorer", ["synflow", "px"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_function_without_a_rule_is_refused_by_its_name(name: str, scorer: str) -> None:
+    function, match = REFUSED[name]
+    model = Between(function)
+    with pytest.raises(ValueError, match=f"know no paths through .*{match}.*take another scorer"):
+        pai.score(scorer, model, Images(4, classes=3, dtype=torch.float32), samples=None)
+
+
+@pytest.mark.parametrize(("scorer", "options"), ATTENTION_OPTIONS)
+def test_l2_normalisation_has_its_length_on_the_data_for_a_gate(
+    scorer: str, options: dict[str, str]
+) -> None:
+    torch.manual_seed(0)
+    model = Between(lambda x: F.normalize(x)).double()
+    data = Images(4, classes=3)
+    scores = pai.score(scorer, model, data, samples=None, **options)  # type: ignore[arg-type]
+    first, last = (model.get_parameter(n).detach() for n in scores)
+    power = 1 if scorer == "synflow" else 2
+    first, last = (w.abs().pow(power).requires_grad_() for w in (first, last))
+    images = torch.ones_like(data.images)
+    gates = torch.ones(4, 1, 6, 6, dtype=torch.float64)
+    if options:
+        images = data.images.square()
+        inner = model.first(data.images).detach()
+        gates = inner.norm(dim=1, keepdim=True).reciprocal().square()
+    whole = ((F.conv2d(images, first) * gates).mean((2, 3)) @ last.T).sum()
+    gradients = torch.autograd.grad(whole, [first, last])
+    for found, weight, gradient in zip(scores.values(), (first, last), gradients, strict=True):
+        assert relative_error(found, (weight * gradient / whole).detach()) <= 1e-10

@@ -8,6 +8,7 @@ from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_
 from pai_utils.curvature.products import directional_terms
 from tests.cases import (
     Case,
+    CustomFunction,
     Images,
     build,
     fingerprint,
@@ -94,6 +95,8 @@ def test_no_score_depends_on_the_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", pai.SCORERS)
 def test_every_scorer_scores_the_cases(case: Case, name: str) -> None:
+    if name in ("synflow", "px") and any(isinstance(m, CustomFunction) for m in case.model):  # type: ignore[attr-defined]
+        pytest.skip("is refused: test_paths")
     scores = pai.score(name, case.model, case.data, samples=None)
     assert list(scores) == pai.prunable_parameters(case.model)
     assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}

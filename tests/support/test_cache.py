@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import pai_utils as pai
 from pai_utils.data.images import ImageDataset, ImageTransform
-from pai_utils.scorers.gradient import snip
+from pai_utils.scorers.first_order import snip
 from pai_utils.support import cache, code
 from pai_utils.support.cache import Kept, reused
 from tests.cases import tiny_backbone, tiny_task
@@ -150,7 +150,7 @@ def test_a_change_of_the_code_that_computes_leaves_nothing_stale(
 
 
 def test_docstrings_comments_and_plots_are_no_code_of_a_score() -> None:
-    found = code.closure(["pai_utils.scorers.gradient"])
+    found = code.closure(["pai_utils.scorers.first_order"])
     assert "pai_utils.support.sampling" in found
     assert not {"pai_utils.plots", "pai_utils.runs", "pai_utils.scorers"} & set(found)
     commented = 'def f(x):\n    """Say."""\n    # why\n    return x\n'

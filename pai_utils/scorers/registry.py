@@ -1,0 +1,273 @@
+"""The registry of scorers, and :func:`score`, the one way to call them.
+
+A scorer is a function ``(model, names, data, draw, **options)`` that returns one tensor a name, of
+the parameter's shape (or a pair: these, and the standard error of each), and one line in
+:data:`SCORERS`. Its keyword arguments are its options.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pai_utils.models.encoders import Classifier, prunable_parameters
+from pai_utils.scorers.first_order import grasp, magnitude, random, snip
+from pai_utils.scorers.ntk import ntk_sap
+from pai_utils.scorers.paths import px, synflow
+from pai_utils.scorers.second_order import (
+    block_fisher,
+    feature_ggn_diag,
+    fisher_diag,
+    ggn_diag,
+    hessian_diag,
+)
+from pai_utils.support.cache import Kept, reused
+from pai_utils.support.common import clock, device_of, logger, unknown_name
+from pai_utils.support.sampling import Draw, Samples
+
+_ERROR = "standard error of "
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A row of the registry."""
+
+    function: Callable[..., Any]
+    summary: str
+    needs_data: bool = True
+    needs_head: bool = True  #: false where images alone are enough
+    seeded: bool = True  #: false where no seed changes the scores
+    passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
+    """What it costs with these options, in forward and backward passes over the samples."""
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The scorer's own keywords with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _none(options: Mapping[str, Any]) -> float:
+    """No pass over any sample."""
+    return 0.0
+
+
+SCORERS: dict[str, Scorer] = {
+    "random": Scorer(
+        random, "U(0, 1), the floor of every comparison", needs_data=False, passes=_none
+    ),
+    "magnitude": Scorer(
+        magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=_none
+    ),
+    "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
+    "grasp": Scorer(
+        grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=lambda options: 3.1
+    ),
+    "synflow": Scorer(
+        synflow,
+        "|w ⊙ ∂R/∂w|, R the flow through all |weights|",
+        needs_data=False,
+        seeded=False,
+        passes=_none,
+    ),
+    "px": Scorer(
+        px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=lambda o: 2.0
+    ),
+    "ntk_sap": Scorer(
+        ntk_sap,
+        "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum",
+        # In float64, which costs twice on a CPU and more on most GPUs.
+        passes=lambda options: 4.0 * options["perturbations"],
+    ),
+    "fisher_diag": Scorer(
+        fisher_diag,
+        "½ w² · diagonal of the empirical Fisher (true labels)",
+        passes=lambda options: 1.4,
+    ),
+    "ggn_diag": Scorer(
+        ggn_diag,
+        "½ w² · diagonal of the Gauss-Newton matrix (model's labels)",
+        passes=lambda options: 1.4,
+    ),
+    "feature_ggn_diag": Scorer(
+        feature_ggn_diag,
+        "½ w² · diagonal of the Gauss-Newton matrix of the features (no head, no labels)",
+        needs_head=False,
+        passes=lambda options: 1.4,
+    ),
+    "block_fisher": Scorer(
+        block_fisher,
+        "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)",
+        # The blocks' products and inverses, by what the atlas in results/ took.
+        passes=lambda options: 1.4 + options["block_size"] / 4,
+    ),
+    "hessian_diag": Scorer(
+        hessian_diag,
+        "½ w² · diagonal of the Hessian (Hutchinson), signed",
+        passes=lambda options: 1.0 + 2.1 * options["probes"],
+    ),
+}
+"""All scorers, by the name that :func:`~pai_utils.scorers.score` takes."""
+
+
+@dataclass
+class Scores(dict[str, Tensor]):
+    """Scores by parameter name, and the parameters that were left out.
+
+    ``standard_error`` holds the sampling error of each score where the scorer knows it (see the
+    scorer for what it covers), and is empty otherwise. ``seconds`` is what the scorer took, of the
+    processor on a CPU; of scores that were kept (:mod:`pai_utils.support.cache`), what it
+    took when they were computed.
+    """
+
+    scores: dict[str, Tensor]
+    scorer: str
+    left_out: list[str] = field(default_factory=list)
+    standard_error: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.update(self.scores)
+
+
+def score(
+    name: str,
+    model: nn.Module,
+    data: Samples | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    samples: int | None = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Score every prunable weight of ``model``; higher means keep.
+
+    Inside ``torch.autocast`` gradients, and so the Fisher's and Gauss-Newton's diagonals and
+    blocks, are computed in that precision and summed at least in float32; Hessian products
+    (``grasp``, ``hessian_diag``) keep the model's own. Under ``torchrun``, with
+    ``torch.distributed`` initialised, each process takes its share of the samples and all get the
+    same scores.
+
+    Args:
+        name: a key of :data:`SCORERS`.
+        model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
+            Scored in evaluation mode and left exactly as it was. Of a
+            :class:`~pai_utils.models.encoders.Classifier` the head is left out.
+        data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
+        names: the parameters to score, of any kind; by default the prunable ones.
+            ``grasp``, ``ntk_sap`` and the probes of ``hessian_diag`` vary these parameters only,
+            so that a score depends on the others named; ``random`` draws in their order.
+        samples: size of the seeded draw without replacement; ``None`` for all, in order.
+        batch_size: samples a forward; halved when memory runs out. No score depends on it.
+        seed: seed of every draw.
+        options: the scorer's own keywords, as in ``SCORERS[name].options``.
+
+    Returns:
+        A dictionary from parameter name to a tensor of the parameter's shape; ``left_out`` names
+        the parameters that are not scored (by default biases, norms, embeddings, the head);
+        ``standard_error`` holds the scores' sampling error, from scorers that know it.
+
+    Raises:
+        ValueError: for an unknown scorer, option or parameter, no parameter to score, missing
+            data, labels beyond the model's classes, or non-finite weights, images or scores.
+
+    Examples:
+        >>> import torch
+        >>> import pai_utils as pai
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.5]])
+        >>> images = torch.eye(3).view(3, 3, 1, 1)  # three images of one pixel
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0]))
+        >>> pai.score("magnitude", model)["1.weight"]
+        tensor([[1.0000, 2.0000, 0.5000],
+                [0.0000, 3.0000, 0.5000]])
+        >>> pai.score("ggn_diag", model, data, samples=None, estimator="exact")["1.weight"]
+        tensor([[0.0328, 0.0044, 0.0082],
+                [0.0000, 0.0100, 0.0082]])
+        >>> pai.score("snip", model, data, samples=2).left_out
+        []
+    """
+    scorer = check_options(name, options)
+    if scorer.needs_data and data is None:
+        raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
+    chosen = prunable_parameters(model) if names is None else list(dict.fromkeys(names))
+    if not chosen:
+        raise ValueError(
+            "names is empty, or the model has no convolution or linear weight to score"
+        )
+    parameters = dict(model.named_parameters())
+    for parameter in chosen:
+        if parameter not in parameters:
+            raise unknown_name("parameter", parameter, parameters)
+    draw = Draw(samples, batch_size, seed)
+    device = device_of(model)
+
+    def compute() -> Kept:
+        begin = clock(device)
+        result = scorer.function(model, chosen, data, draw, **options)
+        seconds = clock(device) - begin
+        scores, errors = result if isinstance(result, tuple) else (result, {})
+        named = {f"{_ERROR}{name}": error for name, error in errors.items()}
+        return Kept({**scores, **named}, {"seconds": seconds})
+
+    if scorer.needs_data:
+        # What the scorer does not look at must not tell its scores apart.
+        seen = model if scorer.needs_head or not isinstance(model, Classifier) else model.backbone
+        parts = {"by": scorer.function, "model": seen, "data": data, "names": chosen, **options}
+        found = reused("scores", {**parts, **asdict(draw), "device": device.type}, compute)
+    else:  # at once
+        found = compute()
+    tensors = {n: values.to(device) for n, values in found.tensors.items()}
+    scores = {n: tensors[n] for n in chosen}
+    errors = {n.removeprefix(_ERROR): e for n, e in tensors.items() if n.startswith(_ERROR)}
+    broken = _non_finite(scores)
+    if broken:
+        # One bad weight spoils the scores of every layer: name the weight, where there is one.
+        culprits = _non_finite(parameters)
+        raise ValueError(
+            f"{name} gave non-finite scores for {broken[0]!r}: "
+            + (
+                f"the weights of {culprits[0]!r} are not finite"
+                if culprits
+                else "the weights are finite, so look for non-finite images or logits"
+            )
+        )
+    left_out = [parameter for parameter in parameters if parameter not in scores]
+    logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
+    return Scores(scores, name, left_out, errors, found.facts["seconds"])
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
+    """The scorer of this name, which has these options.
+
+    Raises:
+        ValueError: for an unknown scorer or option.
+    """
+    if name not in SCORERS:
+        raise unknown_name("scorer", name, list(SCORERS))
+    scorer = SCORERS[name]
+    unknown = [option for option in options if option not in scorer.options]
+    if unknown:
+        raise ValueError(
+            f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
+            + (", ".join(scorer.options) or "none")
+        )
+    return scorer
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    # A sum is several times as fast as a look at every entry, and infinite or NaN if one is; only
+    # where it overflows too must the entries be looked at.
+    return [
+        name
+        for name, values in tensors.items()
+        if not math.isfinite(values.detach().sum()) and not torch.isfinite(values).all()
+    ]
