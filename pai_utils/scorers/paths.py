@@ -9,7 +9,7 @@ with the factors of the model on some data or without:
 - *Parameters* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers*
   are taken in absolute value, to the same power.
 - *Constants that are added* are left out: biases, position tables. Only what comes from the image
-  flows. What is subtracted is added, and other signs are dropped.
+  flows. What is subtracted is added, and factors lose their signs.
 - *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
   tokens they are joined to. They bring in next to no flow, but have queries to attend with.
 - *Activations* are the identity; with data, their gate f(x)/x squared, which for ReLU is 0 or 1.
@@ -274,12 +274,14 @@ class _Network:
         return degree
 
     def share(self, *factors: Any) -> list[Any]:
-        """Factors of a product: each that comes from the image passes on an equal part."""
+        """Factors of a product: what comes from the image passes on equal parts of the flow."""
         streams = [self.degree(factor) is not None for factor in factors]
-        parts = max(1, sum(streams))
+        parts = sum(streams)
         return [
             # The value is the same; the gradient is a fraction.
-            x / parts + (x * (1 - 1 / parts)).detach() if stream and parts > 1 else x
+            (x / parts + (x * (1 - 1 / parts)).detach() if parts > 1 else x)
+            if stream
+            else (_unsigned(x) if parts or isinstance(x, Tensor) else x)
             for x, stream in zip(factors, streams, strict=True)
         ]
 
@@ -288,8 +290,8 @@ class _Network:
         if rule.record is not None and self._factors is not None:
             factor = next(self._factors)
             factor = factor.double().square() if factor.is_floating_point() else factor
-        # Of `expand_as` and the like, the second tensor gives its form alone.
-        tensors = call.tensors[:1] if call.name.endswith("_as") else call.tensors
+        # Of `expand_as`, `to` and the like, the second tensor gives its form alone.
+        tensors = call.tensors[:1] if call.name.endswith(("_as", ".to")) else call.tensors
         degrees = [d for tensor in tensors if (d := self.degree(tensor)) is not None]
         if rule.degree is max and len(set(degrees)) > 1:
             raise _no_rule(f"{call.name} of a product of streams, or of a gate, and a stream")
@@ -366,6 +368,13 @@ class _Rule:
     degree: Callable[[list[int]], int] = max  #: of the result by those of the arguments, all equal
 
 
+def _unsigned(factor: Any) -> Any:
+    """A constant without its sign: parameters and buffers have none here, but tables may."""
+    if isinstance(factor, Tensor):
+        return factor.abs() if factor.is_floating_point() else factor
+    return abs(factor)
+
+
 def _times(value: Tensor, *factors: Tensor | None) -> Tensor:
     """No alias of the value, even without factors: the model may write to it afterwards."""
     given = [factor for factor in factors if factor is not None]
@@ -398,7 +407,7 @@ def _product(
 def _quotient(network: _Network, call: Call, factor: Tensor | None) -> Any:
     if network.degree(call["other"]) is not None:
         raise _no_rule(f"{call.name} by a stream")
-    return call.run()
+    return call.run(other=_unsigned(call["other"]))
 
 
 def _einsum(network: _Network, call: Call, factor: Tensor | None) -> Any:

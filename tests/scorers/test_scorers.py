@@ -7,8 +7,8 @@ import pai_utils as pai
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
 from pai_utils.curvature.products import directional_terms
 from tests.cases import (
+    CASES,
     Case,
-    CustomFunction,
     Images,
     build,
     fingerprint,
@@ -93,13 +93,15 @@ def test_no_score_depends_on_the_batches(name: str) -> None:
     assert all(relative_error(parts[n], whole[n]) <= 1e-6 for n in PRUNED)
 
 
-@pytest.mark.parametrize("name", pai.SCORERS)
-def test_every_scorer_scores_the_cases(case: Case, name: str) -> None:
-    if name in ("synflow", "px") and any(isinstance(m, CustomFunction) for m in case.model):  # type: ignore[attr-defined]
-        pytest.skip("is refused: test_paths")
-    scores = pai.score(name, case.model, case.data, samples=None)
-    assert list(scores) == pai.prunable_parameters(case.model)
-    assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}
+@pytest.mark.parametrize("name", CASES)
+def test_every_scorer_scores_every_way_of_using_a_weight(name: str) -> None:
+    case = build(name)
+    for scorer in pai.SCORERS:
+        if name == "weight in a custom function" and scorer in ("synflow", "px"):
+            continue  # refused
+        scores = pai.score(scorer, case.model, case.data, samples=None)
+        assert list(scores) == pai.prunable_parameters(case.model)
+        assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}
 
 
 def test_saliency_is_half_the_squared_weight_times_the_diagonal() -> None:
