@@ -46,7 +46,7 @@ SwiGLU, gMLP and linear attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,33 +156,31 @@ def px(
     device = device_of(model)
     shape = _image_shape(model, data, None)
     network = _Network(model, names, 2, shape)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
 
-    def recorded(size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Squared images of each batch, and the factors of the model on them."""
-        for images, _, _ in drawn_batches(data, indices, size, device, "px"):
-            squares = images.double().square()  # before the model, which may change its input
-            yield squares, _factors(model, images)
+    def summed(
+        like: dict[str, Tensor], part: Callable[[Tensor, list[Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Sums over all batches of what squared images and the model's factors on them give."""
 
-    def gated(size: int) -> dict[str, Tensor]:
-        total = {name: torch.zeros_like(w.detach()) for name, w in network.weights.items()}
-        total[""] = torch.zeros(1, dtype=torch.float64, device=device)
-        for squares, factors in recorded(size):
-            for name, part in _flow(network, squares * _FLOW, _FLOW, factors).items():
-                total[name] += part
-        return total
+        def compute(size: int) -> dict[str, Tensor]:
+            total = {name: torch.zeros_like(values) for name, values in like.items()}
+            for images, _, _ in drawn_batches(data, indices, size, device, "px"):
+                squares = images.double().square()  # before the model, which may change its input
+                for name, values in part(squares, _factors(model, images)).items():
+                    total[name] += values
+            return total
 
-    def activity(size: int) -> dict[str, Tensor]:
-        total = torch.zeros(network.classes, dtype=torch.float64, device=device)
-        for squares, factors in recorded(size):
-            total += counts(squares * _COUNT, factors).sum(0)
-        return {"": total}
+        return sum_over_processes(fitting_batches(compute, draw.batch_size))
 
     with undisturbed(model), torch.no_grad():
         if estimator == "gated":
-            flow = sum_over_processes(fitting_batches(gated, draw.batch_size))
+            like = {**network.weights, "": zero}
+            flow = summed(like, lambda x, a: _flow(network, x * _FLOW, _FLOW, a))
         else:
             counts = _Network(model, [], 0, shape)
-            classes = sum_over_processes(fitting_batches(activity, draw.batch_size))[""]
+            like = {"": zero.expand(network.classes)}
+            classes = summed(like, lambda x, a: {"": counts(x * _COUNT, a).sum(0)})[""]
             classes /= classes.max() if classes.max() > 0 else 1  # only the ratios count
             ones = torch.full((1, *shape), _FLOW, dtype=torch.float64, device=device)
             flow = _flow(network, ones, classes * _FLOW)
@@ -330,7 +328,7 @@ def _factors(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Gates, patterns and scales of the model itself on images, in the order of its calls."""
     factors = []
 
-    def observe(record: _Record, call: Call) -> Any:
+    def observe(record: Callable[[Call], Any], call: Call) -> Any:
         factors.append(record(call))  # before the call, which may work in place
         return call.run()
 
@@ -356,16 +354,17 @@ def _no_rule(what: str) -> ValueError:
     )
 
 
-# What a rule makes of a call and of its factor; and what is recorded of a call.
-_Flow = Callable[[_Network, Call, "Tensor | None"], Any]
-_Record = Callable[[Call], Any]
-
-
 @dataclass(frozen=True)
 class _Rule:
-    flow: _Flow
-    record: _Record | None = None
+    """How a call acts on a flow, given its factor; what that factor is, of a call on data."""
+
+    flow: Callable[[_Network, Call, Tensor | None], Any]
+    record: Callable[[Call], Any] | None = None
     degree: Callable[[list[int]], int] = max  #: of the result by those of the arguments, all equal
+
+
+def _result(call: Call) -> Any:
+    return call.run(input=call["input"].clone())  # it may work in place
 
 
 def _unsigned(factor: Any) -> Any:
@@ -460,8 +459,8 @@ def _pattern(network: _Network, call: Call, pattern: Tensor | None) -> Tensor:
     return _gate(network, call, pattern)
 
 
-def _value(call: Call) -> Any:
-    return call.run(input=call["input"].clone())
+def _largest(call: Call) -> Any:
+    return F.max_pool2d(**{**call.arguments, "return_indices": True})[1]
 
 
 def _max_pool(network: _Network, call: Call, largest: Tensor | None) -> Any:
@@ -473,10 +472,6 @@ def _max_pool(network: _Network, call: Call, largest: Tensor | None) -> Any:
         raise ValueError("px does not count the paths through a dilated max-pooling")
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
     return F.avg_pool2d(**{name: call[name] for name in names}, divisor_override=1)
-
-
-def _largest(call: Call) -> Any:
-    return F.max_pool2d(**{**call.arguments, "return_indices": True})[1]
 
 
 def _norm(network: _Network, call: Call, scale: Tensor | None) -> Tensor:
@@ -491,25 +486,19 @@ def _norm(network: _Network, call: Call, scale: Tensor | None) -> Tensor:
 
 
 def _scale(call: Call) -> Any:
-    """1/σ of LayerNorm and RMSNorm."""
+    """1/σ on the data, or 1 over the length."""
     value, eps = call["input"], call["eps"]
+    if call.function is F.normalize:
+        return value.norm(call["p"], call["dim"], keepdim=True).clamp_min(eps).reciprocal()
+    if call.function is F.group_norm:
+        groups, dims = call["num_groups"], (1,) * (value.dim() - 2)
+        scale = (value.reshape(len(value), groups, -1).var(-1, correction=0) + eps).rsqrt()
+        return scale.repeat_interleave(value.shape[1] // groups, 1).view(*value.shape[:2], *dims)
     dims = tuple(range(-len(call["normalized_shape"]), 0))
     if call.function is F.layer_norm:
         return (value.var(dims, correction=0, keepdim=True) + eps).rsqrt()
     eps = torch.finfo(value.dtype).eps if eps is None else eps
     return (value.square().mean(dims, keepdim=True) + eps).rsqrt()
-
-
-def _group_scale(call: Call) -> Any:
-    value, groups = call["input"], call["num_groups"]
-    variance = value.reshape(len(value), groups, -1).var(-1, correction=0)
-    scale = (variance + call["eps"]).rsqrt().repeat_interleave(value.shape[1] // groups, 1)
-    return scale.view(*value.shape[:2], *(1,) * (value.dim() - 2))
-
-
-def _length(call: Call) -> Any:
-    norm = call["input"].norm(call["p"], call["dim"], keepdim=True)
-    return norm.clamp_min(call["eps"]).reciprocal()
 
 
 def _attention(calls: Calls, call: Call) -> Any:
@@ -597,14 +586,14 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(_CASTS, _Rule(_kept)),
     **dict.fromkeys(_LAYERS, _LAYER),
     **dict.fromkeys(_ACTIVATIONS, _Rule(_identity, _slope)),
-    **dict.fromkeys(_spelled("sigmoid hardsigmoid"), _Rule(_gate, _value, lambda degrees: 0)),
-    F.softmax: _Rule(_pattern, _value, lambda degrees: 0),
+    **dict.fromkeys(_spelled("sigmoid hardsigmoid"), _Rule(_gate, _result, lambda degrees: 0)),
+    F.softmax: _Rule(_pattern, _result, lambda degrees: 0),
     F.max_pool2d: _Rule(_max_pool, _largest),
     F.batch_norm: _Rule(_norm),
-    F.group_norm: _Rule(_norm, _group_scale),
+    F.group_norm: _Rule(_norm, _scale),
     F.layer_norm: _Rule(_norm, _scale),
     F.rms_norm: _Rule(_norm, _scale),
-    F.normalize: _Rule(_norm, _length),
+    F.normalize: _Rule(_norm, _scale),
     F.pad: _Rule(_pad),
     torch.cat: _Rule(_join),
     torch.stack: _Rule(_join),

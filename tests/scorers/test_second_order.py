@@ -1,0 +1,202 @@
+import logging
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pai_utils as pai
+from pai_utils.curvature.products import directional_terms
+from tests.cases import (
+    Case,
+    Images,
+    build,
+    dense_hessian,
+    fingerprint,
+    flattened,
+    logits_of,
+    relative_error,
+    tiny_classifier,
+    tiny_task,
+)
+
+SECOND_ORDER: dict[str, dict[str, Any]] = {
+    "fisher_diag": {},
+    "ggn_diag": {},
+    "feature_ggn_diag": {},
+    "block_fisher": {"block_size": 16},
+    "hessian_diag": {"probes": 2},
+}
+ENCODERS = [
+    "resnet50",
+    "vit_small_patch16_224",
+    "convnext_tiny",
+    "tf_efficientnet_lite0",
+    "vit_small_saliency",
+]
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "mc"])
+def test_blocks_of_one_weight_order_them_as_the_diagonal_does(estimator: str) -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    diagonal = {"empirical": "fisher_diag", "mc": "ggn_diag"}[estimator]
+    expected = pai.score(diagonal, model, data, samples=20)
+    found = pai.score(
+        "block_fisher", model, data, samples=20, block_size=1, damping=1e-10, estimator=estimator
+    )
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= 1e-6
+
+
+def test_the_closed_form_of_a_linear_model_with_one_output_a_block() -> None:
+    # Blocks of 12 weights are the rows of the layer: F_c = 1/m Σ (p − e_y)_c² x xᵀ + λI.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    data = Images(20, classes=3, side=2)
+    x, p = data.images.flatten(1), logits_of(model, data.images).softmax(1)
+    residual = p - F.one_hot(data.labels, 3)
+    weight = model.get_parameter("1.weight").detach()
+    found = pai.score("block_fisher", model, data, samples=None, block_size=12)["1.weight"]
+    for row in range(3):
+        matrix = torch.einsum("n,ni,nj->ij", residual[:, row] ** 2, x, x) / 20
+        matrix += 1e-2 * matrix.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+        expected = weight[row] ** 2 / (2 * torch.linalg.inv(matrix).diagonal())
+        assert relative_error(found[row], expected) <= 1e-10
+
+
+def test_channels_last_weights_get_the_same_scores() -> None:
+    case = build("strided conv")
+    expected = pai.score("block_fisher", case.model, case.data, samples=None, block_size=8)
+    model = case.model.to(memory_format=torch.channels_last)
+    found = pai.score("block_fisher", model, case.data, samples=None, block_size=8)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= 1e-10
+
+
+def test_half_precision_weights_get_finite_float32_scores() -> None:
+    case = build("linear over tokens")
+    case.data.images = case.data.images.bfloat16()
+    expected = pai.score(
+        "block_fisher", case.model.float(), _float(case.data), samples=None, block_size=8
+    )
+    found = pai.score("block_fisher", case.model.bfloat16(), case.data, samples=None, block_size=8)
+    for name in expected:
+        assert found[name].dtype == torch.float32
+        assert relative_error(found[name], expected[name]) <= 0.1
+
+
+def _float(data: Images) -> Images:
+    copied = Images(len(data), dtype=torch.float32)
+    copied.images, copied.labels = data.images.float(), data.labels
+    return copied
+
+
+def test_passes_over_the_data_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    with caplog.at_level(logging.INFO, "pai_utils"):
+        pai.score("block_fisher", model, data, samples=8, block_size=4)
+        pai.score("block_fisher", model, data, samples=8, block_size=4, memory_budget=8192)
+    assert "Fisher blocks of 648 weights within 4.00 GiB: 1 pass over 8 samples" in caplog.messages
+    assert any("4 passes over 8 samples" in message for message in caplog.messages)
+
+
+def dense_scores(case: Case, names: list[str]) -> torch.Tensor:
+    parameters = dict(case.model.named_parameters())
+    weights = torch.cat([parameters[name].detach().flatten() for name in names])
+    return weights.square() / 2 * dense_hessian(case.model, names, case.data).diagonal()
+
+
+def test_scores_are_half_the_squared_weight_times_the_hessians_diagonal_with_its_sign() -> None:
+    case = build("LayerNorm")
+    scores = pai.score("hessian_diag", case.model, case.data, samples=None, probes=300, tolerance=0)
+    exact, found = dense_scores(case, list(scores)), flattened(dict(scores))
+    error = flattened(scores.standard_error)
+    assert ((found - exact).abs() <= 4 * error + 1e-12).all()
+    sure = exact.abs() > 4 * error
+    assert (exact[sure] < 0).any()
+    assert torch.equal(found[sure].sign(), exact[sure].sign())
+
+
+def test_accuracy_reached_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    case = build("conv")
+    with caplog.at_level(logging.INFO, logger="pai_utils"):
+        pai.score("hessian_diag", case.model, case.data, samples=8, probes=2, tolerance=1e-9)
+        pai.score("hessian_diag", case.model, case.data, samples=8, probes=50, tolerance=10)
+    short, enough = caplog.messages
+    assert "after 2 probes, above the tolerance 1e-09" in short
+    assert enough.endswith("after 2 probes")
+
+
+def test_the_score_of_features_knows_no_head_and_no_label() -> None:
+    model, task = tiny_classifier(), tiny_task()
+    scores = pai.score("feature_ggn_diag", model, task.train, samples=8)
+    encoder = pai.score("feature_ggn_diag", model.backbone, task.train, samples=8)
+    assert list(scores) == [f"backbone.{name}" for name in encoder]
+    assert all(torch.equal(scores[f"backbone.{n}"], values) for n, values in encoder.items())
+    named = pai.score("feature_ggn_diag", model, task.train, names=["head.weight"], samples=8)
+    assert not named["head.weight"].any()
+
+
+def test_saliency_of_inner_weights_is_the_increase_of_the_quadratic_loss() -> None:
+    case = build("conv")
+    scores = pai.score("ggn_diag", case.model, case.data, samples=None, estimator="exact")
+    for name in case.names:
+        weight = case.model.get_parameter(name)
+        for index in (0, weight.numel() // 2, weight.numel() - 1):
+            step = torch.zeros_like(weight).flatten()
+            step[index] = -weight.detach().flatten()[index]
+            direction = {name: step.view_as(weight)}
+            (terms,) = directional_terms(case.model, [direction], case.data)
+            assert float(scores[name].flatten()[index]) == pytest.approx(terms.ggn / 2, rel=1e-10)
+
+
+def test_the_closed_form_of_the_diagonals_of_a_linear_model() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    data = Images(9, classes=3, side=2)
+    x, p = data.images.flatten(1), logits_of(model, data.images).softmax(1)
+    weight = model.get_parameter("1.weight").detach()
+    ggn = torch.einsum("nc,ni->ci", p * (1 - p), x**2) / 9
+    fisher = torch.einsum("nc,ni->ci", (p - F.one_hot(data.labels, 3)) ** 2, x**2) / 9
+    found = pai.score("ggn_diag", model, data, samples=None, estimator="exact")["1.weight"]
+    assert relative_error(found, weight**2 * ggn / 2) <= 1e-12
+    found = pai.score("fisher_diag", model, data, samples=None)["1.weight"]
+    assert relative_error(found, weight**2 * fisher / 2) <= 1e-12
+
+
+def _model(name: str) -> tuple[nn.Module, Images]:
+    side = 28 if name == "vit_small_saliency" else 32
+    data = Images(2, side=side)
+    if name == "vit_small_saliency":
+        backbone = pai.load_backbone(name, image_size=side, device="cpu")
+        return pai.Classifier(backbone, nn.Linear(backbone.feature_dim, 4)).double(), data
+    options: dict[str, Any] = {}
+    if name == "resnet50":
+        options["zero_init_last"] = False  # else random weights have blocks without gradients
+    if name == "vit_small_patch16_224":
+        options["img_size"] = side
+    return timm.create_model(name, num_classes=4, **options).double(), data
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_second_order_score_of_a_whole_encoder(
+    encoder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = _model(encoder)
+    names = pai.prunable_parameters(model)
+    before = fingerprint(model)
+    for scorer, options in SECOND_ORDER.items():
+        with caplog.at_level(logging.INFO, "pai_utils"):
+            scores = pai.score(scorer, model, data, samples=None, **options)
+        assert list(scores) == names, scorer
+        assert flattened(scores).any(), scorer
+        if scorer in ("fisher_diag", "ggn_diag", "feature_ggn_diag"):
+            # One backward a sample, through plain autograd.
+            each = pai.score(scorer, model, data, samples=None, batch_size=1)
+            assert relative_error(flattened(scores), flattened(each)) <= 1e-10, scorer
+        if scorer == "hessian_diag":
+            assert list(scores.standard_error) == names
+        else:
+            assert (flattened(scores) >= 0).all(), scorer
+    assert "one backward a sample" not in caplog.text
+    assert fingerprint(model) == before
