@@ -132,7 +132,7 @@ def prune(
     Args:
         model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`.
         data: samples of the source task.
-        scorer: a key of :data:`~pai_utils.scorers.SCORERS`.
+        scorer: a key of :data:`~pai_utils.scorers.registry.SCORERS`.
         sparsity: fraction s to remove, in [0, 1), of the weights that ``include`` and ``exclude``
             leave.
         scope: as in :func:`~pai_utils.masks.make_mask`.

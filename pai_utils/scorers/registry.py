@@ -114,7 +114,7 @@ SCORERS: dict[str, Scorer] = {
         passes=lambda options: 1.0 + 2.1 * options["probes"],
     ),
 }
-"""All scorers, by the name that :func:`~pai_utils.scorers.score` takes."""
+"""All scorers, by the name that :func:`~pai_utils.scorers.registry.score` takes."""
 
 
 @dataclass

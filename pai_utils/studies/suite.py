@@ -186,7 +186,7 @@ class Suite:
             draw: of its images.
 
         Raises:
-            ValueError: as :func:`~pai_utils.scorers.score`.
+            ValueError: as :func:`~pai_utils.scorers.registry.score`.
         """
         model, images, draw = self._seen(recipe, source, draw)
         names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
