@@ -3,8 +3,8 @@
 :class:`Calls` is a ``TorchFunctionMode``: while it is active, every call of a torch function goes
 to the handler registered for it, as a :class:`Call` with its arguments by name. Unlike a module's
 hook it sees a function wherever it is called, with the weights that are really used, and nothing
-is patched. Calls inside ``torch.autograd.Function`` and TorchScript stay unseen, and so do those
-that a handler makes, unless it enters the observer again (``with calls:``).
+is patched. Calls inside TorchScript stay unseen, and so do those that a handler makes, unless it
+enters the observer again (``with calls:``).
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ _SPELLINGS: dict[Any, tuple[Any, ...]] = {
     torch.cat: (torch.concat, torch.concatenate),
     F.softmax: (torch.softmax, Tensor.softmax),
     F.max_pool2d: (torch.max_pool2d,),
-    torch.addcmul: (Tensor.addcmul, Tensor.addcmul_),
 }
 _CHIEF = {other: function for function, others in _SPELLINGS.items() for other in others}
 

@@ -59,17 +59,19 @@ def ntk_sap(
         raise unknown_name("inputs", inputs, INPUTS)
     device = device_of(model)
     indices = draw.indices(data)
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    plain = replica(model, {name: _double(tensor) for name, tensor in own.items()})
+    plain = replica(model)
     weights = {name: plain.get_parameter(name).requires_grad_() for name in names}
 
     def compute(size: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(draw.seed)
         totals = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
         for _ in range(perturbations):
-            steps = _perturbation(weights, epsilon, generator)
-            other = replica(plain, {name: weights[name] + step for name, step in steps.items()})
-            moved = {name: other.get_parameter(name).requires_grad_() for name in names}
+            other = replica(plain)
+            moved = {name: other.get_parameter(name) for name in names}
+            for weight in moved.values():
+                # On the CPU, so that one seed means the same Δθ on every device.
+                step = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight.add_(step.to(device).mul_(epsilon).mul_(weight != 0)).requires_grad_()
             leaves = [*weights.values(), *moved.values()]
             for images, _, rows in drawn_batches(data, indices, size, device, "ntk_sap"):
                 images = _noise(images, rows, draw.seed) if inputs == "noise" else images.double()
@@ -90,23 +92,11 @@ def ntk_sap(
         return totals
 
     totals = sum_over_processes(fitting_batches(compute, draw.batch_size))
+    count = len(indices) * perturbations
     return {
-        name: (total / (len(indices) * perturbations))
-        .abs_()
-        .to(torch.promote_types(own[name].dtype, torch.float32))
-        for name, total in totals.items()
+        name: total.div_(count).abs_().to(torch.promote_types(own.dtype, torch.float32))
+        for (name, total), own in zip(totals.items(), map(model.get_parameter, names), strict=True)
     }
-
-
-def _perturbation(
-    weights: dict[str, Tensor], epsilon: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Δθ; drawn on the CPU, so that one seed means the same Δθ on every device."""
-    steps = {}
-    for name, weight in weights.items():
-        step = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        steps[name] = step.to(weight.device).mul_(epsilon).mul_(weight.detach() != 0)
-    return steps
 
 
 def _noise(images: Tensor, rows: Tensor, seed: int) -> Tensor:
@@ -121,9 +111,3 @@ def _noise(images: Tensor, rows: Tensor, seed: int) -> Tensor:
         for row in rows.tolist()
     ]
     return torch.stack(drawn).to(images.device)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """A copy, in float64 if it is of a floating-point type."""
-    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(dtype, copy=True)

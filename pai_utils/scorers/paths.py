@@ -231,97 +231,72 @@ def _shares(model: nn.Module, network: _Network, flow: dict[str, Tensor]) -> dic
     }
 
 
-class _Network:
-    """The sum over paths of a model; see the module.
-
-    ``weights`` are the raised parameters called ``names``, of which gradients can be asked.
-    """
-
-    def __init__(
-        self, model: nn.Module, names: Sequence[str], power: int, shape: Sequence[int]
-    ) -> None:
-        self.power = power
-        self._model = replica(model, _raised(model, power))
-        image = torch.ones(1, *shape, dtype=torch.float64, device=device_of(model))
-        with torch.enable_grad():  # no weight has a graph yet: what has one comes from the image
-            self.classes = self(image.requires_grad_().clone()).shape[1]
-        self.weights = {n: self._model.get_parameter(n).requires_grad_() for n in names}
-
-    def __call__(self, images: Tensor, factors: Iterable[Tensor] | None = None) -> Tensor:
-        """Logits ``[N, C]`` of ``images``, with the factors of data or without."""
-        self._factors = None if factors is None else iter(factors)
-        self._image_alone_has_a_graph = images.requires_grad
-        self._degrees: Any = WeakTensorKeyDictionary()
-        self._degrees[images] = 1
-        handlers = {function: partial(self._apply, rule) for function, rule in _RULES.items()}
-        with _Composed(handlers, self._other):
-            logits: Tensor = self._model(images)
-        if (self.degree(logits) or 0) > 1:
-            raise _no_rule("a product of two streams that the logits are made of")
-        return logits
-
-    def degree(self, value: object) -> int | None:
-        """That of what comes from the image; None for anything else."""
-        if not isinstance(value, Tensor):
-            return None
-        degree: int | None = self._degrees.get(value)
-        node = value.grad_fn if self._image_alone_has_a_graph else None
-        # Functions with a gradient of their own, and calls that no observer sees.
-        if isinstance(node, BackwardCFunction) or (degree is None and node is not None):
-            raise _no_rule(node.name())
-        return degree
-
-    def share(self, *factors: Any) -> list[Any]:
-        """Factors of a product: what comes from the image passes on equal parts of the flow."""
-        streams = [self.degree(factor) is not None for factor in factors]
-        parts = sum(streams)
-        return [
-            # The value is the same; the gradient is a fraction.
-            (x / parts + (x * (1 - 1 / parts)).detach() if parts > 1 else x)
-            if stream
-            else (_unsigned(x) if parts or isinstance(x, Tensor) else x)
-            for x, stream in zip(factors, streams, strict=True)
-        ]
-
-    def _apply(self, rule: _Rule, call: Call) -> Any:
-        factor = None
-        if rule.record is not None and self._factors is not None:
-            factor = next(self._factors)
-            factor = factor.double().square() if factor.is_floating_point() else factor
-        # Of `expand_as`, `to` and the like, the second tensor gives its form alone.
-        tensors = call.tensors[:1] if call.name.endswith(("_as", ".to")) else call.tensors
-        degrees = [d for tensor in tensors if (d := self.degree(tensor)) is not None]
-        if rule.degree is max and len(set(degrees)) > 1:
-            raise _no_rule(f"{call.name} of a product of streams, or of a gate, and a stream")
-        output = rule.flow(self, call, factor)
-        for tensor in tree_leaves(output) if degrees else []:
-            if isinstance(tensor, Tensor):
-                self._degrees[tensor] = rule.degree(degrees)
-        return output
-
-    def _other(self, call: Call) -> Any:
-        name = call.name.removesuffix(".__get__").rpartition(".")[2].strip("_")
-        if name in _AS_THEY_ARE.split():
-            return self._apply(_Rule(lambda network, call, factor: call.run()), call)
-        if name not in _OF_FORM.split() and any(self.degree(t) is not None for t in call.tensors):
-            raise _no_rule(call.name)
-        return call.run()
+def _no_rule(what: str) -> ValueError:
+    return ValueError(
+        f"synflow and px know no paths through {what}, which the model applies to what comes from "
+        "the image: build it of the functions that pai_utils.scorers.paths lists, or take another "
+        "scorer"
+    )
 
 
-def _raised(model: nn.Module, power: int) -> dict[str, Tensor]:
-    """|t|^power of all parameters and buffers in float64; statistics of norms and integers stay."""
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
-    kept = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
-    values = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        value = tensor.detach()
-        if value.is_floating_point() and id(tensor) not in kept:
-            value = value.double().abs()
-            values[name] = value**power if power else value.sign()  # a pruned weight has no paths
-        else:
-            dtype = torch.float64 if value.is_floating_point() else value.dtype
-            values[name] = value.to(dtype, copy=True)
-    return values
+class _Composed(Calls):
+    """Shows its handlers attention and the like as the simpler calls that they are made of."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Hand one call, or those that it is made of, to handlers."""
+        # Found here, not handed up: a reference to itself would keep what handlers hold alive.
+        compose = {
+            F.scaled_dot_product_attention: self._attention,
+            F.multi_head_attention_forward: self._multi_head_attention,
+            torch.addcmul: self._add_product,
+        }.get(func)
+        if compose is not None:
+            return compose(Call(func, args, kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _attention(self, call: Call) -> Any:
+        query, key, value, mask = (call[n] for n in ("query", "key", "value", "attn_mask"))
+        if call["is_causal"]:
+            mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        # A constant even if it comes from the image: nothing is observed until here.
+        mask = 0 if mask is None else mask.detach()
+        with self:
+            if call["enable_gqa"]:
+                groups = query.shape[-3] // key.shape[-3]
+                key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+            scale = query.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
+            return (query @ key.transpose(-2, -1) * scale + mask).softmax(-1) @ value
+
+    def _multi_head_attention(self, call: Call) -> tuple[Tensor, None]:
+        """Of inputs ``[tokens, samples, width]``."""
+        unusual = [call["bias_k"], call["key_padding_mask"], call["add_zero_attn"] or None]
+        if call["query"].dim() != 3 or any(value is not None for value in unusual):
+            raise ValueError(
+                "nn.MultiheadAttention with padding masks, bias_kv, zero attention or unbatched "
+                "inputs has no defined paths"
+            )
+        inputs = [call[name] for name in ("query", "key", "value")]
+        weights = [call[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        if not call["use_separate_proj_weight"]:
+            weights = call["in_proj_weight"].chunk(3)
+        biases = (None,) * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
+        with self:
+            q, k, v = (
+                F.linear(x, w, b).unflatten(2, (call["num_heads"], -1)).permute(1, 2, 0, 3)
+                for x, w, b in zip(inputs, weights, biases, strict=True)
+            )
+            mask, causal = call["attn_mask"], call["is_causal"]
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+            joined = mixed.permute(2, 0, 1, 3).flatten(2)
+            return F.linear(joined, call["out_proj_weight"], call["out_proj_bias"]), None
+
+    def _add_product(self, call: Call) -> Any:
+        with self:
+            return call["input"] + call["value"] * call["tensor1"] * call["tensor2"]
 
 
 def _factors(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -338,33 +313,163 @@ def _factors(model: nn.Module, images: Tensor) -> list[Tensor]:
     return factors
 
 
-class _Composed(Calls):
-    """Shows its handlers attention and the like as the simpler calls that they are made of."""
+class _Network:
+    """The sum over paths of a model; see the module.
 
-    def __init__(self, handlers: dict[Any, Any], otherwise: Any = None) -> None:
-        composites = {f: partial(compute, self) for f, compute in _COMPOSITES.items()}
-        super().__init__({**handlers, **composites}, otherwise)
+    ``weights`` are the raised parameters called ``names``, of which gradients can be asked. What
+    comes from the image is followed from call to call, with its degree.
+    """
 
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], power: int, shape: Sequence[int]
+    ) -> None:
+        self._power = power
+        self._model = _raised(model, power)
+        image = torch.ones(1, *shape, dtype=torch.float64, device=device_of(model))
+        with torch.enable_grad():  # no weight has a graph yet: what has one comes from the image
+            self.classes = self(image.requires_grad_().clone()).shape[1]
+        self.weights = {n: self._model.get_parameter(n).requires_grad_() for n in names}
 
-def _no_rule(what: str) -> ValueError:
-    return ValueError(
-        f"synflow and px know no paths through {what}, which the model applies to what comes from "
-        "the image: build it of the functions that pai_utils.scorers.paths lists, or take another "
-        "scorer"
-    )
+    def __call__(self, images: Tensor, factors: Iterable[Tensor] | None = None) -> Tensor:
+        """Logits ``[N, C]`` of ``images``, with the factors of data or without."""
+        self._factors = None if factors is None else iter(factors)
+        self._image_alone_has_a_graph = images.requires_grad
+        self._degrees: Any = WeakTensorKeyDictionary()
+        self._degrees[images] = 1
+        with _Composed({f: partial(self._apply, rule) for f, rule in _RULES.items()}, self._other):
+            logits: Tensor = self._model(images)
+        if (self._degree(logits) or 0) > 1:
+            raise _no_rule("a product of two streams that the logits are made of")
+        return logits
 
+    def _degree(self, value: object) -> int | None:
+        """That of what comes from the image; None for anything else."""
+        if not isinstance(value, Tensor):
+            return None
+        degree: int | None = self._degrees.get(value)
+        node = value.grad_fn if self._image_alone_has_a_graph else None
+        # Functions with a gradient of their own, and calls that no observer sees.
+        if isinstance(node, BackwardCFunction) or (degree is None and node is not None):
+            raise _no_rule(node.name())
+        return degree
 
-@dataclass(frozen=True)
-class _Rule:
-    """How a call acts on a flow, given its factor; what that factor is, of a call on data."""
+    def _apply(self, rule: _Rule, call: Call) -> Any:
+        factor = None
+        if rule.record is not None and self._factors is not None:
+            factor = next(self._factors)
+            factor = factor.double().square() if factor.is_floating_point() else factor
+        # Of `expand_as`, `to` and the like, the second tensor gives its form alone.
+        tensors = call.tensors[:1] if call.name.endswith(("_as", ".to")) else call.tensors
+        degrees = [d for tensor in tensors if (d := self._degree(tensor)) is not None]
+        if rule.degree is max and len(set(degrees)) > 1:
+            raise _no_rule(f"{call.name} of a product of streams, or of a gate, and a stream")
+        output = rule.flow(self, call, factor)
+        for tensor in tree_leaves(output) if degrees else []:
+            if isinstance(tensor, Tensor):
+                self._degrees[tensor] = rule.degree(degrees)
+        return output
 
-    flow: Callable[[_Network, Call, Tensor | None], Any]
-    record: Callable[[Call], Any] | None = None
-    degree: Callable[[list[int]], int] = max  #: of the result by those of the arguments, all equal
+    def _other(self, call: Call) -> Any:
+        name = call.name.removesuffix(".__get__").rpartition(".")[2].strip("_")
+        if name in _AS_THEY_ARE.split():
+            return self._apply(_Rule(lambda network, call, factor: call.run()), call)
+        if name not in _OF_FORM.split() and any(self._degree(t) is not None for t in call.tensors):
+            raise _no_rule(call.name)
+        return call.run()
 
+    def _share(self, *factors: Any) -> list[Any]:
+        """Factors of a product: what comes from the image passes on equal parts of the flow."""
+        streams = [self._degree(factor) is not None for factor in factors]
+        parts = sum(streams)
+        return [
+            # The value is the same; the gradient is a fraction.
+            (x / parts + (x * (1 - 1 / parts)).detach() if parts > 1 else x)
+            if stream
+            else (_unsigned(x) if parts or isinstance(x, Tensor) else x)
+            for x, stream in zip(factors, streams, strict=True)
+        ]
 
-def _result(call: Call) -> Any:
-    return call.run(input=call["input"].clone())  # it may work in place
+    def product(
+        self, call: Call, factor: Tensor | None, *, of: Sequence[str], **others: Any
+    ) -> Any:
+        shares = self._share(*(call[name] for name in of))
+        return call.run(**dict(zip(of, shares, strict=True)), **others)
+
+    def einsum(self, call: Call, factor: Tensor | None) -> Any:
+        return torch.einsum(call.args[0], *self._share(*call.args[1:]))
+
+    def quotient(self, call: Call, factor: Tensor | None) -> Any:
+        if self._degree(call["other"]) is not None:
+            raise _no_rule(f"{call.name} by a stream")
+        return call.run(other=_unsigned(call["other"]))
+
+    def addition(self, call: Call, factor: Tensor | None, *, minus: str = "") -> Any:
+        terms = {name: call[name] for name in ("input", "other")}
+        constants = [name for name, value in terms.items() if self._degree(value) is None]
+        if len(constants) == 2:
+            return call.run()
+        for name in constants:
+            terms[name] = torch.zeros_like(terms[name]) if isinstance(terms[name], Tensor) else 0
+        if minus:
+            terms[minus] = -terms[minus]
+        return call.run(**terms)
+
+    def join(self, call: Call, factor: Tensor | None) -> Any:
+        streams = [tensor for tensor in call["tensors"] if self._degree(tensor) is not None]
+        if not streams:
+            return call.run()
+        seed = streams[0] * _SEED
+        if call.function is not torch.stack:
+            seed = seed.mean(call["dim"], keepdim=True)
+        seeded = [seed.expand_as(t) if self._degree(t) is None else t for t in call["tensors"]]
+        return call.run(tensors=seeded)
+
+    def pad(self, call: Call, factor: Tensor | None) -> Any:
+        constant = call["mode"] == "constant" and self._degree(call["input"]) is not None
+        return call.run(value=0) if constant else call.run()
+
+    def cast(self, call: Call, factor: Tensor | None) -> Any:
+        """Types and signs are of constants alone."""
+        return call.run() if self._degree(call["input"]) is None else call["input"].clone()
+
+    def activation(self, call: Call, gate: Tensor | None) -> Any:
+        return _times(call["input"], gate)
+
+    def gate(self, call: Call, value: Tensor | None) -> Any:
+        """The factor as a · s / [s]."""
+        s = call["input"]
+        if not (torch.is_grad_enabled() and s.requires_grad):
+            return torch.ones_like(s) if value is None else value
+        zero = s.detach() == 0
+        return _times(s / s.detach().masked_fill(zero, 1) + zero, value)
+
+    def pattern(self, call: Call, value: Tensor | None) -> Any:
+        if value is None and self._power < 2:
+            products, dim = call["input"].detach(), call["dim"]
+            sums = products.sum(dim, keepdim=True)
+            even = torch.full_like(products, 1 / products.shape[dim])
+            value = torch.where(sums > 0, products / sums, even)
+        return self.gate(call, value)
+
+    def max_pool(self, call: Call, largest: Tensor | None) -> Any:
+        if largest is not None:
+            return call["input"].flatten(-2).gather(-1, largest.flatten(-2)).view_as(largest)
+        if self._power < 2:
+            return call.run()
+        if call["dilation"] not in (1, (1, 1), [1, 1]):
+            raise ValueError("px does not count the paths through a dilated max-pooling")
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
+        return F.avg_pool2d(**{name: call[name] for name in names}, divisor_override=1)
+
+    def norm(self, call: Call, scale: Tensor | None) -> Any:
+        value, gain = call["input"], call.arguments.get("weight")
+        variance = call.arguments.get("running_var")
+        if variance is not None and not call["training"]:
+            fixed = (variance + call["eps"]) ** (-self._power / 2)
+            gain = fixed if gain is None else gain * fixed
+        if gain is not None and call.function in (F.batch_norm, F.group_norm):
+            gain = gain.view(-1, *(1,) * (value.dim() - 2))
+        return _times(value, scale, gain)
 
 
 def _unsigned(factor: Any) -> Any:
@@ -380,113 +485,27 @@ def _times(value: Tensor, *factors: Tensor | None) -> Tensor:
     return math.prod(given, start=value) if given else value.clone()
 
 
-def _identity(network: _Network, call: Call, gate: Tensor | None) -> Tensor:
-    return _times(call["input"], gate)
-
-
-def _kept(network: _Network, call: Call, factor: Tensor | None) -> Any:
-    """Casts and signs are of constants alone."""
-    return call.run() if network.degree(call["input"]) is None else call["input"].clone()
+def _raised(model: nn.Module, power: int) -> nn.Module:
+    """A copy with |t|^power of all parameters and buffers but integers and norms' statistics."""
+    raised = replica(model)
+    norms = [module for module in raised.modules() if isinstance(module, _NormBase)]
+    kept = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    for tensor in [*raised.parameters(), *raised.buffers()]:
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            # With power 0, a pruned weight has no paths.
+            tensor.copy_(tensor.abs() ** power if power else tensor.abs().sign())
+    return raised
 
 
 def _slope(call: Call) -> Any:
-    # At 0 the slope from the left, which for ReLU is 0. The function may work in place.
+    """f(x)/x; at 0 the slope from the left, which for ReLU is 0."""
     value = call["input"]
     at = torch.where(value == 0, -torch.finfo(value.dtype).eps, value)
     return call.run(input=at.clone()) / at
 
 
-def _product(
-    network: _Network, call: Call, factor: Tensor | None, *, of: Sequence[str], **others: Any
-) -> Any:
-    shares = network.share(*(call[name] for name in of))
-    return call.run(**dict(zip(of, shares, strict=True)), **others)
-
-
-def _quotient(network: _Network, call: Call, factor: Tensor | None) -> Any:
-    if network.degree(call["other"]) is not None:
-        raise _no_rule(f"{call.name} by a stream")
-    return call.run(other=_unsigned(call["other"]))
-
-
-def _einsum(network: _Network, call: Call, factor: Tensor | None) -> Any:
-    return torch.einsum(call.args[0], *network.share(*call.args[1:]))
-
-
-def _sum(network: _Network, call: Call, factor: Tensor | None, *, minus: str = "") -> Any:
-    terms = {name: call[name] for name in ("input", "other")}
-    constants = [name for name, value in terms.items() if network.degree(value) is None]
-    if len(constants) == 2:
-        return call.run()
-    for name in constants:
-        terms[name] = torch.zeros_like(terms[name]) if isinstance(terms[name], Tensor) else 0
-    if minus:
-        terms[minus] = -terms[minus]
-    return call.run(**terms)
-
-
-def _join(network: _Network, call: Call, factor: Tensor | None) -> Any:
-    streams = [tensor for tensor in call["tensors"] if network.degree(tensor) is not None]
-    if not streams:
-        return call.run()
-    seed = streams[0] * _SEED
-    if call.function is not torch.stack:
-        seed = seed.mean(call["dim"], keepdim=True)
-    seeded = [t if network.degree(t) is not None else seed.expand_as(t) for t in call["tensors"]]
-    return call.run(tensors=seeded)
-
-
-def _pad(network: _Network, call: Call, factor: Tensor | None) -> Any:
-    constant = call["mode"] == "constant" and network.degree(call["input"]) is not None
-    return call.run(value=0) if constant else call.run()
-
-
-def _gate(network: _Network, call: Call, value: Tensor | None) -> Tensor:
-    """The factor as a · s / [s]."""
-    s = call["input"]
-    if not (torch.is_grad_enabled() and s.requires_grad):
-        return torch.ones_like(s) if value is None else value
-    zero = s.detach() == 0
-    return _times(s / s.detach().masked_fill(zero, 1) + zero, value)
-
-
-def _pattern(network: _Network, call: Call, pattern: Tensor | None) -> Tensor:
-    if pattern is None and network.power < 2:
-        products, dim = call["input"].detach(), call["dim"]
-        sums = products.sum(dim, keepdim=True)
-        even = torch.full_like(products, 1 / products.shape[dim])
-        pattern = torch.where(sums > 0, products / sums, even)
-    return _gate(network, call, pattern)
-
-
-def _largest(call: Call) -> Any:
-    return F.max_pool2d(**{**call.arguments, "return_indices": True})[1]
-
-
-def _max_pool(network: _Network, call: Call, largest: Tensor | None) -> Any:
-    if largest is not None:
-        return call["input"].flatten(-2).gather(-1, largest.flatten(-2)).view_as(largest)
-    if network.power < 2:
-        return call.run()
-    if call["dilation"] not in (1, (1, 1), [1, 1]):
-        raise ValueError("px does not count the paths through a dilated max-pooling")
-    names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
-    return F.avg_pool2d(**{name: call[name] for name in names}, divisor_override=1)
-
-
-def _norm(network: _Network, call: Call, scale: Tensor | None) -> Tensor:
-    value, gains = call["input"], [call.arguments.get("weight")]
-    variance = call.arguments.get("running_var")
-    if variance is not None and not call["training"]:
-        gains.append((variance + call["eps"]) ** (-network.power / 2))
-    if call.function in (F.batch_norm, F.group_norm):
-        shape = (-1, *(1,) * (value.dim() - 2))
-        gains = [None if gain is None else gain.view(shape) for gain in gains]
-    return _times(value, scale, *gains)
-
-
 def _scale(call: Call) -> Any:
-    """1/σ on the data, or 1 over the length."""
+    """1/σ of a normalisation, or 1 over the length."""
     value, eps = call["input"], call["eps"]
     if call.function is F.normalize:
         return value.norm(call["p"], call["dim"], keepdim=True).clamp_min(eps).reciprocal()
@@ -501,56 +520,13 @@ def _scale(call: Call) -> Any:
     return (value.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
-def _attention(calls: Calls, call: Call) -> Any:
-    query, key, value, mask = (call[n] for n in ("query", "key", "value", "attn_mask"))
-    if call["is_causal"]:
-        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    # A constant even if it comes from the image: the observer is not entered yet.
-    mask = 0 if mask is None else mask.detach()
-    with calls:
-        if call["enable_gqa"]:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-        scale = query.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
-        return (query @ key.transpose(-2, -1) * scale + mask).softmax(-1) @ value
+@dataclass(frozen=True)
+class _Rule:
+    """How a call acts on a flow, given its factor; what that factor is, of a call on data."""
 
-
-def _multi_head_attention(calls: Calls, call: Call) -> tuple[Tensor, None]:
-    """Of inputs ``[tokens, samples, width]``."""
-    unusual = [call["bias_k"], call["key_padding_mask"], call["add_zero_attn"] or None]
-    if call["query"].dim() != 3 or any(value is not None for value in unusual):
-        raise ValueError(
-            "nn.MultiheadAttention with padding masks, bias_kv, zero attention or unbatched inputs "
-            "has no defined paths"
-        )
-    inputs = [call[name] for name in ("query", "key", "value")]
-    weights = [call[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    if not call["use_separate_proj_weight"]:
-        weights = call["in_proj_weight"].chunk(3)
-    biases = (None,) * 3 if call["in_proj_bias"] is None else call["in_proj_bias"].chunk(3)
-    with calls:
-        q, k, v = (
-            F.linear(x, w, b).unflatten(2, (call["num_heads"], -1)).permute(1, 2, 0, 3)
-            for x, w, b in zip(inputs, weights, biases, strict=True)
-        )
-        mask, causal = call["attn_mask"], call["is_causal"]
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-        joined = mixed.permute(2, 0, 1, 3).flatten(2)
-        return F.linear(joined, call["out_proj_weight"], call["out_proj_bias"]), None
-
-
-def _add_product(calls: Calls, call: Call) -> Any:
-    with calls:
-        return call["input"] + call["value"] * call["tensor1"] * call["tensor2"]
-
-
-_COMPOSITES: dict[Any, Callable[[Calls, Call], Any]] = {
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
-    torch.addcmul: _add_product,
-}
+    flow: Callable[[_Network, Call, Tensor | None], Any]
+    record: Callable[[Call], Any] | None = None
+    degree: Callable[[list[int]], int] = max  #: of the result by those of the arguments, all equal
 
 
 def _spelled(names: str) -> list[Any]:
@@ -580,28 +556,31 @@ _ACTIVATIONS = _spelled(
     "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish tanh "
     "softsign"
 )
-_LAYER = _Rule(partial(_product, of=("input", "weight"), bias=None), degree=sum)
-_PRODUCT = _Rule(partial(_product, of=("input", "other")), degree=sum)
+_LAYER = _Rule(partial(_Network.product, of=("input", "weight"), bias=None), degree=sum)
+_PRODUCT = _Rule(partial(_Network.product, of=("input", "other")), degree=sum)
+_FACTOR = partial(
+    _Rule, record=lambda call: call.run(input=call["input"].clone()), degree=lambda degrees: 0
+)
 _RULES: dict[Any, _Rule] = {
-    **dict.fromkeys(_CASTS, _Rule(_kept)),
+    **dict.fromkeys(_CASTS, _Rule(_Network.cast)),
     **dict.fromkeys(_LAYERS, _LAYER),
-    **dict.fromkeys(_ACTIVATIONS, _Rule(_identity, _slope)),
-    **dict.fromkeys(_spelled("sigmoid hardsigmoid"), _Rule(_gate, _result, lambda degrees: 0)),
-    F.softmax: _Rule(_pattern, _result, lambda degrees: 0),
-    F.max_pool2d: _Rule(_max_pool, _largest),
-    F.batch_norm: _Rule(_norm),
-    F.group_norm: _Rule(_norm, _scale),
-    F.layer_norm: _Rule(_norm, _scale),
-    F.rms_norm: _Rule(_norm, _scale),
-    F.normalize: _Rule(_norm, _scale),
-    F.pad: _Rule(_pad),
-    torch.cat: _Rule(_join),
-    torch.stack: _Rule(_join),
-    torch.add: _Rule(_sum),
-    torch.sub: _Rule(partial(_sum, minus="other")),
-    torch.rsub: _Rule(partial(_sum, minus="input")),
-    torch.mul: _PRODUCT,
-    torch.matmul: _PRODUCT,
-    torch.einsum: _Rule(_einsum, degree=sum),
-    torch.div: _Rule(_quotient),
+    **dict.fromkeys(_ACTIVATIONS, _Rule(_Network.activation, _slope)),
+    **dict.fromkeys(_spelled("sigmoid hardsigmoid"), _FACTOR(_Network.gate)),
+    F.softmax: _FACTOR(_Network.pattern),
+    F.max_pool2d: _Rule(
+        _Network.max_pool,
+        lambda call: F.max_pool2d(**{**call.arguments, "return_indices": True})[1],
+    ),
+    F.batch_norm: _Rule(_Network.norm),
+    **dict.fromkeys(
+        (F.group_norm, F.layer_norm, F.rms_norm, F.normalize), _Rule(_Network.norm, _scale)
+    ),
+    F.pad: _Rule(_Network.pad),
+    **dict.fromkeys((torch.cat, torch.stack), _Rule(_Network.join)),
+    torch.add: _Rule(_Network.addition),
+    torch.sub: _Rule(partial(_Network.addition, minus="other")),
+    torch.rsub: _Rule(partial(_Network.addition, minus="input")),
+    **dict.fromkeys((torch.mul, torch.matmul), _PRODUCT),
+    torch.einsum: _Rule(_Network.einsum, degree=sum),
+    torch.div: _Rule(_Network.quotient),
 }

@@ -29,7 +29,7 @@ from pai_utils.scorers.second_order import (
     hessian_diag,
 )
 from pai_utils.support.cache import Kept, reused
-from pai_utils.support.common import clock, device_of, logger, unknown_name
+from pai_utils.support.common import check_names, clock, device_of, logger, unknown_name
 from pai_utils.support.sampling import Draw, Samples
 
 _ERROR = "standard error of "
@@ -54,31 +54,30 @@ class Scorer:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _none(options: Mapping[str, Any]) -> float:
-    """No pass over any sample."""
-    return 0.0
+def _always(count: float) -> Callable[[Mapping[str, Any]], float]:
+    return lambda options: count
 
 
 SCORERS: dict[str, Scorer] = {
     "random": Scorer(
-        random, "U(0, 1), the floor of every comparison", needs_data=False, passes=_none
+        random, "U(0, 1), the floor of every comparison", needs_data=False, passes=_always(0)
     ),
     "magnitude": Scorer(
-        magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=_none
+        magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=_always(0)
     ),
     "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
     "grasp": Scorer(
-        grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=lambda options: 3.1
+        grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=_always(3.1)
     ),
     "synflow": Scorer(
         synflow,
         "|w ⊙ ∂R/∂w|, R the flow through all |weights|",
         needs_data=False,
         seeded=False,
-        passes=_none,
+        passes=_always(0),
     ),
     "px": Scorer(
-        px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=lambda o: 2.0
+        px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=_always(2)
     ),
     "ntk_sap": Scorer(
         ntk_sap,
@@ -89,18 +88,18 @@ SCORERS: dict[str, Scorer] = {
     "fisher_diag": Scorer(
         fisher_diag,
         "½ w² · diagonal of the empirical Fisher (true labels)",
-        passes=lambda options: 1.4,
+        passes=_always(1.4),
     ),
     "ggn_diag": Scorer(
         ggn_diag,
         "½ w² · diagonal of the Gauss-Newton matrix (model's labels)",
-        passes=lambda options: 1.4,
+        passes=_always(1.4),
     ),
     "feature_ggn_diag": Scorer(
         feature_ggn_diag,
         "½ w² · diagonal of the Gauss-Newton matrix of the features (no head, no labels)",
         needs_head=False,
-        passes=lambda options: 1.4,
+        passes=_always(1.4),
     ),
     "block_fisher": Scorer(
         block_fisher,
@@ -204,9 +203,7 @@ def score(
             "names is empty, or the model has no convolution or linear weight to score"
         )
     parameters = dict(model.named_parameters())
-    for parameter in chosen:
-        if parameter not in parameters:
-            raise unknown_name("parameter", parameter, parameters)
+    check_names("parameter", chosen, parameters)
     draw = Draw(samples, batch_size, seed)
     device = device_of(model)
 

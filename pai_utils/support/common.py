@@ -58,24 +58,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(values)
 
 
-def replica(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``model`` in evaluation mode, with other values of some parameters and buffers.
+def replica(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in float64 and in evaluation mode; no parameter asks for a gradient.
 
-    Unlike a functional call of the model itself, running the copy leaves nothing behind in caches
-    that modules keep beside their state. The values are shared, not copied, and no parameter that
-    they are given for asks for a gradient.
+    Unlike a functional call of the model itself, running the copy with other weights leaves nothing
+    behind in caches that modules keep beside their state.
     """
-    memo: dict[int, Any] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in values:
-            value = values[name].detach()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(value, False) if is_parameter else value
-    for module in model.modules():  # weights that a hook computes, which cannot be copied
-        computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
-        memo.update({id(tensor): tensor.detach() for tensor in computed})
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    # Weights that a hook computes cannot be copied.
+    computed = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
+    copied = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in computed})
     # In training mode modules drop what they keep for evaluation.
-    return copy.deepcopy(model, memo).train().eval()
+    return copied.train().eval().requires_grad_(False).double()
 
 
 def clock(device: torch.device) -> float:
