@@ -8,14 +8,12 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import click
@@ -160,8 +158,9 @@ def _read_value(text: str) -> Any:
 def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute a notebook cell by cell; its copy takes its name in ``out`` once all of it ran."""
     from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError, execute_notebook
-    from traitlets.config import Config
+    from papermill import PapermillExecutionError
+
+    from pai_utils.support.kernels import execute
 
     partial = out / f"{path.stem}.partial.ipynb"
     try:
@@ -169,17 +168,8 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
         partial.touch()
     except OSError as error:
         raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
-    bar = sys.stderr.isatty()
     try:
-        # A port would be open to every user of the computer, and two kernels may be given the same
-        # one: the channel is a socket, whose path may have a hundred characters.
-        with TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder:
-            channel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
-            config = Config({"KernelManager": channel})
-            execute_notebook(
-                path, partial, parameters=dict(parameters), progress_bar=bar, config=config
-            )
+        execute(path, partial, parameters, progress_bar=sys.stderr.isatty())
     except (PapermillExecutionError, DeadKernelError) as error:
         what = str(error)
         if isinstance(error, PapermillExecutionError):  # whose text is the whole traceback

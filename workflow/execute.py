@@ -13,14 +13,14 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from attempts import attempt
 from cells import KERNEL_DIED, last_error, problems, stop_with_parent, use_cache, with_device
 from machine import held_gpus
 from nbclient.exceptions import DeadKernelError
-from papermill import PapermillExecutionError, execute_notebook
-from traitlets.config import Config
+from papermill import PapermillExecutionError
+
+from pai_utils.support import kernels
 
 # Batches of one size come and go. Memory that glibc keeps need not be cleared again, and large
 # pages are faster: together a tenth of a forward's time, and more of a backward's.
@@ -35,24 +35,9 @@ def execute(notebook: Path, parameters: dict[str, object], out: Path, log: Path)
     """Execute a notebook into `log` and return the problems of the executed copy."""
     out.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
-    # What went wrong is in the copy, where a reader looks for it. The channel to a kernel is a
-    # socket in a folder of its own: two kernels that start together may be given one port, and a
-    # port is open to every user of the computer. A socket's path may have a hundred characters.
-    with (
-        contextlib.suppress(PapermillExecutionError, DeadKernelError),
-        TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder,
-    ):
-        channel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
-        # A kernel is interrupted before it is ended, and reports that as an error.
-        client = {"extra_arguments": ["--IPKernelApp.log_level=50"]}
-        execute_notebook(
-            str(notebook),
-            str(log),
-            parameters={**parameters, "out": out.as_posix()},
-            progress_bar=False,
-            config=Config({"KernelManager": channel, "NotebookClient": client}),
-        )
+    # What went wrong is in the copy, where a reader looks for it.
+    with contextlib.suppress(PapermillExecutionError, DeadKernelError):
+        kernels.execute(notebook, log, {**parameters, "out": out.as_posix()})
     return problems(log)
 
 

@@ -1,0 +1,40 @@
+"""Execution of a notebook in a kernel of its own, for the command line and for grids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+
+def execute(
+    notebook: Path, copy: Path, parameters: Mapping[str, Any], *, progress_bar: bool = False
+) -> None:
+    """Execute a notebook through papermill, cell by cell, into its copy.
+
+    A port would be open to every user of the computer, and two kernels that start together may be
+    given the same one: the channel to the kernel is a socket in a folder of its own.
+
+    Raises:
+        papermill.PapermillExecutionError: a cell failed; the copy shows it.
+        nbclient.exceptions.DeadKernelError: the kernel died.
+    """
+    from papermill import execute_notebook
+    from traitlets.config import Config
+
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    with TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder:  # a socket's path is short
+        settings = {
+            "KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"},
+            # A kernel is interrupted before it is ended, and reports that as an error.
+            "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]},
+        }
+        execute_notebook(
+            str(notebook),
+            str(copy),
+            parameters=dict(parameters),
+            progress_bar=progress_bar,
+            config=Config(settings),
+        )
