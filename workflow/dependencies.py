@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pai_utils.support.code import LIBRARY, file_of, imported, syntax
+from pai_utils.support.code import LIBRARY, facts_of, file_of, imported, syntax
 
 # Decorators that only change what they decorate.
 PURE = {"cache", "contextmanager", "dataclass", "inference_mode", "no_grad"}
@@ -88,7 +88,8 @@ class Library:
             assert path is not None, name
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             tree = syntax(path.read_text(encoding="utf-8"))
-            module = self._modules[name] = Module(imported(tree, package), {}, [])
+            facts = Code(facts_of(path), frozenset())
+            module = self._modules[name] = Module(imported(tree, package), {}, [facts])
             roles = [_role(node) for node in tree.body]
             for own in {own for own, _ in roles if own}:
                 module.meanings.setdefault(own, set()).add(f"{name}.{own}")

@@ -98,14 +98,15 @@ def _resources(cell: Cell) -> dict[str, float]:
 
 def code_files() -> list[Path]:
     """The files of the library and of its locked packages."""
-    return [*sorted(Path(LIBRARY).glob("**/*.py*")), Path("requirements.lock")]
+    files = (file for end in ("py", "pyi", "toml") for file in Path(LIBRARY).glob(f"**/*.{end}"))
+    return [*sorted(files), Path("requirements.lock")]
 
 
 def digest(paths: Iterable[Path]) -> str:
     """A digest of names and contents of files."""
     found = hashlib.sha256()
     for path in paths:
-        if path.is_file() and path.suffix != ".pyc":
+        if path.is_file():
             found.update(f"{path.as_posix()} ".encode() + path.read_bytes())
     return found.hexdigest()
 

@@ -22,6 +22,12 @@ def file_of(module: str, root: Path = ROOT) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def facts_of(path: Path) -> str:
+    """The table of facts that lies beside a module and has its name; empty if there is none."""
+    table = path.with_suffix(".toml")
+    return table.read_text(encoding="utf-8") if table.is_file() else ""
+
+
 def syntax(source: str) -> ast.Module:
     """The syntax tree of source code, without docstrings.
 
@@ -92,4 +98,6 @@ def _module(module: str) -> tuple[str, frozenset[str]]:
     names = {name for names in imported(tree).values() for name in names}
     # What is imported from a module is another, or defined there.
     below = {name if file_of(name) else name.rpartition(".")[0] for name in names}
-    return ast.dump(tree), frozenset(name for name in below if name.startswith(f"{LIBRARY}."))
+    return ast.dump(tree) + facts_of(path), frozenset(
+        name for name in below if name.startswith(f"{LIBRARY}.")
+    )

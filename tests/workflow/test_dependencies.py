@@ -158,3 +158,5 @@ def test_notebooks_of_the_book_follow_from_the_figures_and_scorers_that_they_use
     assert concerned("plots.py", "Retention of every target", "Retention of a target") == set()
     assert concerned("__main__.py", "def doctor(", "def physician(") == set()
     assert concerned("scorers/first_order.py", ".abs()", ".square()") == set(sources)
+    readers = concerned("data/datasets.toml", "[", "# changed\n[")
+    assert {"zero_shot_retention", "finetune_recovery"} <= readers
