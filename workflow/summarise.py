@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from answers import Stored, answers, held_out, overview
 from cells import commit_of
-from claims import RECOVERIES, claims, in_words, rounds_of
+from claims import KEPT, RECOVERIES, claims, in_words, rounds_of
 from matplotlib.figure import Figure
 
 from pai_utils import plots
@@ -34,6 +33,7 @@ EXPLORED = (
     "grid", "backbone", "variant", "source", "target", "task", "scorer", "repair", "sparsity",
     "retention", "low", "high", "count", "seeds", "interval",
 )  # fmt: skip
+REPAIRED = " + "  # between a score and its repair
 SIX = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
 
 
@@ -58,14 +58,32 @@ def runs(results: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
+    """What the main run of a grid keeps of held-out tasks, and the same in rounds if it is stored.
+
+    Raises:
+        FileNotFoundError: if the main run is not stored.
+    """
+    main = results / grid / f"zero_shot_retention-{backbone}"
+    parts = [pd.read_csv(main / "held_out.csv")]
+    again = main.with_name(f"{main.name}-rounds")
+    if again.is_dir():
+        rounds = read_record(again).parameters["rounds"]
+        table = pd.read_csv(again / "held_out.csv")
+        # Without a repair, and without pre-training, rounds are no method of this book.
+        table = table[table.scorer.str.contains(REPAIRED, regex=False)]
+        parts.append(table.assign(scorer=table.scorer + f", {rounds} rounds"))
+    return pd.concat(parts, ignore_index=True)
+
+
 def repaired(results: Path) -> pd.DataFrame:
     """Retention on held-out tasks of every mask and repair, means over the sources."""
     parts = []
     for (grid, tasks), (backbone, label) in itertools.product(TASKS.items(), BACKBONES.items()):
         with suppress(FileNotFoundError):
-            table = held_out(results, grid, backbone)
+            table = _held_out(results, grid, backbone)
             for method, own in table.groupby("scorer", sort=False):
-                verdict = retention_verdict(table, str(method), threshold=0.9)
+                verdict = retention_verdict(table, str(method), threshold=KEPT)
                 shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "method": method}
                 parts.append(verdict.assign(**shared, seeds=own.seeds.max()))
     columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
@@ -405,29 +423,9 @@ def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
     )
 
 
-def stored_in(results: Path, left: pd.DataFrame) -> Stored:
-    """What answers are made of.
-
-    Args:
-        results: the folder of stored results.
-        left: as from :func:`repaired`.
-    """
-    return Stored(
-        results=results,
-        backbones=BACKBONES,
-        runs=runs(results),
-        repaired=left,
-        gains=gains(left, results),
-        recovery=recovery(results),
-        explorer=explorer(results),
-        claims=claims(results, BACKBONES),
-    )
-
-
 def summarise(results: Path) -> list[Path]:
-    """Write all tables, figures and answers of chapters; return their paths."""
-    left = repaired(results)
-    stored = stored_in(results, left)
+    """Write all tables and figures; return their paths."""
+    left, recovered = repaired(results), recovery(results)
     written = []
 
     def write(name: str, content: str | bytes) -> None:
@@ -436,13 +434,13 @@ def summarise(results: Path) -> list[Path]:
         written.append(path)
 
     for name, table in {
-        "runs": stored.runs,
+        "runs": runs(results),
         "repaired": left,
-        "gains": stored.gains,
+        "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),
         "levers": levers(results),
         **{
-            f"recovery-{backbone}": _recovery_shown(stored.recovery, label)
+            f"recovery-{backbone}": _recovery_shown(recovered, label)
             for backbone, label in BACKBONES.items()
         },
         "refitted": refitted(results),
@@ -451,37 +449,50 @@ def summarise(results: Path) -> list[Path]:
         "weights": weights(results),
         "barriers": _significant(_landscape(results, "barriers")),
         "spectra": _significant(_landscape(results, "spectra")),
-        "claims": stored.claims,
+        "claims": claims(results, BACKBONES),
     }.items():
         if not table.empty:
             write(f"{name}.csv", _shown(table).to_csv(index=False, float_format="%.2f"))
-    if not stored.explorer.empty:
+    pairs = explorer(results)
+    if not pairs.empty:
         # As an inert script, since a page opened from disk may not fetch a file.
-        text = stored.explorer.to_csv(index=False, float_format="%.3g")
+        text = pairs.to_csv(index=False, float_format="%.3g")
         script = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
         write("explorer.html", script)
-    for chapter, text in answers(stored).items():
-        write(f"answers/{chapter}.txt", text)
-    for name, figure in _figures(stored):
+    for name, figure in _figures(results, left):
         image = BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
         write(f"{name}.png", image.getvalue())
     return written
 
 
-def _figures(stored: Stored) -> Iterator[tuple[str, Figure]]:
+def _overview(results: Path, left: pd.DataFrame) -> pd.DataFrame:
+    """Retention on larger data sets by masks alone and with a repair, means over the sources."""
+    parts = []
+    for backbone, label in BACKBONES.items():
+        table = pd.read_csv(results / "real" / f"zero_shot_retention-{backbone}" / "held_out.csv")
+        parts += [
+            retention_verdict(table, name, threshold=KEPT).assign(method=name, encoder=label)
+            for name in ("ggn_diag", "magnitude", "random")
+        ]
+        ours = left[(left.encoder == label) & (left.tasks == "larger")]
+        parts.append(ours[ours.method.str.contains(REPAIRED, regex=False)])
+    return pd.concat(parts, ignore_index=True)
+
+
+def _figures(results: Path, left: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """The figures of what is stored, with their names."""
-    results = stored.results
     if all((results / grid).is_dir() for grid in ("real", "retention_real")):
-        table = overview(stored).rename(columns={"encoder": "source", "method": "scorer"})
+        table = _overview(results, left).rename(columns={"encoder": "source", "method": "scorer"})
         # In short, so that the legend is low; which repair it is stands in the table of them.
         table["scorer"] = table.scorer.str.replace(r" \+ [^,]*", ", repaired", regex=True)
         yield "overview", plots.retention_curves(table, title="{}")
     for backbone in BACKBONES:
         for grid in TASKS:
             with suppress(FileNotFoundError):
-                table = held_out(results, grid, backbone)
-                yield f"{grid}-{backbone}", plots.retention_curves(table)
+                yield f"{grid}-{backbone}", plots.retention_curves(
+                    _held_out(results, grid, backbone)
+                )
         path = results / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
         if path.is_file():
             correlations = transfer_correlations(pd.read_csv(path))
