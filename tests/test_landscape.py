@@ -1,6 +1,6 @@
 import copy
 import math
-from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +13,10 @@ import pai_utils as pai
 from pai_utils.curvature.products import directional_terms, inner_product
 from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.curvature.spectra import Eigenpairs
-from pai_utils.data.tasks import Task
 from pai_utils.evaluation import evaluate_heads
 from pai_utils.landscape import (
     Plane,
     difference,
-    losses_along,
     losses_on_path,
     losses_on_plane,
     plane_through,
@@ -39,6 +37,7 @@ from tests.cases import (
     small_direction,
     tiny_backbone,
     tiny_classifier,
+    tiny_suite,
     tiny_task,
 )
 
@@ -56,30 +55,31 @@ def test_the_pruning_direction_leads_from_the_dense_to_the_pruned_weights() -> N
         pruning_direction(model, pai.Mask({"other": torch.ones(2)}))
 
 
-def test_losses_along_are_those_of_the_moved_model(case: Case) -> None:
+def test_measured_losses_are_those_of_the_moved_model(case: Case) -> None:
     direction = small_direction(case)
     before = fingerprint(case.model)
-    losses = losses_along(case.model, direction, case.data, [0.0, 0.5, 1.0], batch_size=4)
+    table = predicted_and_measured(case.model, {"v": direction}, case.data, ALL, fractions=[0, 1])
     assert fingerprint(case.model) == before
-    moved = copy.deepcopy(case.model)
     with torch.no_grad():
         for name, step in direction.items():
-            moved.get_parameter(name).add_(step)
-    assert losses[0] == pai.evaluate(case.model, case.data, batch_size=4).loss
-    assert losses[2] == pytest.approx(pai.evaluate(moved, case.data).loss, rel=1e-12)
+            case.model.get_parameter(name).add_(step)
+    assert table.measured[0] == pytest.approx(0, abs=1e-12)
+    moved = pai.evaluate(case.model, case.data).loss
+    assert table.dense_loss[1] + table.measured[1] == pytest.approx(moved, rel=1e-12)
 
 
 def test_an_error_on_the_way_restores_the_weights_bit_for_bit() -> None:
     case = build("conv")
     before = fingerprint(case.model)
-    direction = {"0.weight": torch.full((4, 3, 3, 3), 1e308, dtype=torch.float64)}
+    step = {"v": {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.float64)}}
     with pytest.raises(ValueError, match="loss on 10 samples is"):
-        losses_along(case.model, direction, case.data, [0.0, 10.0])
+        predicted_and_measured(case.model, step, case.data, ALL, fractions=[0, 1e308])
     assert fingerprint(case.model) == before
+    step = {"v": {"0.wieght": torch.ones(1)}}
     with pytest.raises(
         ValueError, match=r"unknown parameter '0\.wieght'; did you mean '0\.weight'"
     ):
-        losses_along(case.model, {"0.wieght": torch.ones(1)}, case.data, [1.0])
+        predicted_and_measured(case.model, step, case.data, ALL, fractions=[1.0])
 
 
 @pytest.mark.parametrize("name", ["conv", "fused attention", "linear over tokens"])
@@ -104,10 +104,6 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
         case.model, directions, case.data, Draw(6, 4, 2), fractions=[0.25, 1.0], block_size=5,
     )  # fmt: skip
     assert fingerprint(case.model) == before
-    assert list(table.columns) == [
-        "direction", "fraction", "diagonal", "blocks", "tensors", "ggn", "hessian", "gradient",
-        "taylor", "measured", "dense_loss", "count",
-    ]  # fmt: skip
     assert list(table.direction) == ["v", "v", "w", "w"]
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(2))[:6]
     drawn, steps = Images(6), [*directions.values()]
@@ -118,13 +114,12 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
     for row in table.to_dict("records"):
         a, name = row["fraction"], row["direction"]
         terms, part = exact[name], parts[name]
-        (loss,) = losses_along(case.model, directions[name], drawn, [a])
         gradient, half = a * terms.gradient, a**2 / 2
         expected = {
             "gradient": gradient, "hessian": half * terms.hessian, "ggn": half * terms.ggn,
             "taylor": gradient + half * terms.hessian, "diagonal": half * part.diagonal,
             "blocks": half * part.blocks, "tensors": half * part.tensors,
-            "dense_loss": terms.loss, "measured": loss - terms.loss, "count": 6,
+            "dense_loss": terms.loss, "count": 6,
         }  # fmt: skip
         assert {column: row[column] for column in expected} == pytest.approx(expected)
 
@@ -136,16 +131,6 @@ def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
     assert abs(row.gradient) < 1e-6 * row.ggn
     assert row.hessian == pytest.approx(row.ggn, rel=1e-4)
     assert row.measured == pytest.approx(row.ggn, rel=1e-2)
-
-
-def test_a_classifier_in_float32_measures_what_evaluation_says() -> None:
-    model, data = tiny_classifier(), tiny_task().train
-    pruned = pai.prune(model, None, "magnitude", 0.7)
-    table = predicted_and_measured(
-        model, {"v": pruning_direction(model, pruned.mask)}, data, ALL, fractions=[1.0]
-    )
-    expected = pai.evaluate(pruned.model, data).loss - pai.evaluate(model, data).loss
-    assert table.measured[0] == pytest.approx(expected, abs=1e-6)
 
 
 def orthonormal(count: int, size: int, seed: int) -> torch.Tensor:
@@ -187,10 +172,8 @@ def test_alignment_of_tasks_is_that_of_numpy_and_scipy() -> None:
     }
     parts = {task: {"a": d[:12].view(3, 4), "b": d[12:]} for task, d in diagonals.items()}
     table = task_alignment(parts, pairs, {"a": weights[:12].view(3, 4), "b": weights[12:]})
-    rows: dict[tuple[str, str], dict[Hashable, float]] = {
-        (row.pop("source"), row.pop("target")): row for row in table.to_dict("records")
-    }
-    assert len(rows) == 6
+    assert len(table) == 6
+    rows: Any = table.set_index(["source", "target"]).to_dict("index")
     row = rows["first", "second"]
     assert row == rows["second", "first"]
     angles = subspace_angles(bases["first"].T.numpy(), bases["second"].T.numpy())
@@ -207,14 +190,11 @@ def test_alignment_of_tasks_is_that_of_numpy_and_scipy() -> None:
         assert rows["first", "again"][column] == pytest.approx(1)
     constant = {**parts, "second": {n: torch.ones_like(d) for n, d in parts["second"].items()}}
     assert task_alignment(constant, pairs, parts["first"]).rank_correlation.isna().sum() == 4
-    with pytest.raises(ValueError, match="different parameters"):
-        task_alignment(parts, pairs, {"a": weights})
 
 
-def tiny_tasks() -> tuple[Backbone, dict[str, Task], dict[str, nn.Linear]]:
-    backbone = tiny_backbone()
-    tasks = {"one": tiny_task("one"), "two": tiny_task("two", classes=4)}
-    return backbone, tasks, pai.make_heads(backbone, tasks)
+@pytest.fixture
+def suite() -> pai.Suite:
+    return tiny_suite(one=tiny_task("one"), two=tiny_task("two", classes=4))
 
 
 def shifted(backbone: Backbone, amount: float) -> Backbone:
@@ -225,97 +205,79 @@ def shifted(backbone: Backbone, amount: float) -> Backbone:
     return moved
 
 
-def test_a_path_visits_its_stations() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    stations = {"dense": backbone, "moved": shifted(backbone, 0.1), "far": shifted(backbone, 0.3)}
-    tests = {name: task.test for name, task in tasks.items()}
+def test_a_path_visits_its_stations(suite: pai.Suite) -> None:
+    dense, heads, tests = suite.encoder, suite.heads, suite.tests
+    stations = {"dense": dense, "moved": shifted(dense, 0.1), "far": shifted(dense, 0.3)}
     before = [fingerprint(station) for station in stations.values()]
     path = losses_on_path(stations, heads, tests, points=4)
     assert [fingerprint(station) for station in stations.values()] == before
     assert len(path) == 9 * 2
-    for place, station in enumerate(stations.values()):
-        expected = evaluate_heads(station, heads, tests)
-        here = path[path.position == place].set_index("task")
-        for name, found in expected.items():
-            assert here.loss[name] == pytest.approx(found.loss, rel=1e-5)
-            assert here.accuracy[name] == pytest.approx(found.accuracy)
-            assert here["count"][name] == found.count
     assert list(dict.fromkeys(path.segment)) == ["dense → moved", "moved → far"]
     assert (path[path.position == 1].segment == "dense → moved").all()
     # The stations lie on one line, so that the middle of the second segment is known.
-    middle = evaluate_heads(shifted(backbone, 0.2), heads, tests)
-    here = path[path.position == 1.5].set_index("task")
-    assert here.loss["one"] == pytest.approx(middle["one"].loss, rel=1e-5)
+    middle = shifted(dense, 0.2)
+    for place, station in zip((0, 1, 2, 1.5), (*stations.values(), middle), strict=True):
+        here = path[path.position == place].set_index("task")
+        for name, found in evaluate_heads(station, heads, tests).items():
+            assert here.loss[name] == pytest.approx(found.loss, rel=1e-5)
+            assert here.accuracy[name] == pytest.approx(found.accuracy)
+            assert here["count"][name] == found.count
 
 
-def test_paths_that_lead_nowhere_are_refused() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    tests = {name: task.test for name, task in tasks.items()}
+def test_paths_that_lead_nowhere_are_refused(suite: pai.Suite) -> None:
+    dense = suite.encoder
     with pytest.raises(ValueError, match="two stations and a point, got 1"):
-        losses_on_path({"dense": backbone}, heads, tests)
-    other = copy.deepcopy(backbone)
+        losses_on_path({"dense": dense}, suite.heads, suite.tests)
+    other = copy.deepcopy(dense)
     other.get_buffer("encoder.1.running_mean").add_(1)
     with pytest.raises(ValueError, match=r"'encoder\.1\.running_mean' differs"):
-        losses_on_path({"dense": backbone, "other": other}, heads, tests)
+        losses_on_path({"dense": dense, "other": other}, suite.heads, suite.tests)
     with pytest.raises(ValueError, match="different parameters"):
-        difference(backbone, nn.Linear(2, 2))
+        difference(dense, nn.Linear(2, 2))
     plain, buffered = nn.Linear(2, 2), nn.Linear(2, 2)
     buffered.register_buffer("scale", torch.ones(1))
     for one, two in ((plain, buffered), (buffered, plain)):
         with pytest.raises(ValueError, match="'scale' differs"):
             difference(one, two)
-    with pytest.raises(ValueError, match="points=0"):
-        losses_on_path({"dense": backbone, "moved": shifted(backbone, 1)}, heads, tests, points=0)
 
 
-def test_the_plane_through_three_networks_holds_them() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    second = shifted(backbone, 0.2)
+def test_the_plane_through_three_networks_holds_them(suite: pai.Suite) -> None:
+    dense, second = suite.encoder, shifted(suite.encoder, 0.2)
     third = copy.deepcopy(second)
     with torch.no_grad():
         third.get_parameter("encoder.0.weight").mul_(1.1)
-    plane = plane_through(backbone, {"second": second, "third": third})
+    plane = plane_through(dense, {"second": second, "third": third})
     u, v = plane.directions
     for one, other, expected in ((u, u, 1), (v, v, 1), (u, v, 0)):
         assert float(inner_product(one, other)) == pytest.approx(expected, abs=1e-5)
-    start = dict(backbone.named_parameters())
-    for name, network in {"dense": backbone, "second": second, "third": third}.items():
+    start = dict(dense.named_parameters())
+    for name, network in {"dense": dense, "second": second, "third": third}.items():
         x, y = plane.points[name]
         for part, values in network.named_parameters():
             place = start[part] + sum(s * d[part] for s, d in ((x, u), (y, v)) if part in d)
             assert torch.allclose(place, values, atol=1e-6)
-    before = fingerprint(backbone)
-    tests = {name: task.test for name, task in tasks.items()}
-    grid = losses_on_plane(backbone, plane, heads, tests, points=3, margin=0)
-    assert fingerprint(backbone) == before
+    before = fingerprint(dense)
+    grid = losses_on_plane(dense, plane, suite.heads, suite.tests, points=3, margin=0)
+    assert fingerprint(dense) == before
     assert len(grid) == 9 * 2
     corner = grid[(grid.x == 0) & (grid.y == 0)].set_index("task")
-    for name, found in evaluate_heads(backbone, heads, tests).items():
+    for name, found in suite.evaluate().items():
         assert corner.loss[name] == found.loss
     assert grid.x.max() == pytest.approx(max(x for x, _ in plane.points.values()))
 
 
-def test_planes_that_are_none_are_refused() -> None:
-    backbone, tasks, heads = tiny_tasks()
-    second = shifted(backbone, 0.2)
-    with pytest.raises(ValueError, match="three networks; got 1"):
-        plane_through(backbone, {"second": second})
-    with pytest.raises(ValueError, match="'same' has the weights of 'dense'"):
-        plane_through(backbone, {"same": copy.deepcopy(backbone), "second": second})
-    with pytest.raises(ValueError, match="lie on one line"):
-        plane_through(backbone, {"second": second, "third": shifted(backbone, 0.4)})
-    with pytest.raises(ValueError, match="lie on one line"):
-        plane_through(backbone, {"second": second, "third": shifted(backbone, 40)})
+def test_planes_that_are_none_are_refused(suite: pai.Suite) -> None:
+    dense, second = suite.encoder, shifted(suite.encoder, 0.2)
+    with pytest.raises(ValueError, match="'same' has the dense weights"):
+        plane_through(dense, {"same": copy.deepcopy(dense), "second": second})
+    for amount in (0.4, 40):
+        with pytest.raises(ValueError, match="lie on one line"):
+            plane_through(dense, {"second": second, "third": shifted(dense, amount)})
     with pytest.raises(ValueError, match="another architecture"):
-        random_plane(backbone, pai.Mask({"other": torch.ones(2)}))
-    tests = {name: task.test for name, task in tasks.items()}
-    plane = random_plane(backbone)
-    with pytest.raises(ValueError, match="points=1"):
-        losses_on_plane(backbone, plane, heads, tests, points=1)
-    with pytest.raises(ValueError, match="margin=0 must be positive"):
-        losses_on_plane(backbone, plane, heads, tests, margin=0)
-    with pytest.raises(ValueError, match="margin=-1 must be positive"):
-        losses_on_plane(backbone, plane, heads, tests, margin=-1)
+        random_plane(dense, pai.Mask({"other": torch.ones(2)}))
+    for margin in (0, -1):
+        with pytest.raises(ValueError, match=f"margin={margin} must be positive"):
+            losses_on_plane(dense, random_plane(dense), suite.heads, suite.tests, margin=margin)
 
 
 def test_random_directions_have_the_filters_norms_and_spare_pruned_weights() -> None:
@@ -337,14 +299,12 @@ def test_random_directions_have_the_filters_norms_and_spare_pruned_weights() -> 
     assert abs(float(drawn.mean())) < 4 * float(drawn.std()) / len(drawn) ** 0.5
 
 
-def test_where_the_loss_is_not_finite_the_plane_goes_on() -> None:
-    backbone, tasks, heads = tiny_tasks()
+def test_where_the_loss_is_not_finite_the_plane_goes_on(suite: pai.Suite) -> None:
     huge = {"encoder.0.weight": torch.full((8, 3, 3, 3), 3e38)}
     plane = Plane((huge, huge), {"weights": (0, 0)}, "far")
-    before = fingerprint(backbone)
-    tests = {name: task.test for name, task in tasks.items()}
-    grid = losses_on_plane(backbone, plane, heads, tests, points=3, margin=1)
-    assert fingerprint(backbone) == before
+    before = fingerprint(suite.encoder)
+    grid = losses_on_plane(suite.encoder, plane, suite.heads, suite.tests, points=3, margin=1)
+    assert fingerprint(suite.encoder) == before
     middle = (grid.x == 0) & (grid.y == 0)
     assert np.isfinite(grid.loss[middle]).all()
     assert (np.isinf(grid.loss) == grid.accuracy.isna()).all()

@@ -91,10 +91,19 @@ class Parameters(RepairedMasks):
 def run(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Fine-tune from every start, at every sparsity and with every seed; the dense one once a seed.
 
+    Heads stay frozen. At the last step new ones are fitted too, which tells lost features (a new
+    head does not help) from drifted ones (it does).
+
     Returns:
-        The rows of :func:`fine_tune` with columns ``start`` and ``sparsity``.
+        Columns ``penalty, learning_rate, step, target, split, head ("frozen" or "refitted"), seed,
+        accuracy, loss, count, chance, correct, start, sparsity``; the split is ``"test"``, and for
+        the source with its frozen head also ``"validation"``, to choose a rate by. A run that
+        diverges ends with its last finite rows.
+
+    Raises:
+        ValueError: if all runs diverge before anything that can be compared.
     """
-    parts = []
+    rows = []
     for seed in config.seeds:
         pool, draw = suite.source(config.pool, seed=seed), replace(config.draw, seed=seed)
         for sparsity, start in itertools.product(config.sparsities, config.starts):
@@ -108,52 +117,31 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
             strengths = config.penalties if first else {"none": 0.0}
             own = suite.tasks[config.source].train
             penalties = make_penalties(suite.encoder, strengths, own, pool.images, draw)
-            table = fine_tune(suite, config, encoder, mask, penalties, seed)
-            parts.append(table.assign(start=start, sparsity=0.0 if mask is None else sparsity))
-    return pd.concat(parts, ignore_index=True)
+            runs = list(itertools.product(penalties.items(), config.learning_rates))
+            for (label, penalty), rate in progress(runs, "fine-tuning", len(runs)):
+                size, how = config.finetune_batch_size, (config.optimiser, config.schedule)
+                training = Training(max(config.steps), rate, size, *how, seed)
+                how_tuned = {"penalty": label, "learning_rate": rate}
+                begun = {"start": start, "sparsity": 0.0 if mask is None else sparsity}
+                found = _fine_tune(suite, config, encoder, mask, training, penalty)
+                rows += [{**how_tuned, **row, **begun} for row in found]
+    if not any(row["step"] in (0, max(config.steps)) for row in rows):
+        raise ValueError("no fine-tuning came to its last step; try smaller learning rates")
+    return pd.DataFrame(rows)
 
 
-def fine_tune(
+def _fine_tune(
     suite: Suite,
     config: Parameters,
     encoder: Backbone,
     mask: Mask | None,
-    penalties: Mapping[str, Penalty | FeaturePenalty | None],
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Fine-tune copies of an encoder on the source at every rate, watching every task.
-
-    Heads stay frozen. At the last step new ones are fitted too, which tells lost features (a new
-    head does not help) from drifted ones (it does).
-
-    Returns:
-        Columns ``penalty, learning_rate, step, target, split, head ("frozen" or "refitted"), seed,
-        accuracy, loss, count, chance, correct``; the split is ``"test"``, and for the source with
-        its frozen head also ``"validation"``, to choose a rate by. A run that diverges ends with
-        its last finite rows.
-    """
-    rows = []
-    runs = list(itertools.product(penalties.items(), config.learning_rates))
-    for (label, penalty), rate in progress(runs, "fine-tuning", total=len(runs)):
-        size, how = config.finetune_batch_size, (config.optimiser, config.schedule)
-        training = Training(max(config.steps), rate, size, *how, seed)
-        tuned = Classifier(copy.deepcopy(encoder), suite.heads[config.source])
-        found = _watched(suite, config, tuned, mask, training, penalty)
-        rows += [{"penalty": label, "learning_rate": rate, **row} for row in found]
-    return pd.DataFrame(rows)
-
-
-def _watched(
-    suite: Suite,
-    config: Parameters,
-    tuned: Classifier,
-    mask: Mask | None,
     training: Training,
     penalty: Penalty | FeaturePenalty | None,
 ) -> list[dict[str, object]]:
-    """Fine-tune a classifier in place; the rows of what was evaluated on the way."""
+    """Fine-tune a copy of an encoder on the source; the rows of what was evaluated on the way."""
     rows: list[dict[str, object]] = []
-    task, encoder = suite.tasks[config.source], tuned.backbone
+    task = suite.tasks[config.source]
+    tuned = Classifier(copy.deepcopy(encoder), suite.heads[config.source])
 
     def record(
         step: int, found: Mapping[str, Evaluation], split: str = "test", head: str = "frozen"
@@ -164,17 +152,17 @@ def _watched(
 
     def watch(step: int) -> None:
         if step in config.steps:
-            record(step, suite.evaluate(encoder))
+            record(step, suite.evaluate(tuned.backbone))
             validation = {config.source: task.validation}
-            record(step, evaluate_heads(encoder, suite.heads, validation), "validation")
+            record(step, evaluate_heads(tuned.backbone, suite.heads, validation), "validation")
 
     try:
         train(tuned, task.train, mask, training, penalty=penalty, on_step=watch)
     except NonFiniteError as error:
         logger.warning("fine-tuning ends early: %s", error)
         return rows
-    refitted = evaluate_heads(encoder, make_heads(encoder, suite.tasks), suite.tests)
-    record(training.steps, refitted, head="refitted")
+    heads = make_heads(tuned.backbone, suite.tasks)
+    record(training.steps, evaluate_heads(tuned.backbone, heads, suite.tests), head="refitted")
     return rows
 
 
@@ -187,16 +175,10 @@ def make_penalties(
 ) -> dict[str, Penalty | FeaturePenalty | None]:
     """Penalties that hold prunable weights, or features, to those of the dense encoder.
 
-    A curvature is the diagonal of the features' Gauss-Newton matrix
+    ``strengths`` are λ by a key of :data:`PENALTIES`, ``source`` and ``pool`` images of the source
+    task and of a mixture. A curvature is the diagonal of the features' Gauss-Newton matrix
     (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
     so that one strength means as much pull on average with it as without.
-
-    Args:
-        encoder: the dense one.
-        strengths: λ of each, by a key of :data:`PENALTIES`.
-        source: images of the source task.
-        pool: images of a mixture; features are held on all of them.
-        draw: of the images of a curvature, at most all.
     """
     names = prunable_parameters(encoder)
     anchor = {f"backbone.{name}": encoder.get_parameter(name).detach().clone() for name in names}
@@ -210,8 +192,7 @@ def make_penalties(
             held = features(encoder, pool, batch_size=draw.batch_size)[0]
             return FeaturePenalty(pool, held, strength)
         data = source if penalty == "source" else pool
-        drawn = replace(draw, samples=min(draw.samples or len(data), len(data)))
-        diagonal = output_diagonal(encoder, names, data, drawn)
+        diagonal = output_diagonal(encoder, names, data, draw.at_most(len(data)))
         mean = float(torch.cat([values.flatten() for values in diagonal.values()]).double().mean())
         curvature = {f"backbone.{name}": values / mean for name, values in diagonal.items()}
         return Penalty(anchor, strength, curvature)
@@ -229,24 +210,13 @@ def recovery_results(
     Returns:
         As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage`` for the start and
         what it was fine-tuned by.
-
-    Raises:
-        ValueError: if there is neither step 0 nor the last one.
     """
     frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
     ends = frozen[frozen.step == max(config.steps)]
     begun = frozen[frozen.step == 0].drop_duplicates(["start", "sparsity", "seed", "target"])
-    tuned = ends.assign(
-        stage=[
-            f"{row.start}, fine-tuned ({row.penalty}, {row.learning_rate:g})"
-            for row in ends.itertuples()
-        ]
-    )
+    how = ends.penalty + ", " + ends.learning_rate.map("{:g}".format)
+    tuned = ends.assign(stage=ends.start + ", fine-tuned (" + how + ")")
     rows = pd.concat([tuned, begun.assign(stage=begun.start)])
-    if rows.empty:
-        raise ValueError(
-            f"recovery was evaluated neither at step 0 nor at step {max(config.steps)}"
-        )
     blind = {"random", "dense"} | (set() if SCORERS[config.scorer].needs_data else {"pruned"})
     rows["source"] = [config.pool if start not in blind else "none" for start in rows.start]
     scorers = {"random": "random", "dense": "none"}
@@ -262,10 +232,8 @@ def recovery_results(
 def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, float]) -> pd.DataFrame:
     """Gain in accuracy over a fine-tuning run, with frozen heads, on source and held-out tasks.
 
-    Args:
-        recovery: as from :func:`run`; seeds are averaged.
-        source: the task fine-tuned on.
-        dense: accuracy of the dense encoder by task.
+    ``recovery`` is that of :func:`run`, ``dense`` the accuracy of the dense encoder by task. Seeds
+    are averaged.
 
     Returns:
         One row a start, sparsity, penalty and learning rate, with these, ``seeds`` (how many came
@@ -275,8 +243,6 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
         ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy with bootstrap intervals over
         test items, and ``<part>_retention, <part>_retention_before``.
     """
-    if recovery.empty:
-        raise ValueError("no fine-tuning came to an evaluation; try smaller learning rates")
     frozen = recovery[recovery["head"] == "frozen"]
     gains = []
     for values, run in frozen.groupby(_SETTINGS, sort=False):

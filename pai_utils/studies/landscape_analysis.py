@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
@@ -53,9 +53,8 @@ PARTS = {
     "gradient": ("taylor", "hessian"),
     "higher order": ("measured", "taylor"),
 }
-"""What a score with the diagonal alone drops of the measured increase, each the difference of two
-columns of :func:`~pai_utils.landscape.predicted_and_measured`; with the diagonal they add up to
-what is measured."""
+"""What the diagonal drops of the measured increase, each part the difference of two columns of
+:func:`~pai_utils.landscape.predicted_and_measured`."""
 PREDICTORS = {
     "measured": "measured increase",
     "taylor": "gᵀδ + ½ δᵀHδ",
@@ -69,14 +68,14 @@ PREDICTORS = {
     "rank_correlation": "rank correlation of diagonals",
     "weighted_correlation": "weighted correlation of diagonals",
 }
-"""What may tell which mask will transfer, by column of :attr:`Landscape.cells`, and its label."""
+"""What may tell which mask will transfer: columns of :attr:`Landscape.cells`, and their labels."""
 QUANTITIES = {
     "retention": "retention on the held-out task",
     "measured": "loss increase (nats)",
     "left_out": "error of the quadratic model, as a share",
     **dict(list(PREDICTORS.items())[-4:]),  # of masks and of curvatures
 }
-"""What :func:`compared` sets side by side, and how a figure calls it."""
+"""What :func:`compared` sets side by side, and its labels."""
 
 
 class Parameters(OneSource):
@@ -88,7 +87,7 @@ class Parameters(OneSource):
     block_size: Positive = 64  #: weights a block of the Gauss-Newton matrix
     eigenvectors: Positive = 5  #: of each task's, to compare
     products: Positive = 30  #: most to take for them
-    # Weights of the same architecture to set beside the encoder's, and how the last are trained.
+    #: Weights of the same architecture to set beside the encoder's.
     comparisons: list[Annotated[str, one_of("comparison", COMPARISONS)]] = Field(default=[])
     brief_steps: Positive = 30
     brief_learning_rate: Rate = 1e-3
@@ -116,7 +115,6 @@ class Parameters(OneSource):
             raise ValueError(
                 f"{self.eigenvectors} eigenvectors need as many products; got {self.products}"
             )
-        self.check_unseen()
         return self
 
     @property
@@ -143,9 +141,9 @@ class Landscape:
     """Of :func:`~pai_utils.landscape.predicted_and_measured`, with ``source, scorer, sparsity,
     target``."""
     cells: pd.DataFrame
-    """One row a source, scorer, sparsity and target, with the full step's predictions beside
-    ``accuracy, retention, dense_accuracy, held_out``, the source mask's overlap with the target's
-    own (``mask_overlap, mask_chance, mask_overlap_excess``), and the columns of ``alignment``."""
+    """For each of these the full step's predictions beside ``accuracy, retention, low, high,
+    dense_accuracy, held_out``, the mask's overlap with the target's own (``mask_overlap,
+    mask_chance, mask_overlap_excess``), and the columns of ``alignment``."""
     alignment: pd.DataFrame  #: of :func:`~pai_utils.landscape.task_alignment`
     eigenvalues: pd.DataFrame  #: ``task, rank, eigenvalue, residual, converged``
     retention: pd.DataFrame  #: of :func:`~pai_utils.evaluation.summarise_retention`
@@ -156,10 +154,10 @@ def measure(
 ) -> Landscape:
     """Predict and measure what each task's mask does to each task, and how alike the tasks are.
 
-    Every task is a source in its turn. Predictions and losses are on training images, accuracies
-    on test images. Scores and predictions of a task use the same draw of images and labels, so that
-    what is predicted for a mask's own task is what its score has minimised. Needs memory for two
-    copies of the prunable weights for each mask, and for each task's eigenvectors.
+    Every task is a source in its turn. Losses are on training images, accuracies on test images. A
+    task's scores and predictions use the same images and drawn labels, so that what is predicted
+    for a mask on its own task is what its score has minimised. Needs memory for two copies of the
+    prunable weights for each mask, and for each task's eigenvectors.
     """
     masks: dict[tuple[str, str, float], Mask] = {}
 
@@ -221,25 +219,18 @@ def _cells(
 
 
 def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
-    """The same for other weights of the architecture, by the recipe that is looked at closely.
-
-    Heads are fitted anew for each.
-    """
-    size = config.batch_size
-    blank = suite.untrained(seed=config.seed, batch_size=size) if config.comparisons else suite
+    """The same for other weights of the architecture, with heads of their own, by one recipe."""
     found = {}
     for name in config.comparisons:
-        trained = name == "trained"
-        other = blank.with_encoder(briefly_trained(blank, config), size) if trained else blank
+        other = suite.untrained(seed=config.seed, batch_size=config.batch_size)
+        if name == "trained":
+            other = other.with_encoder(briefly_trained(other, config), config.batch_size)
         found[name] = measure(other, config, [config.close], [1.0])
     return found
 
 
 def briefly_trained(suite: Suite, config: Parameters) -> Backbone:
-    """A copy of the encoder after a short training on the source, under its frozen head.
-
-    BatchNorm keeps the statistics it was given.
-    """
+    """A copy of the encoder after a short training on the source, under its frozen head."""
     model = copy.deepcopy(suite.classifier(config.source))
     steps, rate = config.brief_steps, config.brief_learning_rate
     training = Training(steps, rate, 32, "adam", "linear", config.seed)
@@ -248,9 +239,9 @@ def briefly_trained(suite: Suite, config: Parameters) -> Backbone:
 
 
 def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], Mask]:
-    """The source's classifier, dense, pruned, repaired without training, and fine-tuned.
+    """The source's classifier: dense, pruned, repaired, and fine-tuned from the pruned one.
 
-    Fine-tuning starts from the pruned one. The mask is that of all three.
+    The mask is that of the last three.
     """
     recipe, source, draw = config.close, suite.source(config.source), config.draw
     scores = suite.score(recipe, source, draw)
@@ -270,12 +261,9 @@ def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], M
 def error_parts(table: pd.DataFrame) -> pd.DataFrame:
     """What the diagonal drops of the measured increase, part by part (:data:`PARTS`).
 
-    Args:
-        table: rows of :func:`~pai_utils.landscape.predicted_and_measured`.
-
     Returns:
-        For each row the parts in its place, ``part`` and ``nats``; the first is the diagonal
-        itself, and all of a row's add up to what was measured.
+        For each row of :func:`~pai_utils.landscape.predicted_and_measured` its parts, as ``part``
+        and ``nats``. The first is the diagonal; all add up to what was measured.
     """
     parts = {"diagonal": table.diagonal}
     parts |= {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
@@ -286,11 +274,11 @@ def error_parts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman rank correlation between predicted and measured loss increases at the full step.
+    """Spearman correlation of predicted and measured loss increases at the full step.
 
     Returns:
-        One row a prediction, with ``prediction, correlation, count``; the correlation is not a
-        number for fewer than three rows.
+        ``prediction, correlation, count``, one row a prediction; not a number for fewer than three
+        cells.
     """
     full = table[table.fraction == table.fraction.max()]
     predictions = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
@@ -301,11 +289,7 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def transfer_correlations(
-    cells: pd.DataFrame,
-    *,
-    predictors: Collection[str] = PREDICTORS,
-    replicates: int = 1000,
-    seed: int = 0,
+    cells: pd.DataFrame, *, replicates: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Spearman correlation of each predictor with retention on held-out tasks.
 
@@ -314,20 +298,13 @@ def transfer_correlations(
     mostly that both fall with sparsity; ``within`` compares only cells of one scorer and sparsity,
     that is, pairs of tasks (the mean over such groups, weighted by their cells).
 
-    Args:
-        cells: of one or more :class:`Landscape`, with a column for each predictor.
-        predictors: columns to try.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
-
     Returns:
-        One row a predictor, with ``predictor, pooled, pooled_low, pooled_high, within,
-        within_low, within_high, cells, pairs``; not a number where there are fewer than three
-        cells.
+        One row for each of :data:`PREDICTORS`, with ``predictor, pooled, pooled_low, pooled_high,
+        within, within_low, within_high, cells, pairs``; not a number for fewer than three cells.
     """
     held = cells[cells.held_out]
     rows = []
-    for predictor in predictors:
+    for predictor in PREDICTORS:
         known = held.dropna(subset=[predictor, "retention"])
         values, kept = known[predictor].to_numpy(), known.retention.to_numpy()
         alike = known.groupby(["scorer", "sparsity"]).ngroup().to_numpy()
@@ -381,9 +358,9 @@ def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:
     """The same quantities for several weights of one architecture, pair by pair of tasks.
 
     Returns:
-        One row a set of weights, quantity (the values of :data:`QUANTITIES`) and held-out pair,
-        with ``weights, quantity, pair, value``. The error of the quadratic model is that between
-        ``measured`` and predicted increase over the larger of both.
+        ``weights, quantity, pair, value``, one row a set of weights, held-out pair and quantity (a
+        value of :data:`QUANTITIES`). The quadratic model's error is a share of the larger of the
+        measured and the predicted increase.
     """
     parts = []
     for weights, found in studies.items():
@@ -396,9 +373,8 @@ def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:
         long = chosen.melt(["weights", "pair"], list(QUANTITIES), "quantity", ignore_index=False)
         parts.append(long.sort_index(kind="stable"))  # pair by pair
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(quantity=table.quantity.map(QUANTITIES))[
-        ["weights", "quantity", "pair", "value"]
-    ]
+    table["quantity"] = table.quantity.map(QUANTITIES)
+    return table[["weights", "quantity", "pair", "value"]]
 
 
 def spectra(
@@ -407,10 +383,9 @@ def spectra(
     """Spectrum of the Hessian of the mean cross-entropy for several weights of one network.
 
     Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
-    prunable weights, pruned ones among them: ``probes`` times ``steps`` Hessian products for each
-    model. The same probes give the trace as the mean of P Σ w θ, with its standard error over
-    probes, and the extreme Ritz values, which bound the largest and smallest eigenvalue from
-    inside.
+    prunable weights, pruned ones among them, costs ``probes`` times ``steps`` Hessian products a
+    model. The same probes give the trace, with its standard error over probes, and the extreme
+    Ritz values, which bound the largest and smallest eigenvalue from inside.
 
     Returns:
         ``name, largest, smallest, trace, trace_standard_error``, one row a model, and
@@ -441,14 +416,12 @@ def spectra(
 def barriers(path: pd.DataFrame) -> pd.DataFrame:
     """How far the loss rises on a line above the line between its ends' losses.
 
-    Source: Frankle et al. (2020), "Linear mode connectivity and the lottery ticket hypothesis".
-
-    Args:
-        path: as from :func:`~pai_utils.landscape.losses_on_path`.
+    ``path`` is that of :func:`~pai_utils.landscape.losses_on_path`. Source: Frankle et al. (2020),
+    "Linear mode connectivity and the lottery ticket hypothesis".
 
     Returns:
-        One row a segment and task, with ``segment, task, start, end, barrier``, in nats;
-        ``barrier`` is at least zero, and not a number where the loss at an end is not finite.
+        ``segment, task, start, end, barrier``, in nats; the barrier is at least zero, and not a
+        number where the loss at an end is not finite.
     """
     rows = []
     for task, line in path.groupby("task", sort=False):

@@ -95,30 +95,16 @@ class RunParameters(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
         """Validate the parameters that a notebook's first cells defined.
 
-        Args:
-            namespace: the notebook's ``globals()``, holding parameters and imported modules only.
+        ``namespace`` is the notebook's ``globals()``; what it imported is left out.
 
         Raises:
             ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
-
-        Examples:
-            >>> from pai_utils.studies.prune_per_task import Parameters
-            >>> given = {"backbone": "mobilenetv2", "scorers": ["snip"], "out": "results"}
-            >>> given |= {"sources": ["digits", "glyphs"], "sparsity": 0.5}
-            >>> Parameters.from_notebook(given).batch_size
-            64
-            >>> Parameters.from_notebook(given | {"sparsity": 50})  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-                ...
-            ValueError: parameters refused: sparsity: Input should be less than 1, not 50. Valid...
         """
         given = {
             name: value
             for name, value in namespace.items()
-            if not name.startswith("_")
-            and name not in _KERNEL_NAMES
-            and not isinstance(value, ModuleType)
-            and not callable(value)  # imported functions and classes
+            if not (name.startswith("_") or name in _KERNEL_NAMES)
+            and not (isinstance(value, ModuleType) or callable(value))
         }
         fields = list(cls.model_fields)
         check_names("parameter", given, fields)
@@ -154,14 +140,10 @@ class EncoderParameters(RunParameters):
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
-    """A notebook's parameters with ``values`` in place of its own, by its own schema; nothing runs.
-
-    Args:
-        notebook: the file, with one cell tagged ``parameters`` that holds plain assignments.
-        values: to set, by name.
+    """A notebook's parameters with ``values`` in place of its own; nothing runs.
 
     Raises:
-        ValueError: no such notebook, or a value that its schema refuses.
+        ValueError: for an unknown or unreadable notebook, or a value that its schema refuses.
     """
     schema = schema_of(notebook.stem)
     try:
@@ -173,11 +155,7 @@ def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
 
 
 def schema_of(notebook: str) -> type[RunParameters]:
-    """The parameters of a notebook, found by its name.
-
-    Raises:
-        ValueError: for a notebook that has no study.
-    """
+    """The parameters of a notebook, found by its name."""
     check_names("notebook", [notebook], STUDIES)
     schema: type[RunParameters] = import_module(f"pai_utils.studies.{notebook}").Parameters
     return schema
@@ -185,7 +163,6 @@ def schema_of(notebook: str) -> type[RunParameters]:
 
 @cache  # a grid reads one notebook for thousands of cells
 def _defaults(text: str) -> dict[str, Any]:
-    """The parameters that a notebook sets itself, from its file's text."""
     cells = json.loads(text)["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
     if len(tagged) != 1:
@@ -212,10 +189,7 @@ def describe_problem(details: ErrorDetails) -> str:
 
 
 def _read_text(value: Any) -> Any:
-    """A list or mapping written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``.
-
-    Anything else is returned as it is, for the schema to judge.
-    """
+    """A list or mapping written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     for read in (json.loads, yaml.safe_load):  # YAML takes 1e-4, without a point, for text
@@ -231,8 +205,10 @@ def combine(
     **common: Any,
 ) -> list[Recipe]:
     """A recipe for each scorer, sparsity and repair, in this order, alike in all else."""
-    every = itertools.product(scorers, sparsities, repairs)
-    return [Recipe(scorer, s, repair=repair, **common) for scorer, s, repair in every]
+    return [
+        Recipe(scorer, sparsity, repair=repair, **common)
+        for scorer, sparsity, repair in itertools.product(scorers, sparsities, repairs)
+    ]
 
 
 class SeveralSources(EncoderParameters):
@@ -257,10 +233,11 @@ class OneSource(EncoderParameters):
         """Source and targets, each once, the source first."""
         return list(dict.fromkeys([self.source, *self.targets]))
 
-    def check_unseen(self) -> None:
-        """Refuse targets that are the source alone."""
+    @model_validator(mode="after")
+    def _something_unseen(self) -> Self:
         if self.tasks == [self.source]:
             raise ValueError(f"the only target is the source {self.source}; add an unseen task")
+        return self
 
 
 class Masks(EncoderParameters):
@@ -280,7 +257,7 @@ class Masks(EncoderParameters):
 class RepairedMasks(Masks, OneSource):
     """Parameters of masks of one source, and of the repair that follows them."""
 
-    #: Images to prune and repair by, as of `pai_utils.data.mixtures`; the source's own by default.
+    #: Images to prune and repair by, as in `pai_utils.data.mixtures`; None: the source's own.
     prune_by: SourceName | None = None
     repair: Repair = "layerwise+moments"
     repair_options: RepairOptions = Field(default={})
@@ -292,11 +269,11 @@ class RepairedMasks(Masks, OneSource):
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:
-        seen = [t for t in self.targets if t != self.source and not is_held_out(t, self.pool)]
-        if seen:
-            raise ValueError(
-                f"prune_by={self.pool} looks at the target {seen[0]}, which is held out"
-            )
+        for task in self.tasks[1:]:
+            if not is_held_out(task, self.pool):
+                raise ValueError(
+                    f"prune_by={self.pool} looks at the target {task}, which is held out"
+                )
         if self.source not in map(task_of, self.pool.split("+")):
             raise ValueError(f"prune_by={self.pool} has no part of the source {self.source}")
         return self

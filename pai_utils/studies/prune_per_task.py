@@ -26,13 +26,9 @@ class Parameters(SeveralSources):
     @field_validator("scorers")
     @classmethod
     def _one_needs_data(cls, scorers: list[str]) -> list[str]:
-        # The notebook compares the masks that one of them makes of different tasks.
         if not any(SCORERS[name].needs_data for name in scorers):
-            valid = [name for name, scorer in SCORERS.items() if scorer.needs_data]
-            raise ValueError(
-                f"none of {', '.join(scorers)} looks at a task; add at least one of: "
-                + ", ".join(valid)
-            )
+            valid = ", ".join(name for name, scorer in SCORERS.items() if scorer.needs_data)
+            raise ValueError(f"none of {', '.join(scorers)} looks at a task; add one of: {valid}")
         return scorers
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
+from typing import Annotated
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pai_utils.evaluation import summarise_retention
 from pai_utils.export import FORMATS
-from pai_utils.finetuning import finetune
+from pai_utils.finetuning import Training, train
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Classifier
 from pai_utils.pruning import Recipe
@@ -32,18 +32,13 @@ class Parameters(RepairedMasks):
     """Parameters of the notebook ``prune_your_own``."""
 
     scorers: list[ScorerName] = Field(min_length=1)
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05  #: of the accuracy above chance
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: of the accuracy above chance
     finetune_steps: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 1e-5
     finetune_batch_size: Positive = 32
     formats: list[Annotated[str, one_of("format", FORMATS)]] = Field(
         default=list(FORMATS), min_length=1
     )
-
-    @model_validator(mode="after")
-    def _something_unseen(self) -> Self:
-        self.check_unseen()
-        return self
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -61,24 +56,20 @@ class Choice:
     retention: float
     low: float  #: lower end of the 95 % interval of the retention over validation images
     high: float
-    tried: int  #: candidates; the more, the more flattering is the retention of the chosen one
+    tried: int  #: candidates: choosing among many flatters the retention
 
 
 def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
-    """Retention on the source's validation part, of every scorer and sparsity.
-
-    No test part is touched.
+    """Retention on the source's validation part, of every scorer and sparsity; no test is read.
 
     Returns:
-        One row a scorer and sparsity, with ``scorer, sparsity, accuracy, retention, low, high,
-        dense_accuracy, chance, count``.
+        ``scorer, sparsity, accuracy, retention, low, high, dense_accuracy, chance, count``.
 
     Raises:
         ValueError: if the dense encoder is not above chance.
     """
     name = config.source
-    task = suite.tasks[name]
-    blind = replace(task, test=task.validation)
+    blind = replace(suite.tasks[name], test=suite.tasks[name].validation)
     own = Suite(suite.encoder, {name: blind}, {name: suite.heads[name]})
     summary = summarise_retention(sweep(own, [config.pool], config.recipes, config.draw))
     summary = summary[summary.scorer != "dense"].drop(columns=["source", "target", "seeds"])
@@ -95,18 +86,9 @@ def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
 def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
     """The highest sparsity that keeps at least ``1 - tolerance``; of several, what keeps most.
 
-    Args:
-        candidates: as from :func:`compare_candidates`.
-        tolerance: fraction of the dense accuracy above chance that may be lost.
-
     Raises:
-        ValueError: for a tolerance outside 0 to 1, without candidates, or if no candidate keeps
-            enough, with the one that keeps most.
+        ValueError: if no candidate keeps enough; the message names the one that keeps most.
     """
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} must be a fraction, at least 0 and less than 1")
-    if candidates.empty:
-        raise ValueError("there is no candidate to choose from")
     kept = candidates[candidates.retention >= 1 - tolerance]
     if kept.empty:
         best = candidates.sort_values("retention", ascending=False, kind="stable").iloc[0]
@@ -123,11 +105,7 @@ def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
 def prune_as_chosen(
     choice: Choice, suite: Suite, config: Parameters
 ) -> tuple[dict[str, Classifier], Mask]:
-    """The candidate that was chosen, made again, and fine-tuned if the parameters say so.
-
-    Returns:
-        The source's classifier ``"pruned"`` and perhaps ``"fine-tuned"``, and the mask of both.
-    """
+    """The source's classifier ``"pruned"`` as chosen and perhaps ``"fine-tuned"``, and its mask."""
     pool, dense = suite.source(config.pool, seed=config.seed), suite.classifier(config.source)
     recipe = replace(config.recipes[0], scorer=choice.scorer, sparsity=choice.sparsity)
     encoder, mask = suite.prune(recipe, pool, config.draw.at_most(len(pool.images)))
@@ -135,29 +113,16 @@ def prune_as_chosen(
     stages = {"pruned": Classifier(encoder, dense.head)}
     if config.finetune_steps:
         stages["fine-tuned"] = tuned = copy.deepcopy(stages["pruned"])
-        finetune(
-            tuned,
-            suite.tasks[config.source].train,
-            mask,
-            steps=config.finetune_steps,
-            learning_rate=config.learning_rate,
-            batch_size=config.finetune_batch_size,
-            optimiser="adam",
-            schedule="linear",
-            seed=config.seed,
-        )
+        steps, rate, size = config.finetune_steps, config.learning_rate, config.finetune_batch_size
+        training = Training(steps, rate, size, "adam", "linear", config.seed)
+        train(tuned, suite.tasks[config.source].train, mask, training)
     return stages, mask
 
 
 def compare_stages(
     stages: Mapping[str, Classifier], suite: Suite, config: Parameters, choice: Choice
 ) -> pd.DataFrame:
-    """Test accuracy of the encoder after each stage, on every task with its frozen head.
-
-    Returns:
-        One row a stage and task, with ``stage`` and the columns of
-        :func:`~pai_utils.evaluation.summarise_retention`.
-    """
+    """Retention after each stage, on every task's test part, with a column ``stage``."""
     reference = suite.rows(suite.evaluate(batch_size=config.batch_size))
     made = {"source": config.pool, "scorer": choice.scorer, "sparsity": choice.sparsity}
     parts = []

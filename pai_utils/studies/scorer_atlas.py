@@ -82,11 +82,8 @@ def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
 class Atlas:
     """Collects the masks of a sweep, to be handed to it as ``observe``.
 
-    Masks are kept at one sparsity: of every source with the first seed, and of the first source
-    with every seed. A kept mask takes one byte a weight.
-
-    Args:
-        sparsity: the one at which masks are compared.
+    Masks are kept at one sparsity alone: of every source with the first seed, and of the first
+    source with every seed. A kept mask takes one byte a weight.
     """
 
     def __init__(self, sparsity: float) -> None:
@@ -100,8 +97,8 @@ class Atlas:
     def __call__(self, step: SweepMask) -> None:
         """Take one mask."""
         scorer, sparsity = step.recipe.scorer, step.recipe.sparsity
-        key = (scorer, step.source, step.seed)
         source, seed = self._first.setdefault(scorer, (step.source, step.seed))
+        key = (scorer, step.source, step.seed)
         self._seconds[key] = step.scores.seconds
         if scorer not in self.distributions:
             flat = torch.cat([values.detach().flatten() for values in step.scores.values()])
@@ -122,7 +119,7 @@ class Atlas:
     def lost_layers(self) -> pd.DataFrame:
         """Columns ``scorer, sparsity, lost, most_pruned``, means over masks.
 
-        ``lost`` counts layers without any weight, ``most_pruned`` is the highest layer sparsity.
+        Lost layers have no weight left; ``most_pruned`` is the highest sparsity of a layer.
         """
         masks = self.layers.groupby(["scorer", "sparsity", "source", "seed"], sort=False)
         each = masks.layer_sparsity.agg(lost=lambda s: int((s == 1).sum()), most_pruned="max")
@@ -130,10 +127,8 @@ class Atlas:
 
     def costs(self, unit: float) -> pd.DataFrame:
         """Columns ``scorer, seconds, fb``: means over a scorer's runs, in seconds and in units."""
-        table = pd.DataFrame(
-            {"scorer": scorer, "seconds": s} for (scorer, _, _), s in self._seconds.items()
-        )
-        means = table.groupby("scorer", sort=False).seconds.mean().reset_index()
+        seconds = pd.Series(self._seconds, name="seconds").rename_axis(["scorer", "source", "seed"])
+        means = seconds.groupby("scorer", sort=False).mean().reset_index()
         return means.assign(fb=means.seconds / unit)
 
     def between_scorers(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -160,18 +155,14 @@ class Atlas:
     def between_draws(self) -> pd.DataFrame:
         """Columns ``scorer, between, overlap, chance, pairs``, means over pairs of masks.
 
-        ``between`` is ``"sources"`` (the same seed) or ``"seeds"`` (the same source, other samples
-        and draws): the second says how far apart masks are for reasons of sampling alone. Scorers
-        with a single mask have no row.
+        Masks differ between ``"sources"`` with the same seed, and between ``"seeds"`` on the same
+        source: for reasons of sampling alone. Scorers with a single mask have no row.
         """
         rows = []
         for scorer, first in self._first.items():
             for between, same in (("sources", 1), ("seeds", 0)):
-                masks = [
-                    mask
-                    for key, mask in self.masks.items()
-                    if key[0] == scorer and key[1:][same] == first[same]
-                ]
+                own = [(key[1:], m) for key, m in self.masks.items() if key[0] == scorer]
+                masks = [mask for place, mask in own if place[same] == first[same]]
                 pairs = list(itertools.combinations(masks, 2))
                 if pairs:
                     rows.append([scorer, between, *_mean_overlap(pairs), len(pairs)])
@@ -190,9 +181,9 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """What masks leave of the accuracy on their sources and on held-out tasks.
 
     Returns:
-        One row a scorer, sparsity and ``tasks`` (``"source"`` or ``"held-out"``), means over the
-        sources: ``retention, low, high`` (means of the sources' 95 % bootstrap intervals over
-        test items and seeds), ``accuracy, count, seeds``.
+        ``scorer, sparsity, retention, low, high, accuracy, count, seeds, tasks``, where tasks are
+        ``"source"`` or ``"held-out"``: means over the sources, also of the bounds, which are 95 %
+        bootstrap intervals over test items and seeds.
     """
     parts = []
     for tasks, own in (("source", True), ("held-out", False)):
@@ -207,13 +198,8 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
 def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """One line a scorer, to be read: retention with its interval at each sparsity, and the cost.
 
-    Args:
-        left: as from :func:`accuracy_left`.
-        costs: as from :meth:`Atlas.costs`.
-
-    Returns:
-        Text in the columns ``scorer``, ``held-out 30 %`` and so on, ``source 30 %`` and so on, and
-        ``cost (FB)``; the best retention on held-out tasks at the middle sparsity comes first.
+    Its columns of text are ``scorer``, ``held-out 30%`` and so on, ``source 30%`` and so on, and
+    ``cost (FB)``; the best retention on held-out tasks at the middle sparsity comes first.
     """
     sparsities = sorted(set(left.sparsity))
     middle = sparsities[len(sparsities) // 2]

@@ -42,21 +42,9 @@ class Source:
     labelled: ImageDataset | None  #: of the first task among the parts
     head: nn.Linear | None  #: of that task
 
-    def images_for(self, scorer: str) -> ImageDataset:
-        """What a scorer looks at: the first task's where it needs a head, or else all parts'."""
-        return self._images(alone=SCORERS[scorer].needs_head)
-
-    def images_to_repair_by(self, repair: str) -> ImageDataset:
-        """All parts', or the first task's where gradients, hence labels, are needed."""
-        return self._images(alone="obs" in parse_repair(repair))
-
-    def _images(self, *, alone: bool) -> ImageDataset:
+    def part(self, *, alone: bool) -> ImageDataset:
+        """The images of all parts, or of the first task alone where there is one."""
         return self.labelled if alone and self.labelled is not None else self.images
-
-    def draw_for(self, scorer: str, draw: Draw) -> Draw:
-        """The draw, of all images of the first task where the whole source has more."""
-        images = self.images_for(scorer)
-        return draw if images is self.images else draw.at_most(len(images))
 
 
 @dataclass(frozen=True)
@@ -83,15 +71,10 @@ class Suite:
     def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
         """The encoder and the tasks that a notebook's parameters name, with heads for them.
 
-        ``heads`` says what they are made of, as in :func:`~pai_utils.heads.make_heads`.
+        ``heads`` is their kind, as in :func:`~pai_utils.heads.make_heads`.
         """
-        encoder = load_backbone(
-            config.backbone,
-            config.image_size,
-            config.device,
-            pretrained=config.pretrained,
-            seed=config.seed,
-        )
+        name, size, device = config.backbone, config.image_size, config.device
+        encoder = load_backbone(name, size, device, pretrained=config.pretrained, seed=config.seed)
         tasks = {
             name: load_task(
                 name,
@@ -125,20 +108,16 @@ class Suite:
         return Classifier(self.encoder, self.heads[task])
 
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
-        """Test accuracy of every task with its frozen head.
+        """Test accuracy of every task with its frozen head, of the dense encoder or another one.
 
-        Args:
-            encoder: in the place of the dense one, such as a pruned one.
-            how: keywords of :func:`~pai_utils.evaluation.evaluate`.
+        ``how`` are keywords of :func:`~pai_utils.evaluation.evaluate`.
         """
         return evaluate_heads(encoder or self.encoder, self.heads, self.tests, **how)
 
     def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
-        """Evaluations as rows of a table of retention.
+        """Evaluations by task as rows of a table like :func:`~pai_utils.studies.sweeps.sweep`'s.
 
-        Args:
-            found: by task.
-            mask: its ``source, scorer, sparsity, seed``; by default the rows are the dense ones.
+        ``mask`` is its ``source, scorer, sparsity, seed``; by default the rows are the dense ones.
         """
         made = {"source": "none", "scorer": "dense", "sparsity": 0.0, "seed": 0, **mask}
         return [
@@ -147,14 +126,10 @@ class Suite:
         ]
 
     def source(self, name: str, *, seed: int = 0) -> Source:
-        """The images of a source, and the head that goes with them.
+        """The images of a source (:mod:`pai_utils.data.mixtures`) and their head.
 
-        Of tasks only the training parts are used.
-
-        Args:
-            name: as in :mod:`pai_utils.data.mixtures`.
-            seed: of the images of no task, of random labels, and of what is drawn from larger
-                parts.
+        Of tasks only the training parts are used. The seed is that of the images of no task, of
+        random labels, and of what is drawn from larger parts.
 
         Raises:
             ValueError: for an unknown part, or one named twice.
@@ -178,15 +153,7 @@ class Suite:
         """Score the dense encoder's weights, as a recipe's first round does.
 
         A scorer that needs a head looks at the first task of the source, at no more images than it
-        has; the others look at all parts.
-
-        Args:
-            recipe: its scorer, with options, and the weights that it may prune.
-            source: what to look at; ``None`` for a scorer that looks at no data.
-            draw: of its images.
-
-        Raises:
-            ValueError: as :func:`~pai_utils.scorers.registry.score`.
+        has; the others look at all parts. One that looks at no data needs no source.
         """
         model, images, draw = self._seen(recipe, source, draw)
         names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
@@ -197,28 +164,16 @@ class Suite:
     def prune(
         self, recipe: Recipe, source: Source | None, draw: Draw, *, scores: Scores | None = None
     ) -> tuple[Backbone, Mask]:
-        """Prune a copy of the encoder by the images of a source.
+        """Prune a copy of the encoder by the images of a source; its mask is one of a classifier.
 
-        Scores look at what :meth:`score` describes. A repair looks at all parts, but ``obs`` at
-        the first task among them.
-
-        Args:
-            recipe: how.
-            source: what to look at; ``None`` where neither scorer nor repair does.
-            draw: of its images, for the scores.
-            scores: of :meth:`score`, where they are known already.
-
-        Returns:
-            The pruned encoder, and its mask, whose names are those of a classifier.
-
-        Raises:
-            ValueError: as :func:`~pai_utils.pruning.prune`.
+        Scores look at what :meth:`score` describes, or are given, where they are known already. A
+        repair looks at all parts, but ``obs`` at the first task among them.
         """
         model, images, draw = self._seen(recipe, source, draw)
         whence: dict[str, Any] = {}
         if source is not None:
-            mended = source.images_to_repair_by(recipe.repair)
-            whence = {"source": source.name, "repair_data": mended}
+            labels = "obs" in parse_repair(recipe.repair)
+            whence = {"source": source.name, "repair_data": source.part(alone=labels)}
         pruned = follow(recipe, model, images, draw, scores=scores, **whence)
         return cast(Classifier, pruned.model).backbone, pruned.mask
 
@@ -229,8 +184,10 @@ class Suite:
         any_head = next(iter(self.heads.values()))  # for what looks at features only
         if source is None:
             return Classifier(self.encoder, any_head), None, draw
-        model = Classifier(self.encoder, source.head or any_head)
-        return model, source.images_for(recipe.scorer), source.draw_for(recipe.scorer, draw)
+        images = source.part(alone=SCORERS[recipe.scorer].needs_head)
+        if images is not source.images:
+            draw = draw.at_most(len(images))
+        return Classifier(self.encoder, source.head or any_head), images, draw
 
 
 def _relabelled(task: Task, seed: int) -> Task:

@@ -45,21 +45,13 @@ def sweep(
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
-    A mask depends on no data but the source's, of tasks on their training part. Scores are computed
-    once a scorer, source and seed, and shared by all recipes that begin with them. A scorer that
-    looks at no data runs once, under the source ``"none"``, but its masks are repaired on every
-    source; one that draws nothing runs with the first seed alone.
-
-    Args:
-        suite: the dense encoder, the tasks and their heads; it is left as it is.
-        sources: what masks are computed on, as in :mod:`pai_utils.data.mixtures`.
-        recipes: how; those of one scorer next to each other.
-        draw: images a score, and images a forward.
-        seeds: of the draws; by default that of ``draw`` alone.
-        draws: for a scorer, another draw.
-        precision: of the forwards that measure accuracy, as in
-            :func:`~pai_utils.evaluation.evaluate`; scores are computed in the encoder's own.
-        observe: is given every mask before it is evaluated.
+    A mask depends on no data but the source's (:mod:`pai_utils.data.mixtures`), of tasks on their
+    training part. Recipes that begin with the same scores stand next to each other and share them,
+    computed once a source and seed. A scorer that looks at no data runs once, under the source
+    ``"none"``, but its masks are repaired on every source; one that draws nothing runs with the
+    first seed alone. Some scorers may have ``draws`` of their own. The ``precision`` is that of
+    the forwards that measure accuracy, as in :func:`~pai_utils.evaluation.evaluate`. ``observe``
+    is given every mask before it is evaluated.
 
     Returns:
         One row a source, recipe, seed and target, and the dense rows (scorer ``"dense"``, sparsity
@@ -74,9 +66,11 @@ def sweep(
     for recipe in recipes:
         recipe.check()
         for source in sources:
-            _check_source(source, recipe, suite)
+            if all(part in IMAGE_SETS for part in source_parts(source, suite.tasks)):
+                _check_needs_no_task(recipe, source)
     seeds = [draw.seed] if seeds is None else seeds
-    groups = [list(group) for _, group in itertools.groupby(recipes, _scored_by)]
+    alike = itertools.groupby(recipes, lambda r: (r.scorer, r.options, r.include, r.exclude))
+    groups = [list(group) for _, group in alike]
     cells = [
         (group, source, seed)
         for group in groups
@@ -106,15 +100,7 @@ def sweep(
     return pd.DataFrame(table)
 
 
-def _scored_by(recipe: Recipe) -> tuple[object, ...]:
-    """What the first scores of a recipe follow from."""
-    return recipe.scorer, recipe.options, recipe.include, recipe.exclude
-
-
-def _check_source(source: str, recipe: Recipe, suite: Suite) -> None:
-    """Refuse a source without a task where the recipe needs one."""
-    if not all(part in IMAGE_SETS for part in source_parts(source, suite.tasks)):
-        return
+def _check_needs_no_task(recipe: Recipe, source: str) -> None:
     scorer = SCORERS[recipe.scorer]
     if scorer.needs_data and scorer.needs_head:
         raise ValueError(

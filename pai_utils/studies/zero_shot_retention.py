@@ -64,7 +64,7 @@ class Parameters(Masks):
 
     @property
     def sources(self) -> list[str]:
-        """The source tasks, always as a list."""
+        """The sources, always as a list."""
         return [self.source] if isinstance(self.source, str) else self.source
 
     @property
@@ -101,13 +101,9 @@ def run_plain(suite: Suite, config: Parameters) -> pd.DataFrame:
 def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
     """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
 
-    Args:
-        suite: the dense encoder and the tasks.
-        batch_size: images a forward.
-
     Returns:
-        One row a task and protocol, with ``task, protocol, accuracy``, its 95 % interval ``low``
-        and ``high``, ``count``, and ``gain``, the accuracy over that of ``"clean"``.
+        ``task, protocol, accuracy``, its 95 % interval ``low`` and ``high``, ``count``, and
+        ``gain``, the accuracy over that of the protocol ``"clean"``.
     """
     rows = []
     for name, task in suite.tasks.items():
@@ -116,10 +112,8 @@ def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
             head = fit_head(suite.encoder, task, protocol=protocol, batch_size=batch_size).cpu()
             with torch.inference_mode():
                 found = Evaluation.of(head(values), labels)
-            low, high = found.interval
-            row = {"task": name, "protocol": protocol, "accuracy": found.accuracy}
-            rows.append(row | {"low": low, "high": high, "count": found.count})
-    table = pd.DataFrame(rows)
+            rows.append([name, protocol, found.accuracy, *found.interval, found.count])
+    table = pd.DataFrame(rows, columns=["task", "protocol", "accuracy", "low", "high", "count"])
     clean = table[table.protocol == "clean"].set_index("task").accuracy
     return table.assign(gain=table.accuracy - table.task.map(clean))
 
@@ -129,10 +123,7 @@ def retention_verdict(
 ) -> pd.DataFrame:
     """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
 
-    Args:
-        held_out: as from :func:`~pai_utils.evaluation.held_out_retention`.
-        scorer: the one judged.
-        threshold: the retention asked for.
+    ``held_out`` is that of :func:`~pai_utils.evaluation.held_out_retention`.
 
     Returns:
         One row a sparsity, with ``sparsity, retention, low, high`` (means over sources),
@@ -151,27 +142,13 @@ def retention_verdict(
 def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
     """The sparsity up to which retention stays at ``threshold``, for each pair of tasks.
 
-    Found on the straight lines between the sparsities measured, from a retention of 1 at sparsity
-    0, at the first crossing.
-
-    Args:
-        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
-        threshold: the retention asked for, below 1.
+    Found at the first crossing of the straight lines between the sparsities of ``summary`` (as
+    from :func:`~pai_utils.evaluation.summarise_retention`), from a retention of 1 at sparsity 0.
 
     Returns:
         One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
-        on the lower and upper bounds of the retention; the highest sparsity measured where there is
-        no crossing, and then ``crossed`` is false.
-
-    Examples:
-        >>> import pandas as pd
-        >>> from pai_utils.studies.zero_shot_retention import sparsity_kept
-        >>> summary = pd.DataFrame({"sparsity": [0.25, 0.5], "retention": [1.0, 0.75]})
-        >>> summary = summary.assign(source="digits", target="glyphs", scorer="snip")
-        >>> summary = summary.assign(low=summary.retention, high=summary.retention)
-        >>> sparsity_kept(summary, threshold=0.875)[["target", "sparsity", "crossed"]]
-           target  sparsity  crossed
-        0  glyphs     0.375     True
+        on the lower and upper bounds of the retention. Where there is no crossing it is the highest
+        sparsity measured, and ``crossed`` is false.
     """
     rows = []
     keys = ["source", "target", "scorer"]
@@ -199,15 +176,9 @@ def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataF
     Every source has other held-out tasks, some of them harder. So each held-out retention is
     compared with the mean, on the same target, over the sources that held it out.
 
-    Args:
-        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
-        scorer: of the masks compared.
-        sparsity: of the same.
-
     Returns:
-        One row a source, the best first, with ``source, advantage, low, high, targets``; the
-        bounds are the standard error over targets times ±1.96, and not a number for a single
-        target.
+        One row a source, the best first, with ``source, advantage, low, high, targets``; the bounds
+        are ±1.96 standard errors over targets, and not a number for a single one.
     """
     rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
     rows = rows[rows.source != "none"]

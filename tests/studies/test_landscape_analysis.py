@@ -70,14 +70,18 @@ def test_rank_agreement_is_that_of_the_full_step() -> None:
 
 
 def cells(count: int = 4) -> pd.DataFrame:
-    """Pairs of tasks at two sparsities; "good" orders the pairs, "level" only the sparsities."""
+    """Pairs of tasks at two sparsities.
+
+    "ggn" orders the pairs, "taylor" only the sparsities, and "blocks" is known of some.
+    """
     names = [f"task {i}" for i in range(count)]
     rows = [
-        {
+        dict.fromkeys(study.PREDICTORS, math.nan)
+        | {
             "source": one, "target": other, "scorer": "s", "sparsity": sparsity,
             "held_out": one != other, "retention": 1 - sparsity - 0.01 * (i * count + j),
-            "good": -0.01 * (i * count + j) - 10 * (sparsity - 0.5), "level": -sparsity,
-            "sometimes": float(i) if j else math.nan,
+            "ggn": -0.01 * (i * count + j) - 10 * (sparsity - 0.5), "taylor": -sparsity,
+            "blocks": float(i) if j else math.nan,
         }
         for sparsity in (0.2, 0.8)
         for i, one in enumerate(names)
@@ -87,52 +91,39 @@ def cells(count: int = 4) -> pd.DataFrame:
 
 
 def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
-    table = study.transfer_correlations(
-        cells(), predictors=["good", "level", "sometimes"], replicates=200
-    ).set_index("predictor")
+    table = study.transfer_correlations(cells(), replicates=200).set_index("predictor")
+    assert list(table.index) == list(study.PREDICTORS)
     held = cells()[lambda t: t.source != t.target]
-    assert table.pooled["good"] == pytest.approx(1)
-    assert table.within["good"] == pytest.approx(1)
-    assert table.pooled["level"] == pytest.approx(spearmanr(held.level, held.retention).statistic)
-    assert math.isnan(table.within["level"])
-    assert list(table.cells) == [24, 24, 18]
-    assert list(table.pairs) == [12, 12, 9]
-    one = held[(held.sparsity == 0.2) & held.sometimes.notna()]
-    assert table.within["sometimes"] == pytest.approx(
-        spearmanr(one.sometimes, one.retention).statistic
-    )
-    assert table.within_low["sometimes"] <= table.within["sometimes"]
-    assert table.pooled_low["good"] == pytest.approx(1)
-    few = study.transfer_correlations(cells(2), predictors=["good"])
-    assert few.pairs[0] == 2
-    blind = cells().assign(good=math.nan)
-    none = study.transfer_correlations(blind, predictors=["good"])
-    assert none.pairs[0] == 0
-    assert none.pooled.isna().all()
-    assert none.pooled_low.isna().all()
+    assert table.pooled["ggn"] == table.pooled_low["ggn"] == pytest.approx(1)
+    assert table.within["ggn"] == pytest.approx(1)
+    assert table.pooled["taylor"] == pytest.approx(spearmanr(held.taylor, held.retention).statistic)
+    assert math.isnan(table.within["taylor"])
+    one = held[(held.sparsity == 0.2) & held.blocks.notna()]
+    expected = spearmanr(one.blocks, one.retention).statistic
+    assert table.within["blocks"] == pytest.approx(expected)
+    assert table.within_low["blocks"] <= table.within["blocks"]
+    known = table.loc[["ggn", "taylor", "blocks", "diagonal"]]
+    assert list(known.cells) == [24, 24, 18, 0]
+    assert list(known.pairs) == [12, 12, 9, 0]
+    assert known.loc["diagonal", ["pooled", "pooled_low", "within"]].isna().all()
 
 
 def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
     random = np.random.default_rng(5)
     table = cells()
-    table["noisy"] = table.retention + 0.3 * random.standard_normal(len(table))
-    table["noisy"] = table.noisy.round(1)  # ties
-    found = study.transfer_correlations(table, predictors=["noisy"], replicates=50, seed=3).iloc[0]
+    noisy = table.retention + 0.3 * random.standard_normal(len(table))
+    table["hessian"] = noisy.round(1)  # ties
+    every = study.transfer_correlations(table, replicates=50, seed=3)
+    found: Any = every.set_index("predictor").loc["hessian"]
     held = table[table.held_out]
     pairs = [group for _, group in held.groupby(["source", "target"])]
     drawn = np.random.default_rng(3).multinomial(12, np.ones(12) / 12, size=50)
     pooled, within = [], []
     for counts in drawn:
         sample = pd.concat([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
-        pooled.append(spearmanr(sample.noisy, sample.retention).statistic)
-        within.append(
-            np.mean(
-                [
-                    spearmanr(group.noisy, group.retention).statistic
-                    for _, group in sample.groupby("sparsity")
-                ]
-            )
-        )
+        pooled.append(spearmanr(sample.hessian, sample.retention).statistic)
+        groups = [group for _, group in sample.groupby("sparsity")]
+        within.append(np.mean([spearmanr(g.hessian, g.retention).statistic for g in groups]))
     for kind, values in {"pooled": pooled, "within": within}.items():
         assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx(
             tuple(np.quantile(values, [0.025, 0.975]))

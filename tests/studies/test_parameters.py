@@ -101,6 +101,7 @@ def test_a_wrong_parameter_is_told_with_the_valid_names(
         ("finetune_recovery", {"schedule": "cosine"}, "schedule 'cosine'.*constant, linear"),
         ("prune_your_own", {"tolerance": -0.1}, "tolerance"),
         ("prune_your_own", {"tolerance": float("nan")}, "tolerance"),
+        ("prune_your_own", {"tolerance": 1.0}, "tolerance"),
         ("prune_your_own", {"formats": []}, "formats"),
         ("prune_your_own", {"formats": ["onxx"]}, "unknown format 'onxx'; did you mean 'onnx'"),
         ("prune_your_own", {"scorers": ["snap"]}, "unknown scorer 'snap'; did you mean 'snip'"),
@@ -113,7 +114,7 @@ def test_a_wrong_parameter_is_told_with_the_valid_names(
         (
             "prune_per_task",
             {"scorers": ["random", "magnitude"]},
-            "refused: scorers: none of random, magnitude looks at a task; add at least one of: ",
+            "refused: scorers: none of random, magnitude looks at a task; add one of: ",
         ),
         ("landscape_analysis", {"fractions": [0.5, 1.5]}, r"fractions\.1"),
         ("landscape_analysis", {"fractions": [0.25, 0.5]}, r"add 1\.0"),
