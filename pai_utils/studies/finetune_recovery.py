@@ -21,7 +21,6 @@ from pai_utils.evaluation import (
     gain_replicates,
     interval,
     retention,
-    summarise_retention,
 )
 from pai_utils.finetuning import OPTIMISERS, SCHEDULES, FeaturePenalty, Penalty, Training, train
 from pai_utils.heads import features, make_heads
@@ -92,13 +91,13 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Fine-tune from every start, at every sparsity and with every seed; the dense one once a seed.
 
     Heads stay frozen. At the last step new ones are fitted too, which tells lost features (a new
-    head does not help) from drifted ones (it does).
+    head does not help) from drifted ones (it does). A run that diverges ends with its last finite
+    rows.
 
     Returns:
         Columns ``penalty, learning_rate, step, target, split, head ("frozen" or "refitted"), seed,
         accuracy, loss, count, chance, correct, start, sparsity``; the split is ``"test"``, and for
-        the source with its frozen head also ``"validation"``, to choose a rate by. A run that
-        diverges ends with its last finite rows.
+        the source with its frozen head also ``"validation"``, to choose a rate by.
 
     Raises:
         ValueError: if all runs diverge before anything that can be compared.
@@ -106,6 +105,7 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
     rows = []
     for seed in config.seeds:
         pool, draw = suite.source(config.pool, seed=seed), replace(config.draw, seed=seed)
+        images = {"source": suite.tasks[config.source].train, "pool": pool.images}
         for sparsity, start in itertools.product(config.sparsities, config.starts):
             encoder, mask = suite.encoder, None
             if start != "dense":
@@ -115,8 +115,10 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
                 continue
             first = (start, sparsity) == (config.starts[0], config.sparsities[0])
             strengths = config.penalties if first else {"none": 0.0}
-            own = suite.tasks[config.source].train
-            penalties = make_penalties(suite.encoder, strengths, own, pool.images, draw)
+            penalties = {
+                name: make_penalty(name, strength, suite.encoder, images, draw)
+                for name, strength in strengths.items()
+            }
             runs = list(itertools.product(penalties.items(), config.learning_rates))
             for (label, penalty), rate in progress(runs, "fine-tuning", len(runs)):
                 size, how = config.finetune_batch_size, (config.optimiser, config.schedule)
@@ -166,38 +168,33 @@ def _fine_tune(
     return rows
 
 
-def make_penalties(
+def make_penalty(
+    name: str,
+    strength: float,
     encoder: Backbone,
-    strengths: Mapping[str, float],
-    source: ImageDataset,
-    pool: ImageDataset,
+    images: Mapping[str, ImageDataset],
     draw: Draw,
-) -> dict[str, Penalty | FeaturePenalty | None]:
-    """Penalties that hold prunable weights, or features, to those of the dense encoder.
+) -> Penalty | FeaturePenalty | None:
+    """A penalty that holds prunable weights, or features, to those of the dense encoder.
 
-    ``strengths`` are λ by a key of :data:`PENALTIES`, ``source`` and ``pool`` images of the source
-    task and of a mixture. A curvature is the diagonal of the features' Gauss-Newton matrix
+    ``name`` is a key of :data:`PENALTIES`; ``images`` are the ``"source"``'s own and the mixture's,
+    the ``"pool"``. A curvature is the diagonal of the features' Gauss-Newton matrix
     (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
     so that one strength means as much pull on average with it as without.
     """
-    names = prunable_parameters(encoder)
-    anchor = {f"backbone.{name}": encoder.get_parameter(name).detach().clone() for name in names}
-
-    def make(penalty: str, strength: float) -> Penalty | FeaturePenalty | None:
-        if penalty == "none":
-            return None
-        if penalty == "unweighted":
-            return Penalty(anchor, strength)
-        if penalty == "features":
-            held = features(encoder, pool, batch_size=draw.batch_size)[0]
-            return FeaturePenalty(pool, held, strength)
-        data = source if penalty == "source" else pool
-        diagonal = output_diagonal(encoder, names, data, draw.at_most(len(data)))
-        mean = float(torch.cat([values.flatten() for values in diagonal.values()]).double().mean())
-        curvature = {f"backbone.{name}": values / mean for name, values in diagonal.items()}
-        return Penalty(anchor, strength, curvature)
-
-    return {penalty: make(penalty, strength) for penalty, strength in strengths.items()}
+    if name == "none":
+        return None
+    if name == "features":
+        held = features(encoder, images["pool"], batch_size=draw.batch_size)[0]
+        return FeaturePenalty(images["pool"], held, strength)
+    weights = {n: encoder.get_parameter(n).detach().clone() for n in prunable_parameters(encoder)}
+    anchor = {f"backbone.{n}": weight for n, weight in weights.items()}
+    if name == "unweighted":
+        return Penalty(anchor, strength)
+    data = images[name]
+    diagonal = output_diagonal(encoder, list(weights), data, draw.at_most(len(data)))
+    mean = float(torch.cat([values.flatten() for values in diagonal.values()]).double().mean())
+    return Penalty(anchor, strength, {f"backbone.{n}": v / mean for n, v in diagonal.items()})
 
 
 def recovery_results(
@@ -206,10 +203,7 @@ def recovery_results(
     """Retention with frozen heads before and after fine-tuning, as rows of ``results.csv``.
 
     A run that diverged has no row of its end. Before fine-tuning is step 0, if it was evaluated.
-
-    Returns:
-        As :func:`~pai_utils.evaluation.summarise_retention`, with ``stage`` for the start and
-        what it was fine-tuned by.
+    The column ``stage`` names the start and what it was fine-tuned by.
     """
     frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
     ends = frozen[frozen.step == max(config.steps)]
@@ -221,27 +215,17 @@ def recovery_results(
     rows["source"] = [config.pool if start not in blind else "none" for start in rows.start]
     scorers = {"random": "random", "dense": "none"}
     rows["scorer"] = [scorers.get(start, config.scorer) for start in rows.start]
-    reference = pd.DataFrame(suite.rows(dense))
-    tables = []
-    for stage, group in rows.groupby("stage", sort=False):
-        summary = summarise_retention(pd.concat([reference, group]))
-        tables.append(summary[summary.scorer != "dense"].assign(stage=stage))
-    return pd.concat(tables, ignore_index=True)
+    return suite.summarise_stages(rows, dense)
 
 
 def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, float]) -> pd.DataFrame:
-    """Gain in accuracy over a fine-tuning run, with frozen heads, on source and held-out tasks.
+    """Gain in accuracy over a fine-tuning :func:`run`, with frozen heads, averaged over seeds.
 
-    ``recovery`` is that of :func:`run`, ``dense`` the accuracy of the dense encoder by task. Seeds
-    are averaged.
-
-    Returns:
-        One row a start, sparsity, penalty and learning rate, with these, ``seeds`` (how many came
-        to the last step; others are left out of all that follows), ``validation`` (the
-        source's validation accuracy at the last step, which chooses a rate without a look at any
-        test) and, for ``source`` and ``held_out`` (mean over the other tasks), the columns
-        ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy with bootstrap intervals over
-        test items, and ``<part>_retention, <part>_retention_before``.
+    Columns ``start, sparsity, penalty, learning_rate, seeds`` (how many came to the last step;
+    others are left out), ``validation`` (the source's validation accuracy then, which chooses a
+    rate without a look at any test) and, for each part ``source`` and ``held_out`` (the mean over
+    other tasks), ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy with bootstrap
+    intervals over test items, and ``<part>_retention, <part>_retention_before``.
     """
     frozen = recovery[recovery["head"] == "frozen"]
     gains = []
@@ -261,17 +245,15 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
             }
             for part in (run[run.step == run.step.min()], last)
         )
-        others = [target for target in before if target != source]
-        for part, targets in (("source", [source]), ("held_out", others)):
+        for part in ("source", "held_out"):
+            targets = [target for target in before if (target == source) == (part == "source")]
             old, new = ([side[target] for target in targets] for side in (before, after))
             low, high = interval(gain_replicates(old, new))
             start, end = (float(np.mean([right.mean() for right in side])) for side in (old, new))
             row |= {part: end, f"{part}_gain": end - start}
             row |= {f"{part}_low": low, f"{part}_high": high}
             for suffix, side in (("", after), ("_before", before)):
-                kept = [
-                    retention(float(side[t].mean()), dense[t], float(chance[t])) for t in targets
-                ]
+                kept = [retention(float(side[t].mean()), dense[t], chance[t]) for t in targets]
                 row[f"{part}_retention{suffix}"] = float(np.mean(kept))
         gains.append(row)
     return pd.DataFrame(gains)

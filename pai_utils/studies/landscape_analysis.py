@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
@@ -20,10 +19,10 @@ from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.curvature.spectra import spectral_density, top_eigenpairs
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.evaluation import interval, summarise_retention
-from pai_utils.finetuning import Training, train
+from pai_utils.finetuning import Training
 from pai_utils.landscape import predicted_and_measured, pruning_direction, task_alignment
 from pai_utils.masks import Mask
-from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
+from pai_utils.models.encoders import Classifier, prunable_parameters
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Fraction,
@@ -102,15 +101,12 @@ class Parameters(OneSource):
     plane_points: Annotated[int, Field(ge=2)] = 9  #: of a side
     plane_images: Positive | None = 60  #: a task; None: all test images
 
-    @field_validator("fractions")
-    @classmethod
-    def _whole_step(cls, fractions: list[float]) -> list[float]:
-        if 1 not in fractions:
-            raise ValueError("the full step is what is compared with accuracies; add 1.0")
-        return fractions
-
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if 1 not in self.fractions:
+            raise ValueError(
+                "fractions lack the full step, which is compared with accuracies; add 1.0"
+            )
         if self.eigenvectors > self.products:
             raise ValueError(
                 f"{self.eigenvectors} eigenvectors need as many products; got {self.products}"
@@ -224,18 +220,12 @@ def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
     for name in config.comparisons:
         other = suite.untrained(seed=config.seed, batch_size=config.batch_size)
         if name == "trained":
-            other = other.with_encoder(briefly_trained(other, config), config.batch_size)
+            steps, rate = config.brief_steps, config.brief_learning_rate
+            training = Training(steps, rate, 32, "adam", "linear", config.seed)
+            trained = other.fine_tuned(other.encoder, config.source, None, training)
+            other = other.with_encoder(trained.backbone, config.batch_size)
         found[name] = measure(other, config, [config.close], [1.0])
     return found
-
-
-def briefly_trained(suite: Suite, config: Parameters) -> Backbone:
-    """A copy of the encoder after a short training on the source, under its frozen head."""
-    model = copy.deepcopy(suite.classifier(config.source))
-    steps, rate = config.brief_steps, config.brief_learning_rate
-    training = Training(steps, rate, 32, "adam", "linear", config.seed)
-    train(model, suite.tasks[config.source].train, None, training)
-    return model.backbone
 
 
 def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], Mask]:
@@ -248,22 +238,19 @@ def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], M
     pruned, mask = suite.prune(recipe, source, draw, scores=scores)
     mending = replace(recipe, repair=config.repair, repair_options=config.repair_options)
     repaired, _ = suite.prune(mending, source, draw, scores=scores)
-    tuned = copy.deepcopy(pruned)
-    encoders = {"dense": suite.encoder, "pruned": pruned, "repaired": repaired, "fine-tuned": tuned}
-    head = suite.heads[config.source]
-    models = {name: Classifier(encoder, head) for name, encoder in encoders.items()}
     steps, rate, size = config.finetune_steps, config.learning_rate, config.batch_size
     training = Training(steps, rate, size, "adam", "linear", config.seed)
-    train(models["fine-tuned"], suite.tasks[config.source].train, mask, training)
+    encoders = {"dense": suite.encoder, "pruned": pruned, "repaired": repaired}
+    models = {n: Classifier(e, suite.heads[config.source]) for n, e in encoders.items()}
+    models["fine-tuned"] = suite.fine_tuned(pruned, config.source, mask, training)
     return models, mask
 
 
 def error_parts(table: pd.DataFrame) -> pd.DataFrame:
     """What the diagonal drops of the measured increase, part by part (:data:`PARTS`).
 
-    Returns:
-        For each row of :func:`~pai_utils.landscape.predicted_and_measured` its parts, as ``part``
-        and ``nats``. The first is the diagonal; all add up to what was measured.
+    For each row of :func:`~pai_utils.landscape.predicted_and_measured` its parts, as ``part`` and
+    ``nats``. The first is the diagonal; all add up to what was measured.
     """
     parts = {"diagonal": table.diagonal}
     parts |= {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
@@ -276,9 +263,7 @@ def error_parts(table: pd.DataFrame) -> pd.DataFrame:
 def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
     """Spearman correlation of predicted and measured loss increases at the full step.
 
-    Returns:
-        ``prediction, correlation, count``, one row a prediction; not a number for fewer than three
-        cells.
+    Columns ``prediction, correlation, count``; not a number for fewer than three cells.
     """
     full = table[table.fraction == table.fraction.max()]
     predictions = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
@@ -298,9 +283,8 @@ def transfer_correlations(
     mostly that both fall with sparsity; ``within`` compares only cells of one scorer and sparsity,
     that is, pairs of tasks (the mean over such groups, weighted by their cells).
 
-    Returns:
-        One row for each of :data:`PREDICTORS`, with ``predictor, pooled, pooled_low, pooled_high,
-        within, within_low, within_high, cells, pairs``; not a number for fewer than three cells.
+    Columns ``predictor`` (each of :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within,
+    within_low, within_high, cells, pairs``; not a number for fewer than three cells.
     """
     held = cells[cells.held_out]
     rows = []
@@ -327,54 +311,43 @@ def transfer_correlations(
 def _mean_spearman(
     values: Values, kept: Values, groups: NDArray[np.integer[Any]], counts: Values
 ) -> Values:
-    """Mean rank correlation within groups, weighted by their sizes, for each row of counts."""
+    """Rank correlation within groups, the mean weighted by their sizes, for each row of counts.
+
+    Value i comes ``counts[r, i]`` times. Not a number where no group has three different values,
+    or in all one side does not vary.
+    """
     total, weight = np.zeros((2, len(counts)))
     for group in np.unique(groups):
-        chosen = groups == group
-        found = _spearman(values[chosen], kept[chosen], counts[:, chosen])
-        size = np.where(np.isnan(found), 0, counts[:, chosen].sum(1))
-        total, weight = total + np.nan_to_num(found) * size, weight + size
-    return np.where(weight > 0, total / np.maximum(weight, 1), math.nan)
-
-
-def _spearman(one: Values, other: Values, counts: Values) -> Values:
-    """Rank correlation ``[R]`` of samples in which value i comes ``counts[r, i]`` times.
-
-    Not a number for fewer than three different ones of the values, or where one does not vary.
-    """
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    a, b = (
+        drawn, sides = counts[:, groups == group], (values[groups == group], kept[groups == group])
+        size = drawn.sum(1)
+        share = drawn / np.maximum(size, 1)[:, None]
         # Of value i: how many lie below it, and half of its equals.
-        counts @ ((v[:, None] < v) + (v[:, None] == v) / 2)
-        for v in (one, other)
-    )
-    a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (a, b))
-    scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
-    known = ((counts > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
-    return np.where(known, (share * a * b).sum(1) / np.where(known, scale, 1), math.nan)
+        ranks = [drawn @ ((v[:, None] < v) + (v[:, None] == v) / 2) for v in sides]
+        a, b = (each - (share * each).sum(1, keepdims=True) for each in ranks)
+        scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
+        known = ((drawn > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
+        total += np.where(known, (share * a * b).sum(1) / np.where(known, scale, 1) * size, 0)
+        weight += np.where(known, size, 0)
+    return np.where(weight > 0, total / np.maximum(weight, 1), math.nan)
 
 
 def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:
     """The same quantities for several weights of one architecture, pair by pair of tasks.
 
-    Returns:
-        ``weights, quantity, pair, value``, one row a set of weights, held-out pair and quantity (a
-        value of :data:`QUANTITIES`). The quadratic model's error is a share of the larger of the
-        measured and the predicted increase.
+    Columns ``weights, quantity`` (a value of :data:`QUANTITIES`), ``pair, value``. The quadratic
+    model's error is a share of the larger of the measured and the predicted increase.
     """
-    parts = []
+    rows = []
     for weights, found in studies.items():
         cells = found.cells
         made = (cells.scorer == recipe.scorer) & (cells.sparsity == recipe.sparsity)
         chosen = cells[cells.held_out & made]
         scale = chosen[["measured", "taylor"]].abs().max(axis=1)
-        chosen = chosen.assign(left_out=(chosen.measured - chosen.taylor).abs() / scale)
-        chosen = chosen.assign(weights=weights, pair=chosen.source + " → " + chosen.target)
-        long = chosen.melt(["weights", "pair"], list(QUANTITIES), "quantity", ignore_index=False)
-        parts.append(long.sort_index(kind="stable"))  # pair by pair
-    table = pd.concat(parts, ignore_index=True)
-    table["quantity"] = table.quantity.map(QUANTITIES)
-    return table[["weights", "quantity", "pair", "value"]]
+        error = (chosen.measured - chosen.taylor).abs() / scale
+        for cell in chosen.assign(left_out=error).to_dict("records"):
+            pair = f"{cell['source']} → {cell['target']}"
+            rows += [(weights, label, pair, cell[name]) for name, label in QUANTITIES.items()]
+    return pd.DataFrame(rows, columns=["weights", "quantity", "pair", "value"])
 
 
 def spectra(
@@ -385,11 +358,8 @@ def spectra(
     Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
     prunable weights, pruned ones among them, costs ``probes`` times ``steps`` Hessian products a
     model. The same probes give the trace, with its standard error over probes, and the extreme
-    Ritz values, which bound the largest and smallest eigenvalue from inside.
-
-    Returns:
-        ``name, largest, smallest, trace, trace_standard_error``, one row a model, and
-        ``name, eigenvalue, density``, many rows a model.
+    Ritz values, which bound the largest and smallest eigenvalue from inside. Two tables: ``name,
+    largest, smallest, trace, trace_standard_error``, and ``name, eigenvalue, density``.
     """
     summary, found = [], {}
     for name, model in progress(models.items(), "spectra", len(models)):
@@ -416,12 +386,10 @@ def spectra(
 def barriers(path: pd.DataFrame) -> pd.DataFrame:
     """How far the loss rises on a line above the line between its ends' losses.
 
-    ``path`` is that of :func:`~pai_utils.landscape.losses_on_path`. Source: Frankle et al. (2020),
-    "Linear mode connectivity and the lottery ticket hypothesis".
-
-    Returns:
-        ``segment, task, start, end, barrier``, in nats; the barrier is at least zero, and not a
-        number where the loss at an end is not finite.
+    ``path`` is that of :func:`~pai_utils.landscape.losses_on_path`. Columns ``segment, task, start,
+    end, barrier``, in nats; the barrier is at least zero, and not a number where the loss at an end
+    is not finite. Source: Frankle et al. (2020), "Linear mode connectivity and the lottery ticket
+    hypothesis".
     """
     rows = []
     for task, line in path.groupby("task", sort=False):

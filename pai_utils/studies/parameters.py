@@ -11,10 +11,11 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import ErrorDetails, ValidationError
 
 from pai_utils.data.datasets import check_task_name
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
@@ -22,10 +23,7 @@ from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import SCORERS
 from pai_utils.support.common import check_names
-from pai_utils.support.sampling import PRECISIONS, Draw
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from pai_utils.support.sampling import Draw
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
@@ -54,7 +52,6 @@ def check_source(name: str) -> None:
 TaskName = Annotated[str, checked(check_task_name)]
 SourceName = Annotated[str, checked(check_source)]
 ScorerName = Annotated[str, one_of("scorer", SCORERS)]
-Precision = Annotated[str, one_of("precision", PRECISIONS)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -72,8 +69,6 @@ STUDIES = (
     "zero_shot_retention",
 )
 """Notebooks, each with its parameters in the module of its name."""
-# What a kernel puts beside the notebook's own names.
-_KERNEL_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
 class RunParameters(BaseModel):
@@ -85,11 +80,15 @@ class RunParameters(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = Field(min_length=1)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _read_texts(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Papermill's ``-p`` passes lists and mappings as text; read it."""
-        return {name: _read_text(value) for name, value in values.items()}
+    def _read_text(cls, value: Any) -> Any:
+        """A list or mapping that papermill's ``-p`` passes as text; anything else as it is."""
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            for read in (json.loads, yaml.safe_load):  # YAML takes 1e-4, without a point, for text
+                with suppress(ValueError, yaml.YAMLError):
+                    return read(value)
+        return value
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
@@ -103,7 +102,7 @@ class RunParameters(BaseModel):
         given = {
             name: value
             for name, value in namespace.items()
-            if not (name.startswith("_") or name in _KERNEL_NAMES)
+            if not (name.startswith("_") or name in ("In", "Out"))  # a kernel's own
             and not (isinstance(value, ModuleType) or callable(value))
         }
         fields = list(cls.model_fields)
@@ -186,16 +185,6 @@ def describe_problem(details: ErrorDetails) -> str:
         text = f"{details['msg']}, not {details['input']!r}"
     # A check of several parameters together is at no place.
     return ": ".join(filter(None, (".".join(map(str, details["loc"])), text)))
-
-
-def _read_text(value: Any) -> Any:
-    """A list or mapping written as text, such as ``"[0.4, 1e-4]"`` or ``"[digits, photos]"``."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    for read in (json.loads, yaml.safe_load):  # YAML takes 1e-4, without a point, for text
-        with suppress(ValueError, yaml.YAMLError):
-            return read(value)
-    return value
 
 
 def combine(

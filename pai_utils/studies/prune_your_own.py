@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -12,7 +11,7 @@ from pydantic import Field
 
 from pai_utils.evaluation import summarise_retention
 from pai_utils.export import FORMATS
-from pai_utils.finetuning import Training, train
+from pai_utils.finetuning import Training
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Classifier
 from pai_utils.pruning import Recipe
@@ -62,11 +61,7 @@ class Choice:
 def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Retention on the source's validation part, of every scorer and sparsity; no test is read.
 
-    Returns:
-        ``scorer, sparsity, accuracy, retention, low, high, dense_accuracy, chance, count``.
-
-    Raises:
-        ValueError: if the dense encoder is not above chance.
+    Columns ``scorer, sparsity, accuracy, retention, low, high, dense_accuracy, chance, count``.
     """
     name = config.source
     blind = replace(suite.tasks[name], test=suite.tasks[name].validation)
@@ -84,11 +79,7 @@ def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
 
 
 def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
-    """The highest sparsity that keeps at least ``1 - tolerance``; of several, what keeps most.
-
-    Raises:
-        ValueError: if no candidate keeps enough; the message names the one that keeps most.
-    """
+    """The highest sparsity that keeps at least ``1 - tolerance``; of several, what keeps most."""
     kept = candidates[candidates.retention >= 1 - tolerance]
     if kept.empty:
         best = candidates.sort_values("retention", ascending=False, kind="stable").iloc[0]
@@ -112,10 +103,9 @@ def prune_as_chosen(
     mask.metadata.update(describe_weights(dense, mask))
     stages = {"pruned": Classifier(encoder, dense.head)}
     if config.finetune_steps:
-        stages["fine-tuned"] = tuned = copy.deepcopy(stages["pruned"])
         steps, rate, size = config.finetune_steps, config.learning_rate, config.finetune_batch_size
         training = Training(steps, rate, size, "adam", "linear", config.seed)
-        train(tuned, suite.tasks[config.source].train, mask, training)
+        stages["fine-tuned"] = suite.fine_tuned(encoder, config.source, mask, training)
     return stages, mask
 
 
@@ -123,11 +113,9 @@ def compare_stages(
     stages: Mapping[str, Classifier], suite: Suite, config: Parameters, choice: Choice
 ) -> pd.DataFrame:
     """Retention after each stage, on every task's test part, with a column ``stage``."""
-    reference = suite.rows(suite.evaluate(batch_size=config.batch_size))
     made = {"source": config.pool, "scorer": choice.scorer, "sparsity": choice.sparsity}
-    parts = []
+    rows = []
     for stage, model in stages.items():
         found = suite.evaluate(model.backbone, batch_size=config.batch_size)
-        summary = summarise_retention(pd.DataFrame([*reference, *suite.rows(found, **made)]))
-        parts.append(summary[summary.scorer != "dense"].assign(stage=stage))
-    return pd.concat(parts, ignore_index=True)
+        rows += [{**row, "stage": stage} for row in suite.rows(found, **made)]
+    return suite.summarise_stages(pd.DataFrame(rows), suite.evaluate(batch_size=config.batch_size))

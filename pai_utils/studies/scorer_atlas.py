@@ -137,16 +137,20 @@ class Atlas:
         Means over the sources, each with its first seed; a scorer that looks at no data is
         compared with every source's masks.
         """
-        first: dict[str, list[Mask]] = defaultdict(list)
-        for (scorer, _, seed), mask in self.masks.items():
+        first: dict[str, dict[str, Mask]] = defaultdict(dict)
+        for (scorer, source, seed), mask in self.masks.items():
             if seed == self._first[scorer][1]:
-                first[scorer].append(mask)
+                first[scorer][source] = mask
         names = list(first)
         overlap, chance = (pd.DataFrame(1.0, index=names, columns=names) for _ in range(2))
         for one, other in itertools.combinations(names, 2):
-            mine, its = first[one], first[other]
-            alone = 1 in (len(mine), len(its))
-            pairs = itertools.product(mine, its) if alone else zip(mine, its, strict=True)
+            pairs = [
+                (mine, its)
+                for (a, mine), (b, its) in itertools.product(
+                    *(first[n].items() for n in (one, other))
+                )
+                if a == b or "none" in (a, b)
+            ]
             values = _mean_overlap(pairs)
             for table, value in zip((overlap, chance), values, strict=True):
                 table.loc[one, other] = table.loc[other, one] = value
@@ -180,10 +184,9 @@ def _mean_overlap(pairs: Iterable[tuple[Mask, Mask]]) -> list[float]:
 def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """What masks leave of the accuracy on their sources and on held-out tasks.
 
-    Returns:
-        ``scorer, sparsity, retention, low, high, accuracy, count, seeds, tasks``, where tasks are
-        ``"source"`` or ``"held-out"``: means over the sources, also of the bounds, which are 95 %
-        bootstrap intervals over test items and seeds.
+    Columns ``scorer, sparsity, retention, low, high, accuracy, count, seeds``, and ``tasks``,
+    ``"source"`` or ``"held-out"``: means over the sources, also of the bounds, which are 95 %
+    bootstrap intervals over test items and seeds.
     """
     parts = []
     for tasks, own in (("source", True), ("held-out", False)):

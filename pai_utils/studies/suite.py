@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -20,7 +22,8 @@ from pai_utils.data.mixtures import (
     task_of,
 )
 from pai_utils.data.tasks import Task, load_task
-from pai_utils.evaluation import Evaluation, evaluate_heads
+from pai_utils.evaluation import Evaluation, evaluate_heads, summarise_retention
+from pai_utils.finetuning import Training, train
 from pai_utils.heads import fit_head, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
@@ -107,6 +110,14 @@ class Suite:
         """The encoder with a task's head; neither is copied."""
         return Classifier(self.encoder, self.heads[task])
 
+    def fine_tuned(
+        self, encoder: Backbone, task: str, mask: Mask | None, training: Training
+    ) -> Classifier:
+        """A copy of an encoder, fine-tuned on a task under its frozen head."""
+        model = Classifier(copy.deepcopy(encoder), self.heads[task])
+        train(model, self.tasks[task].train, mask, training)
+        return model
+
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
         """Test accuracy of every task with its frozen head, of the dense encoder or another one.
 
@@ -124,6 +135,14 @@ class Suite:
             {"target": target, **made, **result.row(self.tasks[target].chance)}
             for target, result in found.items()
         ]
+
+    def summarise_stages(self, rows: pd.DataFrame, dense: Mapping[str, Evaluation]) -> pd.DataFrame:
+        """Retention beside the dense encoder, for each ``stage`` of the rows."""
+        parts, reference = [], pd.DataFrame(self.rows(dense))
+        for stage, group in rows.groupby("stage", sort=False):
+            summary = summarise_retention(pd.concat([reference, group]))
+            parts.append(summary[summary.scorer != "dense"].assign(stage=stage))
+        return pd.concat(parts, ignore_index=True)
 
     def source(self, name: str, *, seed: int = 0) -> Source:
         """The images of a source (:mod:`pai_utils.data.mixtures`) and their head.

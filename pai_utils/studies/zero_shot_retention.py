@@ -15,7 +15,6 @@ from pai_utils.heads import HEADS, PROTOCOLS, dense_features, fit_head
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
-    Precision,
     Repair,
     RepairOptions,
     ScorerName,
@@ -28,6 +27,7 @@ from pai_utils.studies.parameters import (
 )
 from pai_utils.studies.suite import Suite
 from pai_utils.studies.sweeps import sweep
+from pai_utils.support.sampling import PRECISIONS
 
 
 def _check_sources(names: str | list[str]) -> None:
@@ -46,7 +46,9 @@ class Parameters(Masks):
     repairs: list[Repair] = Field(default=["none"], min_length=1)
     repair_options: RepairOptions = Field(default={})
     heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
-    precision: Precision = "float32"  #: of the forwards that measure accuracy
+    precision: Annotated[str, one_of("precision", PRECISIONS)] = (
+        "float32"  #: of the forwards that measure accuracy
+    )
 
     @field_validator("repairs")
     @classmethod
@@ -81,29 +83,23 @@ class Parameters(Masks):
         return combine(self.scorers, self.sparsities, self.repairs, **how)
 
 
-def run(suite: Suite, config: Parameters) -> pd.DataFrame:
-    """Masks of every source, recipe and seed, as of :func:`~pai_utils.studies.sweeps.sweep`."""
-    return sweep(
-        suite, config.sources, config.recipes, config.draw,
-        seeds=config.seeds, precision=config.precision,
-    )  # fmt: skip
+def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFrame:
+    """A :func:`~pai_utils.studies.sweeps.sweep` over all sources, recipes and seeds.
 
-
-def run_plain(suite: Suite, config: Parameters) -> pd.DataFrame:
-    """The same of the first scorer and seed alone, in one round and without repair."""
-    recipes = combine(config.scorers[:1], config.sparsities, scope=config.scope)
-    return sweep(
-        suite, config.sources, recipes, config.draw,
-        seeds=config.seeds[:1], precision=config.precision,
-    )  # fmt: skip
+    A plain one has the first scorer and seed alone, in one round and without repair.
+    """
+    recipes, seeds, precision = config.recipes, config.seeds, config.precision
+    if plain:
+        recipes = combine(config.scorers[:1], config.sparsities, scope=config.scope)
+        seeds = seeds[:1]
+    return sweep(suite, config.sources, recipes, config.draw, seeds=seeds, precision=precision)
 
 
 def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
     """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
 
-    Returns:
-        ``task, protocol, accuracy``, its 95 % interval ``low`` and ``high``, ``count``, and
-        ``gain``, the accuracy over that of the protocol ``"clean"``.
+    Columns ``task, protocol, accuracy, low, high`` (its 95 % interval), ``count, gain``; the gain
+    is over the protocol ``"clean"``.
     """
     rows = []
     for name, task in suite.tasks.items():
@@ -123,12 +119,10 @@ def retention_verdict(
 ) -> pd.DataFrame:
     """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
 
-    ``held_out`` is that of :func:`~pai_utils.evaluation.held_out_retention`.
-
-    Returns:
-        One row a sparsity, with ``sparsity, retention, low, high`` (means over sources),
-        ``worst`` (the lowest source), and ``verdict``: ``"kept"`` where the mean reaches the
-        threshold, ``"lost"`` where even its upper bound does not, ``"undecided"`` between.
+    Columns ``sparsity, retention, low, high`` (means over the sources of ``held_out``, a table of
+    :func:`~pai_utils.evaluation.held_out_retention`), ``worst`` (the lowest source), ``verdict``:
+    ``"kept"`` where the mean reaches the threshold, ``"lost"`` where even its upper bound does not,
+    ``"undecided"`` between.
     """
     rows = held_out[held_out.scorer == scorer].groupby("sparsity")
     table = rows[["retention", "low", "high"]].mean()
@@ -140,25 +134,20 @@ def retention_verdict(
 
 
 def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
-    """The sparsity up to which retention stays at ``threshold``, for each pair of tasks.
+    """The sparsity up to which retention stays at ``threshold``, for each pair of tasks and scorer.
 
-    Found at the first crossing of the straight lines between the sparsities of ``summary`` (as
-    from :func:`~pai_utils.evaluation.summarise_retention`), from a retention of 1 at sparsity 0.
-
-    Returns:
-        One row a source, target and scorer, with ``sparsity``, and ``low`` and ``high``, the same
-        on the lower and upper bounds of the retention. Where there is no crossing it is the highest
-        sparsity measured, and ``crossed`` is false.
+    It is where the line through the points of ``summary`` (a table of
+    :func:`~pai_utils.evaluation.summarise_retention`) first crosses the threshold, from a
+    retention of 1 at sparsity 0; else the highest sparsity, and ``crossed`` is false. Columns
+    ``source, target, scorer, sparsity, low, high, crossed``, the bounds by those of the retention.
     """
     rows = []
-    keys = ["source", "target", "scorer"]
+    keys, curves = ["source", "target", "scorer"], ["retention", "low", "high"]
     for key, group in summary[summary.scorer != "dense"].groupby(keys, sort=False):
-        curve = group.sort_values("sparsity")
-        row = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
-        for name, column in {"sparsity": "retention", "low": "low", "high": "high"}.items():
-            row[name] = _first_crossing(curve.sparsity, curve[column], threshold)
-        rows.append(row | {"crossed": bool((curve.retention < threshold).any())})
-    return pd.DataFrame(rows)
+        line = group.sort_values("sparsity")
+        found = [_first_crossing(line.sparsity, line[curve], threshold) for curve in curves]
+        rows.append((*cast(tuple[Any, ...], key), *found, (line.retention < threshold).any()))
+    return pd.DataFrame(rows, columns=[*keys, "sparsity", "low", "high", "crossed"])
 
 
 def _first_crossing(sparsities: pd.Series, values: pd.Series, threshold: float) -> float:
@@ -174,11 +163,9 @@ def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataF
     """Which source's masks serve the others best: retention over that of all sources, by target.
 
     Every source has other held-out tasks, some of them harder. So each held-out retention is
-    compared with the mean, on the same target, over the sources that held it out.
-
-    Returns:
-        One row a source, the best first, with ``source, advantage, low, high, targets``; the bounds
-        are ±1.96 standard errors over targets, and not a number for a single one.
+    compared with the mean, on the same target, over the sources that held it out. Columns
+    ``source, advantage, low, high, targets``, the best first; the bounds are ±1.96 standard errors
+    over targets, and not a number for a single one.
     """
     rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
     rows = rows[rows.source != "none"]

@@ -123,25 +123,25 @@ def test_gains_leave_out_a_seed_that_diverged() -> None:
     assert (row.source_retention, row.source_retention_before) == (0.5, 0)
 
 
-def test_penalties_are_made_by_name_around_the_dense_encoder(suite: pai.Suite) -> None:
-    pool = tiny_task("other", train=20).train
-    strengths = {"none": 0.0, "unweighted": 2.0, "source": 3.0, "pool": 4.0, "features": 5.0}
-    made = study.make_penalties(
-        suite.encoder, strengths, suite.tasks["digits"].train, pool, Draw(256)
-    )
-    assert list(made) == list(strengths)
-    assert made.pop("none") is None
-    for name, penalty in made.items():
-        assert penalty is not None
-        assert penalty.strength == strengths[name]
-        penalty.check(pai.Classifier(suite.encoder, nn.Linear(6, 3)))
-        if isinstance(penalty, FeaturePenalty):
-            assert torch.equal(penalty.targets, features(suite.encoder, pool)[0])
-        elif penalty.curvature is not None:
-            mean = torch.cat([c.flatten() for c in penalty.curvature.values()]).mean()
-            assert float(mean) == pytest.approx(1, rel=1e-5)
-    kinds = [type(penalty) for penalty in made.values()]
-    assert kinds == [Penalty, Penalty, Penalty, FeaturePenalty]
+@pytest.mark.parametrize("name", study.PENALTIES)
+def test_penalties_are_made_by_name_around_the_dense_encoder(suite: pai.Suite, name: str) -> None:
+    images = {"source": suite.tasks["digits"].train, "pool": tiny_task("other", train=20).train}
+    penalty = study.make_penalty(name, 2.0, suite.encoder, images, Draw(256))
+    if name == "none":
+        assert penalty is None
+        return
+    assert penalty is not None
+    assert penalty.strength == 2
+    penalty.check(pai.Classifier(suite.encoder, nn.Linear(6, 3)))
+    if name == "features":
+        assert isinstance(penalty, FeaturePenalty)
+        assert torch.equal(penalty.targets, features(suite.encoder, images["pool"])[0])
+    else:
+        assert isinstance(penalty, Penalty)
+        curvature = penalty.curvature or {"none": torch.ones(1)}
+        mean = torch.cat([c.flatten() for c in curvature.values()]).mean()
+        assert (penalty.curvature is None) == (name == "unweighted")
+        assert float(mean) == pytest.approx(1, rel=1e-5)
 
 
 def test_results_are_those_before_and_after() -> None:

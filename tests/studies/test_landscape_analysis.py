@@ -45,9 +45,6 @@ def test_the_parts_of_the_error_add_up_to_what_is_measured(name: str) -> None:
     ).assign(target="here")
     parts = study.error_parts(table)
     assert list(dict.fromkeys(parts.part)) == ["diagonal", *study.PARTS]
-    assert set(parts.columns) == {
-        "direction", "fraction", "dense_loss", "count", "target", "part", "nats",
-    }  # fmt: skip
     sums = parts.groupby("fraction").nats.sum()
     assert sums.to_numpy() == pytest.approx(table.measured.to_numpy(), rel=1e-9, abs=1e-12)
     gradient = parts[parts.part == "gradient"].nats.to_numpy()
@@ -138,10 +135,8 @@ def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite)
     # Of ggn_diag two sources, of magnitude none; two sparsities and targets, two fractions.
     assert len(found.losses) == 3 * 2 * 2 * 2
     assert len(found.cells) == 3 * 2 * 2
-    assert list(found.alignment.source) == ["digits", "photos"]
-    assert found.eigenvalues[["task", "rank"]].to_numpy().tolist() == [
-        ["digits", 1], ["digits", 2], ["photos", 1], ["photos", 2]
-    ]  # fmt: skip
+    places = found.eigenvalues[["task", "rank"]].itertuples(index=False, name=None)
+    assert list(places) == [("digits", 1), ("digits", 2), ("photos", 1), ("photos", 2)]
     cells = found.cells.query("source == 'digits' and target == 'photos' and scorer == 'ggn_diag'")
     cell = cells.set_index("sparsity").loc[0.6]
     assert cell.held_out
@@ -178,17 +173,6 @@ def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite)
     assert by_name[study.QUANTITIES["measured"]] == cell.measured
     error = abs(cell.measured - cell.taylor) / max(abs(cell.measured), abs(cell.taylor))
     assert by_name[study.QUANTITIES["left_out"]] == pytest.approx(error)
-
-
-def test_a_brief_training_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) -> None:
-    before, data = fingerprint(suite.encoder), suite.tasks["digits"].train
-    trained = study.briefly_trained(suite, parameters(brief_learning_rate=1e-2))
-    assert fingerprint(suite.encoder) == before
-    losses = [
-        pai.evaluate(pai.Classifier(encoder, suite.heads["digits"]), data).loss
-        for encoder in (suite.encoder, trained)
-    ]
-    assert losses[1] < 0.8 * losses[0]
 
 
 def test_networks_share_a_mask_and_the_repaired_one_is_that_of_prune(suite: pai.Suite) -> None:

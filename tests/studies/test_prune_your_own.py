@@ -54,12 +54,9 @@ def table(*rows: tuple[str, float, float]) -> pd.DataFrame:
 
 def test_the_highest_sparsity_within_the_tolerance_is_chosen() -> None:
     rows = table(
-        ("snip", 0.7, 0.80),
-        ("snip", 0.2, 0.99),
-        ("magnitude", 0.5, 0.96),
-        ("snip", 0.5, 0.949),
+        ("snip", 0.7, 0.80), ("snip", 0.2, 0.99), ("magnitude", 0.5, 0.96), ("snip", 0.5, 0.949),
         ("magnitude", 0.2, 1.0),
-    )
+    )  # fmt: skip
     assert study.choose(rows, 0.05) == study.Choice("magnitude", 0.5, 0.96, 0.86, 1.06, tried=5)
     assert study.choose(rows, 0.2).sparsity == 0.7
     assert study.choose(rows, 0.0) == study.Choice("magnitude", 0.2, 1.0, 0.9, 1.1, tried=5)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import pai_utils as pai
+from pai_utils.finetuning import Training
 from pai_utils.pruning import Recipe
 from pai_utils.studies.zero_shot_retention import Parameters
 from pai_utils.support.sampling import Draw
-from tests.cases import tiny_suite, tiny_task
+from tests.cases import fingerprint, tiny_suite, tiny_task
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +38,12 @@ def test_a_suite_is_loaded_from_a_notebooks_parameters_and_without_pre_training(
     assert untrained.tasks is suite.tasks
 
 
-def test_a_task_is_its_own_source(suite: pai.Suite) -> None:
-    source = suite.source("spots")
-    assert source.images is source.labelled is suite.tasks["spots"].train
-    assert source.head is suite.heads["spots"]
-
-
-def test_a_mixture_comes_with_the_labels_and_head_of_its_first_task(suite: pai.Suite) -> None:
-    source = suite.source("noise+spots:altered+dots", seed=3)
-    assert len(source.images) == 3 * 20
-    assert source.labelled is suite.tasks["spots"].train
-    assert source.head is suite.heads["spots"]
-
-
-def test_images_alone_come_without_a_head(suite: pai.Suite) -> None:
-    source = suite.source("noise")
-    assert (len(source.images), source.head, source.labelled) == (512, None, None)
+def test_a_source_comes_with_the_labels_and_head_of_its_first_task(suite: pai.Suite) -> None:
+    own, mixture, noise = map(suite.source, ("spots", "noise+spots:altered+dots", "noise"))
+    assert own.images is own.labelled is mixture.labelled is suite.tasks["spots"].train
+    assert own.head is mixture.head is suite.heads["spots"]
+    assert len(mixture.images) == 3 * 20
+    assert (len(noise.images), noise.head, noise.labelled) == (512, None, None)
 
 
 def test_random_labels_are_a_permutation_with_a_head_of_their_own(suite: pai.Suite) -> None:
@@ -64,6 +55,14 @@ def test_random_labels_are_a_permutation_with_a_head_of_their_own(suite: pai.Sui
     assert not torch.equal(source.labelled.labels, true.labels)
     assert torch.equal(source.labelled.labels.sort().values, true.labels.sort().values)
     assert not torch.equal(source.head.weight, suite.heads["spots"].weight)
+
+
+def test_fine_tuning_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) -> None:
+    before, data = fingerprint(suite.encoder), suite.tasks["spots"].train
+    training = Training(30, 1e-2, 32, "adam", "linear")
+    tuned = suite.fine_tuned(suite.encoder, "spots", None, training)
+    assert fingerprint(suite.encoder) == before
+    assert pai.evaluate(tuned, data).loss < 0.8 * pai.evaluate(suite.classifier("spots"), data).loss
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import pai_utils as pai
-from pai_utils.data.images import ImageDataset, open_image
+from pai_utils.data.images import ImageDataset
 from pai_utils.evaluation import held_out_retention
 from pai_utils.pruning import Recipe
 from pai_utils.studies import sweeps
@@ -106,20 +103,14 @@ class Counting(ImageDataset):
 def test_no_data_but_the_sources_training_part_touches_a_mask(
     suite: pai.Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = {
+    parts: dict[tuple[str, str], Any] = {
         (name, part): Counting(data.images, data.labels, data.transform)
         for name, task in suite.tasks.items()
         for part in PARTS
         for data in [getattr(task, part)]
     }
     watched = {
-        name: pai.Task(
-            name,
-            task.class_names,
-            parts[name, "train"],
-            parts[name, "validation"],
-            parts[name, "test"],
-        )
+        name: pai.Task(name, task.class_names, *(parts[name, part] for part in PARTS))
         for name, task in suite.tasks.items()
     }
     during: list[dict[tuple[str, str], int]] = []
@@ -160,27 +151,6 @@ def test_a_scorer_that_needs_labels_looks_at_the_task_of_a_mixture(suite: pai.Su
     assert set(summary[summary.scorer != "dense"].tasks) == {2}
     fisher = pruned[pruned.scorer == "fisher_diag"].groupby("source").accuracy.apply(list)
     assert fisher["first"] == fisher["first+noise"]
-
-
-def test_a_sweep_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: Counter[Path] = Counter()
-    monkeypatch.setattr(
-        "pai_utils.data.decoding.open_image",
-        lambda path: (opened.update([path]), open_image(path))[1],
-    )
-    for name in ("one", "two"):
-        for label in range(2):
-            folder = tmp_path / name / str(label)
-            folder.mkdir(parents=True)
-            for number in range(12):
-                Image.new("L", (20, 20), 10 * number + 120 * label).save(folder / f"{number}.png")
-    transform = tiny_suite().encoder.transform
-    suite = tiny_suite(
-        **{name: pai.load_task(f"folder:{tmp_path / name}", transform) for name in ("one", "two")}
-    )
-    sweep(suite, ["one"], combine(["snip"], [0.1, 0.2, 0.3]), replace(DRAW, samples=None))
-    assert len(opened) == 2 * 2 * 12
-    assert set(opened.values()) == {1}
 
 
 @pytest.mark.parametrize(
