@@ -242,7 +242,7 @@ def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
     """Retention with its bootstrap interval over items and seeds, for each source and target.
 
     Args:
-        table: as from :func:`~pai_utils.studies.sweeps.sweep`.
+        table: as from :func:`~pai_utils.studies.suite.sweep`.
 
     Returns:
         One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
@@ -269,7 +269,7 @@ def held_out_retention(
     held-out tasks.
 
     Args:
-        table: as from :func:`~pai_utils.studies.sweeps.sweep`.
+        table: as from :func:`~pai_utils.studies.suite.sweep`.
         sources: what masks were computed on.
         own: average over the tasks that a mask *was* computed on instead.
 

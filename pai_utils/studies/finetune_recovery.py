@@ -15,13 +15,7 @@ from pydantic import Field, field_validator
 
 from pai_utils.curvature.diagonals import output_diagonal
 from pai_utils.data.images import ImageDataset
-from pai_utils.evaluation import (
-    Evaluation,
-    evaluate_heads,
-    gain_replicates,
-    interval,
-    retention,
-)
+from pai_utils.evaluation import Evaluation, evaluate_heads, gain_replicates, interval, retention
 from pai_utils.finetuning import OPTIMISERS, SCHEDULES, FeaturePenalty, Penalty, Training, train
 from pai_utils.heads import features, make_heads
 from pai_utils.masks import Mask
@@ -77,14 +71,9 @@ class Parameters(RepairedMasks):
 
     def recipe(self, start: str, sparsity: float) -> Recipe:
         """How the mask of a start is made."""
-        return Recipe(
-            "random" if start == "random" else self.scorer,
-            sparsity,
-            self.scope,
-            self.rounds,
-            repair=self.repair if start == "repaired" else "none",
-            repair_options=self.repair_options,
-        )
+        scorer = "random" if start == "random" else self.scorer
+        repair = self.repair if start == "repaired" else "none"
+        return replace(self.combined([scorer], [repair])[0], sparsity=sparsity)
 
 
 def run(suite: Suite, config: Parameters) -> pd.DataFrame:
@@ -169,11 +158,7 @@ def _fine_tune(
 
 
 def make_penalty(
-    name: str,
-    strength: float,
-    encoder: Backbone,
-    images: Mapping[str, ImageDataset],
-    draw: Draw,
+    name: str, strength: float, encoder: Backbone, images: Mapping[str, ImageDataset], draw: Draw
 ) -> Penalty | FeaturePenalty | None:
     """A penalty that holds prunable weights, or features, to those of the dense encoder.
 

@@ -36,10 +36,9 @@ from pai_utils.studies.parameters import (
     combine,
     one_of,
 )
-from pai_utils.studies.suite import Suite
-from pai_utils.studies.sweeps import SweepMask, sweep
+from pai_utils.studies.suite import Suite, SweepMask, sweep
 from pai_utils.support.common import progress
-from pai_utils.support.sampling import Draw, Samples
+from pai_utils.support.sampling import Samples
 
 Values = NDArray[np.float64]
 COMPARISONS = ("random", "trained")
@@ -119,11 +118,6 @@ class Parameters(OneSource):
         return combine(self.scorers, self.sparsities)
 
     @property
-    def spectrum_draw(self) -> Draw:
-        """What Hessian products look at."""
-        return replace(self.draw, samples=self.spectrum_samples)
-
-    @property
     def close(self) -> Recipe:
         """The one that is looked at closely."""
         return Recipe(self.scorers[0], self.sparsities[-1])
@@ -197,21 +191,17 @@ def _cells(
 ) -> pd.DataFrame:
     """The full step's predictions beside what was kept and how alike the tasks are."""
     keys = ["source", "scorer", "sparsity", "target"]
-    overlaps = []
-    for (source, scorer, sparsity), mask in masks.items():
-        for target in losses.target.unique():
-            own = masks.get((target, scorer, sparsity))
-            if own is not None and target != source:
-                overlap, chance = mask.overlap(own), mask.expected_overlap(own)
-                place = (source, scorer, sparsity, target)
-                overlaps.append((*place, overlap, chance, overlap - chance))
-    columns = [*keys, "mask_overlap", "mask_chance", "mask_overlap_excess"]
     accuracies = kept[[*keys, "accuracy", "retention", "low", "high", "dense_accuracy"]]
     cells = losses[losses.fraction == 1].drop(columns="fraction").merge(accuracies, on=keys)
-    cells = cells.merge(pd.DataFrame(overlaps, columns=columns), on=keys, how="left")
+    places = list(cells[keys].itertuples(index=False, name=None))
+    pairs = [(masks[s, name, at], masks.get((t, name, at))) for s, name, at, t in places]
+    for column, measure in (("overlap", Mask.overlap), ("chance", Mask.expected_overlap)):
+        cells[f"mask_{column}"] = [
+            math.nan if own is None or own is mask else measure(mask, own) for mask, own in pairs
+        ]
+    cells["mask_overlap_excess"] = cells.mask_overlap - cells.mask_chance
     cells = cells.merge(alignment, on=["source", "target"], how="left")
-    pairs = zip(cells.target, cells.source, strict=True)
-    return cells.assign(held_out=[is_held_out(target, source) for target, source in pairs])
+    return cells.assign(held_out=[is_held_out(target, source) for source, *_, target in places])
 
 
 def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
@@ -351,20 +341,21 @@ def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:
 
 
 def spectra(
-    models: Mapping[str, nn.Module], data: Samples, draw: Draw, *, probes: int, steps: int
+    models: Mapping[str, nn.Module], data: Samples, config: Parameters
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectrum of the Hessian of the mean cross-entropy for several weights of one network.
 
     Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
-    prunable weights, pruned ones among them, costs ``probes`` times ``steps`` Hessian products a
-    model. The same probes give the trace, with its standard error over probes, and the extreme
-    Ritz values, which bound the largest and smallest eigenvalue from inside. Two tables: ``name,
-    largest, smallest, trace, trace_standard_error``, and ``name, eigenvalue, density``.
+    prunable weights, pruned ones among them. The same probes give the trace, with its standard
+    error over probes, and the extreme Ritz values, which bound the largest and smallest eigenvalue
+    from inside. Two tables: ``name, largest, smallest, trace, trace_standard_error``, and ``name,
+    eigenvalue, density``.
     """
     summary, found = [], {}
+    draw, probes = replace(config.draw, samples=config.spectrum_samples), config.probes
     for name, model in progress(models.items(), "spectra", len(models)):
         operator = HessianOperator(model, prunable_parameters(model), data, draw)
-        here = spectral_density(operator, probes=probes, steps=steps, seed=draw.seed)
+        here = spectral_density(operator, probes=probes, steps=config.lanczos_steps, seed=draw.seed)
         size = sum(values.numel() for values in operator.parameters.values())
         traces = size * (here.weights * here.nodes).sum(1)
         ends = here.nodes.max(), here.nodes.min()

@@ -235,12 +235,18 @@ class Masks(EncoderParameters):
     sparsities: list[Sparsity] = Field(min_length=1)
     scope: str = "global"  #: as in `pai_utils.make_mask`
     rounds: int = 1  #: in which a mask is reached, each with its repair
+    repair_options: RepairOptions = Field(default={})
 
     @model_validator(mode="after")
     def _scope_and_rounds_fit(self) -> Self:
         for sparsity in self.sparsities:
             Recipe(sparsity=sparsity, scope=self.scope, rounds=self.rounds).check()
         return self
+
+    def combined(self, scorers: Sequence[str], repairs: Sequence[str]) -> list[Recipe]:
+        """A recipe for each scorer, sparsity and repair."""
+        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
+        return combine(scorers, self.sparsities, repairs, **how)
 
 
 class RepairedMasks(Masks, OneSource):
@@ -249,7 +255,6 @@ class RepairedMasks(Masks, OneSource):
     #: Images to prune and repair by, as in `pai_utils.data.mixtures`; None: the source's own.
     prune_by: SourceName | None = None
     repair: Repair = "layerwise+moments"
-    repair_options: RepairOptions = Field(default={})
 
     @property
     def pool(self) -> str:

@@ -15,16 +15,8 @@ from pai_utils.finetuning import Training
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Classifier
 from pai_utils.pruning import Recipe
-from pai_utils.studies.parameters import (
-    Positive,
-    Rate,
-    RepairedMasks,
-    ScorerName,
-    combine,
-    one_of,
-)
-from pai_utils.studies.suite import Suite
-from pai_utils.studies.sweeps import sweep
+from pai_utils.studies.parameters import Positive, Rate, RepairedMasks, ScorerName, one_of
+from pai_utils.studies.suite import Suite, sweep
 
 
 class Parameters(RepairedMasks):
@@ -42,8 +34,7 @@ class Parameters(RepairedMasks):
     @property
     def recipes(self) -> list[Recipe]:
         """The candidates."""
-        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
-        return combine(self.scorers, self.sparsities, [self.repair], **how)
+        return self.combined(self.scorers, [self.repair])
 
 
 @dataclass(frozen=True)

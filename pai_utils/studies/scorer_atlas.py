@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -21,8 +21,7 @@ from pai_utils.models.encoders import prunable_parameters
 from pai_utils.pruning import Recipe
 from pai_utils.scorers import SCORERS
 from pai_utils.studies.parameters import ScorerName, Seeds, SeveralSources, Sparsity, combine
-from pai_utils.studies.suite import Suite
-from pai_utils.studies.sweeps import SweepMask, sweep
+from pai_utils.studies.suite import Suite, SweepMask, sweep
 from pai_utils.support.common import check_names, clock, device_of, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches
 
@@ -54,23 +53,21 @@ class Parameters(SeveralSources):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity."""
-        return [
-            replace(recipe, options={k: v for k, v in options.items() if k not in _DRAWS})
-            for recipe in combine(self.scorers, self.sparsities)
-            for options in [self.options.get(recipe.scorer, {})]
-        ]
+        every = combine(self.scorers, self.sparsities)
+        return [replace(r, options=self._options(r.scorer, of_draw=False)) for r in every]
 
     @property
     def draws(self) -> dict[str, Draw]:
         """What scorers look at that have options of their own for it."""
-        return {
-            scorer: replace(self.draw, **{k: v for k, v in options.items() if k in _DRAWS})
-            for scorer, options in self.options.items()
-        }
+        return {s: replace(self.draw, **self._options(s, of_draw=True)) for s in self.options}
+
+    def _options(self, scorer: str, *, of_draw: bool) -> dict[str, Any]:
+        given = self.options.get(scorer, {})
+        return {name: value for name, value in given.items() if (name in _DRAWS) == of_draw}
 
 
 def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
-    """The accuracies of a :func:`~pai_utils.studies.sweeps.sweep`, and its masks."""
+    """The accuracies of a :func:`~pai_utils.studies.suite.sweep`, and its masks."""
     atlas = Atlas(config.middle)
     recipes, draws = config.recipes, config.draws
     table = sweep(
@@ -173,12 +170,11 @@ class Atlas:
         return pd.DataFrame(rows, columns=["scorer", "between", "overlap", "chance", "pairs"])
 
 
-def _mean_overlap(pairs: Iterable[tuple[Mask, Mask]]) -> list[float]:
+def _mean_overlap(pairs: Sequence[tuple[Mask, Mask]]) -> tuple[float, float]:
     """The overlap of pairs of masks, and that by chance."""
-    values: list[float] = np.mean(
-        [[one.overlap(other), one.expected_overlap(other)] for one, other in pairs], axis=0
-    ).tolist()
-    return values
+    found = np.mean([one.overlap(other) for one, other in pairs])
+    chance = np.mean([one.expected_overlap(other) for one, other in pairs])
+    return float(found), float(chance)
 
 
 def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:

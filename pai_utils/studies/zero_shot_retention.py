@@ -16,7 +16,6 @@ from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
     Repair,
-    RepairOptions,
     ScorerName,
     Seeds,
     TaskName,
@@ -25,8 +24,7 @@ from pai_utils.studies.parameters import (
     combine,
     one_of,
 )
-from pai_utils.studies.suite import Suite
-from pai_utils.studies.sweeps import sweep
+from pai_utils.studies.suite import Suite, sweep
 from pai_utils.support.sampling import PRECISIONS
 
 
@@ -44,7 +42,6 @@ class Parameters(Masks):
     scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
     seeds: Seeds
     repairs: list[Repair] = Field(default=["none"], min_length=1)
-    repair_options: RepairOptions = Field(default={})
     heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
     precision: Annotated[str, one_of("precision", PRECISIONS)] = (
         "float32"  #: of the forwards that measure accuracy
@@ -79,12 +76,11 @@ class Parameters(Masks):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity, with every repair."""
-        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
-        return combine(self.scorers, self.sparsities, self.repairs, **how)
+        return self.combined(self.scorers, self.repairs)
 
 
 def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFrame:
-    """A :func:`~pai_utils.studies.sweeps.sweep` over all sources, recipes and seeds.
+    """A :func:`~pai_utils.studies.suite.sweep` over all sources, recipes and seeds.
 
     A plain one has the first scorer and seed alone, in one round and without repair.
     """

@@ -194,7 +194,8 @@ def test_spectra_of_a_quadratic_loss_are_its_eigenvalues() -> None:
     model, data = logistic_regression()
     hessian = dense_hessian(model, ["1.weight"], data)
     values = torch.linalg.eigvalsh(hessian)
-    summary, density = study.spectra({"here": model}, data, Draw(None), probes=6, steps=36)
+    config = parameters(spectrum_samples=None, probes=6, lanczos_steps=36)
+    summary, density = study.spectra({"here": model}, data, config)
     row = summary.iloc[0]
     assert row.largest == pytest.approx(float(values[-1]), rel=1e-8)
     assert row.smallest == pytest.approx(float(values[0]), abs=1e-8)

@@ -16,7 +16,7 @@ from pai_utils.studies.scorer_atlas import (
     run,
     summary_table,
 )
-from pai_utils.studies.sweeps import SweepMask
+from pai_utils.studies.suite import SweepMask
 from pai_utils.support.sampling import Draw
 from tests.cases import fingerprint, tiny_classifier, tiny_suite, tiny_task
 

@@ -10,9 +10,8 @@ import pai_utils as pai
 from pai_utils.data.images import ImageDataset
 from pai_utils.evaluation import held_out_retention
 from pai_utils.pruning import Recipe
-from pai_utils.studies import sweeps
 from pai_utils.studies.parameters import combine
-from pai_utils.studies.sweeps import SweepMask, sweep
+from pai_utils.studies.suite import SweepMask, sweep
 from pai_utils.support.sampling import Draw
 from tests.cases import fingerprint, tiny_suite, tiny_task
 
@@ -175,6 +174,8 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     suite: pai.Suite, source: str, recipe: dict[str, Any], message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sweeps, "progress", lambda *_, **__: pytest.fail("ran first"))
+    monkeypatch.setattr(
+        "pai_utils.studies.suite.progress", lambda *_, **__: pytest.fail("ran first")
+    )
     with pytest.raises(ValueError, match=message):
         sweep(suite, [source], [Recipe(**recipe)], DRAW)
