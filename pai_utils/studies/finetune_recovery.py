@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, field_validator
+from torch import nn
 
 from pai_utils.curvature.diagonals import output_diagonal
 from pai_utils.data.images import ImageDataset
@@ -28,21 +29,12 @@ from pai_utils.support.common import NonFiniteError, logger, progress
 from pai_utils.support.sampling import Draw
 
 _SETTINGS = ["start", "sparsity", "penalty", "learning_rate"]  # of a run, as columns
-STARTS = {
-    "pruned": "by a scorer",
-    "repaired": "also repaired",
-    "random": "pruned at random",
-    "dense": "not pruned",
-}
-"""What is fine-tuned, by name."""
-PENALTIES = {
-    "none": "cross-entropy alone",
-    "unweighted": "towards the dense weights, all alike (L2-SP)",
-    "source": "towards the dense weights, by the features' curvature on the source's images",
-    "pool": "the same, by their curvature on a mixture of images",
-    "features": "towards the dense features, on the mixture's images",
-}
-"""What fine-tuning is held by, by name."""
+STARTS = ("pruned", "repaired", "random", "dense")
+"""What is fine-tuned: pruned by the scorer, also repaired, pruned at random, or not pruned."""
+PENALTIES = ("none", "unweighted", "source", "pool", "features")
+"""What holds fine-tuning: nothing; a pull to the dense weights, all alike (L2-SP) or by the
+features' curvature on images of the source or of a mixture; or a pull to the dense features on the
+mixture."""
 
 
 class Parameters(RepairedMasks):
@@ -87,9 +79,6 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
         Columns ``penalty, learning_rate, step, target, split, head ("frozen" or "refitted"), seed,
         accuracy, loss, count, chance, correct, start, sparsity``; the split is ``"test"``, and for
         the source with its frozen head also ``"validation"``, to choose a rate by.
-
-    Raises:
-        ValueError: if all runs diverge before anything that can be compared.
     """
     rows = []
     for seed in config.seeds:
@@ -135,25 +124,24 @@ def _fine_tune(
     tuned = Classifier(copy.deepcopy(encoder), suite.heads[config.source])
 
     def record(
-        step: int, found: Mapping[str, Evaluation], split: str = "test", head: str = "frozen"
+        step: int, heads: Mapping[str, nn.Linear], split: str = "test", head: str = "frozen"
     ) -> None:
-        for target, result in found.items():
+        data = suite.tests if split == "test" else {config.source: task.validation}
+        for target, result in evaluate_heads(tuned.backbone, heads, data).items():
             place = {"step": step, "target": target, "split": split, "head": head}
             rows.append({**place, "seed": training.seed, **result.row(suite.tasks[target].chance)})
 
     def watch(step: int) -> None:
         if step in config.steps:
-            record(step, suite.evaluate(tuned.backbone))
-            validation = {config.source: task.validation}
-            record(step, evaluate_heads(tuned.backbone, suite.heads, validation), "validation")
+            record(step, suite.heads)
+            record(step, suite.heads, "validation")
 
     try:
         train(tuned, task.train, mask, training, penalty=penalty, on_step=watch)
     except NonFiniteError as error:
         logger.warning("fine-tuning ends early: %s", error)
         return rows
-    heads = make_heads(tuned.backbone, suite.tasks)
-    record(training.steps, evaluate_heads(tuned.backbone, heads, suite.tests), head="refitted")
+    record(training.steps, make_heads(tuned.backbone, suite.tasks), head="refitted")
     return rows
 
 
@@ -162,7 +150,7 @@ def make_penalty(
 ) -> Penalty | FeaturePenalty | None:
     """A penalty that holds prunable weights, or features, to those of the dense encoder.
 
-    ``name`` is a key of :data:`PENALTIES`; ``images`` are the ``"source"``'s own and the mixture's,
+    ``name`` is one of :data:`PENALTIES`; ``images`` are the ``"source"``'s own and the mixture's,
     the ``"pool"``. A curvature is the diagonal of the features' Gauss-Newton matrix
     (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
     so that one strength means as much pull on average with it as without.

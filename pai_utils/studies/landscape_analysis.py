@@ -41,8 +41,7 @@ from pai_utils.support.common import progress
 from pai_utils.support.sampling import Samples
 
 Values = NDArray[np.float64]
-COMPARISONS = ("random", "trained")
-"""Weights to set beside an encoder's: not trained at all, or briefly on the source."""
+COMPARISONS = ("random", "trained")  #: not trained at all, or briefly on the source
 PARTS = {
     "within blocks": ("blocks", "diagonal"),
     "within layers": ("tensors", "blocks"),
@@ -85,7 +84,7 @@ class Parameters(OneSource):
     block_size: Positive = 64  #: weights a block of the Gauss-Newton matrix
     eigenvectors: Positive = 5  #: of each task's, to compare
     products: Positive = 30  #: most to take for them
-    #: Weights of the same architecture to set beside the encoder's.
+    #: Weights to set beside the encoder's.
     comparisons: list[Annotated[str, one_of("comparison", COMPARISONS)]] = Field(default=[])
     brief_steps: Positive = 30
     brief_learning_rate: Rate = 1e-3
@@ -103,9 +102,7 @@ class Parameters(OneSource):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if 1 not in self.fractions:
-            raise ValueError(
-                "fractions lack the full step, which is compared with accuracies; add 1.0"
-            )
+            raise ValueError("fractions lack the full step, where accuracy is measured; add 1.0")
         if self.eigenvectors > self.products:
             raise ValueError(
                 f"{self.eigenvectors} eigenvectors need as many products; got {self.products}"
@@ -127,13 +124,8 @@ class Parameters(OneSource):
 class Landscape:
     """What :func:`measure` finds for one encoder."""
 
-    losses: pd.DataFrame
-    """Of :func:`~pai_utils.landscape.predicted_and_measured`, with ``source, scorer, sparsity,
-    target``."""
-    cells: pd.DataFrame
-    """For each of these the full step's predictions beside ``accuracy, retention, low, high,
-    dense_accuracy, held_out``, the mask's overlap with the target's own (``mask_overlap,
-    mask_chance, mask_overlap_excess``), and the columns of ``alignment``."""
+    losses: pd.DataFrame  #: of `predicted_and_measured`, with ``source, scorer, sparsity, target``
+    cells: pd.DataFrame  #: their full step beside accuracy, retention, overlaps and ``alignment``
     alignment: pd.DataFrame  #: of :func:`~pai_utils.landscape.task_alignment`
     eigenvalues: pd.DataFrame  #: ``task, rank, eigenvalue, residual, converged``
     retention: pd.DataFrame  #: of :func:`~pai_utils.evaluation.summarise_retention`
@@ -144,10 +136,9 @@ def measure(
 ) -> Landscape:
     """Predict and measure what each task's mask does to each task, and how alike the tasks are.
 
-    Every task is a source in its turn. Losses are on training images, accuracies on test images. A
-    task's scores and predictions use the same images and drawn labels, so that what is predicted
-    for a mask on its own task is what its score has minimised. Needs memory for two copies of the
-    prunable weights for each mask, and for each task's eigenvectors.
+    Losses are on training images, accuracies on test images. A task's scores and predictions use
+    the same images and drawn labels. Needs memory for two copies of the prunable weights for each
+    mask, and for each task's eigenvectors.
     """
     masks: dict[tuple[str, str, float], Mask] = {}
 
@@ -242,12 +233,10 @@ def error_parts(table: pd.DataFrame) -> pd.DataFrame:
     For each row of :func:`~pai_utils.landscape.predicted_and_measured` its parts, as ``part`` and
     ``nats``. The first is the diagonal; all add up to what was measured.
     """
-    parts = {"diagonal": table.diagonal}
-    parts |= {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
-    terms = {"gradient", *itertools.chain(*PARTS.values())}
-    known = table[[column for column in table if column not in terms]]
-    tables = [known.assign(part=part, nats=nats) for part, nats in parts.items()]
-    return pd.concat(tables, ignore_index=True)
+    differences = {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
+    known = table.drop(columns=["gradient", *set(itertools.chain(*PARTS.values()))])
+    parts = {"diagonal": table.diagonal, **differences}.items()
+    return pd.concat([known.assign(part=p, nats=n) for p, n in parts], ignore_index=True)
 
 
 def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -268,10 +257,9 @@ def transfer_correlations(
 ) -> pd.DataFrame:
     """Spearman correlation of each predictor with retention on held-out tasks.
 
-    Intervals (95 %) are from a bootstrap over pairs of source and target, which carry what their
-    scorers and sparsities have in common. Pooled over scorers and sparsities, a correlation says
-    mostly that both fall with sparsity; ``within`` compares only cells of one scorer and sparsity,
-    that is, pairs of tasks (the mean over such groups, weighted by their cells).
+    Intervals (95 %) are from a bootstrap over pairs of source and target, with all cells of a pair.
+    A ``pooled`` correlation says mostly that both fall with sparsity; ``within`` compares cells of
+    one scorer and sparsity, that is, pairs of tasks (the mean, weighted by a group's cells).
 
     Columns ``predictor`` (each of :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within,
     within_low, within_high, cells, pairs``; not a number for fewer than three cells.
@@ -355,21 +343,19 @@ def spectra(
     draw, probes = replace(config.draw, samples=config.spectrum_samples), config.probes
     for name, model in progress(models.items(), "spectra", len(models)):
         operator = HessianOperator(model, prunable_parameters(model), data, draw)
-        here = spectral_density(operator, probes=probes, steps=config.lanczos_steps, seed=draw.seed)
+        steps = config.lanczos_steps
+        here = found[name] = spectral_density(operator, probes=probes, steps=steps, seed=draw.seed)
         size = sum(values.numel() for values in operator.parameters.values())
         traces = size * (here.weights * here.nodes).sum(1)
-        ends = here.nodes.max(), here.nodes.min()
-        values = (*ends, traces.mean(), traces.std() / probes**0.5)
+        values = (here.nodes.max(), here.nodes.min(), traces.mean(), traces.std() / probes**0.5)
         summary.append([name, *map(float, values)])
-        found[name] = here
     # One kernel for all, so that a line is wide where its spectrum is.
     width = max(density.width for density in found.values())
-    densities = []
-    for name, density in found.items():
-        smooth = density.smoothed(width)
-        densities.append(
-            pd.DataFrame({"name": name, "eigenvalue": smooth.grid, "density": smooth.density})
-        )
+    smooth = {name: density.smoothed(width) for name, density in found.items()}
+    densities = [
+        pd.DataFrame({"name": name, "eigenvalue": each.grid, "density": each.density})
+        for name, each in smooth.items()
+    ]
     columns = ["name", "largest", "smallest", "trace", "trace_standard_error"]
     return pd.DataFrame(summary, columns=columns), pd.concat(densities, ignore_index=True)
 
@@ -377,10 +363,9 @@ def spectra(
 def barriers(path: pd.DataFrame) -> pd.DataFrame:
     """How far the loss rises on a line above the line between its ends' losses.
 
-    ``path`` is that of :func:`~pai_utils.landscape.losses_on_path`. Columns ``segment, task, start,
-    end, barrier``, in nats; the barrier is at least zero, and not a number where the loss at an end
-    is not finite. Source: Frankle et al. (2020), "Linear mode connectivity and the lottery ticket
-    hypothesis".
+    Columns ``segment, task, start, end, barrier``, in nats; the barrier is at least zero, and not a
+    number where the loss at an end is not finite. Source: Frankle et al. (2020), "Linear mode
+    connectivity and the lottery ticket hypothesis".
     """
     rows = []
     for task, line in path.groupby("task", sort=False):

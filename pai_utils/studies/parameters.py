@@ -50,7 +50,6 @@ def check_source(name: str) -> None:
 
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, checked(check_task_name)]
-SourceName = Annotated[str, checked(check_source)]
 ScorerName = Annotated[str, one_of("scorer", SCORERS)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
@@ -72,7 +71,7 @@ STUDIES = (
 
 
 class RunParameters(BaseModel):
-    """Parameters common to all notebooks. Subclasses add their own."""
+    """Parameters common to all notebooks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -92,9 +91,7 @@ class RunParameters(BaseModel):
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
-        """Validate the parameters that a notebook's first cells defined.
-
-        ``namespace`` is the notebook's ``globals()``; what it imported is left out.
+        """Validate the parameters among a notebook's ``globals()``.
 
         Raises:
             ValueError: for an unknown, missing or ill-typed parameter, with the valid names.
@@ -139,11 +136,7 @@ class EncoderParameters(RunParameters):
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
-    """A notebook's parameters with ``values`` in place of its own; nothing runs.
-
-    Raises:
-        ValueError: for an unknown or unreadable notebook, or a value that its schema refuses.
-    """
+    """A notebook's parameters with ``values`` in place of its own; nothing runs."""
     schema = schema_of(notebook.stem)
     try:
         defaults = _defaults(notebook.read_text(encoding="utf-8"))
@@ -167,22 +160,20 @@ def _defaults(text: str) -> dict[str, Any]:
     if len(tagged) != 1:
         raise ValueError("it has no cell tagged 'parameters', or several")
     return {
-        target.id: ast.literal_eval(statement.value)
+        ast.unparse(target): ast.literal_eval(statement.value)
         for statement in ast.parse(tagged[0]).body
         if isinstance(statement, ast.Assign)
         for target in statement.targets
-        if isinstance(target, ast.Name)
     }
 
 
 def describe_problem(details: ErrorDetails) -> str:
     """What is wrong with which parameter, from an entry of pydantic's errors."""
-    if details["type"] == "value_error":  # raised by this module, in whole sentences
+    kind, text = details["type"], details["msg"]
+    if kind == "value_error":  # raised by this module, in whole sentences
         text = str(details["ctx"]["error"])
-    elif details["type"] == "missing":
-        text = details["msg"]
-    else:
-        text = f"{details['msg']}, not {details['input']!r}"
+    elif kind != "missing":
+        text += f", not {details['input']!r}"
     # A check of several parameters together is at no place.
     return ": ".join(filter(None, (".".join(map(str, details["loc"])), text)))
 
@@ -253,7 +244,7 @@ class RepairedMasks(Masks, OneSource):
     """Parameters of masks of one source, and of the repair that follows them."""
 
     #: Images to prune and repair by, as in `pai_utils.data.mixtures`; None: the source's own.
-    prune_by: SourceName | None = None
+    prune_by: Annotated[str, checked(check_source)] | None = None
     repair: Repair = "layerwise+moments"
 
     @property

@@ -47,11 +47,6 @@ class TaskMask:
         """The task, or ``"none"`` for a scorer that looks at none."""
         return self.task if SCORERS[self.scorer].needs_data else "none"
 
-    @property
-    def label(self) -> str:
-        """What made it."""
-        return self.scorer if self.source == "none" else f"{self.scorer}, {self.source}"
-
 
 def run(suite: Suite, config: Parameters) -> list[TaskMask]:
     """A mask of every scorer and task, evaluated on that task."""

@@ -77,10 +77,10 @@ def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
 
 
 class Atlas:
-    """Collects the masks of a sweep, to be handed to it as ``observe``.
+    """Collects the masks of a sweep, which is given it as ``observe``.
 
-    Masks are kept at one sparsity alone: of every source with the first seed, and of the first
-    source with every seed. A kept mask takes one byte a weight.
+    Masks are kept at one sparsity alone, at a byte a weight: of every source with the first seed,
+    and of the first source with every seed.
     """
 
     def __init__(self, sparsity: float) -> None:
@@ -114,10 +114,7 @@ class Atlas:
         return pd.DataFrame(self._layers)
 
     def lost_layers(self) -> pd.DataFrame:
-        """Columns ``scorer, sparsity, lost, most_pruned``, means over masks.
-
-        Lost layers have no weight left; ``most_pruned`` is the highest sparsity of a layer.
-        """
+        """Columns ``scorer, sparsity``, layers ``lost``, and ``most_pruned`` of a layer: means."""
         masks = self.layers.groupby(["scorer", "sparsity", "source", "seed"], sort=False)
         each = masks.layer_sparsity.agg(lost=lambda s: int((s == 1).sum()), most_pruned="max")
         return each.groupby(["scorer", "sparsity"], sort=False).mean().reset_index()
@@ -129,10 +126,9 @@ class Atlas:
         return means.assign(fb=means.seconds / unit)
 
     def between_scorers(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Overlap of each pair of scorers, and the overlap by chance, both square.
+        """Overlap of each pair of scorers, and the overlap by chance: means over the sources.
 
-        Means over the sources, each with its first seed; a scorer that looks at no data is
-        compared with every source's masks.
+        A scorer that looks at no data is compared with every source's masks.
         """
         first: dict[str, dict[str, Mask]] = defaultdict(dict)
         for (scorer, source, seed), mask in self.masks.items():
@@ -141,13 +137,8 @@ class Atlas:
         names = list(first)
         overlap, chance = (pd.DataFrame(1.0, index=names, columns=names) for _ in range(2))
         for one, other in itertools.combinations(names, 2):
-            pairs = [
-                (mine, its)
-                for (a, mine), (b, its) in itertools.product(
-                    *(first[n].items() for n in (one, other))
-                )
-                if a == b or "none" in (a, b)
-            ]
+            both = itertools.product(first[one].items(), first[other].items())
+            pairs = [(mine, its) for (a, mine), (b, its) in both if a == b or "none" in (a, b)]
             values = _mean_overlap(pairs)
             for table, value in zip((overlap, chance), values, strict=True):
                 table.loc[one, other] = table.loc[other, one] = value
@@ -180,9 +171,8 @@ def _mean_overlap(pairs: Sequence[tuple[Mask, Mask]]) -> tuple[float, float]:
 def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """What masks leave of the accuracy on their sources and on held-out tasks.
 
-    Columns ``scorer, sparsity, retention, low, high, accuracy, count, seeds``, and ``tasks``,
-    ``"source"`` or ``"held-out"``: means over the sources, also of the bounds, which are 95 %
-    bootstrap intervals over test items and seeds.
+    Columns ``scorer, sparsity, retention, low, high, accuracy, count, seeds, tasks`` (``"source"``
+    or ``"held-out"``): means over the sources, also of the bounds of their 95 % intervals.
     """
     parts = []
     for tasks, own in (("source", True), ("held-out", False)):
@@ -195,10 +185,9 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
 
 
 def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """One line a scorer, to be read: retention with its interval at each sparsity, and the cost.
+    """One line of text a scorer: retention with its interval at each sparsity, and the cost.
 
-    Its columns of text are ``scorer``, ``held-out 30%`` and so on, ``source 30%`` and so on, and
-    ``cost (FB)``; the best retention on held-out tasks at the middle sparsity comes first.
+    The best retention on held-out tasks at the middle sparsity comes first.
     """
     sparsities = sorted(set(left.sparsity))
     middle = sparsities[len(sparsities) // 2]

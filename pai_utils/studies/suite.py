@@ -13,15 +13,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pai_utils.data import mixtures
 from pai_utils.data.images import ImageDataset
-from pai_utils.data.mixtures import (
-    ALTERED,
-    IMAGE_SETS,
-    RANDOM_LABELS,
-    load_mixture,
-    source_parts,
-    task_of,
-)
 from pai_utils.data.tasks import Task, load_task
 from pai_utils.evaluation import Evaluation, evaluate_heads, summarise_retention
 from pai_utils.finetuning import Training, train
@@ -73,22 +66,12 @@ class Suite:
 
     @classmethod
     def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
-        """The encoder and the tasks that a notebook's parameters name, with heads for them.
-
-        ``heads`` is their kind, as in :func:`~pai_utils.heads.make_heads`.
-        """
+        """What parameters name, with heads of a kind of :func:`~pai_utils.heads.make_heads`."""
         name, size, device = config.backbone, config.image_size, config.device
         encoder = load_backbone(name, size, device, pretrained=config.pretrained, seed=config.seed)
-        tasks = {
-            name: load_task(
-                name,
-                encoder.transform,
-                train_size=config.train_size,
-                test_size=config.test_size,
-                seed=config.seed,
-            )
-            for name in config.tasks
-        }
+        sizes: dict[str, Any] = {"train_size": config.train_size, "test_size": config.test_size}
+        how = {**sizes, "seed": config.seed}
+        tasks = {name: load_task(name, encoder.transform, **how) for name in config.tasks}
         return cls(encoder, tasks, make_heads(encoder, tasks, heads, batch_size=config.batch_size))
 
     def untrained(self, *, seed: int = 0, batch_size: int = 64) -> Suite:
@@ -120,10 +103,7 @@ class Suite:
         return model
 
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
-        """Test accuracy of every task with its frozen head, of the dense encoder or another one.
-
-        ``how`` are keywords of :func:`~pai_utils.evaluation.evaluate`.
-        """
+        """Test accuracy of every task, as by :func:`~pai_utils.evaluation.evaluate_heads`."""
         return evaluate_heads(encoder or self.encoder, self.heads, self.tests, **how)
 
     def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
@@ -150,23 +130,21 @@ class Suite:
 
         Of tasks only the training parts are used. The seed is that of the images of no task, of
         random labels, and of what is drawn from larger parts.
-
-        Raises:
-            ValueError: for an unknown part, or one named twice.
         """
-        parts = source_parts(name, self.tasks)
-        first = next((part for part in parts if part not in IMAGE_SETS), None)
+        parts = mixtures.source_parts(name, self.tasks)
+        first = next((part for part in parts if part not in mixtures.IMAGE_SETS), None)
         labelled, head = None, None
         if first is not None:
-            task, head = self.tasks[task_of(first)], self.heads[task_of(first)]
-            if first.endswith(RANDOM_LABELS):
-                task = _relabelled(task, seed)
-                head = fit_head(self.encoder, task)
+            task, head = self.tasks[mixtures.task_of(first)], self.heads[mixtures.task_of(first)]
             labelled = task.train
-            if len(parts) == 1 and not name.endswith(ALTERED):
+            if first.endswith(mixtures.RANDOM_LABELS):
+                order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))
+                labelled = ImageDataset(labelled.images, labelled.labels[order], labelled.transform)
+                head = fit_head(self.encoder, replace(task, name=first, train=labelled))
+            if len(parts) == 1 and not name.endswith(mixtures.ALTERED):
                 return Source(name, labelled, labelled, head)
         train = {known: task.train for known, task in self.tasks.items()}
-        images = load_mixture(name, train, self.encoder.transform, seed=seed)
+        images = mixtures.load_mixture(name, train, self.encoder.transform, seed=seed)
         return Source(name, images, labelled, head)
 
     def score(self, recipe: Recipe, source: Source | None, draw: Draw) -> Scores:
@@ -208,13 +186,6 @@ class Suite:
         return Classifier(self.encoder, source.head or any_head), images, draw
 
 
-def _relabelled(task: Task, seed: int) -> Task:
-    train = task.train
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    shuffled = ImageDataset(train.images, train.labels[order], train.transform)
-    return replace(task, name=task.name + RANDOM_LABELS, train=shuffled)
-
-
 @dataclass(frozen=True)
 class SweepMask:
     """One mask of a :func:`sweep`, and what made it."""
@@ -239,28 +210,24 @@ def sweep(
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
-    A mask depends on no data but the source's (:mod:`pai_utils.data.mixtures`), of tasks on their
-    training part. Recipes that begin with the same scores stand next to each other and share them,
-    computed once a source and seed. A scorer that looks at no data runs once, under the source
-    ``"none"``, but its masks are repaired on every source; one that draws nothing runs with the
-    first seed alone. Some scorers may have ``draws`` of their own. The ``precision`` is that of
-    the forwards that measure accuracy, as in :func:`~pai_utils.evaluation.evaluate`. ``observe``
-    is given every mask before it is evaluated.
+    A mask depends on its source alone (:mod:`pai_utils.data.mixtures`), of tasks on the training
+    part. Recipes that begin with the same scores stand next to each other and share them, computed
+    once a source and seed. A scorer that looks at no data runs once, under the source ``"none"``,
+    but its masks are repaired on every source; one that draws nothing runs with the first seed
+    alone. Scorers may have ``draws`` of their own. The ``precision`` is that of the forwards that
+    measure accuracy. ``observe`` is given every mask before it is evaluated.
 
     Returns:
-        One row a source, recipe, seed and target, and the dense rows (scorer ``"dense"``, sparsity
-        0): columns ``target, source, scorer, sparsity, seed, accuracy, loss, count, chance,
-        correct`` (the last one ``[count]`` bool). The scorer is the recipe's
-        :attr:`~pai_utils.pruning.Recipe.label`.
-
-    Raises:
-        ValueError: for a recipe that cannot be followed, an unknown source or precision, or a
-            recipe that needs a head or labels with a source that has no task.
+        Columns ``target, source, scorer, sparsity, seed, accuracy, loss, count, chance, correct``
+        (``[count]`` bool), one row a mask and target. The scorer is the recipe's
+        :attr:`~pai_utils.pruning.Recipe.label`, or ``"dense"``, of sparsity 0.
     """
     for recipe in recipes:
         recipe.check()
         for source in sources:
-            if all(part in IMAGE_SETS for part in source_parts(source, suite.tasks)):
+            if all(
+                part in mixtures.IMAGE_SETS for part in mixtures.source_parts(source, suite.tasks)
+            ):
                 _check_needs_no_task(recipe, source)
     seeds = [draw.seed] if seeds is None else seeds
     alike = itertools.groupby(recipes, lambda r: (r.scorer, r.options, r.include, r.exclude))
@@ -295,14 +262,10 @@ def sweep(
 
 
 def _check_needs_no_task(recipe: Recipe, source: str) -> None:
-    scorer = SCORERS[recipe.scorer]
+    scorer, add = SCORERS[recipe.scorer], f"source {source!r} has none; add a task to it with a +"
     if scorer.needs_data and scorer.needs_head:
         raise ValueError(
-            f"scorer {recipe.scorer!r} needs a task's head, and source {source!r} has none; "
-            "use feature_ggn_diag, or add a task to the source with a +"
+            f"scorer {recipe.scorer!r} needs a task's head, and {add}, or use feature_ggn_diag"
         )
     if "obs" in parse_repair(recipe.repair):
-        raise ValueError(
-            f"repair 'obs' needs labels, and source {source!r} has none; add a task to the source "
-            "with a +"
-        )
+        raise ValueError(f"repair 'obs' needs labels, and {add}")
