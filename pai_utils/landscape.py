@@ -33,8 +33,7 @@ from pai_utils.models.encoders import Backbone, prunable_parameters
 from pai_utils.support.common import NonFiniteError, progress
 from pai_utils.support.sampling import Draw, Samples
 
-Direction = Mapping[str, Tensor]
-"""A step in weight space, as one tensor a parameter name, of the parameter's shape."""
+Direction = Mapping[str, Tensor]  #: a step of the weights, by parameter name
 T = TypeVar("T")
 
 

@@ -160,7 +160,7 @@ def make_penalty(
     if name == "features":
         held = features(encoder, images["pool"], batch_size=draw.batch_size)[0]
         return FeaturePenalty(images["pool"], held, strength)
-    weights = {n: encoder.get_parameter(n).detach().clone() for n in prunable_parameters(encoder)}
+    weights = {n: encoder.get_parameter(n).detach() for n in prunable_parameters(encoder)}
     anchor = {f"backbone.{n}": weight for n, weight in weights.items()}
     if name == "unweighted":
         return Penalty(anchor, strength)

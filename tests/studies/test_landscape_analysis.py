@@ -1,4 +1,3 @@
-import copy
 import math
 from typing import Any
 
@@ -122,9 +121,8 @@ def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
         groups = [group for _, group in sample.groupby("sparsity")]
         within.append(np.mean([spearmanr(g.hessian, g.retention).statistic for g in groups]))
     for kind, values in {"pooled": pooled, "within": within}.items():
-        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx(
-            tuple(np.quantile(values, [0.025, 0.975]))
-        )
+        low, high = np.quantile(values, [0.025, 0.975])
+        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx((low, high))
 
 
 def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite) -> None:
@@ -140,7 +138,7 @@ def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite)
     cells = found.cells.query("source == 'digits' and target == 'photos' and scorer == 'ggn_diag'")
     cell = cells.set_index("sparsity").loc[0.6]
     assert cell.held_out
-    model = copy.deepcopy(suite.classifier("photos"))
+    model = suite.classifier("photos")
     one, other = (
         pai.prune(suite.classifier(n), t.train, "ggn_diag", 0.6, samples=8, seed=1).mask
         for n, t in suite.tasks.items()
@@ -165,8 +163,6 @@ def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite)
     assert blind.held_out.all()
 
     table = study.compared({"given": found, "again": found}, config.close)
-    assert list(dict.fromkeys(table.weights)) == ["given", "again"]
-    assert set(table.pair) == {"digits → photos", "photos → digits"}
     assert list(dict.fromkeys(table.quantity)) == [*study.QUANTITIES.values()]
     values = table[(table.weights == "given") & (table.pair == "digits → photos")]
     by_name = values.set_index("quantity").value
@@ -210,14 +206,8 @@ def test_spectra_of_a_quadratic_loss_are_its_eigenvalues() -> None:
 
 
 def test_barriers_are_above_the_line_between_the_ends() -> None:
-    path = pd.DataFrame(
-        {
-            "position": [0, 0.5, 1, 1.5, 2],
-            "segment": ["a → b"] * 3 + ["b → c"] * 2,
-            "task": "t",
-            "loss": [1.0, 4.0, 3.0, 1.0, 2.0],
-        }
-    )
+    path = pd.DataFrame({"position": [0, 0.5, 1, 1.5, 2], "loss": [1.0, 4.0, 3.0, 1.0, 2.0]})
+    path = path.assign(segment=["a → b"] * 3 + ["b → c"] * 2, task="t")
     found = study.barriers(path)
     assert found.to_dict("records") == [
         {"segment": "a → b", "task": "t", "start": 1, "end": 3, "barrier": 2},

@@ -1,22 +1,31 @@
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import pai_utils as pai
+from pai_utils.data.images import ImageDataset
+from pai_utils.evaluation import held_out_retention
 from pai_utils.finetuning import Training
 from pai_utils.pruning import Recipe
+from pai_utils.studies.parameters import combine
+from pai_utils.studies.suite import SweepMask, sweep
 from pai_utils.studies.zero_shot_retention import Parameters
 from pai_utils.support.sampling import Draw
 from tests.cases import fingerprint, tiny_suite, tiny_task
 
+DRAW = Draw(8, 64, 0)
+PARTS = ("train", "validation", "test")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def suite() -> pai.Suite:
     return tiny_suite(
-        spots=tiny_task("spots", train=30), dots=tiny_task("dots", train=20),
-        rings=tiny_task("rings", train=24),
-    )  # fmt: skip
+        first=tiny_task("first", classes=2), second=tiny_task("second"), third=tiny_task("third")
+    )
 
 
 def test_a_suite_is_loaded_from_a_notebooks_parameters_and_without_pre_training() -> None:
@@ -39,30 +48,30 @@ def test_a_suite_is_loaded_from_a_notebooks_parameters_and_without_pre_training(
 
 
 def test_a_source_comes_with_the_labels_and_head_of_its_first_task(suite: pai.Suite) -> None:
-    own, mixture, noise = map(suite.source, ("spots", "noise+spots:altered+dots", "noise"))
-    assert own.images is own.labelled is mixture.labelled is suite.tasks["spots"].train
-    assert own.head is mixture.head is suite.heads["spots"]
-    assert len(mixture.images) == 3 * 20
+    own, mixture, noise = map(suite.source, ("first", "noise+first:altered+second", "noise"))
+    assert own.images is own.labelled is mixture.labelled is suite.tasks["first"].train
+    assert own.head is mixture.head is suite.heads["first"]
+    assert len(mixture.images) == 3 * 30
     assert (len(noise.images), noise.head, noise.labelled) == (512, None, None)
 
 
 def test_random_labels_are_a_permutation_with_a_head_of_their_own(suite: pai.Suite) -> None:
-    source = suite.source("spots:random_labels", seed=1)
+    source = suite.source("first:random_labels", seed=1)
     assert source.labelled is not None
     assert source.head is not None
-    true = suite.tasks["spots"].train
+    true = suite.tasks["first"].train
     assert torch.equal(source.labelled.images, true.images)
     assert not torch.equal(source.labelled.labels, true.labels)
     assert torch.equal(source.labelled.labels.sort().values, true.labels.sort().values)
-    assert not torch.equal(source.head.weight, suite.heads["spots"].weight)
+    assert not torch.equal(source.head.weight, suite.heads["first"].weight)
 
 
 def test_fine_tuning_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) -> None:
-    before, data = fingerprint(suite.encoder), suite.tasks["spots"].train
+    before, data = fingerprint(suite.encoder), suite.tasks["first"].train
     training = Training(30, 1e-2, 32, "adam", "linear")
-    tuned = suite.fine_tuned(suite.encoder, "spots", None, training)
+    tuned = suite.fine_tuned(suite.encoder, "first", None, training)
     assert fingerprint(suite.encoder) == before
-    assert pai.evaluate(tuned, data).loss < 0.8 * pai.evaluate(suite.classifier("spots"), data).loss
+    assert pai.evaluate(tuned, data).loss < 0.8 * pai.evaluate(suite.classifier("first"), data).loss
 
 
 @pytest.mark.parametrize(
@@ -76,13 +85,13 @@ def test_fine_tuning_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) ->
 def test_pruning_looks_at_the_images_that_suit_scorer_and_repair(
     suite: pai.Suite, scorer: str, repair: str, scored: str, repaired: str
 ) -> None:
-    source = suite.source("spots+noise")
+    source = suite.source("first+noise")
     parts: dict[str, Any] = {"all": source.images, "labelled": source.labelled}
     recipe = Recipe(scorer, 0.5, repair=repair)
     draw = Draw(len(source.images))  # more than the first task has, and then all of it
     encoder, mask = suite.prune(recipe, source, draw)
     expected: Any = pai.prune(
-        suite.classifier("spots"), parts[scored], scorer, 0.5, samples=len(parts[scored]),
+        suite.classifier("first"), parts[scored], scorer, 0.5, samples=len(parts[scored]),
         repair=repair, repair_data=parts[repaired],
     )  # fmt: skip
     scores = suite.score(recipe, source, draw)
@@ -90,4 +99,159 @@ def test_pruning_looks_at_the_images_that_suit_scorer_and_repair(
         assert all(torch.equal(found[name], keep) for name, keep in expected.mask.items())
     wanted = expected.model.backbone.parameters()
     assert all(map(torch.equal, encoder.parameters(), wanted))
-    assert mask.metadata["source"] == "spots+noise"
+    assert mask.metadata["source"] == "first+noise"
+
+
+def test_a_sweep_has_a_row_for_each_cell_and_leaves_encoder_and_heads(suite: pai.Suite) -> None:
+    before = [fingerprint(module) for module in (suite.encoder, *suite.heads.values())]
+    masks: list[SweepMask] = []
+    table = sweep(
+        suite, ["first", "second"], combine(["ggn_diag", "magnitude", "random"], [0.3, 0.6]), DRAW,
+        seeds=[0, 1], observe=masks.append,
+    )  # fmt: skip
+    assert [fingerprint(m) for m in (suite.encoder, *suite.heads.values())] == before
+    assert list(table.columns) == [
+        "target", "source", "scorer", "sparsity", "seed", "accuracy", "loss", "count", "chance",
+        "correct",
+    ]  # fmt: skip
+    assert table.groupby(["scorer", "source"]).size().to_dict() == {
+        ("dense", "none"): 3,
+        ("ggn_diag", "first"): 2 * 2 * 3,
+        ("ggn_diag", "second"): 2 * 2 * 3,
+        ("magnitude", "none"): 2 * 3,
+        ("random", "none"): 2 * 2 * 3,
+    }
+    for row in table.to_dict("records"):
+        assert row["accuracy"] == np.mean(row["correct"])
+        assert row["chance"] == pytest.approx(1 / 2 if row["target"] == "first" else 1 / 3)
+    dense: Any = table[table.scorer == "dense"].set_index("target")
+    for name, task in suite.tasks.items():
+        assert dense.accuracy[name] == pai.evaluate(suite.classifier(name), task.test).accuracy
+    assert len(masks) == 2 * (4 + 1 + 2)
+    assert masks[0].mask.sparsity == pytest.approx(0.3, abs=0.01)
+    assert (masks[-1].recipe.scorer, masks[-1].source, masks[-1].seed) == ("random", "none", 1)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_rows_are_those_of_the_pruned_and_repaired_classifier(
+    suite: pai.Suite, rounds: int
+) -> None:
+    options = {"samples": 16}
+    recipes = combine(
+        ["snip", "magnitude"], [0.6, 0.2], ["none", "layerwise+moments"],
+        rounds=rounds, repair_options=options,
+    )  # fmt: skip
+    table = sweep(suite, ["first", "second"], recipes, replace(DRAW, seed=3))
+    rows = table[table.scorer != "dense"]
+    # A mask that looked at no data is repaired on both sources.
+    assert rows.groupby(["scorer", "source"]).size().to_dict() == {
+        ("magnitude", "none"): 6,
+        **{
+            (scorer, source): 6
+            for scorer in ("snip", "snip + layerwise+moments", "magnitude + layerwise+moments")
+            for source in ("first", "second")
+        },
+    }
+    for (source, label, sparsity), group in rows.groupby(["source", "scorer", "sparsity"]):
+        scorer, _, repair = str(label).partition(" + ")
+        place = "first" if source == "none" else str(source)
+        model: Any = pai.prune(
+            suite.classifier(place), suite.tasks[place].train, scorer, float(str(sparsity)),
+            rounds=rounds, repair=repair or "none", repair_options=options, samples=8, seed=3,
+        ).model  # fmt: skip
+        for target, found in suite.evaluate(model.backbone).items():
+            row = group[group.target == target].iloc[0]
+            assert row.accuracy == found.accuracy
+            assert row.loss == pytest.approx(found.loss, rel=1e-6)
+
+
+class Counting(ImageDataset):
+    """Counts what is read."""
+
+    reads = 0
+
+    def batch(self, indices: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        self.reads += len(indices)
+        return super().batch(indices, device)
+
+
+def test_no_data_but_the_sources_training_part_touches_a_mask(
+    suite: pai.Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[tuple[str, str], Any] = {
+        (name, part): Counting(data.images, data.labels, data.transform)
+        for name, task in suite.tasks.items()
+        for part in PARTS
+        for data in [getattr(task, part)]
+    }
+    watched = {
+        name: pai.Task(name, task.class_names, *(parts[name, part] for part in PARTS))
+        for name, task in suite.tasks.items()
+    }
+    during: list[dict[tuple[str, str], int]] = []
+
+    def prune(suite: pai.Suite, *args: Any, **keywords: Any) -> Any:
+        before = {key: data.reads for key, data in parts.items()}
+        found = original(suite, *args, **keywords)
+        during.append({k: d.reads - before[k] for k, d in parts.items() if d.reads > before[k]})
+        return found
+
+    original = pai.Suite.prune
+    monkeypatch.setattr(pai.Suite, "prune", prune)
+    recipes = combine(["ggn_diag", "random"], [0.5], rounds=2)
+    sweep(replace(suite, tasks=watched), ["first", "third"], recipes, DRAW)
+    # The scores of the first round are known.
+    assert during == [{("first", "train"): 8}, {("third", "train"): 8}, {}]
+    # Over the whole sweep no validation image is read, nor a held-out task's training image.
+    assert all(data.reads == 0 for (_, part), data in parts.items() if part == "validation")
+    assert parts["second", "train"].reads == 0
+
+
+@pytest.mark.parametrize("source", ["first+noise", "noise"])
+def test_a_mask_is_the_same_whatever_tasks_are_held_out(suite: pai.Suite, source: str) -> None:
+    only = replace(suite, tasks={name: suite.tasks[name] for name in ("first", "third")})
+    recipes = combine(["feature_ggn_diag"], [0.5], ["none", "layerwise+moments"])
+    tables = [sweep(each, [source], recipes, DRAW) for each in (suite, only)]
+    losses = [table.set_index(["scorer", "target"]).loss for table in tables]
+    assert losses[0].drop("second", level="target").equals(losses[1])
+
+
+def test_a_scorer_that_needs_labels_looks_at_the_task_of_a_mixture(suite: pai.Suite) -> None:
+    sources = ["first", "first+noise", "first:random_labels"]
+    recipes = combine(["feature_ggn_diag", "fisher_diag"], [0.5], ["none", "moments"])
+    table = sweep(suite, sources, recipes, DRAW)
+    pruned = table[table.scorer != "dense"]
+    assert set(pruned.groupby(["source", "scorer"]).size()) == {3}
+    summary = held_out_retention(table, sources)
+    assert set(summary[summary.scorer != "dense"].tasks) == {2}
+    fisher = pruned[pruned.scorer == "fisher_diag"].groupby("source").accuracy.apply(list)
+    assert fisher["first"] == fisher["first+noise"]
+
+
+@pytest.mark.parametrize(
+    ("source", "recipe", "message"),
+    [
+        ("first", {"scorer": "ggn"}, "unknown scorer 'ggn'"),
+        ("first", {"sparsity": 1.0}, r"sparsity=1\.0"),
+        ("first", {"scope": "rows"}, "unknown scope 'rows'"),
+        ("first", {"rounds": 0}, "rounds=0"),
+        ("first", {"repair": "momets"}, "unknown repair 'momets'"),
+        ("first", {"repair": "obs", "repair_options": {"damping": 0}}, "damping=0 must be"),
+        ("frist", {}, "unknown source 'frist'; did you mean 'first'"),
+        ("noise", {}, r"'ggn_diag' needs a task's head, and source 'noise' has none"),
+        (
+            "noise",
+            {"scorer": "magnitude", "repair": "obs"},
+            "'obs' needs labels, and source 'noise'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    suite: pai.Suite, source: str, recipe: dict[str, Any], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        "pai_utils.studies.suite.progress", lambda *_, **__: pytest.fail("ran first")
+    )
+    with pytest.raises(ValueError, match=message):
+        sweep(suite, [source], [Recipe(**recipe)], DRAW)
