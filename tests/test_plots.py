@@ -137,7 +137,7 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
 
 def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
     rows = held_out(["photos"], ["snip", "magnitude"], [0.2, 0.4])
-    chosen = Choice("snip", 0.2, 0.8, 0.7, 0.9, tried=4)
+    chosen = Choice("snip", 0.2, 0.8, tried=4)
     (axes,) = validation_choice(rows, chosen, 0.25).axes
     square = next(line for line in axes.lines if line.get_fillstyle() == "none")
     assert np.asarray(square.get_xydata()).tolist() == [[0.2, 0.8]]

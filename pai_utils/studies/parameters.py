@@ -41,9 +41,9 @@ def one_of(kind: str, names: Collection[str]) -> AfterValidator:
     return checked(lambda name: check_names(kind, [name], names))
 
 
-def check_source(name: str) -> None:
-    """Refuse a source with an unknown part."""
-    for part in name.split("+"):
+def check_sources(names: str | list[str]) -> None:
+    """Refuse a source, or one of several, with an unknown part."""
+    for part in "+".join([names] if isinstance(names, str) else names).split("+"):
         if part not in IMAGE_SETS:
             check_task_name(task_of(part), unlisted=IMAGE_SETS)
 
@@ -244,7 +244,7 @@ class RepairedMasks(Masks, OneSource):
     """Parameters of masks of one source, and of the repair that follows them."""
 
     #: Images to prune and repair by, as in `pai_utils.data.mixtures`; None: the source's own.
-    prune_by: Annotated[str, checked(check_source)] | None = None
+    prune_by: Annotated[str, checked(check_sources)] | None = None
     repair: Repair = "layerwise+moments"
 
     @property

@@ -44,8 +44,6 @@ class Choice:
     scorer: str
     sparsity: float
     retention: float
-    low: float  #: lower end of the 95 % interval of the retention over validation images
-    high: float
     tried: int  #: candidates: choosing among many flatters the retention
 
 
@@ -80,8 +78,7 @@ def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
             "sparsities, another repair or more images, or raise the tolerance"
         )
     best = kept.sort_values(["sparsity", "retention"], ascending=False, kind="stable").iloc[0]
-    numbers = {name: float(best[name]) for name in ("sparsity", "retention", "low", "high")}
-    return Choice(str(best.scorer), **numbers, tried=len(candidates))
+    return Choice(best.scorer, float(best.sparsity), float(best.retention), len(candidates))
 
 
 def prune_as_chosen(

@@ -139,8 +139,7 @@ class Atlas:
         for one, other in itertools.combinations(names, 2):
             both = itertools.product(first[one].items(), first[other].items())
             pairs = [(mine, its) for (a, mine), (b, its) in both if a == b or "none" in (a, b)]
-            values = _mean_overlap(pairs)
-            for table, value in zip((overlap, chance), values, strict=True):
+            for table, value in zip((overlap, chance), _mean_overlap(pairs), strict=True):
                 table.loc[one, other] = table.loc[other, one] = value
         return overlap, chance
 

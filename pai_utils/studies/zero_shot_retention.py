@@ -19,7 +19,7 @@ from pai_utils.studies.parameters import (
     ScorerName,
     Seeds,
     TaskName,
-    check_source,
+    check_sources,
     checked,
     combine,
     one_of,
@@ -28,16 +28,11 @@ from pai_utils.studies.suite import Suite, sweep
 from pai_utils.support.sampling import PRECISIONS
 
 
-def _check_sources(names: str | list[str]) -> None:
-    for name in [names] if isinstance(names, str) else names:
-        check_source(name)
-
-
 class Parameters(Masks):
     """Parameters of the notebook ``zero_shot_retention``."""
 
     #: One or several, as of `pai_utils.data.mixtures`.
-    source: Annotated[str | list[str], checked(_check_sources)]
+    source: Annotated[str | list[str], checked(check_sources)]
     targets: list[TaskName] = Field(min_length=1)
     scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
     seeds: Seeds
