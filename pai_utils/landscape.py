@@ -78,13 +78,11 @@ def predicted_and_measured(
     partial = partial_terms(model, steps, data, draw, block_size=block_size, draws=draws)
     drawn = torch.utils.data.Subset(data, draw.indices(data).tolist())
     places = [[alpha] for alpha in fractions]
-
-    def loss_here() -> float:
-        return evaluate(model, drawn, batch_size=draw.batch_size).loss
-
     rows = []
     for (name, step), terms, parts in zip(directions.items(), exact, partial, strict=True):
-        losses = _at_each(model, [step], places, loss_here)
+        losses = _at_each(
+            model, [step], places, lambda: evaluate(model, drawn, batch_size=draw.batch_size).loss
+        )
         for alpha, loss in zip(fractions, losses, strict=True):
             half = alpha**2 / 2
             gradient, hessian = alpha * terms.gradient, half * terms.hessian

@@ -50,8 +50,7 @@ PARTS = {
     "gradient": ("taylor", "hessian"),
     "higher order": ("measured", "taylor"),
 }
-"""What the diagonal drops of the measured increase, each part the difference of two columns of
-:func:`~pai_utils.landscape.predicted_and_measured`."""
+"""What the diagonal drops of the measured increase: each the difference of two predictions."""
 PREDICTORS = {
     "measured": "measured increase",
     "taylor": "gᵀδ + ½ δᵀHδ",
