@@ -490,8 +490,9 @@ def _figures(results: Path, left: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     for backbone in BACKBONES:
         for grid in TASKS:
             with suppress(FileNotFoundError):
-                yield f"{grid}-{backbone}", plots.retention_curves(
-                    _held_out(results, grid, backbone)
+                yield (
+                    f"{grid}-{backbone}",
+                    plots.retention_curves(_held_out(results, grid, backbone)),
                 )
         path = results / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
         if path.is_file():

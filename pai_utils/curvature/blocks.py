@@ -11,14 +11,11 @@ Removing weights q and letting the others of the block follow raises ½ δᵀFδ
 
 and for one weight i that least rise is its saliency w_i² / (2 [F⁻¹]_ii).
 
-**Accuracy.** Gradients come in the model's precision. Their products are summed, and the matrices
-factorised, in float64 whatever the damping: a sum in float32 has a relative error of about 1e-7,
-which the inverse multiplies by a condition number of up to B / damping + 1.
-
-**Cost.** The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about PB².
-With fewer samples than B the gradients themselves are kept (mP numbers), and Woodbury's identity
-replaces each B × B system by an m × m one. Whatever exceeds the memory budget is left to a further
-pass over the data, each a forward and a backward.
+Products of gradients are summed, and the matrices factorised, in float64: a sum in float32 has a
+relative error of about 1e-7, which the inverse multiplies by up to B / damping + 1. The sums take
+2mPB operations and 8PB bytes for P weights, the factorisations about PB². With fewer samples than
+B the gradients themselves are kept, and Woodbury's identity replaces each B × B system by an
+m × m one.
 
 Sources: Hassibi & Stork (1993), "Second order derivatives for network pruning: optimal brain
 surgeon"; Singh & Alistarh (2020), "WoodFisher"; Kurtic et al. (2022), "The optimal BERT surgeon",
@@ -86,8 +83,7 @@ class BlockFisher:
         """Blocks of given gradients ``[m, P]``, one row a sample.
 
         Raises:
-            ValueError: for a block size below one, or a damping that is not at least
-                ``SMALLEST_DAMPING``.
+            ValueError: for a block size or a damping that no block can have.
         """
         check_block_options(block_size, damping)
         samples, length = gradients.shape
@@ -96,17 +92,10 @@ class BlockFisher:
         return sums.fisher(damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
-        """Least increase of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii).
+        """Least rise of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii), in float64.
 
-        Args:
-            weights: the entries ``start`` to ``stop`` of the flattened tensor.
-
-        Returns:
-            float64, of the same shape. Zero throughout a block whose gradients are all zero,
-            since there is no damping either and removing its weights costs nothing.
-
-        Raises:
-            ValueError: as :meth:`inverse_diagonal`.
+        ``weights`` are the entries ``start`` to ``stop``. A block whose gradients are all zero has
+        no damping either: removing its weights costs nothing.
         """
         return weights.double().square() / (2 * self.inverse_diagonal())
 
@@ -133,13 +122,9 @@ class BlockFisher:
     def repair(self, weights: Tensor, keep: Tensor) -> Tensor:
         """Weights after removing those with ``keep`` false and moving the others of their block.
 
-        Args:
-            weights: the entries ``start`` to ``stop`` of the flattened tensor.
-            keep: boolean, of the same shape.
-
-        Returns:
-            w + δ, of the weights' shape and dtype; exactly zero where ``keep`` is false. A weight
-            stays as it is where nothing, or nothing correlated with it, is removed from its block.
+        Both are of the entries ``start`` to ``stop``. The result w + δ is exactly zero where
+        ``keep`` is false; a weight stays as it is where nothing correlated with it is removed from
+        its block.
 
         Raises:
             ValueError: if a shape does not fit, or a block is singular in float64.
@@ -219,17 +204,15 @@ def fisher_blocks(
             the caller has control.
         names: the parameters to take.
         data: samples, labelled for ``estimator="empirical"``.
-        draw: the samples to take; its seed also draws the labels. The result does not depend on the
-            batches beyond rounding.
+        draw: the samples to take; its seed also draws the labels.
         block_size: B, weights a block.
         damping: λ over the block's mean diagonal.
-        estimator: ``"empirical"`` takes the gradients of the true labels, as the sources above do
-            and as ``fisher_diag``; ``"mc"`` those of one label a sample drawn from the model, an
-            unbiased estimate of the GGN, as ``ggn_diag``.
-        memory_budget: bytes, beside what a forward and backward take. Three quarters hold the
-            sums, 8B bytes a weight (or, with fewer samples than B, one number a weight and sample);
-            the rest is for gradients in the making. When the sums do not fit, they are made in
-            several passes over the data, each a forward and a backward; the number is logged.
+        estimator: ``"empirical"`` takes the gradients of the true labels, as ``fisher_diag``;
+            ``"mc"`` those of one label a sample drawn from the model, an unbiased estimate of the
+            GGN, as ``ggn_diag``.
+        memory_budget: bytes beside those of a forward and backward. Three quarters hold the sums,
+            the rest gradients in the making. When the sums do not fit, they take several passes
+            over the data, each a forward and a backward; the number is logged.
 
     Yields:
         One :class:`BlockFisher` a tensor, or several with consecutive entries for a tensor that is
@@ -277,11 +260,7 @@ def fisher_blocks(
 
 
 def check_block_options(block_size: int, damping: float) -> None:
-    """Refuse a block size or a damping that no Fisher block can have.
-
-    Raises:
-        ValueError: for a block size below one, or a damping below ``SMALLEST_DAMPING``.
-    """
+    """Refuse a block size or a damping that no Fisher block can have."""
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: at least one weight a block is needed")
     if not SMALLEST_DAMPING <= damping < math.inf:

@@ -149,10 +149,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 class Calls(TorchFunctionMode):
     """Hand the calls that are made inside to their handlers, whose results the model gets.
 
-    Args:
-        handlers: by the function they are for, however it is written: that of ``torch.add`` also
-            gets ``x + y`` and ``x.add_(y)``.
-        otherwise: the handler of all other functions; by default these run as they are.
+    ``handlers`` are by the function they are for, however it is written: that of ``torch.add`` also
+    gets ``x + y`` and ``x.add_(y)``. ``otherwise`` handles all other functions.
 
     Examples:
         >>> with Calls({torch.add: lambda call: call.run(other=2 * call["other"])}):

@@ -48,14 +48,8 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher matrix: the mean squared per-sample gradient.
 
-    Args:
-        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
-        names: the parameters to take, of shapes ``[out, in, ...]``.
-        data: labelled samples.
-        draw: the samples to take; the result does not depend on the batches beyond rounding.
-
-    Returns:
-        One tensor a name, of the parameter's shape. No estimation error beyond the draw's.
+    ``names`` are those of parameters of the model, which is evaluated in evaluation mode and left
+    as it was. One tensor a name, of the parameter's shape, without any error beyond the draw's.
 
     Raises:
         ValueError: if a label goes beyond the model's classes.
@@ -85,23 +79,13 @@ def ggn_diagonal(
 ) -> dict[str, Tensor]:
     """Diagonal of the generalised Gauss-Newton matrix of the mean cross-entropy.
 
-    Args:
-        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
-        names: the parameters to take.
-        data: samples; their labels are not used.
-        draw: the samples to take; its seed also draws labels. These do not depend on the batches,
-            nor does the result, except for ``estimator="batch"``.
-        estimator: ``"mc"`` draws ``draws`` labels a sample from the model: unbiased, one backward
-            a draw, relative variance proportional to 1/(samples * draws), and larger the surer the
-            model is of its labels. ``"exact"`` costs one backward a class and has no error.
-            ``"batch"`` squares the gradient of a whole batch: labels are drawn independently with
-            zero-mean gradients, so that cross terms vanish in expectation. Unbiased and no dearer
-            than training, but its relative variance is of order 1/(batches * draws), and it depends
-            on the batches.
-        draws: labels a sample for ``"mc"``.
-
-    Returns:
-        One tensor a name, of the parameter's shape, non-negative.
+    Arguments and result as in :func:`fisher_diagonal`, but that labels are not used: the draw's
+    seed also draws ``draws`` labels a sample, whatever the batches. With ``estimator="mc"`` these
+    give an unbiased estimate, one backward a draw, of a relative variance proportional to
+    1/(samples · draws), and larger the surer the model is. ``"exact"`` costs one backward a class
+    and has no error. ``"batch"`` squares the gradient of a whole batch, in which cross terms of
+    independent labels vanish in expectation: unbiased and no dearer than training, but its relative
+    variance is of order 1/(batches · draws), and it depends on the batches.
 
     Raises:
         ValueError: if ``estimator`` is unknown or ``draws`` is below one.
@@ -138,24 +122,10 @@ def output_diagonal(
     """Diagonal of 1/N Σ JᵀJ, the Gauss-Newton matrix of half the outputs' mean squared change.
 
     At the present weights this is the diagonal of the Hessian of 1/N Σ ½‖f(x; w) − f(x; w₀)‖².
-    Without the factor of the loss it is what a Gaussian likelihood of the outputs would give;
-    summed over all weights it is the mean trace of the neural tangent kernel.
-
-    Args:
-        model: images to outputs ``[B, D]``; evaluated in evaluation mode, left as it was.
-        names: the parameters to take.
-        data: samples; their labels are not used.
-        draw: the samples to take; its seed also draws the directions.
-        estimator: ``"mc"`` takes E[(Jᵀv)²] over ``draws`` vectors v of random signs a sample:
-            unbiased, one backward a draw, relative variance of order 1/(samples * draws).
-            ``"exact"`` costs one backward an output and has no error.
-        draws: directions a sample for ``"mc"``.
-
-    Returns:
-        One tensor a name, of the parameter's shape, non-negative.
-
-    Raises:
-        ValueError: if ``estimator`` is unknown or ``draws`` is below one.
+    Summed over all weights it is the mean trace of the neural tangent kernel. Arguments, result and
+    errors as in :func:`ggn_diagonal`, for a model of images to any outputs ``[B, D]``: ``"mc"``
+    takes E[(Jᵀv)²] over ``draws`` vectors v of random signs a sample, ``"exact"`` one backward an
+    output.
     """
     _check(estimator, OUTPUT_ESTIMATORS, draws)
 
@@ -179,8 +149,7 @@ def sum_squared_batch_gradients(
 ) -> dict[str, Tensor]:
     """Σ over batches b and cotangents v of (Σ_{n in b} J_nᵀ v_n)².
 
-    Arguments and result as :func:`~pai_utils.curvature.persample.sum_squared_gradients`; to be
-    called inside :func:`~pai_utils.support.common.undisturbed`, since it sets ``requires_grad``.
+    Arguments and result as :func:`~pai_utils.curvature.persample.sum_squared_gradients`.
     """
     model.requires_grad_(False)
     weights = {name: model.get_parameter(name).requires_grad_() for name in names}

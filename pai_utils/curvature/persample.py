@@ -258,7 +258,7 @@ def sum_squared_gradients(
         cotangents: for the logits of a batch, the cotangents ``[B, C]`` to pull back.
 
     Returns:
-        One tensor a name, of the weight's shape. Exact up to rounding, since nothing is sampled.
+        One tensor a name, of the weight's shape. Exact up to rounding.
     """
     totals = {}
     for name in names:
@@ -276,14 +276,8 @@ def drawn_batches(
 ) -> Iterator[Batch]:
     """This process's share of a draw, batch by batch, under a progress bar.
 
-    Under ``torchrun`` with fewer samples than processes it may be empty.
-
-    Args:
-        data: samples.
-        indices: the draw, of which positions become the batches' ``rows``.
-        size: samples a batch.
-        device: of the images and labels; rows are on the CPU.
-        title: of the progress bar.
+    The batches' ``rows`` are positions within the draw, on the CPU. Under ``torchrun`` with fewer
+    samples than processes there may be none.
     """
     share = share_of_work(len(indices))
     if len(share) == 0:

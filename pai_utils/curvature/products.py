@@ -72,18 +72,14 @@ class CurvatureOperator(ABC):
     keep few digits in half precision. Sums are at least in float32. Under ``torchrun`` each
     process takes its share of the samples and all get the same product.
 
-    The graph of a batch's forward and first backward is kept for the next products as long as all
-    that is kept stays within ``memory``; the other batches are run anew at each product, with the
-    same result. What is kept lives as long as the operator.
-
     Args:
         model: images to logits ``[B, C]``; evaluated in evaluation mode. Between and after
             products it is as it was; its weights must not change while the operator is used.
         names: the parameters to take.
         data: labelled samples, the same at each reading.
-        draw: the samples to take. The product does not depend on the batches beyond rounding; when
-            memory runs out they are halved and nothing is kept any more.
-        memory: bytes that graphs kept between products may hold; 0 keeps none.
+        draw: the samples to take. When memory runs out batches are halved, and nothing is kept.
+        memory: bytes that graphs of a batch's forward and first backward may hold, kept for further
+            products as long as the operator lives; other batches are run anew at each product.
 
     Raises:
         ValueError: if a name is no parameter of the model or comes twice, or ``memory`` is
@@ -121,7 +117,7 @@ class CurvatureOperator(ABC):
         self._indices = drawn[share_of_work(len(drawn))]
         self._batch_size, self._memory = draw.batch_size, memory
         self._kept: dict[int, _Graphs] = {}
-        self._kept_bytes = 0
+        self.kept_bytes = 0  # of the graphs that are kept for further products
         self._losses: Tensor | None = None
 
     @property
@@ -129,19 +125,8 @@ class CurvatureOperator(ABC):
         """The parameters the operator acts on, in order."""
         return {name: self._originals[name].detach() for name in self._names}
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the graphs that are kept for further products."""
-        return self._kept_bytes
-
     def __call__(self, vector: Vector) -> dict[str, Tensor]:
-        """The product with ``vector``.
-
-        Args:
-            vector: one tensor a name of the operator, of the parameter's shape.
-
-        Returns:
-            One tensor a name, of the parameter's shape, at least in float32.
+        """The product with ``vector``: one tensor a name, at least in float32.
 
         Raises:
             ValueError: if a name or a shape of ``vector`` does not fit.
@@ -198,7 +183,7 @@ class CurvatureOperator(ABC):
         return sum_over_processes(fitting_batches(compute, self._batch_size))
 
     def _drop(self) -> None:
-        self._kept, self._kept_bytes = {}, 0
+        self._kept, self.kept_bytes = {}, 0
 
     def _inputs(self) -> list[Tensor]:
         """The weights that a graph is made with."""
@@ -231,9 +216,9 @@ class CurvatureOperator(ABC):
                     graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
-        if self._kept_bytes + size <= self._memory:
+        if self.kept_bytes + size <= self._memory:
             self._kept[number] = graphs
-            self._kept_bytes += size
+            self.kept_bytes += size
         return graphs
 
     def _check_losses(self, found: list[Tensor]) -> None:
@@ -306,10 +291,7 @@ class HessianOperator(CurvatureOperator):
     _with_values = False  # whether the graphs hold the gradient's values
 
     def gradient(self) -> dict[str, Tensor]:
-        """Gradient of the mean loss; its graphs are kept for the products.
-
-        Returns:
-            One tensor a name, of the parameter's shape, at least in float32.
+        """Gradient of the mean loss, at least in float32; its graphs are kept for the products.
 
         Raises:
             RuntimeError: if weights, data or model changed since a product.
@@ -385,18 +367,9 @@ def directional_terms(
 ) -> list[DirectionalTerms]:
     """Loss, gᵀv, vᵀHv and vᵀGv of the mean cross-entropy at the model's parameters.
 
-    Exact up to rounding for the samples drawn. Costs about five forward and backward passes for
-    one direction and two for each more, since all share what does not depend on them.
-
-    Args:
-        model: images to logits; evaluated in evaluation mode, left as it was.
-        directions: each a v, one tensor a parameter name, of the parameter's shape; all of the
-            same names.
-        data: labelled samples.
-        draw: the samples to take.
-
-    Returns:
-        The terms of each direction, in their order.
+    Exact up to rounding for the samples drawn. ``directions`` are vectors v by parameter name, all
+    of the same names. Costs about five forward and backward passes for one direction and two for
+    each more, since all share what does not depend on them.
 
     Raises:
         ValueError: if there is no direction, a name or shape does not fit the model or the other
@@ -480,11 +453,7 @@ def _check_names(parameters: Vector, names: Sequence[str]) -> None:
 
 
 def check_vector(vector: Vector, parameters: Vector) -> None:
-    """Refuse a vector whose names or shapes are not those of the parameters.
-
-    Raises:
-        ValueError: naming the first that does not fit.
-    """
+    """Refuse a vector whose names or shapes are not those of the parameters."""
     for name, weight in parameters.items():
         if name not in vector:
             raise ValueError(f"the vector lacks {name!r}; it needs all of the operator's names")
@@ -497,11 +466,7 @@ def check_vector(vector: Vector, parameters: Vector) -> None:
 
 
 def check_directions(model: nn.Module, directions: Sequence[Vector]) -> None:
-    """Refuse directions that do not all fit the same parameters of the model.
-
-    Raises:
-        ValueError: if there are none, one is empty, or a name or shape does not fit.
-    """
+    """Refuse directions that do not all fit the same parameters of the model."""
     if not directions:
         raise ValueError("at least one direction is needed")
     parameters = dict(model.named_parameters())
@@ -516,13 +481,9 @@ def inner_product(left: Vector, right: Vector) -> Tensor:
 
 
 def dense_matrix(operator: Operator) -> Tensor:
-    """All entries of a matrix that is known by its products, for a handful of weights.
+    """All entries ``[m, m]`` of a matrix of a handful of weights, from m products.
 
-    Args:
-        operator: of m weights in all; it is asked for m products.
-
-    Returns:
-        ``[m, m]``, rows and columns in the order of the operator's flattened parameters.
+    Rows and columns are in the order of the operator's flattened parameters.
     """
     parameters = operator.parameters
     sizes = [value.numel() for value in parameters.values()]

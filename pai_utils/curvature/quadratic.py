@@ -6,8 +6,7 @@ the weights into groups ::
 
     vᵀ G_groups v = E Σ_groups (g_nᵀ v restricted to the group)².
 
-Single weights, consecutive weights in blocks and whole tensors are three partitions; all are summed
-from the same gradients, so that what a coarser one adds is not the noise of other labels.
+Single weights, blocks and whole tensors are three partitions, summed from the same gradients.
 
 Sources: LeCun et al. (1990), "Optimal brain damage" (diagonal); Singh & Alistarh (2020),
 "WoodFisher" (blocks); Kunstner et al. (2019), "Limitations of the empirical Fisher approximation"
@@ -51,22 +50,12 @@ def partial_terms(
 ) -> list[PartialTerms]:
     """Quadratic forms with the diagonal, blocks and tensors of the GGN of the mean cross-entropy.
 
-    Unbiased for the samples drawn, where the directions do not depend on the same labels; the
-    error is that of the drawn labels, and common to the three. Its relative variance falls as
-    1/(samples * draws) and grows with the model's confidence: with p the probability of the
-    likeliest class it is of the order of 1/(1 − p), since few draws then give another label. Costs
-    one forward, ``draws`` backwards that form per-sample gradients, a product of these with each
-    direction, and memory for a copy of all directions.
-
-    Args:
-        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was.
-        directions: each a v, one tensor a parameter name, of the parameter's shape; all of the
-            same names.
-        data: samples; their labels are not used.
-        draw: the samples to take; its seed also draws the labels. The result does not depend on the
-            batches beyond rounding.
-        block_size: weights a block; the last of a tensor may be shorter.
-        draws: labels a sample.
+    Unbiased for the samples drawn, where the directions do not depend on the same labels; the error
+    is that of the ``draws`` labels a sample, and common to the three. Its relative variance falls
+    as 1/(samples · draws) and is of the order of 1/(1 − p), p the probability of the likeliest
+    class, since few draws then give another label. Costs one forward, ``draws`` backwards that form
+    per-sample gradients, and a product of these with each direction. ``directions`` are tensors by
+    parameter name, all of the same names.
 
     Returns:
         The terms of each direction, in their order.

@@ -1,15 +1,11 @@
 """Extreme eigenpairs and spectral density of a symmetric matrix that is known by its products.
 
 Lanczos: from a start vector q_1, each product Aq_j is made orthogonal to all earlier vectors, so
-that in exact arithmetic ::
-
-    A Q_m = Q_m T_m + β_m q_{m+1} e_mᵀ,    Q_m [P, m] orthonormal, T_m [m, m] tridiagonal.
-
-An eigenpair (θ, s) of T_m gives the Ritz pair (θ, Q_m s), whose residual ‖A Q_m s − θ Q_m s‖ is
-``β_m |s_m|``. The basis is one matrix, and orthogonalisation two matrix-vector products with it.
+that A Q_m = Q_m T_m + β_m q_{m+1} e_mᵀ with Q_m [P, m] orthonormal and T_m [m, m] tridiagonal. An
+eigenpair (θ, s) of T_m gives the Ritz pair (θ, Q_m s), whose residual is ``β_m |s_m|``.
 
 Density (stochastic Lanczos quadrature): for random signs v of norm √P, the eigenvalues of T_m with
-weights s_1² are the nodes of a Gauss quadrature of the spectrum as v sees it; its mean over v is
+weights s_1² are the nodes of a Gauss quadrature of the spectrum as v weighs it; its mean over v is
 the spectrum.
 
 Sources: Lanczos (1950); Golub & Meurant (2010), "Matrices, moments and quadrature"; Lin, Saad &
@@ -80,20 +76,12 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The ``count`` most extreme eigenpairs by Lanczos with full re-orthogonalisation.
 
-    Stops as soon as every wanted residual is at most ``tolerance`` times the largest eigenvalue
-    in magnitude seen so far. The error of an eigenvalue is at most its residual, and of the order
-    of the squared residual over the gap where eigenvalues are well apart. Of an eigenvalue that
-    comes several times, copies may be missed, as with every Krylov method from one vector.
-
-    Costs one product a step, and memory for the basis: ``products`` vectors at most.
-
-    Args:
-        operator: the matrix, symmetric.
-        count: how many pairs.
-        order: ``"largest"`` or ``"smallest"`` eigenvalues, or largest in ``"magnitude"``.
-        tolerance: relative residual to stop at.
-        products: most products to take.
-        seed: seed of the start vector.
+    ``order`` is ``"largest"``, ``"smallest"`` or ``"magnitude"``. Stops as soon as every wanted
+    residual is at most ``tolerance`` times the largest eigenvalue in magnitude seen so far, or
+    after ``products`` products; a basis of as many vectors is kept. The error of an eigenvalue is
+    at most its residual, and of the order of its square over the gap where eigenvalues are well
+    apart. Of an eigenvalue that comes several times, copies may be missed, as with every Krylov
+    method from one vector.
 
     Raises:
         ValueError: if ``count`` is below one or above ``products`` or the matrix's size, ``order``
@@ -155,15 +143,9 @@ def spectral_density(
 ) -> SpectralDensity:
     """Density of the eigenvalues by stochastic Lanczos quadrature.
 
-    Costs ``probes`` times ``steps`` products, and memory for ``steps`` vectors.
-
-    Args:
-        operator: the matrix, symmetric.
-        probes: random start vectors to average over.
-        steps: Lanczos steps, and quadrature nodes, of each (at most the matrix's size).
-        width: standard deviation of the Gaussian kernel in units of eigenvalues; ``None`` takes
-            one hundredth of the range of the nodes.
-        seed: seed of the start vectors.
+    Costs ``probes`` start vectors times ``steps`` products, and memory for ``steps`` vectors. The
+    kernel's standard deviation ``width`` is in units of eigenvalues; ``None`` takes one hundredth
+    of the range of the nodes.
 
     Raises:
         ValueError: if ``probes`` or ``steps`` is below one, ``width`` is not above zero or too
@@ -220,11 +202,9 @@ def _smoothed(nodes: Tensor, weights: Tensor, width: float | None) -> SpectralDe
 def _lanczos(
     multiply: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], steps: int
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Take ``steps`` steps; after an invariant subspace go on from a new random vector.
+    """After m steps Q_mᵀ ``[m, P]``, T_m ``[m, m]``, and β_m: 0 where they span an invariant space.
 
-    Yields:
-        After m steps Q_mᵀ ``[m, P]``, T_m ``[m, m]``, and β_m: 0 where the basis spans an
-        invariant subspace.
+    There it goes on from a new random vector.
     """
     q = draw()
     basis = q.new_empty(steps, len(q))
