@@ -31,20 +31,15 @@ class Mask(Mapping[str, Tensor]):
 
     Raises:
         ValueError: if the mask is empty, a tensor holds anything but zeros and ones, or an entry
-            of the metadata is not text; from the methods that take another mask, if that one is
-            for other parameters.
+            of the metadata is not text.
 
     Examples:
         >>> import torch
         >>> import pai_utils as pai
         >>> left = pai.Mask({"weight": torch.tensor([True, True, False, False])})
         >>> right = pai.Mask({"weight": torch.tensor([True, False, False, False])})
-        >>> left.sparsity
-        0.5
-        >>> left.overlap(right)
-        0.5
-        >>> left.union(right)["weight"]
-        tensor([ True,  True, False, False])
+        >>> left.sparsity, left.overlap(right)
+        (0.5, 0.5)
     """
 
     def __init__(
@@ -96,21 +91,13 @@ class Mask(Mapping[str, Tensor]):
         """Parameters that are pruned to nothing."""
         return [name for name, kept in self._kept.items() if kept == 0]
 
-    def intersection(self, other: Mask) -> Mask:
-        """Keep what both masks keep; the metadata are those that the two share."""
-        shared = self._shared_metadata(other)
-        return Mask({name: entry & other[name] for name, entry in self.items()}, shared)
-
-    def union(self, other: Mask) -> Mask:
-        """Keep what either mask keeps; the metadata are those that the two share."""
-        shared = self._shared_metadata(other)
-        return Mask({name: entry | other[name] for name, entry in self.items()}, shared)
-
     def overlap(self, other: Mask) -> float:
         """Intersection over union (Jaccard index) of the weights that the two masks keep.
 
-        Between 0 (no weight in common) and 1 (equal, or both empty). Compare it with
-        :meth:`expected_overlap`.
+        From 0 (no weight in common) to 1 (equal, or both empty); compare :meth:`expected_overlap`.
+
+        Raises:
+            ValueError: if the other mask is for other parameters.
         """
         self._check(other, "the other mask", alike=True)
         both = sum(int((entry & other[name]).count_nonzero()) for name, entry in self.items())
@@ -120,11 +107,10 @@ class Mask(Mapping[str, Tensor]):
     def expected_overlap(self, other: Mask) -> float:
         """The overlap by chance: of masks that keep as many weights of each layer, but at random.
 
-        Of a layer of n weights, two random masks that keep k and l share k l / n on average (the
-        mean of a hypergeometric distribution). With I the sum of these means, this is
-        I / (Σk + Σl − I), the intersection over union at the mean intersection; the mean of the
-        ratio itself exceeds it by a relative error of the order of 1 / (number of weights). Two
-        masks that keep a fraction d of every layer overlap by d / (2 − d).
+        Of a layer of n weights, two random masks that keep k and l share k l / n on average. With I
+        the sum of these means, this is I / (Σk + Σl − I); the mean of the ratio itself exceeds it
+        by a relative error of the order of 1 / (number of weights). Two masks that keep a fraction
+        d of every layer overlap by d / (2 − d).
         """
         self._check(other, "the other mask", alike=True)
         both = sum(self._kept[n] * other._kept[n] / entry.numel() for n, entry in self.items())
@@ -134,14 +120,10 @@ class Mask(Mapping[str, Tensor]):
     def check(self, model: nn.Module, *, strict: bool = True) -> None:
         """Refuse a model that the mask was not made for.
 
-        Names and shapes must fit. So must the encoder's name and the weights' checksum, where the
-        metadata has them (:func:`describe_weights`). A model whose pruned weights are all zero
-        passes without its checksum: it was pruned by this mask, and perhaps repaired or fine-tuned
-        since.
-
-        Args:
-            model: the model to prune.
-            strict: false accepts other weights and another encoder of the same names and shapes.
+        Names and shapes must fit, and unless ``strict`` is false also the encoder's name and the
+        weights' checksum, where the metadata has them (:func:`describe_weights`). A model whose
+        pruned weights are all zero passes without its checksum: it was pruned by this mask, and
+        perhaps repaired or fine-tuned since.
 
         Raises:
             ValueError: what does not fit.
@@ -169,11 +151,7 @@ class Mask(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, *, strict: bool = True) -> None:
-        """Set the pruned weights of ``model`` to zero, in place.
-
-        Args:
-            model: the dense model, or one that was pruned with this mask before.
-            strict: as in :meth:`check`.
+        """Set the pruned weights of ``model`` to zero, in place; ``strict`` as in :meth:`check`.
 
         Raises:
             ValueError: if :meth:`check` refuses the model, which is then untouched.
@@ -207,8 +185,8 @@ class Mask(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write the mask as safetensors, with its metadata and a checksum, and its report.
 
-        The :meth:`report` goes to the same path with the suffix ``.json``, with the SHA-256 of the
-        mask's file; nothing reads it back. Each file is written whole or not at all.
+        The :meth:`report` goes to the same path with the suffix ``.json``, for a reader; nothing
+        reads it back. Each file is written whole or not at all.
 
         Raises:
             ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
@@ -233,12 +211,7 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Mask:
-        """Read a mask written by :meth:`save`.
-
-        Args:
-            path: the mask's file.
-            model: what the mask must have been made for, by :meth:`check`; ``None`` leaves that
-                to :meth:`apply_`.
+        """Read a mask written by :meth:`save`, and :meth:`check` a model if one is given.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -279,13 +252,6 @@ class Mask(Mapping[str, Tensor]):
         ):
             if names:
                 raise ValueError(f"the mask is for another architecture: {what} {listed(names)}")
-
-    def _shared_metadata(self, other: Mask) -> dict[str, str]:
-        self._check(other, "the other mask", alike=True)
-        shared = dict(self.metadata.items() & other.metadata.items())
-        # What was asked of each mask says nothing about the sparsity of the two together.
-        shared.pop("sparsity", None)
-        return shared
 
 
 def make_mask(
@@ -364,12 +330,8 @@ def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
     The density of a layer is proportional to (Σ of its dimensions) / (∏ of its dimensions), which
     keeps more of small layers (Evci et al., "Rigging the Lottery", ICML 2020). A layer whose share
     exceeds its size stays dense, and the others share the rest. Shares are rounded so that their
-    sum is ``kept``, each layer by at most one weight more than half, and so that no layer's number
-    falls when ``kept`` grows (Webster's method): budgets of successive rounds are nested.
-
-    Args:
-        shapes: shape of each layer's weight.
-        kept: number of weights to keep in all, at most that of all weights.
+    sum is ``kept``, and so that no layer's number falls when ``kept`` grows (Webster's method):
+    budgets of successive rounds are nested.
 
     Raises:
         ValueError: if there are fewer weights than ``kept``.
@@ -404,12 +366,7 @@ def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
 
 
 def check_sparsity(sparsity: float, scope: str) -> tuple[int, int] | None:
-    """Refuse a sparsity or scope that :func:`make_mask` cannot serve; return N and M of ``"N:M"``.
-
-    Raises:
-        ValueError: for an impossible sparsity, an unknown scope, or a sparsity other than the
-            scope's own.
-    """
+    """Refuse what :func:`make_mask` cannot serve; return N and M of the scope ``"N:M"``."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
     if scope in ("global", "layer", "erk"):
@@ -433,17 +390,9 @@ def check_sparsity(sparsity: float, scope: str) -> tuple[int, int] | None:
 def describe_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Metadata that ties a mask to the weights it is made for.
 
-    Args:
-        model: the dense model.
-        names: the parameters that the mask covers.
-
-    Returns:
-        ``encoder``, the backbone's name (of other modules that of their class); ``provenance`` of
-        a backbone's weights; ``weights``, the SHA-256 of the named weights with their names,
-        shapes and type.
-
-    Raises:
-        AttributeError: if the model has no such parameter.
+    ``encoder`` is the backbone's name (of other modules that of their class), ``provenance`` that
+    of a backbone's weights, and ``weights`` the SHA-256 of the named weights with their names,
+    shapes and type.
     """
     backbone = model.backbone if isinstance(model, Classifier) else model
     described = {"encoder": type(backbone).__name__}

@@ -191,18 +191,10 @@ def follow(
 ) -> Pruned:
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
 
+    ``scores`` are those of the dense model by this recipe and draw, where they are known already.
     Unlike there, the mask's metadata do not identify the weights that it was made for: hashing
     them takes longer than pruning by known scores. Add
     :func:`~pai_utils.masks.describe_weights` to a mask that goes to a file.
-
-    Args:
-        recipe: how to prune.
-        model: images to logits; it is untouched.
-        data: samples for the scores.
-        draw: which of them the scores use; the repair takes its batch size and seed too.
-        repair_data: samples for the repair; by default ``data``.
-        source: name of the data, for the mask's metadata.
-        scores: of the dense model by this recipe and draw, where they are known already.
 
     Raises:
         ValueError: as :func:`prune`.
@@ -259,18 +251,10 @@ def select_parameters(
 ) -> list[str]:
     """Choose parameters by patterns of their names, as of files in a shell (``fnmatch``).
 
-    A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and
-    so all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
-    character and ``[01]`` one of those listed.
-
-    Args:
-        names: parameters to choose from, such as
-            :func:`~pai_utils.models.encoders.prunable_parameters`.
-        include: one pattern or several, of which one must match; ``None`` for all.
-        exclude: one pattern or several, of which none may match.
-
-    Returns:
-        The chosen names, in their order.
+    A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and so
+    all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
+    character and ``[01]`` one of those listed. One of ``include`` must match (``None``: all do),
+    and none of ``exclude``; each is one pattern or several.
 
     Raises:
         ValueError: if a pattern matches none of the names, or no name is left.

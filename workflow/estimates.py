@@ -1,7 +1,7 @@
 """What a cell will take, counted from its parameters before anything runs.
 
 Work is counted in forwards of one image through the encoder. A forward and backward counts as
-three, a scorer as `Scorer.passes` of those. The operations of a forward are counted on tensors
+three, a scorer as `Scorer.cost` of those. The operations of a forward are counted on tensors
 without values, and hours follow from a speed that the device sustains. Left out are decoding, fits
 of heads, and what a scorer does beyond forwards and backwards, such as inverting blocks.
 """
@@ -127,7 +127,7 @@ class Work:
             times = draws * (1 + sum(recipe.rounds - 1 for recipe in alike))
             draw = getattr(self.config, "draws", {}).get(name, self.config.draw)
             for source in sources if scorer.needs_data else []:
-                passes = scorer.passes({**scorer.options, **alike[0].options})
+                passes = scorer.cost(alike[0].options)
                 images = passes * self.looked_at(source, draw.samples, scorer.needs_head)
                 self.longest = max(self.longest, 3 * images)
                 self.steps(times * images)

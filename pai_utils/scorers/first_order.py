@@ -100,15 +100,12 @@ def grasp(
     least; what is kept are the largest w ⊙ Hg. Many public versions have the sign the other way
     round.
 
-    The same g, of all samples drawn, multiplies the Hessian of every batch. A batch costs three
-    forward and backward passes, since gradient and product share a graph, or four where the graphs
-    of all batches do not fit in 4 GiB together.
+    ``temperature`` divides the logits. The authors' code takes 200, which all but levels the
+    predicted probabilities; 1 is the loss itself. Costs three forward and backward passes, or four
+    where the graphs of all batches do not fit in 4 GiB together.
 
     Source: Wang, Zhang & Grosse (2020), "Picking winning tickets before training by preserving
     gradient flow".
-
-    ``temperature`` divides the logits. The authors' code takes 200, which all but levels the
-    predicted probabilities; 1 is the loss itself.
 
     Raises:
         ValueError: if ``temperature`` is not positive and finite.

@@ -30,22 +30,19 @@ def ntk_sap(
     that m keeps, which is its nuclear norm. f are the logits; only the prunable weights are
     perturbed. The absolute value is taken last, of the mean over samples and perturbations.
 
-    The paper averages over random weights, since it prunes untrained networks, and its code draws
-    them anew before every batch. Here the weights are those of the model: the kernel looked at is
-    the pre-trained network's. A weight that is exactly zero counts as pruned: it is not perturbed,
-    and its score is zero.
-
-    All is computed in float64, on copies of the model: the score is a difference of differences, of
-    relative size ε². Costs two forward and backward passes a sample and perturbation.
+    The paper prunes untrained networks and averages over random weights; here the kernel is that of
+    the model's own. A weight that is exactly zero counts as pruned: it is not perturbed, and its
+    score is zero. All is computed in float64, on copies of the model, since the score is a
+    difference of differences, of relative size ε². Costs two forward and backward passes a sample
+    and perturbation.
 
     Source: Wang, Li & Sun (2023), "NTK-SAP: improving neural network pruning by aligning training
     dynamics".
 
     ``epsilon`` is the standard deviation ε, 0.01 in the authors' examples. A smaller one is no
     better for a network with ReLU: the derivative of the kernel then comes from the few gates that
-    Δθ flips, so that its variance grows. Each of ``perturbations`` draws of Δθ is used for all
-    samples. ``inputs="data"`` takes the images drawn, ``"noise"`` standard normal ones of their
-    shape and number, as the paper does.
+    Δθ flips, so that its variance grows. ``inputs="data"`` takes the images drawn, ``"noise"``
+    standard normal ones of their shape and number, as the paper does.
 
     Raises:
         ValueError: if ``epsilon`` is not positive and finite, ``perturbations`` is below one or

@@ -44,8 +44,8 @@ class Scorer:
     needs_data: bool = True
     needs_head: bool = True  #: false where images alone are enough
     seeded: bool = True  #: false where no seed changes the scores
-    passes: Callable[[Mapping[str, Any]], float] = lambda options: 1.0
-    """What it costs with these options, in forward and backward passes over the samples."""
+    passes: float | Callable[[Mapping[str, Any]], float] = 1
+    """What it costs, perhaps by its options, in forward and backward passes over the samples."""
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -53,32 +53,24 @@ class Scorer:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-
-def _always(count: float) -> Callable[[Mapping[str, Any]], float]:
-    return lambda options: count
+    def cost(self, options: Mapping[str, Any]) -> float:
+        """Forward and backward passes over the samples, with these options."""
+        return self.passes({**self.options, **options}) if callable(self.passes) else self.passes
 
 
 SCORERS: dict[str, Scorer] = {
-    "random": Scorer(
-        random, "U(0, 1), the floor of every comparison", needs_data=False, passes=_always(0)
-    ),
-    "magnitude": Scorer(
-        magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=_always(0)
-    ),
+    "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False, passes=0),
+    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=0),
     "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
-    "grasp": Scorer(
-        grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=_always(3.1)
-    ),
+    "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=3.1),
     "synflow": Scorer(
         synflow,
         "|w ⊙ ∂R/∂w|, R the flow through all |weights|",
         needs_data=False,
         seeded=False,
-        passes=_always(0),
+        passes=0,
     ),
-    "px": Scorer(
-        px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=_always(2)
-    ),
+    "px": Scorer(px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=2),
     "ntk_sap": Scorer(
         ntk_sap,
         "|m ∂/∂m|f(θ⊙m) − f((θ+Δθ)⊙m)|²|, the tangent kernel's spectrum",
@@ -86,20 +78,16 @@ SCORERS: dict[str, Scorer] = {
         passes=lambda options: 4.0 * options["perturbations"],
     ),
     "fisher_diag": Scorer(
-        fisher_diag,
-        "½ w² · diagonal of the empirical Fisher (true labels)",
-        passes=_always(1.4),
+        fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)", passes=1.4
     ),
     "ggn_diag": Scorer(
-        ggn_diag,
-        "½ w² · diagonal of the Gauss-Newton matrix (model's labels)",
-        passes=_always(1.4),
+        ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)", passes=1.4
     ),
     "feature_ggn_diag": Scorer(
         feature_ggn_diag,
         "½ w² · diagonal of the Gauss-Newton matrix of the features (no head, no labels)",
         needs_head=False,
-        passes=_always(1.4),
+        passes=1.4,
     ),
     "block_fisher": Scorer(
         block_fisher,
@@ -120,10 +108,8 @@ SCORERS: dict[str, Scorer] = {
 class Scores(dict[str, Tensor]):
     """Scores by parameter name, and the parameters that were left out.
 
-    ``standard_error`` holds the sampling error of each score where the scorer knows it (see the
-    scorer for what it covers), and is empty otherwise. ``seconds`` is what the scorer took, of the
-    processor on a CPU; of scores that were kept (:mod:`pai_utils.support.cache`), what it
-    took when they were computed.
+    ``standard_error`` holds the sampling error of each score where the scorer knows it. ``seconds``
+    is what the scorer took when they were computed, of the processor on a CPU.
     """
 
     scores: dict[str, Tensor]

@@ -29,9 +29,6 @@ def fisher_diag(
     """½ w² · mean over samples of g², g the gradient with the true label (empirical Fisher).
 
     Source: Theis et al. (2018), "Faster gaze prediction with dense networks and Fisher pruning".
-
-    Raises:
-        ValueError: as :func:`~pai_utils.curvature.diagonals.fisher_diagonal`.
     """
     return _saliency(model, fisher_diagonal(model, names, data, draw))
 
@@ -104,14 +101,10 @@ def hessian_diag(
     Stops after ``probes`` Hessian products, or earlier once the relative standard error of the
     diagonal (see :func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`) is at most
     ``tolerance``. The standard error of a score is ½ w² times that of its H_ii; it covers the
-    probes, not the draw of samples. ``memory`` as in
-    :class:`~pai_utils.curvature.products.CurvatureOperator`.
+    probes, not the draw of samples.
 
     Source: LeCun, Denker & Solla (1990), "Optimal brain damage". Their recursion from layer to
     layer drops the Hessian's other entries on the way; the estimate here is unbiased.
-
-    Raises:
-        ValueError: as :func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`.
     """
     operator = HessianOperator(model, names, data, draw, memory=memory)
     estimate = hutchinson_diagonal(operator, probes=probes, tolerance=tolerance, seed=draw.seed)

@@ -60,7 +60,7 @@ def test_repairs_and_rounds_multiply_what_they_repeat() -> None:
     assert repaired - plain == masks * (2 * 100 + 3 * 40)
     given: dict[str, Any] = {"scorers": ["snip"], "repairs": ["none", "moments"]}
     two, three = (forwards(retention(rounds=rounds, **given)) for rounds in (2, 3))
-    scores = 3 * 10 * SCORERS["snip"].passes({}) * (2 * 3 + 2)
+    scores = 3 * 10 * SCORERS["snip"].cost({}) * (2 * 3 + 2)
     assert three - two == pytest.approx(scores * 2 * 2 + 2 * 3 * 2 * 2 * 100, rel=0.2)
 
 
