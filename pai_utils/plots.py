@@ -52,10 +52,9 @@ _STYLE: Any = {
 def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> Figure:
     """Retention on held-out tasks against sparsity, one panel a source, with intervals.
 
-    Args:
-        held_out: as from :func:`~pai_utils.evaluation.held_out_retention`; further scorers, such
-            as one for an encoder without pre-training, are further lines.
-        title: of a panel, with the source in the place of the braces.
+    The table is as from :func:`~pai_utils.evaluation.held_out_retention`; further scorers, such as
+    one for an encoder without pre-training, are further lines. The source takes the place of the
+    braces in ``title``.
     """
     looks = _looks(held_out.scorer)
 
@@ -77,10 +76,8 @@ def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> 
 def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float) -> Figure:
     """Retention on the validation part against sparsity; what was chosen is in a square.
 
-    Args:
-        candidates: as from :func:`~pai_utils.studies.prune_your_own.compare_candidates`.
-        choice: as from :func:`~pai_utils.studies.prune_your_own.choose`.
-        tolerance: as given to it; a dashed line is at what must be kept.
+    Candidates and choice are as from :mod:`pai_utils.studies.prune_your_own`; a dashed line is at
+    what must be kept by the ``tolerance``.
     """
     figure = retention_curves(candidates.assign(source="validation part"), title="{}")
     (axes,) = figure.axes
@@ -99,11 +96,9 @@ def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float
 
 
 def stages_compared(table: pd.DataFrame, source: str) -> Figure:
-    """Retention of every task after each stage of a pruning, with intervals.
+    """Retention of every task after each stage of a pruning, with intervals; the source is on top.
 
-    Args:
-        table: as from :func:`~pai_utils.studies.prune_your_own.compare_stages`.
-        source: the task that was looked at; it stands on top.
+    The table is as from :func:`~pai_utils.studies.prune_your_own.compare_stages`.
     """
     rows = table.sort_values("target", key=lambda names: names != source, kind="stable")
     rows = rows.assign(row=_with_source(rows.target, source), value=rows.retention, panel="")
@@ -113,8 +108,7 @@ def stages_compared(table: pd.DataFrame, source: str) -> Figure:
 def accuracy_left(table: pd.DataFrame) -> Figure:
     """Retention of every scorer on source and held-out tasks, one panel a sparsity.
 
-    Args:
-        table: as from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`.
+    The table is as from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`.
     """
     rows = table.sort_values("sparsity", kind="stable").rename(
         columns={"scorer": "row", "retention": "value"}
@@ -127,8 +121,7 @@ def accuracy_left(table: pd.DataFrame) -> Figure:
 def transfer_correlations(table: pd.DataFrame) -> Figure:
     """Correlation of each predictor with held-out retention, with intervals.
 
-    Args:
-        table: as from :func:`~pai_utils.studies.landscape_analysis.transfer_correlations`.
+    The table is as from :func:`~pai_utils.studies.landscape_analysis.transfer_correlations`.
     """
     kinds = {"pooled": "all cells", "within": "cells of one scorer and sparsity"}
     rows = pd.concat(
@@ -147,10 +140,8 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
 def recovery_arrows(gains: pd.DataFrame) -> Figure:
     """What fine-tuning changed, from each start: a line from retention before to after.
 
-    Args:
-        gains: as from `recovery_gains` of the study of recovery, with dense accuracies, one row
-            a start, sparsity and penalty, such as `chosen_on_validation` leaves. One panel a
-            sparsity.
+    The table is as from `recovery_gains` of the study of recovery, one row a start, sparsity and
+    penalty. One panel a sparsity.
     """
     penalised = gains.start + ", penalty: " + gains.penalty
     rows = pd.concat(
@@ -172,11 +163,8 @@ def recovery_arrows(gains: pd.DataFrame) -> Figure:
 def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: str) -> Figure:
     """Accuracy over fine-tuning steps, one panel a learning rate, one line a task.
 
-    Args:
-        recovery: as from `recovery_sweep` of the study of recovery, of one start and penalty.
-            Hollow marks are those of refitted heads.
-        dense: dense accuracy of each task, drawn at the right edge.
-        source: the task fine-tuned on, drawn thicker.
+    The table is as from the study of recovery, of one start and penalty. Hollow marks are those of
+    refitted heads; dense accuracies are at the right edge, and the source's line is thicker.
     """
     table = recovery[recovery.split == "test"].sort_values("learning_rate", kind="stable")
     table = table.assign(
@@ -201,9 +189,8 @@ def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: 
 def predicted_and_measured(table: pd.DataFrame) -> Figure:
     """Loss increase along the pruning direction, measured and as each quadratic model predicts it.
 
-    Args:
-        table: rows of :func:`~pai_utils.landscape.predicted_and_measured` with a column
-            ``panel`` naming task, scorer or sparsity.
+    The table is as from :func:`~pai_utils.landscape.predicted_and_measured`, with a column
+    ``panel``.
     """
     series = {"measured": PREDICTORS["measured"]} | _PREDICTIONS
     looks = _looks(series.values())
@@ -219,8 +206,7 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
 def predictions(cells: pd.DataFrame) -> Figure:
     """Predicted against measured loss increase, one panel a prediction, one marker a scorer.
 
-    Args:
-        cells: of a `Study` of the landscape; filled markers are held-out tasks.
+    The cells are those of a `Study` of the landscape; filled markers are held-out tasks.
     """
     kinds = cells.held_out.map({True: ", held-out task", False: ", own task"})
     cells = cells.assign(kind=cells.scorer + kinds)
@@ -245,8 +231,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
 def weights_compared(table: pd.DataFrame) -> Figure:
     """One quantity a panel for several weights of one architecture, one marker a pair of tasks.
 
-    Args:
-        table: columns ``weights, quantity, pair, value``.
+    The table has the columns ``weights, quantity, pair, value``.
     """
     looks = _looks(table.pair, linewidth=0.8)
     weights = list(dict.fromkeys(table.weights))
@@ -264,8 +249,7 @@ def weights_compared(table: pd.DataFrame) -> Figure:
 def spectra(density: pd.DataFrame) -> Figure:
     """Densities of eigenvalues on a logarithmic axis, one line a network.
 
-    Args:
-        density: second part of :func:`~pai_utils.studies.landscape_analysis.spectra`.
+    The table is the second of :func:`~pai_utils.studies.landscape_analysis.spectra`.
     """
     looks = _looks(density.name, linewidth=1.1)
     for index, (name, look) in enumerate(looks.items()):
@@ -287,9 +271,7 @@ def spectra(density: pd.DataFrame) -> Figure:
 def path_losses(path: pd.DataFrame, source: str) -> Figure:
     """Loss and accuracy of every task along the straight lines between networks.
 
-    Args:
-        path: as from :func:`~pai_utils.landscape.losses_on_path`.
-        source: the task pruned and trained on, drawn thicker.
+    The table is as from :func:`~pai_utils.landscape.losses_on_path`; the source's line is thicker.
     """
     path = path.assign(task=_with_source(path.task, source))
     looks = _looks(path.task)
@@ -308,8 +290,7 @@ def path_losses(path: pd.DataFrame, source: str) -> Figure:
 def layer_sparsities(table: pd.DataFrame) -> Figure:
     """Sparsity of each layer from input to output, one panel a scorer, one line a source.
 
-    Args:
-        table: columns ``scorer, source, layer, sparsity``, layers in order of depth.
+    The table has the columns ``scorer, source, layer, sparsity``, layers in order of depth.
     """
     labels = ("mask from " + table.source).where(table.source != "none", "no data")
     table = table.assign(label=labels, depth=pd.factorize(table.layer)[0])
@@ -323,11 +304,9 @@ def layer_sparsities(table: pd.DataFrame) -> Figure:
 
 
 def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
-    """Retention of every target under the mask of every source, one panel a scorer.
+    """Retention of every target under the mask of every source at one sparsity, one panel a scorer.
 
-    Args:
-        summary: as from :func:`~pai_utils.evaluation.summarise_retention`.
-        sparsity: the one shown.
+    The table is as from :func:`~pai_utils.evaluation.summarise_retention`.
     """
     shown = summary[np.isclose(summary.sparsity, sparsity) & (summary.scorer != "dense")]
     targets = list(dict.fromkeys(shown.target))
@@ -351,8 +330,7 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
 def alignment(table: pd.DataFrame) -> Figure:
     """How alike the curvature of each two tasks is, one matrix a measure.
 
-    Args:
-        table: as from :func:`~pai_utils.landscape.task_alignment`.
+    The table is as from :func:`~pai_utils.landscape.task_alignment`.
     """
     tasks = list(dict.fromkeys(table.source))
     matrices = {}
@@ -367,9 +345,7 @@ def alignment(table: pd.DataFrame) -> Figure:
 def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> Figure:
     """Overlap (intersection over union of kept weights) of pairs of masks as a labelled matrix.
 
-    Args:
-        overlap: square, symmetric, names on both axes.
-        chance: the overlap by chance, of the same form, written below each value in brackets.
+    The overlap by chance, of the same form, is written below each value in brackets.
     """
     labels = overlap.map("{:.2f}".format)
     if chance is not None:
@@ -385,9 +361,8 @@ def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> 
 def error_parts(parts: pd.DataFrame) -> Figure:
     """What the diagonal model drops of the measured increase, part by part.
 
-    Args:
-        parts: as from :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a column
-            ``panel``.
+    The table is as from :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a column
+    ``panel``.
     """
     names = list(dict.fromkeys(parts.part))
 
@@ -407,11 +382,9 @@ def error_parts(parts: pd.DataFrame) -> Figure:
 
 
 def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure:
-    """Distribution of the positive scores of each scorer, with the threshold at a sparsity.
+    """Distribution of each scorer's positive scores, with the threshold at a sparsity.
 
-    Args:
-        scores: one flat tensor a scorer.
-        sparsity: the fraction of all scores left of the drawn threshold.
+    ``scores`` are flat tensors by scorer.
     """
     panels = {}
     for name, tensor in scores.items():
@@ -434,12 +407,9 @@ def plane_contours(
 ) -> Figure:
     """Contours of every task's loss over one plane of weights, side by side.
 
-    Levels are those of each task, evenly spaced in the logarithm of the loss above its least.
-
-    Args:
-        grid: as from :func:`~pai_utils.landscape.losses_on_plane`.
-        points: networks on the plane, by name.
-        unit: of the axes.
+    The grid is as from :func:`~pai_utils.landscape.losses_on_plane`, with networks on the plane by
+    name and the ``unit`` of the axes. Levels are those of each task, evenly spaced in the logarithm
+    of the loss above its least.
     """
     white = {"color": "white", "markeredgecolor": "black", "markersize": 7, "linestyle": "none"}
     looks = {name: {**white, "marker": look["marker"]} for name, look in _looks(points).items()}
@@ -464,12 +434,7 @@ def plane_contours(
 
 
 def sample_images(tasks: Mapping[str, Task], columns: int = 8) -> Figure:
-    """The first test images of each task, one row a task.
-
-    Args:
-        tasks: by name.
-        columns: images a row.
-    """
+    """The first test images of each task, one row a task."""
     from torchvision.utils import make_grid
 
     def draw(axes: Axes, task: Task) -> None:

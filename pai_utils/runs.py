@@ -67,10 +67,7 @@ class RunRecord(BaseModel):
 
 
 def read_record(folder: Path) -> RunRecord:
-    """The record of a run, checked by its schema.
-
-    Args:
-        folder: of the run's files.
+    """The record of a run's folder, checked by its schema.
 
     Raises:
         ValueError: there is none, or it is not whole.
@@ -86,11 +83,7 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
-    """Files that a run wrote whose checksum is no longer that of its record.
-
-    Args:
-        folder: of the run's files.
-        absent: whether missing files count.
+    """Files of a run whose checksum is not that of its record, with ``absent`` missing ones too.
 
     Raises:
         ValueError: as :func:`read_record`.
@@ -154,11 +147,7 @@ def check_results(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """The results in a file, checked by :func:`check_results`.
-
-    Raises:
-        ValueError: as there.
-    """
+    """The results in a file, checked by :func:`check_results`."""
     try:
         texts = {name: str for name, f in Result.model_fields.items() if f.annotation is str}
         return check_results(pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""]))
@@ -167,12 +156,7 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 class Run:
-    """One execution of a notebook: its output folder and its record.
-
-    Args:
-        name: the notebook's name.
-        config: its validated parameters; ``config.out`` is the folder, made if needed.
-    """
+    """One execution of a notebook: its folder ``config.out``, made if needed, and its record."""
 
     def __init__(self, name: str, config: RunParameters) -> None:
         self.name = name
@@ -191,11 +175,10 @@ class Run:
     def write_results(self, table: pd.DataFrame, stage: str = "pruned") -> None:
         """Write ``results.csv``, checked by :func:`check_results`.
 
-        Args:
-            table: one row a source, target, scorer and sparsity, as from
-                :func:`pai_utils.evaluation.summarise_retention`; rows of the dense encoder are left
-                out, and so are columns that no result has.
-            stage: what was done after pruning, where the table has no such column.
+        The table has one row a source, target, scorer and sparsity, as from
+        :func:`pai_utils.evaluation.summarise_retention`; rows of the dense encoder are left out,
+        and so are columns that no result has. ``stage`` says what was done after pruning, where no
+        column does.
 
         Raises:
             ValueError: as :func:`check_results`, or for a notebook that loads no encoder.
@@ -225,26 +208,18 @@ class Run:
         self.record_files(path.name, path.with_suffix(".json").name)
 
     def record_files(self, *names: str) -> None:
-        """Give files that were written to the run's folder a place in its record.
-
-        Raises:
-            FileNotFoundError: if one of them is not there.
-        """
+        """Give files that were written to the run's folder a place in its record."""
         for name in names:
             self._outputs[name] = _sha256(self.folder / name)
 
     def finish(self, tasks: Mapping[str, Task] | None = None, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.
 
-        Args:
-            tasks: whose images the run took.
-            facts: further entries, such as the provenance of weights.
+        Its inputs are the images of ``tasks``; ``facts`` are further entries.
         """
-        inputs = {
-            "tasks": {
-                name: {"train": task.train.digest, "test": task.test.digest}
-                for name, task in (tasks or {}).items()
-            },
+        images = {
+            name: {"train": task.train.digest, "test": task.test.digest}
+            for name, task in (tasks or {}).items()
         }
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
         record: dict[str, Any] = {
@@ -254,7 +229,7 @@ class Run:
             "seconds": round(time.perf_counter() - self._clock, 2),
             "peak_memory_mib": round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10),
             **surroundings(self.config.device),
-            "inputs": inputs,
+            "inputs": {"tasks": images},
             "outputs": self._outputs,
             **facts,
         }
@@ -274,11 +249,9 @@ def _sha256(path: Path) -> str:
 
 
 def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a record says of the place a run happened in.
+    """What a record says of the place a run happened in, by the device asked for, or ``"auto"``.
 
-    Args:
-        device: the device asked for, or ``"auto"``.
-        packages: further packages whose versions to give.
+    Versions are those of ``packages`` too.
     """
     commit, clean = _commit()
     gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
