@@ -94,11 +94,7 @@ def _cache_folder(root: Path) -> Path:
 
 
 def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
-    """Refuse what names no task.
-
-    Args:
-        name: of a task.
-        unlisted: what else may have been meant.
+    """Refuse what names no task; ``unlisted`` says what else may have been meant.
 
     Raises:
         ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
@@ -112,11 +108,9 @@ def open_dataset(
 ) -> OpenDataset:
     """Find a data set and list its images.
 
-    Args:
-        name: a key of `TASKS` or `DATASETS`, or `folder:<path>`.
-        root: folder of data sets. The path of a `folder:` is looked for in the working directory
-            and then there.
-        download: fetch what is missing. Default: whether `PAI_DOWNLOAD` is 1.
+    ``name`` is a key of `TASKS` or `DATASETS`, or `folder:<path>`, looked for in the working
+    directory and then in the folder of data sets, ``root``. With ``download``, by default if
+    `PAI_DOWNLOAD` is 1, what is missing is fetched.
 
     Raises:
         FileNotFoundError: the data is not there; the message says what fetches it.

@@ -179,14 +179,8 @@ def decode(
 ) -> tuple[Tensor, Positions]:
     """Decode and resize the chosen images of a source, each of them once.
 
-    Args:
-        source: where the images are.
-        positions: which of them, increasing, [N].
-        transform: an `ImageTransform`, whose `resize` is applied. For any other, arrays stay as
-            they are.
-        name: of the data set and its part, for messages and the cache's files.
-        cache: folder of memory-mapped pixels, used when they do not fit the budget.
-        on_error: "raise" at the first file that cannot be read, or "skip" such files.
+    ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are. Pixels that
+    do not fit the budget lie in memory-mapped files in the folder ``cache``.
 
     Returns:
         The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].

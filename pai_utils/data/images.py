@@ -69,11 +69,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def check_image_size(image_size: int) -> None:
-    """Refuse what is no number of pixels.
-
-    Raises:
-        ValueError: it is no positive integer.
-    """
+    """Refuse what is no number of pixels."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
 
@@ -100,21 +96,14 @@ class ImageTransform:
             raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
 
     def __call__(self, images: Image | Tensor) -> Tensor:
-        """Resize and normalise one image, or a batch as a tensor: float32 [..., 3, S, S].
-
-        Raises:
-            ValueError: as `resize`.
-        """
+        """Resize and normalise an image, or a batch as a tensor: float32 [..., 3, S, S]."""
         return self.normalize(self.resize(images))
 
     def resize(self, images: Image | Tensor) -> Tensor:
-        """Bring images to uint8 [..., 3, S, S].
+        """Bring a PIL image, or uint8 [C, H, W] or [N, C, H, W], to uint8 [..., 3, S, S].
 
         The shorter side becomes S with the aspect ratio kept, then the centre is cut out. Grey
         images are repeated over the three channels.
-
-        Args:
-            images: a PIL image of any mode, or uint8 [C, H, W] or [N, C, H, W] with C of 1 or 3.
 
         Raises:
             ValueError: the input is neither of these.
@@ -151,11 +140,7 @@ class ImageTransform:
         return pixels.expand(*pixels.shape[:-3], 3, size, size).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn uint8 [..., 3, S, S] into float32 of the same shape: (x / 255 - mean) / std.
-
-        Raises:
-            ValueError: another type or shape.
-        """
+        """Turn uint8 [..., 3, S, S] into float32: (x / 255 - mean) / std."""
         expected = (3, self.image_size, self.image_size)
         if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != expected:
             raise ValueError(
@@ -174,12 +159,9 @@ Transform = ImageTransform | Callable[[Any], Tensor]
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Labelled images kept decoded: in memory, or in a memory-mapped file.
 
-    Attributes:
-        images: uint8 [N, 3, S, S]. With an `ImageTransform`, S is its size and only the
-            normalisation is left for each access; otherwise these are the raw images.
-        labels: int64 [N].
-        transform: an `ImageTransform`, or any callable from a PIL image to a float tensor
-            [3, H, W], which is then applied at each access.
+    ``images`` are uint8 [N, 3, S, S], with an `ImageTransform` of its size, so that only the
+    normalisation is left for each access; any other ``transform``, from a PIL image to a float
+    tensor [3, H, W], is applied at each access. ``labels`` are int64 [N].
 
     Raises:
         ValueError: images and labels of other types, shapes or counts.
@@ -234,10 +216,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
         With an `ImageTransform`, pixels are moved to a GPU once, as uint8, and normalised there;
         more than one image comes in channels-last order, in which convolutions run faster.
-
-        Args:
-            indices: positions in the dataset, in the order wanted, or a slice.
-            device: where the batch is wanted. Default: where the images are.
         """
         chosen = _positions(indices)
         labels = self.labels[chosen]

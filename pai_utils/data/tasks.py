@@ -171,9 +171,6 @@ def part_sizes(name: str) -> dict[str, int]:
     """Number of images in each part of a task, without decoding any.
 
     Data sets on disk are not looked at: their published sizes are known.
-
-    Raises:
-        ValueError, FileNotFoundError: as :func:`load_task`.
     """
     if name in DATASETS:  # the labels change which images a cut gives, not how many
         labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
@@ -183,11 +180,7 @@ def part_sizes(name: str) -> dict[str, int]:
 
 
 def check_size(size: int, available: int, split: str, name: str) -> None:
-    """Refuse a number of items that a part does not have.
-
-    Raises:
-        ValueError: it is no whole number from 1 to ``available``.
-    """
+    """Refuse a number of items that is none, or that a part does not have."""
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= available:
         raise ValueError(
             f"{split}_size must be between 1 and {available}, the number of {split} items of "
