@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ class Mask(Mapping[str, Tensor]):
             With the entries of :func:`describe_weights`, the mask fits those weights only.
 
     Raises:
-        ValueError: if the mask is empty, a tensor holds anything but zeros and ones, or an entry
-            of the metadata is not text.
+        ValueError: if the mask is empty or a tensor holds anything but zeros and ones.
 
     Examples:
         >>> import torch
@@ -50,9 +48,6 @@ class Mask(Mapping[str, Tensor]):
         self._entries = {name: _as_boolean(name, value) for name, value in entries.items()}
         self._kept = {name: int(entry.count_nonzero()) for name, entry in self._entries.items()}
         self.metadata = dict(metadata or {})
-        for key, text in self.metadata.items():
-            if not (isinstance(key, str) and isinstance(text, str)):
-                raise ValueError(f"metadata of a mask is text, not {key!r}: {text!r}")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._entries[name]
@@ -101,8 +96,7 @@ class Mask(Mapping[str, Tensor]):
         """
         self._check(other, "the other mask", alike=True)
         both = sum(int((entry & other[name]).count_nonzero()) for name, entry in self.items())
-        either = self.kept + other.kept - both
-        return both / either if either else 1.0
+        return self._over_union(both, other)
 
     def expected_overlap(self, other: Mask) -> float:
         """The overlap by chance: of masks that keep as many weights of each layer, but at random.
@@ -114,6 +108,9 @@ class Mask(Mapping[str, Tensor]):
         """
         self._check(other, "the other mask", alike=True)
         both = sum(self._kept[n] * other._kept[n] / entry.numel() for n, entry in self.items())
+        return self._over_union(both, other)
+
+    def _over_union(self, both: float, other: Mask) -> float:
         either = self.kept + other.kept - both
         return both / either if either else 1.0
 
@@ -162,31 +159,12 @@ class Mask(Mapping[str, Tensor]):
             # Not a product: a pruned weight that is not finite becomes zero as well.
             parameter.masked_fill_(~entry.to(parameter.device), 0)
 
-    def report(self) -> dict[str, Any]:
-        """Numbers of weights and sparsity, overall and of each layer, with the metadata."""
-        sparsity = self.layer_sparsity
-        return {
-            "total": self.total,
-            "kept": self.kept,
-            "sparsity": self.sparsity,
-            "empty_layers": self.empty_layers,
-            "metadata": self.metadata,
-            "layers": {
-                name: {
-                    "shape": list(entry.shape),
-                    "total": entry.numel(),
-                    "kept": self._kept[name],
-                    "sparsity": sparsity[name],
-                }
-                for name, entry in self.items()
-            },
-        }
-
     def save(self, path: str | Path) -> None:
-        """Write the mask as safetensors, with its metadata and a checksum, and its report.
+        """Write the mask as safetensors, with its metadata and a checksum, and a report.
 
-        The :meth:`report` goes to the same path with the suffix ``.json``, for a reader; nothing
-        reads it back. Each file is written whole or not at all.
+        The report, for a reader, goes to the same path with the suffix ``.json``: the file's
+        SHA-256, the metadata, and numbers of weights and sparsity, overall and of each layer.
+        Nothing reads it back. Each file is written whole or not at all.
 
         Raises:
             ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
@@ -205,8 +183,24 @@ class Mask(Mapping[str, Tensor]):
         entries = {name: entry.to(torch.uint8) for name, entry in self.items()}
         text = json.dumps(self.metadata, sort_keys=True)
         content = write_tensors(path, entries, text, format=_FORMAT)
-        checksum = hashlib.sha256(content).hexdigest()
-        report = {"mask": path.name, "sha256": checksum, **self.report()}
+        report = {
+            "mask": path.name,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "total": self.total,
+            "kept": self.kept,
+            "sparsity": self.sparsity,
+            "empty_layers": self.empty_layers,
+            "metadata": self.metadata,
+            "layers": {
+                name: {
+                    "shape": list(self[name].shape),
+                    "total": self[name].numel(),
+                    "kept": self._kept[name],
+                    "sparsity": sparsity,
+                }
+                for name, sparsity in self.layer_sparsity.items()
+            },
+        }
         write_atomically(target, json.dumps(report, indent=2).encode() + b"\n")
 
     @classmethod
@@ -245,11 +239,8 @@ class Mask(Mapping[str, Tensor]):
             for name, entry in self.items()
             if name in tensors and entry.shape != tensors[name].shape
         ]
-        for what, names in (
-            (f"{owner} has no", missing),
-            ("the mask has no", new),
-            ("shapes of", reshaped),
-        ):
+        different = {f"{owner} has no": missing, "the mask has no": new, "shapes of": reshaped}
+        for what, names in different.items():
             if names:
                 raise ValueError(f"the mask is for another architecture: {what} {listed(names)}")
 
@@ -308,12 +299,18 @@ def make_mask(
     values = {n: v.detach().to("cpu", dtype).contiguous() for n, v in scores.items()}
     if within is not None:  # scores are finite, so that what is gone goes first
         values = {n: v.masked_fill(~within[n], -torch.inf) for n, v in values.items()}
-    kept: dict[str, Tensor] = {}
-    if pattern is None:
-        for names, pruned in _groups(scores, sparsity, scope):
-            kept |= zip(names, _keep_highest([values[n] for n in names], pruned), strict=True)
-    else:
+    sizes = {name: entry.numel() for name, entry in values.items()}
+    pruned = round(sparsity * sum(sizes.values()))
+    if pattern is not None:
         kept = {name: _keep_n_of_m(entry, *pattern) for name, entry in values.items()}
+    elif scope == "global":
+        kept = dict(zip(values, _keep_highest(list(values.values()), pruned), strict=True))
+    else:
+        budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
+        if scope == "erk":
+            shapes = {name: entry.shape for name, entry in values.items()}
+            budget = erk_budget(shapes, sum(sizes.values()) - pruned)
+        kept = {n: _keep_highest([v], sizes[n] - budget[n])[0] for n, v in values.items()}
     if within is not None:
         back = [repr(name) for name, entry in kept.items() if (entry & ~within[name]).any()]
         if back:
@@ -420,20 +417,6 @@ def _check_scores(scores: Mapping[str, Tensor], grouped: bool, within: Mask | No
         within._check(scores, "the scoring", alike=True)
 
 
-def _groups(
-    scores: Mapping[str, Tensor], sparsity: float, scope: str
-) -> list[tuple[list[str], int]]:
-    """The parameters whose weights are compared with each other, and how many of them go."""
-    total = sum(values.numel() for values in scores.values())
-    pruned = round(sparsity * total)
-    if scope == "global":
-        return [(list(scores), pruned)]
-    if scope == "layer":
-        return [([name], round(sparsity * values.numel())) for name, values in scores.items()]
-    budget = erk_budget({name: values.shape for name, values in scores.items()}, total - pruned)
-    return [([name], scores[name].numel() - kept) for name, kept in budget.items()]
-
-
 def _keep_highest(layers: list[Tensor], pruned: int) -> list[Tensor]:
     """Boolean tensors, false at the ``pruned`` lowest of all values, of ties at the first."""
     if pruned == 0:
@@ -471,7 +454,6 @@ def _keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether :meth:`Mask.save` wrote it."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError:

@@ -47,12 +47,7 @@ class Recipe:
         return self.scorer if self.repair == "none" else f"{self.scorer} + {self.repair}"
 
     def check(self) -> None:
-        """Refuse a recipe that cannot be followed, before anything is computed.
-
-        Raises:
-            ValueError: for an unknown scorer, scope, schedule, repair or option, an impossible
-                sparsity, or fewer rounds than one, or more with a scope that prunes at once.
-        """
+        """Refuse a recipe that cannot be followed, before anything is computed."""
         check_options(self.scorer, self.options)
         Repair.of(self.repair, self.repair_options)
         if self.schedule not in SCHEDULES:
@@ -192,12 +187,9 @@ def follow(
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
 
     ``scores`` are those of the dense model by this recipe and draw, where they are known already.
-    Unlike there, the mask's metadata do not identify the weights that it was made for: hashing
-    them takes longer than pruning by known scores. Add
-    :func:`~pai_utils.masks.describe_weights` to a mask that goes to a file.
-
-    Raises:
-        ValueError: as :func:`prune`.
+    Unlike there, the mask's metadata do not identify the weights that it was made for, since
+    hashing them takes longer than pruning by known scores:
+    :func:`~pai_utils.masks.describe_weights` does.
     """
     recipe.check()
     repair = Repair.of(recipe.repair, recipe.repair_options)
@@ -227,8 +219,8 @@ def follow(
         # Not strict: these are the weights it was made for, some of them removed by now.
         mask.apply_(pruned, strict=False)
         if images is not None:
-            keywords = {"batch_size": draw.batch_size, "seed": draw.seed}
-            repair_(pruned, model, mask, images, repair, **keywords)
+            size, seed = draw.batch_size, draw.seed
+            repair_(pruned, model, mask, images, repair, batch_size=size, seed=seed)
     assert mask is not None
     report = PruningReport(
         scorer=recipe.scorer,

@@ -136,12 +136,6 @@ def test_each_round_scores_the_network_repaired_so_far(monkeypatch: pytest.Monke
     torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_pattern_prunes_along_the_inputs() -> None:
-    pruned = pai.prune(tiny_classifier(), None, "magnitude", 0.5, "2:4")
-    # Three input channels make one group of three, of which two stay.
-    assert pruned.mask.layer_sparsity == pytest.approx({NAMES[0]: 1 / 3, NAMES[1]: 1 / 2})
-
-
 def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
