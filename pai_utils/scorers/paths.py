@@ -2,24 +2,22 @@
 
 With all gates fixed, a network is linear in its input: logit k is Σ_p a_p v_p x_o over the paths p
 from an input o to k, where v_p is the product of the weights on the path and a_p that of all other
-factors, such as the gates of activations. These sums are computed by a copy of the model in
-float64. Its parameters are raised to a *power*, 0, 1 or 2, and its functions follow these rules,
-with the factors of the model on some data or without:
+factors, such as the gates of activations. The book's theory says which paths the two scores sum
+over. A copy of the model in float64 computes these sums. Its parameters are raised to a *power*, 0,
+1 or 2, and its functions follow these rules, with the factors of the model on some data or without:
 
 - *Parameters* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers*
   are taken in absolute value, to the same power.
-- *Constants that are added* are left out: biases, position tables. Only what comes from the image
-  flows. What is subtracted is added, and factors lose their signs.
+- *Constants that are added* are left out: biases, position tables. What is subtracted is added, and
+  factors lose their signs.
 - *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
-  tokens they are joined to. They bring in next to no flow, but have queries to attend with.
+  tokens they are joined to: next to no flow, but queries to attend with.
 - *Activations* are the identity; with data, their gate f(x)/x squared, which for ReLU is 0 or 1.
-- *BatchNorm* is its fixed scale ``(|γ| / √(var + ε))^power``. So a network gives the same as one
-  into whose convolutions BatchNorm was folded.
+- *BatchNorm* is its fixed scale ``(|γ| / √(var + ε))^power``, as if folded into the convolution.
 - *LayerNorm, GroupNorm, RMSNorm and L2 normalisation* are their gain ``|γ|^power``; with data,
   times the square of 1/σ. The mean is not subtracted.
-- *Attention* has a fixed pattern: q·k over its sum, which is uniform over tokens that the network
-  cannot tell apart (for power 2: 1 for each pair of tokens); with data, the square of the softmax.
-  Masks and position biases of the pattern are constants.
+- *Attention* has a fixed pattern: q·k over its sum (for power 2: 1 for each pair of tokens); with
+  data, the square of the softmax. Masks and position biases of the pattern are constants.
 - *Sigmoid gates* (squeeze-and-excitation) are 1; with data, the square of their value.
 - *Max-pooling* stays (for power 2 it is a sum); with data, it takes the entry that was largest.
 - *Layers, shapes, pads, means, sums, averages and casts* act as they do in the model.
@@ -27,15 +25,12 @@ with the factors of the model on some data or without:
 Any other function of what comes from the image is refused by its name.
 
 **Queries, keys and gates.** With a fixed pattern no path runs through the weights of queries and
-keys, or of squeeze-and-excitation; all of them would score zero and be pruned first. Therefore a
-fixed factor a is replaced by a · s / [s], where s is the quantity it is made of (q·k; the gate's
-input) in this network and [s] its value, taken as a constant. No value changes, but the weights
-that make s carry flow. And where two quantities that come from the image are multiplied, each
-passes on half of the gradient. So a product divides its flow equally among its factors (a half of
-attention's goes to values, a quarter each to queries and keys), and every neuron passes on exactly
-what it receives; without the halves the flow would grow with every product. The price: weights
-before an attention are reached through queries and keys as well as through values. Where s is
-zero, as for a head whose queries are all pruned, the pattern's part of the flow ends.
+keys, or of squeeze-and-excitation; all would score zero. Therefore a fixed factor a is replaced by
+a · s / [s], where s is what it is made of (q·k; the gate's input) in this network and [s] its
+value, taken as a constant. No value changes, but the weights that make s carry flow. Where two
+quantities that come from the image are multiplied, each passes on half of the gradient, so that
+every neuron passes on exactly what it receives. Where s is zero, as for a head whose queries are
+all pruned, the pattern's part of the flow ends.
 
 **Degrees.** Sums over paths are of degree 1 in the image, gates and patterns of degree 0, and q·k
 is of degree 2 until it becomes a pattern. Quantities of different degrees cannot be added, since
@@ -85,19 +80,16 @@ def synflow(
     """``|w ⊙ ∂R/∂w| / R``, R the sum of the logits of an image of ones with weights ``|w|``.
 
     ``R = 1ᵀ ∏ |W_l| 1`` for a network of layers W_l: the score is the share of R on paths through
-    w. Each neuron passes on what it receives, and in a network without skip connections the scores
-    of each layer sum to 1. (The paper does not divide by R; the order is the same. Here it keeps
-    the scores of deep networks in range.) What a path is in networks with attention, gates and
-    normalisation says :mod:`pai_utils.scorers.paths`; that is our definition, since the paper has
-    none.
+    w, and in a network without skip connections those of each layer sum to 1. (The paper does not
+    divide by R; the order is the same.) What a path is in networks with attention, gates and
+    normalisation says :mod:`pai_utils.scorers.paths`; that definition is ours.
 
-    No sample is looked at; ``data`` serves for the shape of an image only.
+    No sample is looked at. ``image_size`` is the side of the image; by default that of the data,
+    or of the model.
 
     Source: Tanaka, Kunin, Yamins & Ganguli (2020), "Pruning neural networks without any data by
     iteratively conserving synaptic flow". They prune in 100 rounds: in one round, whole layers
     vanish at high sparsity.
-
-    ``image_size`` is the side of the image; by default that of the data, or of the model.
 
     Raises:
         ValueError: if no side is known, or the model calls a function without a rule.
@@ -123,9 +115,8 @@ def px(
 
         R = Σ_n Σ_k (Σ_p a_p(x_n)² x_{n,o(p)}²) (Σ_p v_p²)              estimator="bound"
 
-    The first factor is the network with weights of one and the gates of the data, on squared
-    images; the second that with squared weights and without gates, on an image of ones. The score
-    is the share of R on paths through w.
+    The score is the share of R on paths through w. What a_p and v_p are in other networks than
+    those of ReLU says :mod:`pai_utils.scorers.paths`.
 
     **Pitfall.** If the last layer connects all its inputs to all logits, as the linear head of any
     classifier does, the first factor is the same for every k: then it scales all scores alike, and
@@ -135,14 +126,7 @@ def px(
         R = Σ_n Σ_k Σ_p a_p(x_n)² v_p² x_{n,o(p)}²                      estimator="gated"
 
     so that Σ_j ∂R/∂(w_j²) is the trace without the products of different paths. This second form is
-    ours.
-
-    What a_p and v_p are in other networks than those of ReLU says :mod:`pai_utils.scorers.paths`.
-    In particular BatchNorm enters as if folded into the convolution; squaring its parameters and
-    statistics one by one, as public code does, is something else.
-
-    Costs a forward pass of the model and one of the gates' network in float64; ``"gated"`` a
-    backward pass as well.
+    ours. Costs a forward pass of the model and one in float64; ``"gated"`` a backward pass as well.
 
     Source: Iurada, Ciccone & Tommasi (2024), "Finding lottery tickets in vision models via
     data-driven spectral foresight pruning".
@@ -161,8 +145,6 @@ def px(
     def summed(
         like: dict[str, Tensor], part: Callable[[Tensor, list[Tensor]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Sums over all batches of what squared images and the model's factors on them give."""
-
         def compute(size: int) -> dict[str, Tensor]:
             total = {name: torch.zeros_like(values) for name, values in like.items()}
             for images, _, _ in drawn_batches(data, indices, size, device, "px"):
@@ -245,7 +227,6 @@ class _Composed(Calls):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Hand one call, or those that it is made of, to handlers."""
         # Found here, not handed up: a reference to itself would keep what handlers hold alive.
         compose = {
             F.scaled_dot_product_attention: self._attention,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
-from pai_utils.curvature.products import GRAPH_MEMORY, HessianOperator
+from pai_utils.curvature.products import HessianOperator
 from pai_utils.models.encoders import Classifier
 from pai_utils.support.common import logger
 from pai_utils.support.sampling import Draw, Samples
@@ -91,7 +91,6 @@ def hessian_diag(
     *,
     probes: int = 64,
     tolerance: float = 0.1,
-    memory: int = GRAPH_MEMORY,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """½ w² · diag H of the mean cross-entropy, by Hutchinson's estimator, with standard errors.
 
@@ -106,7 +105,7 @@ def hessian_diag(
     Source: LeCun, Denker & Solla (1990), "Optimal brain damage". Their recursion from layer to
     layer drops the Hessian's other entries on the way; the estimate here is unbiased.
     """
-    operator = HessianOperator(model, names, data, draw, memory=memory)
+    operator = HessianOperator(model, names, data, draw)
     estimate = hutchinson_diagonal(operator, probes=probes, tolerance=tolerance, seed=draw.seed)
     logger.info(
         "hessian_diag: relative standard error %.3g after %d probes%s",
@@ -159,7 +158,7 @@ def block_fisher(
 
 
 def _saliency(model: nn.Module, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:
-    """½ w² h for each weight w and its diagonal entry h, which is overwritten."""
+    """½ w² h for each weight w and its diagonal entry h, which it overwrites."""
     parameters = dict(model.named_parameters())
     return {
         name: values.mul_(parameters[name].detach().square()).mul_(0.5)

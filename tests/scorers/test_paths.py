@@ -423,16 +423,11 @@ def test_a_squeeze_and_excitation_gate_carries_half_of_its_products_flow() -> No
 
     gate = Layers(excite, down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1))
     scores = pai.score("synflow", between(gate), image_size=8)
-    sums = {name: float(values.sum()) for name, values in scores.items()}
-    assert sums == pytest.approx(
-        {
-            "first.weight": 1,
-            "function.down.weight": 0.5,
-            "function.up.weight": 0.5,
-            "last.weight": 1,
-        },
-        rel=1e-12,
-    )
+    assert list(scores) == [
+        f"{n}.weight" for n in ("first", "function.down", "function.up", "last")
+    ]
+    sums = [float(values.sum()) for values in scores.values()]
+    assert sums == pytest.approx([1, 0.5, 0.5, 1], rel=1e-12)
 
 
 def test_two_hundred_layers_overflow_nowhere() -> None:
@@ -493,10 +488,3 @@ def test_the_size_of_the_image_comes_from_option_data_or_backbone() -> None:
     assert torch.equal(flattened(seen), own)
     with pytest.raises(ValueError, match="pass image_size, or data"):
         pai.score("synflow", mlp())
-    with pytest.raises(ValueError, match="image_size=0"):
-        pai.score("synflow", mlp(), image_size=0)
-
-
-def test_an_unknown_estimator_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown estimator 'exact'.* Choose from: bound, gated"):
-        pai.score("px", mlp(), Images(4, side=2), samples=None, estimator="exact")

@@ -115,9 +115,17 @@ def test_one_seed_draws_one_set_of_samples_and_labels() -> None:
         ("block_fisher", {"damping": 0.0}, r"damping=0\.0"),
         ("block_fisher", {"estimator": "exact"}, "unknown estimator 'exact'.*empirical, mc"),
         ("block_fisher", {"samples": 8, "memory_budget": 10}, "memory_budget=10 is too small"),
+        ("grasp", {"samples": 4, "temperature": 0.0}, r"temperature=0\.0"),
+        ("grasp", {"samples": 4, "temperature": float("nan")}, "temperature=nan"),
+        ("ntk_sap", {"samples": 4, "epsilon": 0.0}, r"epsilon=0\.0"),
+        ("ntk_sap", {"samples": 4, "epsilon": float("inf")}, "epsilon=inf"),
+        ("ntk_sap", {"samples": 4, "perturbations": 0}, "perturbations=0"),
+        ("ntk_sap", {"samples": 4, "inputs": "random"}, "unknown inputs 'random'.*data, noise"),
+        ("px", {"estimator": "exact"}, "unknown estimator 'exact'.* Choose from: bound, gated"),
+        ("synflow", {"image_size": 0}, "image_size=0"),
     ],
 )
-def test_a_misspelling_is_told_with_the_choices(
+def test_an_impossible_option_is_told_with_the_choices(
     name: str, options: dict[str, float | str | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
