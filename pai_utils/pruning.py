@@ -6,7 +6,7 @@ import copy
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -145,7 +145,8 @@ def prune(
 
     Raises:
         ValueError: for an unknown scorer, scope, schedule, option or repair, an impossible
-            sparsity, a pattern without a match, or fewer rounds than one.
+            sparsity, a pattern without a match, fewer rounds than one, or more with a scope that
+            prunes at once.
 
     Examples:
         >>> import torch
@@ -202,16 +203,8 @@ def follow(
     pruned, mask = copy.deepcopy(model), None
     for step in range(1, recipe.rounds + 1):
         if scores is None or step > 1:
-            scores = score(
-                recipe.scorer,
-                pruned,
-                data,
-                names=names,
-                samples=draw.samples,
-                batch_size=draw.batch_size,
-                seed=draw.seed,
-                **recipe.options,
-            )
+            settings = {**asdict(draw), **recipe.options}
+            scores = score(recipe.scorer, pruned, data, names=names, **settings)
         share = recipe.pruned_after(step)
         mask = make_mask(scores, share, recipe.scope, within=mask, metadata=metadata)
         if repair.parts and step > 1:

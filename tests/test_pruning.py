@@ -1,7 +1,6 @@
 import copy
 import logging
 import re
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +17,21 @@ from tests.cases import fingerprint, tiny_classifier, tiny_task
 
 NAMES = ["backbone.encoder.0.weight", "backbone.encoder.3.weight"]
 TOTAL = 8 * 3 * 9 + 6 * 8 * 9
+Scored = list[tuple[dict[str, torch.Tensor], Scores]]
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Scored:
+    """The weights and the scores of each round that was scored."""
+    rounds: Scored = []
+
+    def watch(name: str, model: torch.nn.Module, *args: Any, **options: Any) -> Scores:
+        before = copy.deepcopy(model.state_dict())
+        rounds.append((before, score(name, model, *args, **options)))
+        return rounds[-1][1]
+
+    monkeypatch.setattr(pruning, "score", watch)
+    return rounds
 
 
 @pytest.mark.parametrize("scorer", pai.SCORERS)
@@ -91,7 +105,7 @@ LEFT = {
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 @pytest.mark.parametrize(("schedule", "rounds"), LEFT)
 def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
-    scope: str, schedule: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+    scope: str, schedule: str, rounds: int, scored: Scored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks: list[Mask] = []
 
@@ -99,36 +113,24 @@ def test_each_round_keeps_its_share_and_scores_the_network_pruned_so_far(
         masks.append(make_mask(*args, **options))
         return masks[-1]
 
-    def check(name: str, model: torch.nn.Module, *args: Any, **options: Any) -> Scores:
-        for parameter, entry in (masks[-1] if masks else {}).items():
-            assert not model.get_parameter(parameter)[~entry].any()
-        return score(name, model, *args, **options)
-
     monkeypatch.setattr(pruning, "make_mask", remember)
-    monkeypatch.setattr(pruning, "score", check)
     model, data = tiny_classifier(), tiny_task().train
     pai.prune(model, data, "ggn_diag", 0.9, scope, rounds=rounds, schedule=schedule, samples=8)
-    assert len(masks) == rounds
+    assert len(masks) == len(scored) == rounds
     for share, mask in zip(LEFT[schedule, rounds], masks, strict=True):
         sizes = [8 * 27, 6 * 72] if scope == "layer" else [TOTAL]
         assert mask.kept == sum(size - round((1 - share) * size) for size in sizes)
-    for earlier, later in pairwise(masks):
+    for earlier, later, (weights, _) in zip(masks, masks[1:], scored[1:], strict=False):
         assert all(bool((later[n] <= earlier[n]).all()) for n in NAMES)
+        assert not any(weights[n][~earlier[n]].any() for n in NAMES)
 
 
-def test_each_round_scores_the_network_repaired_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_round_scores_the_network_repaired_so_far(scored: Scored) -> None:
     model, data = tiny_classifier(), tiny_task().train
     repaired: dict[str, Any] = {"repair": "layerwise+moments", "samples": 8}
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def watch(name: str, model: torch.nn.Module, *args: Any, **options: Any) -> Scores:
-        seen.append(copy.deepcopy(model.state_dict()))
-        return score(name, model, *args, **options)
-
-    monkeypatch.setattr(pruning, "score", watch)
     pruned = pai.prune(model, data, "ggn_diag", 0.75, rounds=2, **repaired)
     half = pai.prune(model, data, "ggn_diag", 0.5, **repaired)
-    torch.testing.assert_close(seen[1], dict(half.model.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(scored[1][0], dict(half.model.state_dict()), rtol=0, atol=0)
     # Both rounds start from the dense weights, so that errors of the first repair are not kept.
     alone = copy.deepcopy(model)
     pruned.mask.apply_(alone)
@@ -184,32 +186,20 @@ def test_impossible_settings_are_told_before_the_scores(
         pai.prune(tiny_classifier(), tiny_task().train, **options)
 
 
-def test_scores_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_known_are_not_computed_again(scored: Scored) -> None:
     model, data = tiny_classifier(), tiny_task().train
     recipe, draw = Recipe("ggn_diag", 0.6, rounds=2), Draw(8)
     known = score("ggn_diag", model, data, samples=8)
     wanted = follow(recipe, model, data, draw)
-    called: list[str] = []
-
-    def count(name: str, *args: Any, **options: Any) -> Scores:
-        called.append(name)
-        return score(name, *args, **options)
-
-    monkeypatch.setattr(pruning, "score", count)
     found = follow(recipe, model, data, draw, scores=known)
-    assert called == ["ggn_diag"]  # of the second round
+    assert len(scored) == 2 + 1  # of the last, the second round
     assert all(torch.equal(found.mask[name], wanted.mask[name]) for name in NAMES)
     assert "weights" not in found.mask.metadata
 
 
 def test_sparsity_is_that_of_the_weights_that_are_left_in_and_only_they_are_scored(
-    monkeypatch: pytest.MonkeyPatch,
+    scored: Scored,
 ) -> None:
-    def check(*args: Any, **options: Any) -> Scores:
-        scores = score(*args, **options)
-        assert list(scores) == NAMES[1:]
-        return scores
-
     model, data = tiny_classifier(), tiny_task().train
     pruned = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, exclude="*.encoder.0", samples=8)
     assert list(pruned.mask) == NAMES[1:]
@@ -217,9 +207,9 @@ def test_sparsity_is_that_of_the_weights_that_are_left_in_and_only_they_are_scor
     assert torch.equal(pruned.model.get_parameter(NAMES[0]), model.get_parameter(NAMES[0]))
     assert NAMES[0] in pruned.report.left_out
     assert NAMES[1] not in pruned.report.left_out
-    monkeypatch.setattr(pruning, "score", check)
     same = pai.prune(model, data, "ggn_diag", 0.9, rounds=2, include=NAMES[1], samples=8)
     assert torch.equal(same.mask[NAMES[1]], pruned.mask[NAMES[1]])
+    assert [list(scores) for _, scores in scored] == [NAMES[1:]] * 4
 
 
 @pytest.mark.parametrize(

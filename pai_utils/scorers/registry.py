@@ -229,11 +229,7 @@ def score(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
-    """The scorer of this name, which has these options.
-
-    Raises:
-        ValueError: for an unknown scorer or option.
-    """
+    """The scorer of this name, which has these options."""
     if name not in SCORERS:
         raise unknown_name("scorer", name, list(SCORERS))
     scorer = SCORERS[name]
