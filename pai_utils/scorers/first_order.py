@@ -41,8 +41,7 @@ def magnitude(
     model: nn.Module, names: Sequence[str], data: Samples | None, draw: Draw
 ) -> dict[str, Tensor]:
     """``|w|``, the second-order saliency ½ w² H_ii for H = I, up to a monotone map."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach().abs() for name in names}
+    return {name: model.get_parameter(name).detach().abs() for name in names}
 
 
 def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
@@ -54,8 +53,7 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
     """
     indices = draw.indices(data)
     device = device_of(model)
-    parameters = dict(model.named_parameters())
-    weights = {name: parameters[name] for name in names}
+    weights = {name: model.get_parameter(name) for name in names}
 
     def gradient(size: int) -> dict[str, Tensor]:
         totals = {
@@ -77,8 +75,7 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
         return totals
 
     with undisturbed(model):
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_()
         gradients = sum_over_processes(fitting_batches(gradient, draw.batch_size))

@@ -204,11 +204,10 @@ def _flow(
 def _shares(model: nn.Module, network: _Network, flow: dict[str, Tensor]) -> dict[str, Tensor]:
     """Shares of R on the paths through each weight; 0 where nothing flows at all."""
     whole = torch.where(flow[""] > 0, flow[""], 1)
-    parameters = dict(model.named_parameters())
     return {
         name: (weight.detach() * flow[name])
         .div_(whole)
-        .to(torch.promote_types(parameters[name].dtype, torch.float32))
+        .to(torch.promote_types(model.get_parameter(name).dtype, torch.float32))
         for name, weight in network.weights.items()
     }
 

@@ -131,14 +131,11 @@ def block_fisher(
 
     Options and errors are those of :func:`~pai_utils.curvature.blocks.fisher_blocks`.
     """
-    parameters = dict(model.named_parameters())
+    weights = {name: model.get_parameter(name).detach() for name in names}
     scores = {
         # At least float32: increases span too many orders of magnitude for half precision.
-        name: parameters[name].new_empty(
-            parameters[name].numel(),
-            dtype=torch.promote_types(parameters[name].dtype, torch.float32),
-        )
-        for name in names
+        name: weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
     }
     for blocks in fisher_blocks(
         model,
@@ -151,16 +148,15 @@ def block_fisher(
         memory_budget=memory_budget,
     ):
         part = slice(blocks.start, blocks.stop)
-        weights = parameters[blocks.name].detach().flatten()[part]
-        scores[blocks.name][part] = blocks.saliency(weights)
+        flat = weights[blocks.name].flatten()[part]
+        scores[blocks.name].view(-1)[part] = blocks.saliency(flat)
         del blocks  # before the next pass asks for its memory
-    return {name: scores[name].view(parameters[name].shape) for name in names}
+    return scores
 
 
 def _saliency(model: nn.Module, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:
     """½ w² h for each weight w and its diagonal entry h, which it overwrites."""
-    parameters = dict(model.named_parameters())
     return {
-        name: values.mul_(parameters[name].detach().square()).mul_(0.5)
+        name: values.mul_(model.get_parameter(name).detach().square()).mul_(0.5)
         for name, values in diagonal.items()
     }
