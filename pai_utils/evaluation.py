@@ -66,11 +66,7 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy and mean cross-entropy of ``model`` on all of ``data``, in evaluation mode.
 
-    Args:
-        model: from images to logits.
-        data: labelled images.
-        batch_size: images a forward.
-        precision: of the forward's products, a key of `pai_utils.support.sampling.PRECISIONS`.
+    The ``precision`` of the forward's products is a key of `pai_utils.support.sampling.PRECISIONS`.
 
     Raises:
         ValueError: if the labels go beyond the model's classes, the loss is not finite, ``data``
@@ -107,14 +103,7 @@ def evaluate_heads(
     batch_size: int = 128,
     precision: str = "float32",
 ) -> dict[str, Evaluation]:
-    """Evaluate one encoder on several tasks, each with its own frozen head.
-
-    Args:
-        backbone: the encoder.
-        heads: a head for each task.
-        data: labelled images by task.
-        batch_size: images a forward.
-        precision: of the encoder's products, as in :func:`evaluate`.
+    """Evaluate one encoder on several tasks, each with its own frozen head, as in :func:`evaluate`.
 
     Raises:
         ValueError: as :func:`evaluate`, or if a task has no head.
@@ -134,11 +123,6 @@ def retention(accuracy: float, dense: float, chance: float) -> float:
     """Fraction of the dense accuracy above chance that is kept: 1 all of it, 0 none.
 
     Not a number when the dense model is not above chance: there is nothing to retain.
-
-    Args:
-        accuracy: of the pruned model.
-        dense: that of the dense one.
-        chance: that of a constant guess.
 
     Examples:
         >>> from pai_utils.evaluation import retention
@@ -160,15 +144,9 @@ def retention_replicates(
 ) -> NDArray[np.float64]:
     """Bootstrap replicates, over test items and seeds, of the retention averaged over tasks.
 
-    An item is drawn for all seeds and for the dense model together, since they saw the same one;
-    a seed for all tasks together, since it stands for one mask.
-
-    Args:
-        pruned: for each task ``[seeds, items]``, whether the pruned model was right.
-        dense: for each task ``[items]``, whether the dense model was right.
-        chance: for each task the accuracy of a constant guess.
-        resamples: number of replicates.
-        seed: seed of the bootstrap.
+    For each task, ``pruned [seeds, items]`` and ``dense [items]`` say whether a model was right. An
+    item is drawn for all seeds and for the dense model together, since it is the same one; a seed
+    for all tasks together, since it stands for one mask.
 
     Returns:
         ``[resamples]``; not a number where a dense model is not above chance.
@@ -193,17 +171,10 @@ def gain_replicates(
     resamples: int = 1000,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Bootstrap replicates, over test items, of a gain in accuracy averaged over tasks.
+    """Bootstrap replicates ``[resamples]``, over items, of a gain in accuracy averaged over tasks.
 
-    Args:
-        before: for each task ``[items]``, whether the model was right before, or the share of
-            several models that were.
-        after: the same after, on the same items.
-        resamples: number of replicates.
-        seed: seed of the bootstrap.
-
-    Returns:
-        ``[resamples]``, in accuracy.
+    For each task, ``before [items]`` and ``after [items]`` say whether the model was right, or the
+    share of several models that were.
     """
     random = np.random.default_rng(seed)
     total = np.zeros(resamples)
@@ -216,14 +187,9 @@ def gain_replicates(
 
 
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates.
+    """Percentile interval of bootstrap replicates, of which undefined ones are left out.
 
-    Args:
-        replicates: ``[resamples]``; undefined ones (not a number) are left out.
-        level: coverage of the interval.
-
-    Returns:
-        Its bounds; not a number where more than a fraction ``1 - level`` is undefined.
+    Its bounds are not a number where more than a fraction ``1 - level`` is undefined.
 
     Examples:
         >>> import numpy as np
@@ -241,12 +207,8 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
 def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
     """Retention with its bootstrap interval over items and seeds, for each source and target.
 
-    Args:
-        table: as from :func:`~pai_utils.studies.suite.sweep`.
-
-    Returns:
-        One row a source, target, scorer and sparsity, with ``accuracy, retention, low, high,
-        dense_accuracy, chance, count, seeds``; ``low`` and ``high`` bound the retention.
+    The table is as from :func:`~pai_utils.studies.suite.sweep`. One row a source, target, scorer
+    and sparsity, with ``accuracy, retention, low, high, dense_accuracy, chance, count, seeds``.
     """
     dense = table[table.scorer == "dense"].set_index("target")
     keys = ["source", "target", "scorer", "sparsity"]
@@ -263,15 +225,10 @@ def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
 def held_out_retention(
     table: pd.DataFrame, sources: Sequence[str], *, own: bool = False
 ) -> pd.DataFrame:
-    """Retention averaged over the tasks that a mask was *not* computed on.
+    """Retention averaged over the tasks that a mask was *not* computed on; with ``own`` the others.
 
-    A mask that looked at no data (source ``"none"``) counts beside every source, on that source's
-    held-out tasks.
-
-    Args:
-        table: as from :func:`~pai_utils.studies.suite.sweep`.
-        sources: what masks were computed on.
-        own: average over the tasks that a mask *was* computed on instead.
+    The table is as from :func:`~pai_utils.studies.suite.sweep`. A mask that looked at no data
+    (source ``"none"``) counts beside every source, on that source's held-out tasks.
 
     Returns:
         One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,

@@ -280,14 +280,9 @@ def write_formats(
 ) -> pd.DataFrame:
     """Write a pruned model in several formats, read each back and compare its logits.
 
-    Args:
-        model: pruned with ``mask``.
-        mask: what was pruned.
-        folder: for the files ``<name>.compressed.safetensors``, ``<name>.dense.safetensors`` and
-            ``<name>.onnx``.
-        images: [N, 3, S, S], to compare logits on.
-        formats: some of :data:`FORMATS`.
-        name: what the files' names begin with.
+    The folder gets ``<name>.compressed.safetensors``, ``<name>.dense.safetensors`` and
+    ``<name>.onnx``, as ``formats`` of :data:`FORMATS` say; logits are compared on images [N, 3, S,
+    S].
 
     Returns:
         One row a format, with ``format, file, bytes``; ``promised``, as in :class:`Size`;
@@ -331,9 +326,8 @@ def write_formats(
 def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:
     """A copy of the model whose 2:4 linear layers run on the sparse tensor cores of CUDA.
 
-    Args:
-        model: pruned with ``mask``, on CUDA, in float16 or bfloat16.
-        mask: keeps at most two of every four weights along the input of each layer.
+    The model is on CUDA, in float16 or bfloat16; the mask keeps at most two of every four weights
+    along the input of each layer.
 
     Returns:
         The copy, for inference, and the names of the weights that stay dense. These are weights of

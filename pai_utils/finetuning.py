@@ -94,12 +94,7 @@ class Penalty:
     curvature: Mapping[str, Tensor] | None = None  #: c ≥ 0, by parameter name; None: 1 everywhere
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a penalty that does not fit.
-
-        Raises:
-            ValueError: for a strength that is negative or not finite, an anchor or curvature of an
-                unknown parameter or another shape or not finite, or a negative curvature.
-        """
+        """Refuse a strength, anchor or curvature out of range or not of the model's parameters."""
         _check_strength(self.strength)
         parameters = dict(model.named_parameters())
         for kind, tensors in (("anchor", self.anchor), ("curvature", self.curvature or {})):
@@ -145,12 +140,7 @@ class FeaturePenalty:
     strength: float  #: λ
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a penalty that does not fit.
-
-        Raises:
-            ValueError: for a strength that is negative or not finite, a model without a
-                ``backbone``, or targets of another number or size.
-        """
+        """Refuse a strength out of range, or targets that are not the model's features."""
         _check_strength(self.strength)
         if not isinstance(model, Classifier):
             raise ValueError("a FeaturePenalty needs a Classifier, whose backbone gives features")
