@@ -321,9 +321,8 @@ GATES: dict[str, tuple[Function, Function]] = {
 }
 
 
-@pytest.mark.parametrize("name", GATES)
-def test_gates_are_those_of_the_data(name: str) -> None:
-    function, gate = GATES[name]
+@pytest.mark.parametrize(("function", "gate"), GATES.values(), ids=GATES)
+def test_gates_are_those_of_the_data(function: Function, gate: Function) -> None:
     model, data = between(function), Images(4, classes=3)
     scores = pai.score("px", model, data, samples=None, estimator="gated")
     weights = [model.get_parameter(n).detach().square().requires_grad_() for n in scores]
@@ -358,9 +357,8 @@ REFUSED: dict[str, tuple[Function, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_function_without_a_rule_is_refused_by_its_name(name: str) -> None:
-    function, match = REFUSED[name]
+@pytest.mark.parametrize(("function", "match"), REFUSED.values(), ids=REFUSED)
+def test_a_function_without_a_rule_is_refused_by_its_name(function: Function, match: str) -> None:
     model, data = between(function), Images(4, classes=3)
     for scorer in ("synflow", "px"):
         with pytest.raises(ValueError, match=f"no paths through .*{match}.*take another scorer"):
@@ -451,12 +449,9 @@ def test_scores_are_not_negative_know_no_batches_and_leave_no_trace(case: Case) 
     before = fingerprint(case.model)
     assert (flattened(pai.score("synflow", case.model, image_size=8)) >= 0).all()
     for estimator in ("bound", "gated"):
+        options = {"samples": None, "estimator": estimator}
         whole, parts = (
-            flattened(
-                pai.score(
-                    "px", case.model, case.data, samples=None, batch_size=b, estimator=estimator
-                )
-            )
+            flattened(pai.score("px", case.model, case.data, batch_size=b, **options))  # type: ignore[arg-type]
             for b in (64, 3)
         )
         assert (whole >= 0).all()
