@@ -138,11 +138,7 @@ def zero_shot_head(
 ) -> nn.Linear:
     """Make a head of class names, with CLIP's text tower; no image is looked at.
 
-    Args:
-        backbone: a pre-trained `clip:<model>@<weights>`, dense or pruned.
-        class_names: in the order of the labels.
-        templates: sentences with `{}` in the place of the class name.
-        download: as in `load_backbone`.
+    ``templates`` are sentences with `{}` in the place of the class name.
 
     Returns:
         Frozen `nn.Linear(feature_dim, classes)` on the encoder's device; its logits are CLIP's

@@ -121,11 +121,7 @@ def load_backbone(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Name a device that exists: of ``"auto"`` CUDA if there is any, else the CPU.
-
-    Raises:
-        ValueError: if it is unknown or not available here.
-    """
+    """Name a device that exists: of ``"auto"`` CUDA if there is any, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -58,16 +58,10 @@ class Kept(NamedTuple):
 def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> Kept:
     """What is kept of this computation, or else what ``compute`` gives, which is then kept.
 
-    Under ``torchrun`` every process must call it; the first one looks and keeps.
-
-    Args:
-        kind: what it is, such as ``"scores"``; begins the file's name.
-        parts: all that the result follows from: modules, data sets, plain values, and the functions
-            that compute, each of which stands for its module and all that this imports.
-        compute: the computation.
-
-    Returns:
-        What was computed, or what was read, which is on the CPU.
+    ``kind`` begins the file's name. ``parts`` are all that the result follows from: modules, data
+    sets, plain values, and the functions that compute, each of which stands for its module and all
+    that this imports. What is read is on the CPU. Under ``torchrun`` every process must call it;
+    the first one looks and keeps.
     """
     folder = os.environ.get(FOLDER)
     # Inside `torch.autocast` results are those of a precision that no part names.

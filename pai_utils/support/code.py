@@ -52,9 +52,7 @@ def _is_text(node: ast.stmt) -> bool:
 def imported(tree: ast.AST, package: str = "") -> dict[str, set[str]]:
     """Names that code binds by imports, anywhere in it, to the absolute names they may stand for.
 
-    Args:
-        tree: of code.
-        package: that relative imports begin at.
+    Relative imports begin at ``package``.
     """
     found: dict[str, set[str]] = {}
     for node in ast.walk(tree):

@@ -140,10 +140,7 @@ def unknown_name(
 def package_folder(module: str, package: str, use: str) -> Path:
     """Folder of an installed package, found without importing it.
 
-    Args:
-        module: what is imported.
-        package: what is installed.
-        use: what for, as in ``"the images come"``.
+    ``use`` says what for, as in ``"the images come"``.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -163,11 +160,7 @@ def may_download(download: bool | None) -> bool:
 
 
 def check_names(kind: str, names: Iterable[str], valid: Iterable[str]) -> None:
-    """Refuse the first of some names that is not among the valid ones.
-
-    Raises:
-        ValueError: as `unknown_name`.
-    """
+    """Refuse the first of some names that is not among the valid ones, as `unknown_name`."""
     known = list(valid)
     for name in names:
         if name not in known:

@@ -64,11 +64,6 @@ class Draw:
         return torch.randperm(available, generator=generator)[: self.samples]
 
 
-def draw_samples(data: Samples, samples: int | None, seed: int) -> Tensor:
-    """Indices of the samples to use, as :meth:`Draw.indices`."""
-    return Draw(samples, seed=seed).indices(data)
-
-
 def batches(
     data: Samples, batch_size: int, device: torch.device, indices: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,11 +93,7 @@ def batches(
 
 
 def in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision inside: products in ``precision``, sums and normalisations in float32.
-
-    Raises:
-        ValueError: if ``precision`` is no key of `PRECISIONS`.
-    """
+    """Mixed precision inside: products in ``precision``, sums and normalisations in float32."""
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
@@ -152,11 +143,7 @@ def sum_over_processes_(tensor: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that a model with so many classes cannot give.
-
-    Raises:
-        ValueError: if a label is negative or not below ``classes``.
-    """
+    """Refuse labels that a model with so many classes cannot give."""
     lowest, highest = (int(bound) for bound in torch.aminmax(labels))
     if lowest < 0 or highest >= classes:
         raise ValueError(
@@ -198,11 +185,7 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch of fewer samples than one.
-
-    Raises:
-        ValueError: if ``batch_size`` is below one.
-    """
+    """Refuse a batch of fewer samples than one."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
 
@@ -213,11 +196,7 @@ def _ran_out_of_memory(error: RuntimeError) -> bool:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what no generator takes.
-
-    Raises:
-        ValueError: if it is no integer from 0 to 2**63 - 1.
-    """
+    """Refuse what no generator takes: anything but an integer from 0 to 2**63 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
 

@@ -34,14 +34,10 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], text: str, **header: str
 ) -> bytes:
-    """Write tensors and a text whole or not at all, and return the file's content.
+    """Write contiguous tensors on the CPU and a text, whole or not at all; return the content.
 
-    Args:
-        path: the file.
-        tensors: contiguous, on the CPU.
-        text: any, such as JSON.
-        header: further entries of the file's header, such as ``format``; the checksum leaves them
-            out.
+    ``header`` has further entries of the file's header, such as ``format``; the checksum leaves
+    them out.
     """
     from safetensors.torch import save
 
@@ -58,10 +54,7 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors on the CPU, and the header, of a file of :func:`write_tensors`.
 
-    Args:
-        path: the file.
-        kind: the ``format`` that its header must have.
-        what: what errors call such a file.
+    ``kind`` is the ``format`` that its header must have, ``what`` what errors call such a file.
 
     Raises:
         OSError: if the file cannot be opened.

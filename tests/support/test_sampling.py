@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pai_utils.support.common import progress, undisturbed, unknown_name, watched
-from pai_utils.support.sampling import batches, check_labels, draw_samples, fitting_batches
+from pai_utils.support.sampling import Draw, batches, check_labels, fitting_batches
 from tests.cases import Case, Images, fingerprint
 
 CPU = torch.device("cpu")
@@ -18,19 +18,19 @@ CPU = torch.device("cpu")
 def test_a_draw_is_seeded_without_replacement_and_touches_no_global_state() -> None:
     data = Images(50)
     state = torch.get_rng_state()
-    drawn = draw_samples(data, 20, 3)
+    drawn = Draw(20, seed=3).indices(data)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(set(drawn.tolist())) == 20
-    assert torch.equal(drawn, draw_samples(data, 20, 3))
-    assert not torch.equal(drawn, draw_samples(data, 20, 4))
-    assert draw_samples(data, None, 3).tolist() == list(range(50))
-    assert sorted(draw_samples(data, 50, 3).tolist()) == list(range(50))
+    assert torch.equal(drawn, Draw(20, seed=3).indices(data))
+    assert not torch.equal(drawn, Draw(20, seed=4).indices(data))
+    assert Draw(None, seed=3).indices(data).tolist() == list(range(50))
+    assert sorted(Draw(50, seed=3).indices(data).tolist()) == list(range(50))
 
 
 @pytest.mark.parametrize("samples", [0, -1, 51])
 def test_a_draw_of_too_few_or_too_many_is_refused(samples: int) -> None:
     with pytest.raises(ValueError, match=f"samples={samples}"):
-        draw_samples(Images(50), samples, 0)
+        Draw(samples, seed=0).indices(Images(50))
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 64])
@@ -55,7 +55,7 @@ def test_batches_hold_every_sample_once_and_in_order(size: int) -> None:
 
 def test_empty_data_and_impossible_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="dataset is empty"):
-        draw_samples(Images(0), None, 0)
+        Draw(None, seed=0).indices(Images(0))
     with pytest.raises(ValueError, match="dataset is empty"):
         list(batches(Images(0), 4, CPU))
     with pytest.raises(ValueError, match="batch_size=0"):
