@@ -11,11 +11,9 @@ Removing weights q and letting the others of the block follow raises ½ δᵀFδ
 
 and for one weight i that least rise is its saliency w_i² / (2 [F⁻¹]_ii).
 
-Products of gradients are summed, and the matrices factorised, in float64: a sum in float32 has a
-relative error of about 1e-7, which the inverse multiplies by up to B / damping + 1. The sums take
-2mPB operations and 8PB bytes for P weights, the factorisations about PB². With fewer samples than
-B the gradients themselves are kept, and Woodbury's identity replaces each B × B system by an
-m × m one.
+Sums and factors are in float64, since the inverse multiplies a sum's rounding by up to
+B / damping + 1. The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about
+PB². With m < B samples the gradients are kept, and Woodbury's identity makes the systems m × m.
 
 Sources: Hassibi & Stork (1993), "Second order derivatives for network pruning: optimal brain
 surgeon"; Singh & Alistarh (2020), "WoodFisher"; Kurtic et al. (2022), "The optimal BERT surgeon",
@@ -77,18 +75,12 @@ class BlockFisher:
     """Mean of g gᵀ, float64 ``[blocks, B, B]``; of m < B samples the g/√m ``[blocks, m, B]``."""
 
     @classmethod
-    def from_gradients(
-        cls, gradients: Tensor, *, block_size: int, damping: float, name: str = "weights"
-    ) -> BlockFisher:
-        """Blocks of given gradients ``[m, P]``, one row a sample.
-
-        Raises:
-            ValueError: for a block size or a damping that no block can have.
-        """
+    def from_gradients(cls, gradients: Tensor, *, block_size: int, damping: float) -> BlockFisher:
+        """Blocks of given gradients ``[m, P]``, one row a sample."""
         check_block_options(block_size, damping)
         samples, length = gradients.shape
-        sums = _BlockSums(_Part(name, 0, length, min(block_size, length)), samples, gradients)
-        sums.add_(Gradients(name, torch.arange(samples), gradients))
+        sums = _BlockSums(_Part("weights", 0, length, min(block_size, length)), samples, gradients)
+        sums.add_(Gradients("weights", torch.arange(samples), gradients))
         return sums.fisher(damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
@@ -199,24 +191,15 @@ def fisher_blocks(
 ) -> Iterator[BlockFisher]:
     """Fisher blocks of the named weights, in their order.
 
-    Args:
-        model: images to logits ``[B, C]``; evaluated in evaluation mode, left as it was whenever
-            the caller has control.
-        names: the parameters to take.
-        data: samples, labelled for ``estimator="empirical"``.
-        draw: the samples to take; its seed also draws the labels.
-        block_size: B, weights a block.
-        damping: λ over the block's mean diagonal.
-        estimator: ``"empirical"`` takes the gradients of the true labels, as ``fisher_diag``;
-            ``"mc"`` those of one label a sample drawn from the model, an unbiased estimate of the
-            GGN, as ``ggn_diag``.
-        memory_budget: bytes beside those of a forward and backward. Three quarters hold the sums,
-            the rest gradients in the making. When the sums do not fit, they take several passes
-            over the data, each a forward and a backward; the number is logged.
+    The model, images to logits ``[B, C]``, is evaluated in evaluation mode, and is as it was
+    whenever the caller has control. ``estimator="empirical"`` takes the gradients of the true
+    labels; ``"mc"`` those of one label a sample drawn from the model by the draw's seed, an
+    unbiased estimate of the GGN.
 
-    Yields:
-        One :class:`BlockFisher` a tensor, or several with consecutive entries for a tensor that is
-        split between passes. The blocks of a pass keep their memory as long as they are referenced.
+    ``memory_budget`` are bytes beside those of a forward and backward: three quarters for the sums,
+    the rest for gradients in the making. Sums that do not fit take several passes over the data,
+    whose number is logged. A tensor split between passes comes as several :class:`BlockFisher` with
+    consecutive entries.
 
     Raises:
         ValueError: for an unknown estimator, a block size below one, a damping below

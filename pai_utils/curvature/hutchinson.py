@@ -5,7 +5,6 @@ With a Rademacher vector v (independent signs, each +1 or −1 with probability 
     E[v ⊙ Av] = diag A,   Var[(v ⊙ Av)_i] = Σ_{j≠i} A_ij²
 
 so that it is exact for a diagonal A. Mean and variance are updated probe by probe (Welford 1962).
-The signs are drawn on the CPU: one seed means the same probes on every device.
 
 Sources: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix"; Bekas,
 Kokiopoulou & Saad (2007), "An estimator for the diagonal of a matrix".

@@ -7,16 +7,12 @@ samples must be told apart, and positions or tokens of one sample must be summed
     linear   G_n = Σ_t g_nt a_ntᵀ             (t: tokens; a: layer input, g: gradient at its output)
     conv     G_n = Σ_l g_nl unfold(a_n)_lᵀ    (l: output positions)
 
-Calls of ``F.linear`` and ``F.conv2d`` are observed, not modules, so that a weight is recognised
-wherever it is used: inside padded convolutions, through a functional call, or twice. The weight
-gradient that autograd would sum over the batch is replaced by the per-sample one, which costs the
-same products; no more than a few samples' gradients of one layer exist at any time.
-
-A weight used in any other way (shared by several calls, reshaped, inside
-``nn.MultiheadAttention``, or in a layout whose rows are not grouped by sample) takes a generic
-path, one backward a sample, with the same result. Which weights do is found on the first batch: a
-weight that its graph reaches although its observed calls are cut off is used elsewhere, and rows
-are grouped by sample where those of one sample stay the same beside another one.
+Calls of ``F.linear`` and ``F.conv2d`` are observed, and the weight gradient that autograd would sum
+over the batch is replaced by the per-sample one, which costs the same products. A weight used in
+any other way (by several calls, reshaped, inside ``nn.MultiheadAttention``, with rows not grouped
+by sample) takes one backward a sample, with the same result. The first batch tells which: a weight
+that the graph reaches although its observed calls are cut off is used elsewhere, and rows are
+grouped by sample where those of one sample stay the same beside another one.
 """
 
 from __future__ import annotations
@@ -48,10 +44,7 @@ _ROUNDING_SHARE = 0.1  # most that rounding may move a layer's input, over what 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients G_n of one weight for some samples.
-
-    Either they are formed, or they are products of a layer's input and the gradient at its output.
-    """
+    """Gradients of one weight, formed, or as a layer's input and the gradient at its output."""
 
     name: str  #: of the weight
     rows: Tensor  #: of the samples, [b]
@@ -80,12 +73,10 @@ class Gradients:
                 _add_squares_(total, entries.view(-1, *total.shape))
 
     def pieces(self, start: int, stop: int, block: int) -> Iterator[tuple[slice, int, Tensor]]:
-        """Entries ``start`` to ``stop`` of the flattened gradients, as many as memory allows.
+        """Yield which samples, the first entry's number, and the entries ``[b, n]``, as fit.
 
-        Yields:
-            Which of the samples, the number of the first entry, and the entries ``[b, n]``, n a
-            multiple of ``block`` but for the last ones. All entries of some samples come before
-            those of the next.
+        Of ``start`` to ``stop`` of the flattened gradients; n is a multiple of ``block`` but for
+        the last ones. All entries of some samples come before those of the next.
         """
         samples = step = len(self.rows)
         gradient = self.gradient.to(torch.promote_types(self.gradient.dtype, torch.float32))
@@ -250,15 +241,8 @@ def sum_squared_gradients(
 ) -> dict[str, Tensor]:
     """Σ over samples n and cotangents v of (J_nᵀ v)², for every entry of the named weights.
 
-    Args:
-        model: images to logits; run as it is, and left without any parameter that asks for a
-            gradient, so call this inside :func:`~pai_utils.support.common.undisturbed`.
-        names: parameter names, as in ``model.named_parameters()``.
-        batches: triples ``(images [B, 3, H, W], labels [B], rows [B])``.
-        cotangents: for the logits of a batch, the cotangents ``[B, C]`` to pull back.
-
-    Returns:
-        One tensor a name, of the weight's shape. Exact up to rounding.
+    Exact up to rounding. The model is run as it is, and left without any parameter that asks for a
+    gradient, so call this inside :func:`~pai_utils.support.common.undisturbed`.
     """
     totals = {}
     for name in names:

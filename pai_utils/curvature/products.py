@@ -68,18 +68,13 @@ class Operator(Protocol):
 class CurvatureOperator(ABC):
     """Products with a curvature matrix of the mean cross-entropy, summed over batches.
 
-    Computed in the model's own precision, also inside ``torch.autocast``: differences of gradients
-    keep few digits in half precision. Sums are at least in float32. Under ``torchrun`` each
-    process takes its share of the samples and all get the same product.
+    Computed in the model's own precision, also inside ``torch.autocast``, and summed at least in
+    float32. Under ``torchrun`` each process takes its share of the samples. The model, images to
+    logits ``[B, C]``, is evaluated in evaluation mode and left as it was; its weights must not
+    change while the operator is used, nor the samples between readings.
 
-    Args:
-        model: images to logits ``[B, C]``; evaluated in evaluation mode. Between and after
-            products it is as it was; its weights must not change while the operator is used.
-        names: the parameters to take.
-        data: labelled samples, the same at each reading.
-        draw: the samples to take. When memory runs out batches are halved, and nothing is kept.
-        memory: bytes that graphs of a batch's forward and first backward may hold, kept for further
-            products as long as the operator lives; other batches are run anew at each product.
+    Graphs of up to ``memory`` bytes are kept for further products as long as the operator lives;
+    other batches are run anew. When memory runs out batches are halved, and nothing is kept.
 
     Raises:
         ValueError: if a name is no parameter of the model or comes twice, or ``memory`` is

@@ -47,11 +47,7 @@ class FastSecondDerivatives(Calls):
 
     @contextmanager
     def only_tangents(self) -> Iterator[None]:
-        """Gradients taken inside, Jᵀu, are differentiated in u alone: for Gauss-Newton products.
-
-        A node cannot tell this by itself: torch says which of its inputs have a graph, not which
-        derivatives will be asked for.
-        """
+        """Gradients taken inside, Jᵀu, are differentiated in u alone: for Gauss-Newton products."""
         self.tangents_only = True
         try:
             yield

