@@ -17,16 +17,10 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor]:
     """Least squares for the surviving weights of one layer, each output for itself.
 
-    Minimises ‖y − X w − b‖²/R + λ‖w − w₀‖² over the kept entries of w and over b, with
-    λ = damping · mean square of the group's inputs, less their mean if ``centred``.
-
-    Args:
-        inputs: X, ``[groups, R, K]``.
-        outputs: y, ``[R, groups · M]``.
-        original: w₀, ``[groups, M, K]``.
-        keep: boolean, of the same shape.
-        centred: whether b is free; it is zero otherwise.
-        damping: relative ridge.
+    Minimises ‖y − X w − b‖²/R + λ‖w − w₀‖² over the kept entries of w and over b, with λ = damping
+    · mean square of the group's inputs, less their mean if ``centred``; b is zero otherwise. X is
+    ``inputs [groups, R, K]``, y ``outputs [R, groups · M]``, w₀ ``original [groups, M, K]``, and
+    ``keep`` is boolean, of the same shape.
 
     Returns:
         float64 weights ``[groups, M, K]``, zero where ``keep`` is false, and b ``[groups · M]``.

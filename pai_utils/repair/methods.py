@@ -17,24 +17,18 @@ the source task, and only ``obs`` uses their labels.
     The second-order update that belongs to ``block_fisher``:
     :meth:`~pai_utils.curvature.blocks.BlockFisher.repair`.
 
-``moments`` and ``layerwise`` leave out transposed convolutions, convolutions that transform their
-weight and the input projections of ``nn.MultiheadAttention``; ``moments`` also leaves out other
-normalisations and those without a shift. A warning names them.
-
-Where a layer's output is added to a residual stream, what counts is the sum. Both therefore ask
-such a layer for its dense output *and* for what the stream has lost on the way to it, so that every
-sum mends the errors before it instead of adding to them (:mod:`pai_utils.repair.streams`). With
-``streams=False`` each layer is repaired alone, as in the papers above.
-
-Repairs combine with a plus, as in ``"layerwise+moments"``; the order of words does not matter.
-``obs`` comes first. Then one pass through the network repairs layer after layer, each from inputs
-that earlier repairs made.
+Repairs combine with a plus, as in ``"layerwise+moments"``; ``obs`` comes first. Then one pass
+through the network repairs layer after layer, each from inputs that earlier repairs made. Where a
+layer's output is added to a residual stream, it is asked for its dense output *and* for what the
+stream has lost on the way to it, so that every sum mends the errors before it
+(:mod:`pai_utils.repair.streams`). Transposed convolutions, convolutions that transform their
+weight, the input projections of ``nn.MultiheadAttention`` and other normalisations are left out,
+and a warning names them.
 
 **Cost.** ``moments`` and ``layerwise`` take one forward of the dense and one of the pruned network
 on all images at once. ``layerwise`` adds for a layer of K inputs, M outputs and R rows about 2RK²
-operations for the products. It adds n³/3 in float64 for each output, n the weights that survive or
-those that are gone, whichever are fewer. ``obs`` costs what its blocks cost: a forward and a
-backward with products of per-sample gradients.
+operations for the products, and n³/3 in float64 for each output, n the weights that survive or
+those that are gone, whichever are fewer. ``obs`` costs what its blocks cost.
 """
 
 from __future__ import annotations
@@ -138,11 +132,7 @@ class Repair:
 
     @classmethod
     def of(cls, method: str, options: Mapping[str, Any]) -> Self:
-        """The repair with these options, by the names in :data:`REPAIR_OPTIONS`.
-
-        Raises:
-            ValueError: for an unknown option, and as :class:`Repair`.
-        """
+        """The repair with these options, by the names in :data:`REPAIR_OPTIONS`."""
         check_names("repair option", options, REPAIR_OPTIONS)
         return cls(method, **options)
 
@@ -170,15 +160,8 @@ def repair_(
 ) -> None:
     """Repair a pruned model in place; pruned weights stay exactly zero.
 
-    Args:
-        model: the pruned model; its parameters and BatchNorm buffers are those of ``dense`` but
-            for the mask.
-        dense: the model before pruning; left as it was.
-        mask: what was pruned.
-        data: samples of the source task.
-        repair: what to do.
-        batch_size: of ``obs``, samples a forward.
-        seed: of the draw of samples and of the rows.
+    The model's parameters and BatchNorm buffers are those of ``dense``, the model before pruning,
+    but for the mask. The seed draws samples and rows.
 
     Raises:
         ValueError: for an image that is not finite; the model is then left as it was.
