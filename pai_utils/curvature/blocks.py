@@ -102,7 +102,8 @@ class BlockFisher:
             safe = torch.where(scale == 0, 1, scale)[:, None]
             if self._few:
                 each = stored / safe[:, :, None].sqrt()
-                small = _with_diagonal(torch.bmm(each, each.mT), self.damping)
+                small = torch.bmm(each, each.mT)
+                small.diagonal(dim1=1, dim2=2).add_(self.damping)
                 reduced = torch.bmm(_inverse_cholesky(small), each)
                 diagonal = (1 - reduced.square_().sum(1)) / self.damping
             else:
@@ -166,7 +167,9 @@ class BlockFisher:
         """F over its scale, ``[b, B, B]``; the damping alone where the gradients are zero."""
         gram = torch.bmm(stored.mT, stored) if self._few else stored
         safe = torch.where(scale == 0, 1, scale)
-        return _with_diagonal(gram / safe[:, None, None], self.damping)
+        damped = gram / safe[:, None, None]
+        damped.diagonal(dim1=1, dim2=2).add_(self.damping)
+        return damped
 
     def _check(self, right: Tensor, scale: Tensor) -> None:
         # Gradients that are not finite are for the caller to find in the result.
@@ -327,12 +330,6 @@ class _BlockSums:
 def _pad(values: Tensor, size: int) -> Tensor:
     """``values [..., n]`` with zeros behind them up to a multiple of ``size``."""
     return F.pad(values, (0, -values.shape[-1] % size))
-
-
-def _with_diagonal(matrices: Tensor, value: float) -> Tensor:
-    """Add ``value`` to the diagonals of ``[b, k, k]``, in place."""
-    matrices.diagonal(dim1=1, dim2=2).add_(value)
-    return matrices
 
 
 def _inverse_cholesky(matrices: Tensor) -> Tensor:

@@ -6,11 +6,8 @@ With logits z_n = f(x_n), Jacobian J_n = ∂z_n/∂w and p_n = softmax(z_n)::
     GGN                diag = 1/N Σ_n diag(J_nᵀ (diag p_n − p_n p_nᵀ) J_n)
 
 For cross-entropy the GGN is the Fisher information: its diagonal is the expectation of the first
-line with labels drawn from p_n (Monte Carlo), or, with the factor
-diag p − p pᵀ = Σ_c s_c s_cᵀ, s_c = √p_c (e_c − p), the sum over classes of (J_nᵀ s_c)² (exact).
-
-Of the outputs' own squared change, ½‖f(x; w) − f(x; w₀)‖², the Gauss-Newton matrix at w₀ is the
-Hessian, and needs neither labels nor a task: diag = 1/N Σ_n diag(J_nᵀ J_n).
+line with labels drawn from p_n (Monte Carlo), or the sum over classes of (J_nᵀ s_c)² with
+s_c = √p_c (e_c − p) (exact).
 
 Sources: Martens (2020), "New insights and perspectives on the natural gradient method";
 Kunstner et al. (2019), "Limitations of the empirical Fisher approximation"; Dangel et al. (2020),

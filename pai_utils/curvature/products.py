@@ -264,10 +264,8 @@ class _Graphs:
 class HessianOperator(CurvatureOperator):
     """Hv, H the Hessian of the mean cross-entropy; arguments as in :class:`CurvatureOperator`.
 
-    In units of one forward and backward pass, counting products of matrices: the first product
-    takes 8/3 (1/3 for the forward, 1/3 for the gradient without its weights' part, 2 for the
-    backward through both), each further one on kept graphs 2. Where :meth:`gradient` was asked
-    for before, which takes 1, so does every product on the graphs it left.
+    In units of one forward and backward pass the first product takes 8/3, each further one on kept
+    graphs 2, also where :meth:`gradient`, which takes 1, was asked for before.
 
     Examples:
         >>> import torch

@@ -56,11 +56,7 @@ class SpectralDensity:
     width: float  #: standard deviation of the kernel, in units of eigenvalues
 
     def smoothed(self, width: float) -> SpectralDensity:
-        """The same quadrature with another kernel, such as a common one for several matrices.
-
-        Raises:
-            ValueError: if ``width`` is not above zero or too small for the range of the spectrum.
-        """
+        """The same quadrature with another kernel, such as a common one for several matrices."""
         _check_width(width)
         return _smoothed(self.nodes, self.weights, width)
 

@@ -20,6 +20,8 @@ from tests.cases import (
     dense_hessian,
     fingerprint,
     flattened,
+    logits_of,
+    per_sample_gradients,
     relative_error,
     vector_for,
 )
@@ -31,24 +33,15 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 def dense_ggn(case: Case) -> Tensor:
     """1/N Σ_n J_nᵀ (diag p_n − p_n p_nᵀ) J_n with one backward a logit."""
-    parameters = dict(case.model.named_parameters())
-    weights = [parameters[name] for name in case.names]
-    case.model.eval()
-    logits = case.model(case.data.images)
+    p = logits_of(case.model, case.data.images).softmax(1)
     rows = [
-        torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(
-                    value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            ]
+        torch.cat([g.flatten() for g in gradients])
+        for unit in torch.eye(p.shape[1], dtype=p.dtype)
+        for gradients in per_sample_gradients(
+            case.model, case.names, case.data.images, unit.expand_as(p)
         )
-        for value in logits.flatten()
     ]
-    case.model.train()
-    jacobian = torch.stack(rows).view(*logits.shape, -1)
-    p = logits.detach().softmax(1)
+    jacobian = torch.stack(rows).view(*p.T.shape, -1).transpose(0, 1)
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     return torch.einsum("nci,ncd,ndj->ij", jacobian, middle, jacobian) / len(p)
 

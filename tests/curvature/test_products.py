@@ -73,14 +73,8 @@ def test_the_ggn_keeps_its_digits_when_all_logits_move_alike() -> None:
 
 def test_directions_that_do_not_fit_are_refused() -> None:
     case = build("linear over vectors")
-    with pytest.raises(
-        ValueError, match=r"unknown parameter '2\.wieght'; did you mean '2\.weight'"
-    ):
-        terms_along(case.model, {"2.wieght": torch.zeros(6, 48)}, case.data)
     with pytest.raises(ValueError, match=r"shape \(48, 6\) for '2\.weight', which is \(6, 48\)"):
         terms_along(case.model, {"2.weight": torch.zeros(48, 6)}, case.data)
-    with pytest.raises(ValueError, match="no parameter is named"):
-        terms_along(case.model, {}, case.data)
     with pytest.raises(ValueError, match="at least one direction"):
         directional_terms(case.model, [], case.data)
     v = vector_for(case)
