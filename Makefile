@@ -73,7 +73,7 @@ unit: $(READY) ## unit tests
 notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
 	@mkdir -p build
 	@cksum notebooks/*.ipynb > build/notebooks.cksum
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests/notebooks notebooks
+	OMP_NUM_THREADS=1 PAI_CACHE="$(CURDIR)/build/cache" $(PY) -m pytest --numprocesses=2 --dist=loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests/notebooks notebooks
 	@cksum notebooks/*.ipynb | cmp -s build/notebooks.cksum - || { \
 	  echo "make notebooks: running the notebooks changed them" >&2; exit 1; }
 	@echo "The notebooks ran as they are: 0 modified"
