@@ -35,7 +35,8 @@ from pai_utils.support.common import listed, logger, may_download, package_folde
 
 FOLDER = "folder:"
 """What the name of a task made of a folder of images starts with."""
-_DEFAULT_ROOT = "~/.cache/pai_utils/data"
+Part = tuple[tuple[str, ...], Source]
+"""Class names, and images with labels."""
 _BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 # What torchvision, NumPy and SciPy raise for missing, truncated or altered files.
 _UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
@@ -85,12 +86,7 @@ class OpenDataset:
 
 def data_root(root: str | Path | None = None) -> Path:
     """The folder of data sets: `root`, else `PAI_DATA_ROOT`, else one under `~/.cache`."""
-    return Path(root or os.environ.get("PAI_DATA_ROOT") or _DEFAULT_ROOT).expanduser()
-
-
-def _cache_folder(root: Path) -> Path:
-    """Where decoded pixels go; data may lie where nobody may write."""
-    return (root if os.access(root, os.W_OK) else data_root()) / ".decoded"
+    return Path(root or os.environ.get("PAI_DATA_ROOT") or "~/.cache/pai_utils/data").expanduser()
 
 
 def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
@@ -120,35 +116,41 @@ def open_dataset(
         ModuleNotFoundError: a package that it is read with is not installed.
     """
     check_task_name(name)
-    place = data_root(root)
+    home = data_root(root)
     if name in TASKS:
-        return OpenDataset(TASKS[name].class_names, TASKS[name].read(), _cache_folder(place))
-    if name.startswith(FOLDER):
+        task = TASKS[name]
+        read: dict[str, Part] = {part: (task.class_names, s) for part, s in task.read().items()}
+    elif name.startswith(FOLDER):
         given = Path(name.removeprefix(FOLDER)).expanduser()
-        return _open_folder(given if given.is_dir() else place / given, name)
-    spec = DATASETS[name]
-    if spec.package:
-        package_folder(spec.package, spec.package, f"{name} is read")
-    fetched = may_download(download) and not spec.by_hand
-    read = {part: _read_part(name, part, place, fetched) for part in spec.images}
+        home = given if given.is_dir() else home / given
+        read = _read_folder(home, name)
+    else:
+        spec = DATASETS[name]
+        if spec.package:
+            package_folder(spec.package, spec.package, f"{name} is read")
+        fetched = may_download(download) and not spec.by_hand
+        read = {part: _read_part(name, part, home, fetched) for part in spec.images}
+        count = sum(len(source.labels) for _, source in read.values())
+        if count != (published := sum(spec.images.values())):
+            logger.warning(
+                "%s under %s has %d images, %d are published; was it unpacked to the end?",
+                name, home / spec.place, count, published,
+            )  # fmt: skip
     names, *others = (classes for classes, _ in read.values())
-    if any(other != names for other in others):
-        raise ValueError(
-            f"the splits of {name} under {place / spec.place} have different classes; the set is "
-            f"incomplete. {_how_to_fetch(name, place)}"
-        )
+    for other in others:
+        if differing := sorted(set(names) ^ set(other)):
+            classes = listed(map(repr, differing))
+            raise ValueError(f"the splits of {name} under {home} differ in the classes {classes}")
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
-    opened = OpenDataset(names, parts, _cache_folder(place))
-    count, published = sum(map(len, opened.labels.values())), sum(spec.images.values())
-    if count != published:
-        found = f"{name} under {place / spec.place} has {count} images, {published} are published"
-        logger.warning("%s; was it unpacked to the end?", found)
-    return opened
+    # Data may lie where nobody may write.
+    return OpenDataset(
+        names, parts, (home if os.access(home, os.W_OK) else data_root()) / ".decoded"
+    )
 
 
-def _read_part(name: str, part: str, root: Path, fetched: bool) -> tuple[tuple[str, ...], Source]:
-    """Class names and images of one part, through torchvision."""
+def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:
+    """Read one part through torchvision."""
     from scipy.io.matlab import MatReadError
     from torchvision import datasets
 
@@ -248,13 +250,12 @@ def _explained(
     spec, cure = DATASETS[name], _how_to_fetch(name, root)
     place = root / spec.place
     absent = not place.exists() or (place.is_dir() and not any(place.iterdir()))
-    archives = sorted(root.glob(spec.archives)) if spec.archives else []
+    archives = list(root.glob(spec.archives)) if spec.archives else []
     if isinstance(error, URLError):
         return ConnectionError(f"{name} could not be fetched: {error}")
-    if isinstance(error, _BROKEN_ARCHIVE) or (absent and fetched and archives):
-        last = max(archives, key=os.path.getmtime, default=place) if absent else place
-        broken = next((path for path in archives if not _is_whole(path)), last)
-        return ValueError(f"{broken} of {name} is corrupt ({error}); delete it. {cure}")
+    if archives and (isinstance(error, _BROKEN_ARCHIVE) or (absent and fetched)):
+        newest = max(archives, key=os.path.getmtime)
+        return ValueError(f"{newest} of {name} is corrupt ({error}); delete it. {cure}")
     if absent and fetched:
         return ConnectionError(f"{name} could not be fetched: {error}")
     if absent:
@@ -281,24 +282,6 @@ def _how_to_fetch(name: str, root: Path) -> str:
     )
 
 
-def _is_whole(archive: Path) -> bool:
-    """Whether an archive can be read to its end."""
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                return file.testzip() is None
-        if ".tar" in archive.name or archive.suffix == ".tgz":
-            with tarfile.open(archive) as members:
-                members.getmembers()
-        else:
-            with gzip.open(archive) as content:
-                while content.read(2**20):
-                    pass
-    except (*_BROKEN_ARCHIVE, OSError):
-        return False
-    return True
-
-
 def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str) -> None:
     """Refuse fewer than two classes, names that repeat and labels that have none."""
     folded = [unicodedata.normalize("NFC", label).casefold() for label in names]
@@ -319,8 +302,11 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
             )
 
 
-def _open_folder(path: Path, name: str) -> OpenDataset:
-    """A folder of class folders, or of `train`, `val` or `validation`, and `test` with such."""
+def _read_folder(path: Path, name: str) -> dict[str, Part]:
+    """The parts of a folder of class folders, or of `train`, `val` and `test` with such.
+
+    `val` may be called `validation`; without `test`, it is the test.
+    """
     if name == FOLDER:
         raise ValueError("a folder task needs a path, as in 'folder:path/to/images'")
     if not path.is_dir():
@@ -328,31 +314,16 @@ def _open_folder(path: Path, name: str) -> OpenDataset:
             f"{name}: there is no folder {path}; give one of class folders with images, or one "
             "with train/ and test/ made of class folders"
         )
-    splits = _splits_of(path)
-    names, *others = map(_class_folders, splits.values())
-    for other in others:
-        if differing := sorted(set(names) ^ set(other)):
-            raise ValueError(
-                f"{name}: the splits differ in the classes {listed(map(repr, differing))}"
-            )
-    parts: dict[str, Source] = {
-        part: _list_images(folder, names, name) for part, folder in splits.items()
-    }
-    _check_classes(names, parts, name)
-    return OpenDataset(names, parts, _cache_folder(path))
-
-
-def _splits_of(path: Path) -> dict[str, Path]:
-    """Folders of the parts. Without `test/`, `val/` is the test and validation is carved."""
     folders = _class_folders(path)
     if "train" not in folders or not set(folders) <= {"train", "val", "validation", "test"}:
-        return {"all": path}
+        return {"all": _read_classes(path)}
     if {"val", "validation"} <= set(folders):
         raise ValueError(f"{path} has val/ and validation/; keep one of them")
-    present = [path / part for part in ("train", "test", "val", "validation") if part in folders]
-    if len(present) == 1:
+    if len(folders) == 1:
         raise ValueError(f"{path} has train/ but neither test/ nor val/")
-    return dict(zip(("train", "test", "validation"), present, strict=False))
+    present = [part for part in ("train", "test", "val", "validation") if part in folders]
+    parts = zip(("train", "test", "validation"), present, strict=False)
+    return {part: _read_classes(path / folder) for part, folder in parts}
 
 
 def _class_folders(path: Path) -> tuple[str, ...]:
@@ -362,19 +333,17 @@ def _class_folders(path: Path) -> tuple[str, ...]:
     )
 
 
-def _list_images(folder: Path, names: Sequence[str], name: str) -> ImageFiles:
-    """Image files below each class folder, with the class as label."""
+def _read_classes(folder: Path) -> Part:
+    """Names of the class folders, and the image files below each with the class as label."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+    names = _class_folders(folder)
     if not names:
-        raise ValueError(f"{name}: {folder} has no class folders")
+        raise ValueError(f"{folder} has no class folders")
     indices = {label: index for index, label in enumerate(names)}
     found = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
     items = [(path, index) for path, index in found if not Path(path).name.startswith(".")]
-    present = {label for _, label in items}
-    empty = [label for label, index in indices.items() if index not in present]
-    if empty:
-        raise ValueError(
-            f"{name}: {folder} has no images of the classes {listed(map(repr, empty))}"
-        )
-    return _files(items)
+    present = {index for _, index in items}
+    if empty := [label for label, index in indices.items() if index not in present]:
+        raise ValueError(f"{folder} has no images of the classes {listed(map(repr, empty))}")
+    return names, _files(items)

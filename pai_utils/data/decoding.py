@@ -34,13 +34,8 @@ from pai_utils.support.stored import write_atomically
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
-Block = tuple[Positions, Tensor, list[ValueError]]
-"""Positions of images, the images as uint8 [n, 3, S, S], and what others could not be read for."""
-_CHUNK = 64
-_WORKERS = 8
+_CHUNK = 64  # images held at once between reading and their place among the result
 _CACHE_FORMAT = 2
-_STEM_LENGTH = 60
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -66,10 +61,10 @@ class ImageArrays:
             return pixels.unsqueeze(1).expand(-1, 3, -1, -1)
         return pixels.permute(0, 3, 1, 2)
 
-    def blocks(self, positions: Positions, transform: ImageTransform) -> Iterator[Block]:
-        """Resized images, some at a time."""
+    def resized(self, positions: Positions, transform: ImageTransform) -> Iterator[Tensor]:
+        """The images one after the other, uint8 [3, S, S]."""
         for chunk in _chunked(positions):
-            yield chunk, transform.resize(self.raw(chunk)), []
+            yield from transform.resize(self.raw(chunk))
 
     def fingerprint(self, positions: Positions) -> str:
         """What tells these images from others."""
@@ -88,8 +83,10 @@ class ImageFiles:
     paths: Sequence[Path]  #: one an image
     labels: NDArray[np.int64]  #: [N]
 
-    def blocks(self, positions: Positions, transform: ImageTransform) -> Iterator[Block]:
-        """Resized images, some at a time, and the errors of those that cannot be read."""
+    def resized(
+        self, positions: Positions, transform: ImageTransform
+    ) -> Iterator[Tensor | ValueError]:
+        """The images one after the other, uint8 [3, S, S], or why one cannot be read."""
 
         def read(position: int) -> Tensor | ValueError:
             try:
@@ -97,14 +94,9 @@ class ImageFiles:
             except ValueError as error:
                 return error
 
-        none = torch.empty(0, 3, transform.image_size, transform.image_size, dtype=torch.uint8)
-        with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for chunk in _chunked(positions):
-                results = list(pool.map(read, chunk.tolist()))
-                images = [result for result in results if isinstance(result, Tensor)]
-                errors = [result for result in results if isinstance(result, ValueError)]
-                found = chunk[[isinstance(result, Tensor) for result in results]]
-                yield found, torch.stack(images) if images else none, errors
+                yield from pool.map(read, chunk.tolist())
 
     def fingerprint(self, positions: Positions) -> str:
         """What tells these files from others: names, sizes and times of change."""
@@ -126,11 +118,7 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
 
 
 class MemoryBudget:
-    """How many bytes of pixels may be kept in memory; they count for as long as they are used.
-
-    The limit is `PAI_DATA_MEMORY`, such as `8G` or a number of bytes, or else a quarter of the
-    machine's memory.
-    """
+    """How many bytes of pixels may be kept in memory; they count for as long as they are used."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -165,7 +153,7 @@ def _memory_limit() -> int:
         raise ValueError(
             f"PAI_DATA_MEMORY={text!r} is no amount of memory; write bytes, or such as 500M or 8G"
         )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 def decode(
@@ -201,19 +189,19 @@ def decode(
     shape = (len(positions), 3, side, side)
 
     def fill(out: Pixels) -> Positions:
-        """Write the images that can be read into `out`, one after the other."""
-        kept, filled = [positions[:0]], 0
-        blocks = source.blocks(positions, transform)
-        steps = math.ceil(len(positions) / _CHUNK)
-        for found, images, errors in progress(blocks, f"decoding {name}", steps):
-            if errors and on_error == "raise":
+        """Write the images that can be read into `out`; gives their positions."""
+        kept: list[int] = []
+        images = source.resized(positions, transform)
+        bar = progress(images, f"decoding {name}", len(positions))
+        for position, image in zip(positions.tolist(), bar, strict=True):
+            if isinstance(image, Tensor):
+                out[len(kept)] = image.numpy()
+                kept.append(position)
+            elif on_error == "raise":
                 raise ValueError(
-                    f'{errors[0]}; restore the file, or pass on_error="skip" to leave it out'
-                ) from errors[0]
-            out[filled : filled + len(found)] = images.numpy()
-            kept.append(found)
-            filled += len(found)
-        return np.concatenate(kept)
+                    f'{image}; restore the file, or pass on_error="skip" to leave it out'
+                ) from image
+        return np.array(kept, dtype=np.int64)
 
     pixels = _OF_PROCESS.empty(shape)
     if pixels is not None:
@@ -223,65 +211,58 @@ def decode(
     facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
     digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
     digest.update(np.ascontiguousarray(positions).data)
-    stem = re.sub(r"\W+", "-", name)[-_STEM_LENGTH:].strip("-")
+    stem = re.sub(r"\W+", "-", name)[-60:].strip("-")
     path = cache / f"{stem}-{side}-{digest.hexdigest()[:32]}.npy"
-    found = _read_cache(path, positions)
+    left_out = _left_out(path)
     # Files that were left out make an incomplete cache when they are an error now.
-    if found is None or (on_error == "raise" and len(found[1]) < len(positions)):
-        cache.mkdir(parents=True, exist_ok=True)
-        _check_room(cache, math.prod(shape), name)
-        found = _write_cache(path, positions, shape, fill)
-    return found
-
-
-def _check_room(folder: Path, needed: int, name: str) -> None:
-    """Refuse to fill the disk, which would end the process while it writes to mapped memory."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"the decoded images of {name} take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
-            "GiB are free; make room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
-            str(folder),
-        )
+    if left_out is None or (on_error == "raise" and left_out):
+        left_out = _write_cache(path, positions, shape, fill)
+    kept = np.setdiff1d(positions, left_out)
+    # Copy-on-write: whoever changes the images does not change the file.
+    mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+    return torch.from_numpy(mapped)[: len(kept)], kept
 
 
 def _write_cache(
     path: Path, positions: Positions, shape: tuple[int, ...], fill: Callable[[Pixels], Positions]
-) -> tuple[Tensor, Positions]:
+) -> list[int]:
     """Decode into a file beside `path` that takes its name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A full disk would end the process while it writes to mapped memory.
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path.name} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; make "
+            "room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
+            str(path.parent),
+        )
     record = path.with_suffix(".json")
     record.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        kept = fill(out)
+        left_out: list[int] = np.setdiff1d(positions, fill(out)).tolist()
         out.flush()
         temporary.replace(path)
     # Written last: without it the pixels are not used.
-    facts = {"sha256": _digest(path), "left_out": np.setdiff1d(positions, kept).tolist()}
+    facts = {"sha256": _digest(path), "left_out": left_out}
     write_atomically(record, json.dumps(facts).encode())
-    return _mapped(path, kept)
+    return left_out
 
 
-def _read_cache(path: Path, positions: Positions) -> tuple[Tensor, Positions] | None:
-    """Pixels of the cache if they are whole; `None` otherwise."""
+def _left_out(path: Path) -> list[int] | None:
+    """Positions that a whole cache lacks; `None` if there is no whole cache."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
         if facts["sha256"] == _digest(path):
-            return _mapped(path, np.setdiff1d(positions, facts["left_out"]))
+            return list(facts["left_out"])
         logger.warning("%s is corrupt and is decoded again", path)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be used and is decoded again: %s", path, error)
     return None
-
-
-def _mapped(path: Path, kept: Positions) -> tuple[Tensor, Positions]:
-    # Copy-on-write: whoever changes the images does not change the file.
-    pixels = np.load(path, mmap_mode="c", allow_pickle=False)
-    return torch.from_numpy(pixels)[: len(kept)], kept
 
 
 def _digest(path: Path) -> str:

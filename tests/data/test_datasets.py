@@ -561,7 +561,7 @@ CARS = "stanford_cars/devkit/cars_train_annos.mat"
         ("MNIST", "MNIST/raw/train-l*", idx_of_59_labels, "60 images but 59 labels"),
         ("StanfordCars", CARS, lambda old: b"", "StanfordCars .*corrupt.* from a copy of yours"),
         ("StanfordCars", CARS, lambda old: old[:200], "StanfordCars .*corrupt"),
-        ("DTD", "*/*/labels/val1.txt", put(b"banded", b"braided"), "splits of DTD .* different"),
+        ("DTD", "*/*/labels/val1.txt", put(b"banded", b"braided"), "splits of DTD .* differ"),
         ("GTSRB", "*/GT-final_test.csv", put(b";42", b";43"), "test labels run from 0 to 43"),
         ("FGVCAircraft", "*/*/*var*.txt", put(b"Cessna 172", b"A300B4"), "repeat: 'A300B4'"),
     ],
@@ -698,7 +698,7 @@ def test_a_folder_may_have_a_class_called_train(root: Path) -> None:
         ("train/a/1.png val/a/1.png validation/a/1.png", r"has val/ and validation/"),
         (
             "train/ant/1.png train/bee/1.png test/ant/1.png test/wasp/1.png",
-            "splits differ in the classes 'bee', 'wasp'",
+            "differ in the classes 'bee', 'wasp'",
         ),
         (
             "train/ant/1.png train/bee/1.png test/ant/1.png test/bee/",

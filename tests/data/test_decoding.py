@@ -268,7 +268,7 @@ def test_a_disk_without_room_is_told_before_decoding(
     folder: Path, opened: Counter[str], monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match=r"train take .* GiB are free.*raise PAI_DATA_MEMORY"):
+    with pytest.raises(OSError, match=r"train-8-.* takes .* GiB are free.*raise PAI_DATA_MEMORY"):
         load(folder)
     assert not opened
 
