@@ -17,6 +17,7 @@ from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, flattened, relative_error
 
 SAMPLES = [7, 1]  # 1: fewer than processes
+pytestmark = pytest.mark.xdist_group("processes")  # which start once
 
 
 def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
