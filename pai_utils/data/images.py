@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-# Formats whose 32-bit integer mode holds 16-bit grey values.
-_SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}
 # What Pillow raises for files that are truncated, altered or no image.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -53,10 +51,9 @@ def to_rgb(image: Image) -> Image:
     """
     from PIL import Image
 
-    sixteen = image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS
-    )
-    if sixteen:
+    # In these formats the mode of 32-bit integers holds 16-bit grey values.
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
+    if sixteen or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -88,8 +85,6 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(f"mean and std need 3 values each, got {self.mean} and {self.std}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:
@@ -112,27 +107,21 @@ class ImageTransform:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
-        if isinstance(images, Tensor):
-            pixels = images
-        elif isinstance(images, Image):
+        pixels = images
+        if isinstance(images, Image):
             pixels = torch.from_numpy(np.array(to_rgb(images))).permute(2, 0, 1)
-        else:
+        if not isinstance(pixels, Tensor):
             kind = type(images).__name__
             raise ValueError(f"an image must be a PIL image or a uint8 tensor, got {kind}")
-        if (
-            pixels.dtype != torch.uint8
-            or pixels.ndim not in (3, 4)
-            or pixels.shape[-3] not in (1, 3)
-            or 0 in pixels.shape[-2:]
-        ):
+        shape, size = pixels.shape, self.image_size
+        whole = len(shape) in (3, 4) and shape[-3] in (1, 3) and 0 not in shape[-2:]
+        if pixels.dtype != torch.uint8 or not whole:
             raise ValueError(
                 "images to resize must be uint8 [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
-                f"and some pixels, got {pixels.dtype} {list(pixels.shape)}"
+                f"and some pixels, got {pixels.dtype} {list(shape)}"
             )
-        (height, width), size = pixels.shape[-2:], self.image_size
-        if (height, width) != (size, size):
-            short = min(height, width)
-            scaled = [max(size, round(side * size / short)) for side in (height, width)]
+        if tuple(shape[-2:]) != (size, size):
+            scaled = [max(size, round(side * size / min(shape[-2:]))) for side in shape[-2:]]
             pixels = functional.resize(
                 pixels, scaled, InterpolationMode(self.interpolation), antialias=True
             )
@@ -141,11 +130,11 @@ class ImageTransform:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 [..., 3, S, S] into float32: (x / 255 - mean) / std."""
-        expected = (3, self.image_size, self.image_size)
-        if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != expected:
+        size = self.image_size
+        if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != (3, size, size):
             raise ValueError(
-                f"images to normalise must be uint8 [..., {', '.join(map(str, expected))}], got "
-                f"{images.dtype} {list(images.shape)}"
+                f"images to normalise must be uint8 [..., 3, {size}, {size}], got {images.dtype} "
+                f"{list(images.shape)}"
             )
         scale = images.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1) * 255
         shift = images.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1) * 255
@@ -235,19 +224,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return self.images
         source, copied = self._copies.get(device, (None, self.images))
         if source is not self.images:  # not copied yet, or replaced since
-            copied = self.images
-            if self._fits(device):
+            copied, fits = self.images, True
+            if device.type == "cuda":  # half of its memory stays free for activations
+                free, total = torch.cuda.mem_get_info(device)
+                fits = free - copied.nbytes > total / 2
+            if fits:
                 with suppress(torch.OutOfMemoryError):  # others may have taken what was free
-                    copied = self.images.to(device)
+                    copied = copied.to(device)
             self._copies[device] = self.images, copied
         return copied
-
-    def _fits(self, device: torch.device) -> bool:
-        """Whether half of a GPU's memory stays free for activations beside these images."""
-        if device.type != "cuda":
-            return True
-        free, total = torch.cuda.mem_get_info(device)
-        return free - self.images.nbytes > total / 2
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
         """Keep the given items, in the given order."""

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pai_utils.data.images import ImageDataset, ImageTransform
@@ -23,19 +22,13 @@ from pai_utils.support.sampling import Draw
 
 RANDOM_LABELS = ":random_labels"
 ALTERED = ":altered"
-UNLABELLED = -1
 UNLABELLED_IMAGES = 512  # of each part of a mixture without any task
 MOST_POOLED = 2048  # of each part of a mixture: ample for any score or repair
 _RAW_SIDE = 96
-_LEAST_CONTRAST = 10.0  # of 255: a piece of sky, or of white, says nothing
 
 
 def source_parts(name: str, tasks: Sequence[str] | Mapping[str, object]) -> list[str]:
-    """The parts of a source's name, each checked.
-
-    Args:
-        name: as in the module's description.
-        tasks: names of the tasks that may be among them.
+    """The parts of a source's name; ``tasks`` are those that may be among them.
 
     Raises:
         ValueError: for an unknown part, or one named twice.
@@ -74,13 +67,9 @@ def load_mixture(
 ) -> ImageDataset:
     """Pool equally many images of each part of a source; all labels are -1.
 
-    Args:
-        name: as in the module's description.
-        tasks: training images by the name of their task.
-        transform: the encoder's.
-        count: images of each part if none of them is a task. Otherwise each part gives as many as
-            the smallest task among them has, up to 2,048.
-        seed: of the images of no task, of alterations, and of what is drawn from larger parts.
+    Each part gives ``count`` images if none of them is a task, else as many as the smallest of its
+    ``tasks`` (training images by name) has, up to 2,048. The ``seed`` is that of the images of no
+    task, of alterations, and of what is drawn from larger parts.
 
     Raises:
         ValueError: for an unknown part, one named twice, or fewer images than one.
@@ -93,14 +82,14 @@ def load_mixture(
     pooled = []
     for part in parts:
         if part in IMAGE_SETS:
-            pixels = torch.from_numpy(IMAGE_SETS[part](count, np.random.default_rng(seed)))
-            pooled.append(transform.resize(pixels.permute(0, 3, 1, 2)))
+            drawn = IMAGE_SETS[part](count, np.random.default_rng(seed))
+            pooled.append(transform.resize(drawn))
         elif part.endswith(ALTERED):
             pooled.append(_altered(own[part].images, count, np.random.default_rng(seed)))
         else:
             pooled.append(own[part].images[draw.indices(own[part])])
     images = torch.cat(pooled)
-    return ImageDataset(images, torch.full((len(images),), UNLABELLED), transform)
+    return ImageDataset(images, torch.full((len(images),), -1), transform)
 
 
 def _altered(images: Tensor, count: int, random: np.random.Generator) -> Tensor:
@@ -123,7 +112,7 @@ def _altered(images: Tensor, count: int, random: np.random.Generator) -> Tensor:
     return torch.stack(copies)
 
 
-def _photographs(count: int, random: np.random.Generator, most: int = 2) -> NDArray[np.uint8]:
+def _photographs(count: int, random: np.random.Generator, most: int = 2) -> Tensor:
     """Crops of the photographs that scikit-learn bundles, in other sizes, colours and contrasts.
 
     That one photograph, cut and altered in many ways, goes far in the early layers of a network is
@@ -148,9 +137,9 @@ def _photographs(count: int, random: np.random.Generator, most: int = 2) -> NDAr
             photograph, top, left, side, side, [_RAW_SIDE, _RAW_SIDE], antialias=True
         )
         recoloured = _recoloured(crop, random)
-        if recoloured.float().std() >= _LEAST_CONTRAST:
+        if recoloured.float().std() >= 10:  # a piece of sky, or of white, says nothing
             crops.append(recoloured)
-    return np.stack([crop.permute(1, 2, 0).numpy() for crop in crops])
+    return torch.stack(crops)
 
 
 def _recoloured(image: Tensor, random: np.random.Generator) -> Tensor:
@@ -169,7 +158,7 @@ def _recoloured(image: Tensor, random: np.random.Generator) -> Tensor:
     return image.round().clamp(0, 255).to(torch.uint8)
 
 
-def _leaves(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+def _leaves(count: int, random: np.random.Generator) -> Tensor:
     """Dead leaves: discs that hide each other, their radii r of density r⁻³.
 
     Their statistics are those of natural images at all scales (Lee, Mumford & Huang 2001,
@@ -179,19 +168,18 @@ def _leaves(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
     side, discs = 64, 120
     images = np.zeros((count, side, side, 3), dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
-    largest, smallest = (side / 2) ** -2, 2.0**-2
     for _ in range(discs):
-        radii = random.uniform(largest, smallest, size=count) ** -0.5
+        radii = random.uniform((side / 2) ** -2, 2.0**-2, size=count) ** -0.5  # of 2 pixels or more
         centres = random.uniform(0, side, size=(2, count))
         colours = random.integers(256, size=(count, 3), dtype=np.uint8)
         for image, radius, (row, column), colour in zip(
             images, radii, centres.T, colours, strict=True
         ):
             image[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = colour
-    return images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _contours(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+def _contours(count: int, random: np.random.Generator) -> Tensor:
     """Outlines of up to three ragged polygons, each drawn a few times in growing sizes.
 
     Pre-training on such images alone rivals ImageNet (Kataoka et al. 2022, "Replacing labeled
@@ -200,8 +188,8 @@ def _contours(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
     """
     from PIL import Image, ImageDraw
 
-    images = np.empty((count, _RAW_SIDE, _RAW_SIDE, 3), dtype=np.uint8)
-    for index in range(count):
+    images = []
+    for _ in range(count):
         ground, *inks = random.integers(256, size=(4, 3)).tolist()
         canvas = Image.new("RGB", (_RAW_SIDE, _RAW_SIDE), tuple(ground))
         pen = ImageDraw.Draw(canvas)
@@ -218,23 +206,23 @@ def _contours(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
                 points = [(float(x), float(y)) for x, y in (centre + outline * size).T]
                 pen.line(points, fill=tuple(ink), width=width, joint="curve")
         drawn = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float()
-        images[index] = _recoloured(drawn, random).permute(1, 2, 0).numpy()
-    return images
+        images.append(_recoloured(drawn, random))
+    return torch.stack(images)
 
 
-def _noise(count: int, random: np.random.Generator) -> NDArray[np.uint8]:
+def _noise(count: int, random: np.random.Generator) -> Tensor:
     values = random.normal(127.5, 64, size=(count, 64, 64, 3))
-    return values.round().clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(values.round().clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
 
 
-IMAGE_SETS: dict[str, Callable[[int, np.random.Generator], NDArray[np.uint8]]] = {
+IMAGE_SETS: dict[str, Callable[[int, np.random.Generator], Tensor]] = {
     "photographs": _photographs,
     "one_photograph": partial(_photographs, most=1),
     "leaves": _leaves,
     "contours": _contours,
     "noise": _noise,
 }
-"""What draws images that belong to no task, uint8 [count, S, S, 3], by name.
+"""What draws images that belong to no task, uint8 [count, 3, S, S], by name.
 
 Altered crops of the two photographs that scikit-learn bundles, or of the first alone; dead leaves,
 which are random discs that hide each other; outlines of ragged polygons on an even ground; and
