@@ -32,6 +32,8 @@ FORMATS = ("compressed", "dense", "onnx")
 _FORMAT = "pai_utils.compressed/1"
 # Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
 _ROWS, _COLUMNS = 32, 64
+_TOLERANCE = 1e-4  # of logits that another library computes
+_WARMUP, _REPEATS = 5, 30
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Seconds of a forward pass, dense and sparse: medians, with the quartiles of the repeats."""
+    """Seconds of a forward pass, dense and sparse: medians of the repeats."""
 
     dense: float
     sparse: float
-    dense_quartiles: tuple[float, float]
-    sparse_quartiles: tuple[float, float]
 
     @property
     def factor(self) -> float:
@@ -235,9 +235,7 @@ def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = Non
 
 
 @torch.no_grad()
-def check_onnx(
-    model: nn.Module, path: str | Path, images: Tensor, *, tolerance: float = 1e-4
-) -> float:
+def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
     The model, in float32 or float64, is compared in evaluation mode on images [N, 3, S, S].
@@ -245,7 +243,7 @@ def check_onnx(
     Raises:
         FileNotFoundError: if there is no such file.
         ModuleNotFoundError: if the extra ``export`` is not installed.
-        ValueError: if the difference exceeds the tolerance or is not a number.
+        ValueError: if the difference exceeds 1e-4 or is not a number.
     """
     _extra("onnxruntime")
     if not Path(path).is_file():
@@ -255,10 +253,8 @@ def check_onnx(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
     difference = float((torch.from_numpy(found) - _logits(model, images)).abs().max())
-    if not difference <= tolerance:
-        raise ValueError(
-            f"logits of {path} differ from the model's by {difference:.3g}, more than {tolerance:g}"
-        )
+    if not difference <= _TOLERANCE:
+        raise ValueError(f"logits of {path} differ from the model's by {difference:.3g}")
     return difference
 
 
@@ -275,13 +271,11 @@ def write_formats(
     folder: str | Path,
     images: Tensor,
     formats: Sequence[str] = FORMATS,
-    *,
-    name: str = "pruned",
 ) -> pd.DataFrame:
     """Write a pruned model in several formats, read each back and compare its logits.
 
-    The folder gets ``<name>.compressed.safetensors``, ``<name>.dense.safetensors`` and
-    ``<name>.onnx``, as ``formats`` of :data:`FORMATS` say; logits are compared on images [N, 3, S,
+    The folder gets ``pruned.compressed.safetensors``, ``pruned.dense.safetensors`` and
+    ``pruned.onnx``, as ``formats`` of :data:`FORMATS` say; logits are compared on images [N, 3, S,
     S].
 
     Returns:
@@ -300,7 +294,7 @@ def write_formats(
     dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
     for wanted in formats:
-        path = Path(folder) / f"{name}.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
+        path = Path(folder) / f"pruned.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
         promised = None
         if wanted == "onnx":
             export_onnx(model, path)
@@ -361,31 +355,22 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 
 
 @torch.inference_mode()
-def measure_speedup(
-    dense: nn.Module, sparse: nn.Module, images: Tensor, *, repeats: int = 30, warmup: int = 5
-) -> Speedup:
+def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Speedup:
     """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in turns.
 
-    All are on one device. ``repeats`` passes of each model are timed after ``warmup`` others.
-
-    Raises:
-        ValueError: if ``repeats`` < 1 or ``warmup`` < 0.
+    All are on one device. Thirty passes of each model are timed after five others.
     """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
     seconds: tuple[list[float], list[float]] = ([], [])
     wait = torch.cuda.synchronize if images.is_cuda else lambda _: None
     with undisturbed(dense), undisturbed(sparse):
-        for _ in range(warmup + repeats):
+        for _ in range(_WARMUP + _REPEATS):
             for model, times in zip((dense, sparse), seconds, strict=True):
                 wait(images.device)
                 start = time.perf_counter()
                 model(images)
                 wait(images.device)
                 times.append(time.perf_counter() - start)
-    timed = [times[warmup:] for times in seconds]
-    low, middle, high = np.quantile(timed, [0.25, 0.5, 0.75], axis=1).tolist()
-    return Speedup(*middle, *zip(low, high, strict=True))
+    return Speedup(*(float(np.median(times[_WARMUP:])) for times in seconds))
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:

@@ -258,7 +258,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(network: str, tmp_path: Path) 
         assert check_onnx(model, tmp_path / "m.onnx", torch.randn(count, 3, 4, 4)) <= 1e-4
     with torch.no_grad():
         next(iter(model.parameters())).add_(1)
-    with pytest.raises(ValueError, match=r"differ from the model's by .*, more than 0\.0001"):
+    with pytest.raises(ValueError, match="differ from the model's by"):
         check_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, 4, 4))
 
 
@@ -313,19 +313,12 @@ def test_sparse_weights_give_the_same_logits(dtype: torch.dtype) -> None:
     assert measure_speedup(model, sparse, images).factor > 0
 
 
-def test_speed_has_medians_within_their_quartiles() -> None:
-    speed = measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=5, warmup=1)
-    assert 0 < speed.dense_quartiles[0] <= speed.dense <= speed.dense_quartiles[1]
-    assert 0 < speed.sparse_quartiles[0] <= speed.sparse <= speed.sparse_quartiles[1]
-    assert speed.factor == speed.dense / speed.sparse
-    with pytest.raises(ValueError, match="repeats=0 must be"):
-        measure_speedup(wide(), wide(), torch.randn(4, 256), repeats=0)
-
-
-def test_being_timed_changes_no_statistics() -> None:
+def test_a_speedup_is_the_ratio_of_medians_and_changes_no_statistics() -> None:
     model = nn.BatchNorm1d(3).train()
     before = model.get_buffer("running_mean").clone()
-    measure_speedup(model, nn.Identity(), torch.ones(4, 3), repeats=1, warmup=0)
+    speed = measure_speedup(model, nn.Identity(), torch.ones(4, 3))
+    assert speed.sparse > 0
+    assert speed.factor == speed.dense / speed.sparse
     assert torch.equal(model.get_buffer("running_mean"), before)
     assert model.training
 
