@@ -138,8 +138,8 @@ def open_dataset(
             )  # fmt: skip
     names, *others = (classes for classes, _ in read.values())
     for other in others:
-        if differing := sorted(set(names) ^ set(other)):
-            classes = listed(map(repr, differing))
+        if other != names:
+            classes = listed(map(repr, sorted(set(names) ^ set(other)))) or "by their order"
             raise ValueError(f"the splits of {name} under {home} differ in the classes {classes}")
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
@@ -255,7 +255,8 @@ def _explained(
         return ConnectionError(f"{name} could not be fetched: {error}")
     if archives and (isinstance(error, _BROKEN_ARCHIVE) or (absent and fetched)):
         newest = max(archives, key=os.path.getmtime)
-        return ValueError(f"{newest} of {name} is corrupt ({error}); delete it. {cure}")
+        broken = next((path for path in archives if not _is_whole(path)), newest)
+        return ValueError(f"{broken} of {name} is corrupt ({error}); delete it. {cure}")
     if absent and fetched:
         return ConnectionError(f"{name} could not be fetched: {error}")
     if absent:
@@ -268,6 +269,24 @@ def _explained(
             return ValueError(f"{path} of {name} is corrupt; delete it. {cure}")
     text = f"{name} at {place} is incomplete or corrupt ({error}); delete it. {cure}"
     return (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(text)
+
+
+def _is_whole(archive: Path) -> bool:
+    """Whether an archive can be read to its end."""
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as members:
+                return members.testzip() is None
+        if ".tar" in archive.name or archive.suffix == ".tgz":
+            with tarfile.open(archive) as files:
+                files.getmembers()
+        else:
+            with gzip.open(archive) as content:
+                while content.read(2**20):
+                    pass
+    except (*_BROKEN_ARCHIVE, OSError):
+        return False
+    return True
 
 
 def _how_to_fetch(name: str, root: Path) -> str:

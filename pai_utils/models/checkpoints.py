@@ -121,7 +121,7 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
             f"pass download=True, or set PAI_DOWNLOAD=1, to fetch {source}"
         )
     for address in addresses[:-1]:
-        with suppress(OSError):
+        with suppress(OSError, http.client.HTTPException):
             return _fetch(address, digest)
     try:
         return _fetch(addresses[-1], digest)
@@ -139,7 +139,10 @@ def _fetch(address: str, digest: str | None) -> Path:
     if address.startswith(HUB):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(folder, file))
+        found = Path(hf_hub_download(folder, file))
+        if digest is not None:
+            check_digest(found, digest, f"remove {found} and fetch it again")
+        return found
     path = weights_root() / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{file}.") as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import http.client
 import logging
 import pickle
 import random
@@ -570,6 +571,32 @@ def test_an_unreachable_hub_says_what_to_do_instead(
         load_backbone(name)
     with pytest.raises(ConnectionError, match=r"file:<path>@<timm model>.*pretrained=False"):
         load_backbone(name, download=True)
+
+
+def test_a_file_of_the_hub_is_compared_with_its_digest_when_it_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = saved({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda folder, file: str(path))
+    address = "hub:someone/model/model.safetensors"
+    assert obtain_weights("weights", address, download=True, digest=digest_of(path)) == path
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not the expected"):
+        obtain_weights("weights", address, download=True, digest="0" * 64)
+
+
+def test_where_one_address_breaks_off_the_next_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = saved({"weight": torch.ones(2)}, tmp_path / "second.safetensors")
+
+    def download(folder: str, file: str) -> str:
+        if file.startswith("first"):
+            raise http.client.IncompleteRead(b"")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    addresses = [f"hub:someone/model/{name}.safetensors" for name in ("first", "second")]
+    assert obtain_weights("weights", *addresses, download=True) == path
 
 
 # --- settings ---
