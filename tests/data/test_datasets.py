@@ -14,13 +14,14 @@ import io
 import json
 import pickle
 import sys
-import tarfile
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
@@ -136,27 +137,24 @@ def _cifar(name: str, root: Path, patch: Patch) -> Sizes:
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
 
-    def dump(file: str, content: dict[str, Any]) -> list[str]:
+    def dump(file: str, content: dict[str, Any]) -> tuple[str, str]:
         (folder / file).write_bytes(pickle.dumps(content))
-        return [file, md5(folder / file)]
+        return file, md5(folder / file)
 
-    def batch(file: str, count: int) -> list[str]:
-        labels = cycle(count, classes)
-        return dump(file, {"data": solid(labels, 3072), key: labels})
-
-    patch.setattr(kind, "train_list", [batch(f, 2 * classes) for f, _ in kind.train_list])
-    patch.setattr(kind, "test_list", [batch(f, classes) for f, _ in kind.test_list])
+    labels = cycle(2 * classes, classes)
+    batch = {"data": solid(labels, 3072), key: labels}
+    for part in ("train_list", "test_list"):
+        patch.setattr(kind, part, [dump(file, batch) for file, _ in getattr(kind, part)])
     names = [f"class {index}" for index in range(classes)]
-    file, digest = dump(kind.meta["filename"], {kind.meta["key"]: names})
-    patch.setattr(kind, "meta", {**kind.meta, "filename": file, "md5": digest})
+    _, digest = dump(kind.meta["filename"], {kind.meta["key"]: names})
+    patch.setattr(kind, "meta", {**kind.meta, "md5": digest})
     train = 2 * classes * len(kind.train_list)
-    return train - train // 10, train // 10, classes
+    return train - train // 10, train // 10, 2 * classes
 
 
 @layout_of("SVHN")
 def _svhn(name: str, root: Path, patch: Patch) -> Sizes:
     root.mkdir()
-    splits = {}
     for split, count in (("train", 40), ("test", 20)):
         labels = cycle(count, 10)
         file = f"{split}_32x32.mat"
@@ -164,8 +162,7 @@ def _svhn(name: str, root: Path, patch: Patch) -> Sizes:
         marks = np.where(np.asarray(labels) == 0, 10, labels).astype(np.uint8)[:, None]
         images = solid(labels, 32, 32, 3).transpose(1, 2, 3, 0)
         scipy.io.savemat(root / file, {"X": images, "y": marks})
-        splits[split] = ["", file, md5(root / file)]
-    patch.setattr(published.SVHN, "split_list", splits)
+        patch.setitem(published.SVHN.split_list, split, ["", file, md5(root / file)])
     return 36, 4, 20
 
 
@@ -178,16 +175,13 @@ def _stl10(name: str, root: Path, patch: Patch) -> Sizes:
         content.tofile(folder / file)
         return [file, md5(folder / file)]
 
-    for split, count in (("train", 20), ("test", 10)):
-        labels = cycle(count, 10)
-        files = [
-            write(f"{split}_X.bin", solid(labels, 3, 96, 96)),
-            write(f"{split}_y.bin", np.asarray(labels, dtype=np.uint8) + 1),
-        ]
-        if split == "train":
-            files.append(write("unlabeled_X.bin", solid([0], 3, 96, 96)))
-        patch.setattr(published.STL10, f"{split}_list", files)
-    return 18, 2, 10
+    other = write("unlabeled_X.bin", solid([0], 3, 96, 96))
+    for split, more in (("train", [other]), ("test", [])):
+        labels = cycle(20, 10)
+        images = write(f"{split}_X.bin", solid(labels, 3, 96, 96))
+        marks = write(f"{split}_y.bin", np.asarray(labels, dtype=np.uint8) + 1)
+        patch.setattr(published.STL10, f"{split}_list", [images, marks, *more])
+    return 18, 2, 20
 
 
 @layout_of("EuroSAT")
@@ -225,11 +219,8 @@ def _flowers(name: str, root: Path, patch: Patch) -> Sizes:
     ids = np.arange(1, 102 * 3 + 1).reshape(3, 1, 102)
     splits = {"trnid": ids[0], "valid": ids[1], "tstid": ids[2]}
     scipy.io.savemat(folder / "setid.mat", splits)
-    sums = {
-        kind: (file, md5(folder / file))
-        for kind, file in (("label", "imagelabels.mat"), ("setid", "setid.mat"))
-    }
-    patch.setattr(published.Flowers102, "_file_dict", published.Flowers102._file_dict | sums)
+    for kind, file in (("label", "imagelabels.mat"), ("setid", "setid.mat")):
+        patch.setitem(published.Flowers102._file_dict, kind, (file, md5(folder / file)))
     return 102, 102, 102
 
 
@@ -370,19 +361,6 @@ def test_a_missing_data_set_says_how_to_get_it(name: str, root: Path, monkeypatc
     assert (DATASETS[name].by_hand or command) in str(error.value)
 
 
-def test_facts_are_whole() -> None:
-    for name, spec in DATASETS.items():
-        assert spec.licence
-        assert spec.description
-        assert sum(spec.images.values()) > 1000
-        assert set(spec.images) in ({"all"}, {"train", "test"}, {"train", "validation", "test"})
-        assert set(spec.splits) <= set(spec.images)
-        assert spec.megabytes > 10
-        assert "\n" not in spec.by_hand
-        assert hasattr(published, spec.kind or name)
-    assert len(DATASETS["GTSRB"].classes) == 43
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -438,10 +416,7 @@ def archives(root: Path, monkeypatch: Patch) -> Path:
         resources.append((f"{file}.gz", md5(folder / f"{file}.gz")))
     monkeypatch.setattr(published.MNIST, "resources", resources)
 
-    def refuse(*arguments: object, **keywords: object) -> None:
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.delattr("urllib.request.urlopen")  # the network is not asked
     return folder
 
 
@@ -464,10 +439,7 @@ def test_downloads_happen_only_when_asked_for(way: str, root: Path, monkeypatch:
 def test_a_publisher_that_cannot_be_reached_is_a_connection_error(
     root: Path, monkeypatch: Patch
 ) -> None:
-    def fail(*arguments: object, **keywords: object) -> None:
-        raise URLError("no route")
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=URLError("no route")))
     for name in ("DTD", "MNIST"):
         with pytest.raises(ConnectionError, match=f"(?s){name} could not be fetched.*no route"):
             load_task(name, TRANSFORM, root, download=True)
@@ -475,21 +447,18 @@ def test_a_publisher_that_cannot_be_reached_is_a_connection_error(
 
 @pytest.mark.usefixtures("archives")
 def test_of_several_that_want_a_set_one_downloads_it(root: Path, monkeypatch: Patch) -> None:
-    download = published.MNIST.download
-    inside, most = [], []
+    download, alone = published.MNIST.download, threading.Lock()
 
     def slow(self: published.MNIST) -> None:
-        inside.append(self)
-        most.append(len(inside))
+        assert alone.acquire(blocking=False)
         time.sleep(0.02)
         download(self)
-        inside.pop()
+        alone.release()
 
     monkeypatch.setattr(published.MNIST, "download", slow)
     with ThreadPoolExecutor(3) as pool:
         for task in pool.map(lambda _: load_task("MNIST", TRANSFORM, root, download=True), "123"):
             assert sizes(task) == (54, 6, 20)
-    assert most == [1] * 6  # two published splits each
 
 
 def test_a_download_that_is_not_the_published_file_is_named(root: Path, monkeypatch: Patch) -> None:
@@ -529,20 +498,6 @@ def test_a_corrupt_archive_is_named(archives: Path, root: Path, monkeypatch: Pat
     monkeypatch.setattr(published.MNIST, "resources", sums)
     with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz of MNIST is corrupt.*fetch"):
         load_task("MNIST", TRANSFORM, root, download=True)
-
-
-def test_a_truncated_tar_archive_is_named(root: Path, monkeypatch: Patch) -> None:
-    content, noise = io.BytesIO(), np.random.default_rng(0).bytes(10_000)
-    with tarfile.open(fileobj=content, mode="w:gz") as tar:
-        member = tarfile.TarInfo("dtd/labels/train1.txt")
-        member.size = len(noise)
-        tar.addfile(member, io.BytesIO(noise))
-    archive = root / "dtd/dtd-r1.0.1.tar.gz"
-    archive.parent.mkdir(parents=True)
-    archive.write_bytes(content.getvalue()[:5_000])
-    monkeypatch.setattr(published.DTD, "_MD5", md5(archive))
-    with pytest.raises(ValueError, match=r"dtd-r1\.0\.1\.tar\.gz of DTD is corrupt"):
-        load_task("DTD", TRANSFORM, root, download=True)
 
 
 CARS = "stanford_cars/devkit/cars_train_annos.mat"
@@ -631,13 +586,13 @@ def test_a_data_set_with_fewer_images_than_published_is_reported(
 
 
 def test_a_folder_of_class_folders_is_cut_into_parts(root: Path) -> None:
-    write_classes(root, ("ant", "bee"), 20)
-    write_image(root / "bee/deeper/more.webp", 1)
-    (root / "bee/notes.txt").write_text("not an image")
+    write_classes(root, ("bus", "train"), 20)  # a class may be called like a part
+    write_image(root / "train/deeper/more.webp", 1)
+    (root / "train/notes.txt").write_text("not an image")
     (root / ".hidden").mkdir()
     task = load_task(f"folder:{root}", TRANSFORM)
     assert task.name == f"folder:{root}"
-    assert task.class_names == ("ant", "bee")
+    assert task.class_names == ("bus", "train")
     assert sizes(task) == (23, 6, 12)
     assert_labels_belong_to_images(task)
     assert sizes(load_task(f"folder:{root}", TRANSFORM, train_size=5, test_size=4)) == (5, 6, 4)
@@ -680,11 +635,6 @@ def test_a_validation_part_carved_from_train_keeps_proportions_and_shares_no_ima
     assert len(train | validation) == 70
     again = load_task(f"folder:{root}", TRANSFORM, seed=5)
     assert torch.equal(again.validation.images, task.validation.images)
-
-
-def test_a_folder_may_have_a_class_called_train(root: Path) -> None:
-    write_classes(root, ("bus", "train"), 10)
-    assert load_task(f"folder:{root}", TRANSFORM).class_names == ("bus", "train")
 
 
 @pytest.mark.parametrize(

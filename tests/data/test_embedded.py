@@ -27,11 +27,12 @@ def pictures(images: np.ndarray[Any, Any]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_each_task_has_fixed_parts_with_every_class_that_share_no_image(name: str) -> None:
+def test_parts_of_a_task_have_every_class_share_no_image_and_show_something(name: str) -> None:
     raw = TASKS[name].read()
     assert tuple(len(raw[split].labels) for split in SPLITS) == SIZES[name]
     for part in raw.values():
         assert set(part.labels.tolist()) == set(range(len(TASKS[name].class_names)))
+        assert part.pixels.std(axis=(1, 2)).min() > 4
     for one, other in itertools.combinations(raw.values(), 2):
         assert not set(pictures(one.pixels)) & set(pictures(other.pixels))
 
@@ -54,7 +55,7 @@ def test_digits_and_mnist_parts_together_are_the_whole_data_set() -> None:
     assert counts.tolist() == [500] * 10
 
 
-def test_photo_crops_of_different_parts_share_no_pixel_and_show_something() -> None:
+def test_photo_crops_of_different_parts_share_no_pixel() -> None:
     for photo in embedded._PHOTOS:
         pixels = embedded._photo_pixels(photo)
         owners = np.full(pixels.shape, -1)
@@ -64,8 +65,6 @@ def test_photo_crops_of_different_parts_share_no_pixel_and_show_something() -> N
             assert set(np.unique(owners[crop])) <= {-1, SPLITS.index(split)}
             owners[crop] = SPLITS.index(split)
         assert set(np.unique(owners)) >= {0, 1, 2}
-    for part in TASKS["photos"].read().values():
-        assert float(part.pixels.std(axis=(1, 2)).min()) > 4
 
 
 def test_letters_come_from_other_typefaces_in_each_part() -> None:
@@ -85,21 +84,10 @@ def test_letters_come_from_other_typefaces_in_each_part() -> None:
     assert makers == {"train": {"Deja"}, "validation": {"STIX"}, "test": {"CM"}}
 
 
-def test_all_letters_are_different_images_with_ink_on_paper() -> None:
-    for part in TASKS["glyphs"].read().values():
-        assert len(set(pictures(part.pixels))) == len(part.pixels)
-        ink = part.pixels.max(axis=(1, 2)).astype(int) - part.pixels.min(axis=(1, 2))
-        assert ink.min() > 30
-
-
 def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
-    def load(name: str) -> list[torch.Tensor]:
+    def load(name: str) -> list[str]:
         task = load_task(name, TRANSFORM, train_size=50, test_size=40, seed=3)
-        return [
-            value
-            for part in (task.train, task.validation, task.test)
-            for value in (part.images, part.labels)
-        ]
+        return [part.digest for part in (task.train, task.validation, task.test)]
 
     forward = {name: load(name) for name in TASKS}
     torch.manual_seed(99)
@@ -109,7 +97,7 @@ def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
     torch_before, python_before = torch.get_rng_state(), random.getstate()
     for name in reversed(TASKS):
         getattr(TASKS[name].read, "cache_clear")()  # noqa: B009
-        assert all(map(torch.equal, load(name), forward[name]))
+        assert load(name) == forward[name]
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert random.getstate() == python_before
     assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]  # noqa: NPY002
