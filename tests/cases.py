@@ -484,16 +484,6 @@ def tiny_suite(**tasks: Task) -> Suite:
     return Suite(backbone, tasks, {name: fit_head(backbone, task) for name, task in tasks.items()})
 
 
-def small_direction(case: Case) -> dict[str, Tensor]:
-    """A step of the weights that is looked at."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(case.model.named_parameters())
-    return {
-        name: torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
-        for name in case.names
-    }
-
-
 def logistic_regression() -> tuple[nn.Module, Images]:
     """A model without hidden layers at the minimum of its loss, and the data."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)).double()

@@ -34,11 +34,11 @@ from tests.cases import (
     build,
     fingerprint,
     logistic_regression,
-    small_direction,
     tiny_backbone,
     tiny_classifier,
     tiny_suite,
     tiny_task,
+    vector_for,
 )
 
 ALL = Draw(None)
@@ -56,7 +56,7 @@ def test_the_pruning_direction_leads_from_the_dense_to_the_pruned_weights() -> N
 
 
 def test_measured_losses_are_those_of_the_moved_model(case: Case) -> None:
-    direction = small_direction(case)
+    direction = vector_for(case, 0)
     before = fingerprint(case.model)
     table = predicted_and_measured(case.model, {"v": direction}, case.data, ALL, fractions=[0, 1])
     assert fingerprint(case.model) == before
@@ -86,7 +86,7 @@ def test_an_error_on_the_way_restores_the_weights_bit_for_bit() -> None:
 def test_the_quadratic_prediction_is_wrong_by_third_order_only(name: str) -> None:
     case = build(name)
     table = predicted_and_measured(
-        case.model, {"v": small_direction(case)}, case.data, ALL, fractions=[1e-4, 2e-4]
+        case.model, {"v": vector_for(case, 0)}, case.data, ALL, fractions=[1e-4, 2e-4]
     )
     second = (table.measured - table.taylor).abs()
     first = (table.measured - table.gradient).abs()
@@ -97,7 +97,7 @@ def test_the_quadratic_prediction_is_wrong_by_third_order_only(name: str) -> Non
 
 def test_columns_are_the_terms_of_their_definitions() -> None:
     case = build("linear over vectors")
-    directions = {"v": small_direction(case)}
+    directions = {"v": vector_for(case, 0)}
     directions["w"] = {name: step.cos() for name, step in directions["v"].items()}
     before = fingerprint(case.model)
     table = predicted_and_measured(

@@ -16,9 +16,9 @@ from tests.cases import (
     dense_hessian,
     fingerprint,
     logistic_regression,
-    small_direction,
     tiny_suite,
     tiny_task,
+    vector_for,
 )
 
 
@@ -40,7 +40,7 @@ def parameters(**changes: Any) -> study.Parameters:
 def test_the_parts_of_the_error_add_up_to_what_is_measured(name: str) -> None:
     case = build(name)
     table = predicted_and_measured(
-        case.model, {"v": small_direction(case)}, case.data, Draw(None), fractions=[0.1, 0.2]
+        case.model, {"v": vector_for(case, 0)}, case.data, Draw(None), fractions=[0.1, 0.2]
     ).assign(target="here")
     parts = study.error_parts(table)
     assert list(dict.fromkeys(parts.part)) == ["diagonal", *study.PARTS]
