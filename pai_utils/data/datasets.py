@@ -16,7 +16,6 @@ import tomllib
 import unicodedata
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -182,9 +181,8 @@ def _class_names(spec: DatasetSpec, published: Any) -> tuple[str, ...]:
         raise ValueError(f"it has {spec.folders} class folders, not {len(names)}")
     if hasattr(published, "wnids"):  # ImageNet: two pairs of classes share their synonyms
         names = [", ".join(synonyms) for synonyms in names]
-        counts = Counter(names)
         names = [
-            f"{label} ({wnid})" if counts[label] > 1 else label
+            f"{label} ({wnid})" if names.count(label) > 1 else label
             for label, wnid in zip(names, published.wnids, strict=True)
         ]
     return tuple(names)
@@ -304,8 +302,7 @@ def _how_to_fetch(name: str, root: Path) -> str:
 def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str) -> None:
     """Refuse fewer than two classes, names that repeat and labels that have none."""
     folded = [unicodedata.normalize("NFC", label).casefold() for label in names]
-    counts = Counter(folded)
-    repeated = [label for label, key in zip(names, folded, strict=True) if counts[key] > 1]
+    repeated = [label for label, key in zip(names, folded, strict=True) if folded.count(key) > 1]
     if repeated:
         raise ValueError(f"class names of {name} repeat: {listed(map(repr, repeated))}")
     if len(names) < 2:
@@ -313,11 +310,10 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
             f"{name} has one class only: {listed(map(repr, names))}; at least two are needed"
         )
     for part, source in parts.items():
-        labels = source.labels
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
+        least, most = source.labels.min(initial=0), source.labels.max(initial=0)
+        if least < 0 or most >= len(names):
             raise ValueError(
-                f"{name} has {len(names)} classes but its {part} labels run from {labels.min()} to "
-                f"{labels.max()}"
+                f"{name} has {len(names)} classes but its {part} labels run from {least} to {most}"
             )
 
 

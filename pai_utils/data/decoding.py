@@ -257,11 +257,11 @@ def _left_out(path: Path) -> list[int] | None:
         facts = json.loads(path.with_suffix(".json").read_bytes())
         if facts["sha256"] == _digest(path):
             return list(facts["left_out"])
-        logger.warning("%s is corrupt and is decoded again", path)
     except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
         pass
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be used and is decoded again: %s", path, error)
+    logger.warning("%s is corrupt and is decoded again", path)
     return None
 
 

@@ -24,9 +24,6 @@ from pai_utils.data.images import ImageDataset, Transform
 from pai_utils.support.common import listed, logger, unknown_name
 from pai_utils.support.sampling import check_seed
 
-# Of a published training split, where no validation split is published.
-_VALIDATION_FRACTION = 0.10
-
 
 @dataclass(frozen=True)
 class Task:
@@ -71,9 +68,8 @@ def load_task(
             `validation`) and `test`; without `test`, `val` is the test.
         transform: `backbone.transform`, or any callable from a PIL image to a float tensor
             [3, H, W]; image files of any size need the former.
-        root: folder of data sets kept on disk. Default: `PAI_DATA_ROOT`, then
-            `~/.cache/pai_utils/data`. The tasks that packages ship do not use it; a relative
-            `folder:` that is not in the working directory is looked for there.
+        root: folder of data sets on disk, and of a relative `folder:` that is not in the working
+            directory. Default: `PAI_DATA_ROOT`, then `~/.cache/pai_utils/data`.
         train_size: number of training items to keep. Default: all. The choice keeps the
             proportions of the classes, and a smaller one is contained in a larger one.
         test_size: the same for the test items.
@@ -81,10 +77,8 @@ def load_task(
         download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
         on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
             of its part, logged, and listed in `Task.skipped`.
-        validation_size: as `train_size`, for the validation items; a large data set takes long to
-            decode.
-        balanced: let smaller sizes hold equally many items of each class, as far as there are,
-            instead of the classes' proportions.
+        validation_size: as `train_size`, for the validation items.
+        balanced: let smaller sizes hold equally many items of each class, as far as there are.
 
     Raises:
         ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
@@ -114,7 +108,8 @@ def load_task(
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     chosen = {}
     for split, (part, positions) in _splits_of(opened.labels).items():
-        labels = opened.labels[part][positions]
+        source = opened.parts[part]
+        labels = source.labels[positions]
         absent = set(range(len(opened.class_names))) - set(labels.tolist())
         if absent and split != "validation":
             raise ValueError(
@@ -128,17 +123,15 @@ def load_task(
             generator = np.random.default_rng([seed, SPLITS.index(split)])
             order = stratified_order(labels, generator, balanced=balanced)
             positions = positions[np.sort(order[:size])]
-        chosen[split] = opened.parts[part], positions
-    datasets = {}
-    skipped: list[str] = []
+        chosen[split] = source, positions
+    datasets, skipped = {}, list[str]()
     for split, (source, positions) in chosen.items():
+        what = f"{name} {split}"
         images, kept = decode(
-            source, positions, transform,
-            name=f"{name} {split}", cache=opened.cache, on_error=on_error,
-        )  # fmt: skip
+            source, positions, transform, name=what, cache=opened.cache, on_error=on_error
+        )
         labels = source.labels[kept]
-        lost = set(source.labels[positions].tolist()) - set(labels.tolist())
-        if lost:
+        if lost := set(source.labels[positions].tolist()) - set(labels.tolist()):
             raise ValueError(
                 f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
                 f"{name} can be read"
@@ -159,10 +152,9 @@ def _splits_of(labels: Mapping[str, NDArray[np.int64]]) -> dict[str, tuple[str, 
         parts = cut(labels["all"], FRACTIONS)
         return {split: ("all", np.sort(parts[split])) for split in SPLITS}
     found = {part: (part, np.arange(len(labels[part]))) for part in labels}
-    if "validation" not in labels:
-        carved = {"validation": _VALIDATION_FRACTION, "train": 1 - _VALIDATION_FRACTION}
-        parts = cut(labels["train"], carved)
-        found |= {split: ("train", np.sort(parts[split])) for split in carved}
+    if "validation" not in labels:  # a tenth of the published training split
+        parts = cut(labels["train"], {"validation": 0.1, "train": 0.9})
+        found |= {split: ("train", np.sort(parts[split])) for split in parts}
     return {split: found[split] for split in SPLITS}
 
 

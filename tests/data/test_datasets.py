@@ -494,6 +494,7 @@ def idx_of_59_labels(content: bytes) -> bytes:
 def test_a_corrupt_archive_is_named(archives: Path, root: Path, monkeypatch: Patch) -> None:
     broken = archives / "train-labels-idx1-ubyte.gz"
     broken.write_bytes(broken.read_bytes()[:-12])
+    (archives / "t10k-labels-idx1-ubyte.gz").touch()  # the newest is whole
     sums = [(file, md5(archives / file)) for file, _ in published.MNIST.resources]
     monkeypatch.setattr(published.MNIST, "resources", sums)
     with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz of MNIST is corrupt.*fetch"):
