@@ -187,7 +187,7 @@ def gain_replicates(
 
 
 def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates, of which undefined ones are left out.
+    """Percentile interval of bootstrap replicates; undefined ones are left out.
 
     Its bounds are not a number where more than a fraction ``1 - level`` is undefined.
 

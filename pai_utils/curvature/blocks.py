@@ -39,7 +39,7 @@ from pai_utils.curvature.persample import (
     drawn_batches,
     receive_gradients,
 )
-from pai_utils.support.common import check_names, device_of, logger, undisturbed
+from pai_utils.support.common import at_least_single, check_names, device_of, logger, undisturbed
 from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 FISHER_ESTIMATORS = ("empirical", "mc")
@@ -274,7 +274,7 @@ def _plan(
     room = 0
     for name, weight in weights.items():
         size = min(block_size, weight.numel())
-        each = samples * size * _gradient_dtype(weight).itemsize if samples < size else 8 * size**2
+        each = samples * size * at_least_single(weight).itemsize if samples < size else 8 * size**2
         if each > capacity:
             raise ValueError(
                 f"memory_budget={memory_budget} is too small: one block of {size} weights takes "
@@ -293,17 +293,13 @@ def _plan(
     return passes
 
 
-def _gradient_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 class _BlockSums:
     """Σ_n g_n g_nᵀ of the blocks of a part, or the g_n while these are fewer than B."""
 
     def __init__(self, part: _Part, samples: int, like: Tensor) -> None:
         self.part, self.samples = part, samples
         self.few = samples < part.size
-        rows, dtype = (samples, _gradient_dtype(like)) if self.few else (part.size, torch.float64)
+        rows, dtype = (samples, at_least_single(like)) if self.few else (part.size, torch.float64)
         blocks = -(-(part.stop - part.start) // part.size)
         self.stored = torch.zeros(blocks, rows, part.size, dtype=dtype, device=like.device)
 

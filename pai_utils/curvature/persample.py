@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.calls import Call, Calls, Geometry
-from pai_utils.support.common import logger, progress
+from pai_utils.support.common import at_least_single, logger, progress
 from pai_utils.support.sampling import Samples, batches, paired, share_of_work
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -79,7 +79,7 @@ class Gradients:
         the last ones. All entries of some samples come before those of the next.
         """
         samples = step = len(self.rows)
-        gradient = self.gradient.to(torch.promote_types(self.gradient.dtype, torch.float32))
+        gradient = self.gradient.to(at_least_single(self.gradient))
         inputs, geometry = self.input, self.geometry
         if inputs is not None and geometry is not None:  # whose windows are copied
             windows = inputs.shape[1] * math.prod(geometry.kernel) * gradient[:, 0].numel()
@@ -249,8 +249,7 @@ def sum_squared_gradients(
         weight = model.get_parameter(name)
         # Patches are read channels-last, so that convolutions' gradients come in that order.
         layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        totals[name] = torch.zeros_like(weight, dtype=dtype, memory_format=layout)
+        totals[name] = torch.zeros_like(weight, dtype=at_least_single(weight), memory_format=layout)
     receive_gradients(model, names, batches, cotangents, lambda g: g.add_squares_(totals[g.name]))
     return {name: total.detach().contiguous() for name, total in totals.items()}
 

@@ -30,6 +30,7 @@ from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
 from pai_utils.support.common import (
     NonFiniteError,
+    at_least_single,
     check_names,
     device_of,
     progress,
@@ -165,14 +166,14 @@ class CurvatureOperator(ABC):
                 with torch.autocast(device_of(self._model).type, enabled=False):
                     graphs = self._kept.get(number) or self._build(number, rows)
                     found = part(graphs, number in self._kept)
-                parts = [v.detach().to(_at_least_single(v)) for v in found]
+                parts = [v.detach().to(at_least_single(v)) for v in found]
                 # Not in place: autograd may hand out its own tensors, or the caller's.
                 totals = [t + p for t, p in zip(totals, parts, strict=True)] if totals else parts
                 losses.append(graphs.loss)
                 del graphs, found, parts
             self._check_losses(losses)
             if not totals:  # fewer samples than processes
-                totals = [v.new_zeros(v.shape, dtype=_at_least_single(v)) for v in like.values()]
+                totals = [v.new_zeros(v.shape, dtype=at_least_single(v)) for v in like.values()]
             return dict(zip(like, totals, strict=True))
 
         return sum_over_processes(fitting_batches(compute, self._batch_size))
@@ -415,10 +416,6 @@ def _backward(
         allow_unused=True,
         materialize_grads=True,
     )
-
-
-def _at_least_single(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pai_utils.curvature.hutchinson import rademacher
 from pai_utils.curvature.products import Operator, Vector
-from pai_utils.support.common import NonFiniteError, check_names, progress
+from pai_utils.support.common import NonFiniteError, at_least_single, check_names, progress
 
 _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda values: values,
@@ -267,4 +267,4 @@ def _flat(operator: Operator) -> tuple[Callable[[Tensor], Tensor], int]:
 
 def _concatenate(vector: Vector) -> Tensor:
     flat = torch.cat([values.flatten() for values in vector.values()])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return flat.to(at_least_single(flat))

@@ -6,8 +6,8 @@ they are, and a `CheckpointReport` says which one it was and what was left out:
 - a plain state dict, of timm, of torchvision or of DINO's backbone files;
 - one under the key `state_dict` or `model`, beside an optimizer's state, an epoch, arguments;
 - names under `module.` or `_orig_mod.`, as `DataParallel` and `torch.compile` write them;
-- MoCo's, of which the query encoder (`encoder_q.`) is taken;
-- DINO's training file, of which the teacher's `backbone.` is taken.
+- MoCo's: the query encoder (`encoder_q.`) is taken;
+- DINO's training file: the teacher's `backbone.` is taken.
 
 Nothing is ever unpickled into arbitrary objects, and a file that does not fit is refused whole.
 """

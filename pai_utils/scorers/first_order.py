@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pai_utils.curvature.persample import drawn_batches
 from pai_utils.curvature.products import HessianOperator
-from pai_utils.support.common import device_of, undisturbed
+from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.sampling import (
     Draw,
     Samples,
@@ -57,7 +57,7 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
 
     def gradient(size: int) -> dict[str, Tensor]:
         totals = {
-            name: torch.zeros_like(w.detach(), dtype=torch.promote_types(w.dtype, torch.float32))
+            name: torch.zeros_like(w.detach(), dtype=at_least_single(w))
             for name, w in weights.items()
         }
         for images, labels, _ in drawn_batches(data, indices, size, device, "snip"):

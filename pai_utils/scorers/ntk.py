@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.persample import drawn_batches
-from pai_utils.support.common import device_of, replica, unknown_name
+from pai_utils.support.common import at_least_single, device_of, replica, unknown_name
 from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
 
 INPUTS = ("data", "noise")
@@ -91,7 +91,7 @@ def ntk_sap(
     totals = sum_over_processes(fitting_batches(compute, draw.batch_size))
     count = len(indices) * perturbations
     return {
-        name: total.div_(count).abs_().to(torch.promote_types(own.dtype, torch.float32))
+        name: total.div_(count).abs_().to(at_least_single(own))
         for (name, total), own in zip(totals.items(), map(model.get_parameter, names), strict=True)
     }
 

@@ -56,7 +56,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pai_utils.curvature.calls import Call, Calls
 from pai_utils.curvature.persample import drawn_batches
-from pai_utils.support.common import device_of, replica, undisturbed, unknown_name
+from pai_utils.support.common import at_least_single, device_of, replica, undisturbed, unknown_name
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
 
 ESTIMATORS = ("bound", "gated")
@@ -207,7 +207,7 @@ def _shares(model: nn.Module, network: _Network, flow: dict[str, Tensor]) -> dic
     return {
         name: (weight.detach() * flow[name])
         .div_(whole)
-        .to(torch.promote_types(model.get_parameter(name).dtype, torch.float32))
+        .to(at_least_single(model.get_parameter(name)))
         for name, weight in network.weights.items()
     }
 
@@ -296,7 +296,7 @@ def _factors(model: nn.Module, images: Tensor) -> list[Tensor]:
 class _Network:
     """The sum over paths of a model; see the module.
 
-    ``weights`` are the raised parameters called ``names``, of which gradients can be asked. What
+    ``weights`` are the raised parameters called ``names``, whose gradients can be asked for. What
     comes from the image is followed from call to call, with its degree.
     """
 

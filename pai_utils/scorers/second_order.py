@@ -19,7 +19,7 @@ from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.models.encoders import Classifier
-from pai_utils.support.common import logger
+from pai_utils.support.common import at_least_single, logger
 from pai_utils.support.sampling import Draw, Samples
 
 
@@ -66,7 +66,7 @@ def feature_ggn_diag(
 
     The features are a :class:`~pai_utils.models.encoders.Classifier`'s input to its head, and the
     outputs of any other model. Head and labels do not matter: the score protects the whole
-    representation, of which any later task may use another part. Weights of the head score zero.
+    representation, since a later task may use any part of it. Weights of the head score zero.
     Options and errors are those of :func:`~pai_utils.curvature.diagonals.output_diagonal`. The
     score is our own.
     """
@@ -134,7 +134,7 @@ def block_fisher(
     weights = {name: model.get_parameter(name).detach() for name in names}
     scores = {
         # At least float32: increases span too many orders of magnitude for half precision.
-        name: weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        name: weight.new_empty(weight.shape, dtype=at_least_single(weight))
         for name, weight in weights.items()
     }
     for blocks in fisher_blocks(

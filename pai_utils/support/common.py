@@ -31,6 +31,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def at_least_single(values: Tensor) -> torch.dtype:
+    """The type of the values, or float32 where theirs has fewer digits."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model`` inside; on leaving, it is as it was but for values of parameters.
