@@ -130,19 +130,9 @@ def test_the_budget_is_read_from_the_environment(text: str, size: int, monkeypat
         MemoryBudget().empty((1,))
 
 
-def test_a_budget_counts_pixels_while_they_are_used(monkeypatch: Patch) -> None:
-    monkeypatch.setenv("PAI_DATA_MEMORY", "1000")
-    budget = MemoryBudget()
-    pixels = budget.empty((30, 20))
-    assert pixels is not None
-    part = torch.from_numpy(pixels[:10])  # what a task keeps of it
-    del pixels
-    assert budget.empty((401,)) is None
-    del part
-    assert budget.empty((1000,)) is not None
-
-
-def test_all_tasks_share_one_budget(folder: Path, monkeypatch: Patch) -> None:
+def test_all_tasks_share_one_budget_for_as_long_as_they_are_used(
+    folder: Path, monkeypatch: Patch
+) -> None:
     # Room for the 40 images once.
     monkeypatch.setenv("PAI_DATA_MEMORY", str(40 * 3 * 8 * 8))
     cache = folder / ".decoded"
@@ -153,7 +143,7 @@ def test_all_tasks_share_one_budget(folder: Path, monkeypatch: Patch) -> None:
     assert torch.equal(images_of(first), images_of(second))
     del first, second
     shutil.rmtree(cache)
-    # Room for the 22 training images and the 6 of validation, not for the 12 of the test.
+    # Now room for the 22 training images and the 6 of validation, not for the 12 of the test.
     monkeypatch.setenv("PAI_DATA_MEMORY", str(30 * 3 * 8 * 8))
     load(folder)
     (file,) = cache.glob("*.npy")
