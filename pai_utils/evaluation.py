@@ -31,11 +31,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Evaluation:
-        """Of logits ``[N, classes]`` and labels ``[N]``.
-
-        Raises:
-            ValueError: if the labels go beyond the classes, or the loss is not finite.
-        """
+        """Of logits ``[N, classes]`` and labels ``[N]``; errors as :func:`evaluate`."""
         from scipy.stats import binomtest
 
         logits, labels = logits.cpu(), labels.cpu()
@@ -51,7 +47,7 @@ class Evaluation:
         return cls(right / count, loss, count, (float(bounds.low), float(bounds.high)), correct)
 
     def row(self, chance: float) -> dict[str, object]:
-        """What a table of accuracies holds of it: ``accuracy, loss, count, chance, correct``."""
+        """What a table of accuracies holds of it."""
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
@@ -103,7 +99,7 @@ def evaluate_heads(
     batch_size: int = 128,
     precision: str = "float32",
 ) -> dict[str, Evaluation]:
-    """Evaluate one encoder on several tasks, each with its own frozen head, as in :func:`evaluate`.
+    """Evaluate one encoder on several tasks, each with its own frozen head, as :func:`evaluate`.
 
     Raises:
         ValueError: as :func:`evaluate`, or if a task has no head.

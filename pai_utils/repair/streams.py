@@ -38,15 +38,11 @@ class Residual:
 def find_residuals(
     model: nn.Module, channel_axes: Mapping[str, Callable[[Tensor], int]], images: Tensor
 ) -> dict[str, Residual]:
-    """The modules whose outputs are added to a stream.
+    """The modules whose outputs are added to a stream, by name.
 
-    Args:
-        model: run in evaluation mode, and left as it was.
-        channel_axes: the modules to look at, by name: which axis of an output holds its channels.
-        images: a few images ``[N, 3, H, W]``; one is enough for layers over positions or tokens.
-
-    Returns:
-        By name, those that end a branch.
+    ``channel_axes`` names the modules to look at, and says which axis of an output holds its
+    channels. The model is run in evaluation mode on a few images ``[N, 3, H, W]``, and left as it
+    was.
     """
     search = _Search(channel_axes)
     with undisturbed(model), torch.no_grad(), ExitStack() as hooks:
