@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -28,7 +27,7 @@ from pai_utils.studies.parameters import (
     RunParameters,
     describe_problem,
 )
-from pai_utils.support.stored import write_atomically
+from pai_utils.support.stored import digest_of, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +90,7 @@ def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
     return [
         name
         for name, digest in read_record(folder).outputs.items()
-        if (_sha256(folder / name) != digest if (folder / name).is_file() else absent)
+        if (digest_of(folder / name) != digest if (folder / name).is_file() else absent)
     ]
 
 
@@ -210,7 +209,7 @@ class Run:
     def record_files(self, *names: str) -> None:
         """Give files that were written to the run's folder a place in its record."""
         for name in names:
-            self._outputs[name] = _sha256(self.folder / name)
+            self._outputs[name] = digest_of(self.folder / name)
 
     def finish(self, tasks: Mapping[str, Task] | None = None, **facts: Any) -> dict[str, Any]:
         """Write ``record.json``, the last file of a run, and return its contents.
@@ -241,11 +240,6 @@ class Run:
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, content)
         self.record_files(name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:

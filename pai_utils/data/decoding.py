@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pai_utils.data.images import ImageTransform, Transform, open_image
 from pai_utils.support.common import logger, progress
-from pai_utils.support.stored import write_atomically
+from pai_utils.support.stored import digest_of, write_atomically
 
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
@@ -246,7 +246,7 @@ def _write_cache(
         out.flush()
         temporary.replace(path)
     # Written last: without it the pixels are not used.
-    facts = {"sha256": _digest(path), "left_out": left_out}
+    facts = {"sha256": digest_of(path), "left_out": left_out}
     write_atomically(record, json.dumps(facts).encode())
     return left_out
 
@@ -255,7 +255,7 @@ def _left_out(path: Path) -> list[int] | None:
     """Positions that a whole cache lacks; `None` if there is no whole cache."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
-        if facts["sha256"] == _digest(path):
+        if facts["sha256"] == digest_of(path):
             return list(facts["left_out"])
     except FileNotFoundError:
         return None
@@ -263,8 +263,3 @@ def _left_out(path: Path) -> list[int] | None:
         pass
     logger.warning("%s is corrupt and is decoded again", path)
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

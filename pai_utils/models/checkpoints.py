@@ -15,7 +15,6 @@ Nothing is ever unpickled into arbitrary objects, and a file that does not fit i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import importlib.util
 import math
@@ -37,6 +36,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pai_utils.support.common import listed, logger, watched
+from pai_utils.support.stored import digest_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """Endings of the files that can be read."""
@@ -153,14 +153,6 @@ def _fetch(address: str, digest: str | None) -> Path:
         read_checkpoint(partial)  # a connection that is cut ends like a complete one
         partial.replace(path)
     return path
-
-
-def digest_of(path: Path, kind: str = "sha256") -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits, or another digest of that name."""
-    with path.open("rb") as file:
-        # MD5 is what some publishers give, and no more than a guard against damage.
-        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
-    return digest.hexdigest()
 
 
 def check_digest(path: Path, expected: str, advice: str) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.data.images import ImageTransform
-from pai_utils.models.checkpoints import DAMAGE, HUB, digest_of, obtain_weights
+from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights
 from pai_utils.models.encoders import Backbone, Provenance, frozen_head
 from pai_utils.support.common import device_of, may_download, unknown_name
+from pai_utils.support.stored import digest_of
 
 CLIP = "clip:"
 """What the name of a CLIP backbone starts with."""

@@ -15,13 +15,13 @@ from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
     PACKAGE,
     CheckpointReport,
-    digest_of,
     load_checkpoint,
     load_state,
     obtain_weights,
     read_checkpoint,
 )
 from pai_utils.models.encoders import Provenance
+from pai_utils.support.stored import digest_of
 
 Fill = Callable[[nn.Module, Path, str], CheckpointReport | None]
 """Loads a file into an encoder of an architecture."""

@@ -5,6 +5,7 @@ The workflow writes files too and starts often, so torch is imported only where 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def digest_of(path: Path, kind: str = "sha256") -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits, or another digest of that name."""
+    with path.open("rb") as file:
+        # MD5 is what some publishers give, and no more than a guard against damage.
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
+    return digest.hexdigest()
 
 
 def write_tensors(

@@ -26,7 +26,6 @@ from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
     CheckpointReport,
     check_digest,
-    digest_of,
     obtain_weights,
     read_checkpoint,
     weights_root,
@@ -35,6 +34,7 @@ from pai_utils.models.encoders import Backbone
 from pai_utils.models.loading import load_backbone
 from pai_utils.models.published import PRESETS
 from pai_utils.support.common import may_download
+from pai_utils.support.stored import digest_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIT, RESNET = "test_vit", "test_resnet"
