@@ -123,6 +123,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     The model has the same architecture in the same types, any weights, and is on any device.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, altered or none of these, or was written of another
             architecture. The model is then untouched.
     """
@@ -133,8 +134,13 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
     """Make an encoder with its head from a compressed file alone, with no download.
 
     The file is of a :class:`~pai_utils.models.encoders.Classifier` whose encoder
-    :func:`~pai_utils.models.loading.load_backbone` knows by name. Load an encoder from a checkpoint
-    of your own yourself, and fill it by :func:`load_compressed`.
+    :func:`~pai_utils.models.loading.load_backbone` knows by name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as :func:`load_compressed`; or if the file is of another kind of model, or of
+            an encoder from a checkpoint of the user's own: load that, and fill it by
+            :func:`load_compressed`.
     """
     state, mask, said = _read(path)
     weight, name, size = state.get("head.weight"), said["encoder"], said["image_size"]
@@ -156,6 +162,9 @@ def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> flo
 
     A fresh process reads the file by :func:`load_classifier` and encodes the images [N, 3, S, S].
     It has this one's number of threads, on which rounding depends.
+
+    Raises:
+        ValueError: if the process fails, with its last words.
     """
     from safetensors.torch import save_file
 
@@ -187,6 +196,9 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
 
     ``safetensors.torch.load_file`` and ``load_state_dict`` read it; a tensor with two names is
     stored under both. The file is written whole or not at all.
+
+    Raises:
+        ValueError: as :func:`save_compressed`.
     """
     from safetensors.torch import save
 
@@ -196,8 +208,12 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
 def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
     """Write the model in evaluation mode as ONNX: ``images`` [N, 3, S, S] to ``logits``, any N.
 
-    One file with the weights inside, written whole or not at all; it needs the extra ``export``.
-    The model keeps its mode; S is ``image_size`` in pixels, by default that of its backbone.
+    One file with the weights inside, written whole or not at all. The model keeps its mode; S is
+    ``image_size`` in pixels, by default that of the model's backbone.
+
+    Raises:
+        ModuleNotFoundError: if the extra ``export`` is not installed.
+        ValueError: if there is no image size, or it is not positive.
     """
     _extra("onnxscript")
     image_size = _image_size(model) if image_size is None else image_size
@@ -222,8 +238,12 @@ def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = Non
 def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
-    The model, in float32 or float64, is compared in evaluation mode on images [N, 3, S, S]. A
-    difference above 1e-4, or one that is not a number, is a ``ValueError``.
+    The model, in float32 or float64, is compared in evaluation mode on images [N, 3, S, S].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ModuleNotFoundError: if the extra ``export`` is not installed.
+        ValueError: if the difference exceeds 1e-4 or is not a number.
     """
     _extra("onnxruntime")
     if not Path(path).is_file():
@@ -255,12 +275,17 @@ def write_formats(
     """Write a pruned model in several formats, read each back and compare its logits.
 
     The folder gets ``pruned.compressed.safetensors``, ``pruned.dense.safetensors`` and
-    ``pruned.onnx``, as ``formats`` say; logits are compared on images [N, 3, S, S].
+    ``pruned.onnx``, as ``formats`` of :data:`FORMATS` say; logits are compared on images [N, 3, S,
+    S].
 
     Returns:
         One row a format, with ``format, file, bytes``; ``promised``, as in :class:`Size`;
-            ``of_dense``, the fraction of the bytes of all parameters and buffers uncompressed;
-            ``difference``, the largest of the logits.
+        ``of_dense``, the fraction of the bytes of all parameters and buffers uncompressed;
+        ``difference``, the largest of the logits.
+
+    Raises:
+        ValueError: for an unknown format, and as the functions that write and read them.
+        ModuleNotFoundError: as :func:`export_onnx`.
     """
     check_names("format", formats, FORMATS)
     device = device_of(model)
@@ -299,9 +324,13 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
     along the input of each layer.
 
     Returns:
-        The copy, for inference, and the names of the weights that stay dense: those of other layers
-            than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or whose columns
-            [in] are none of 64.
+        The copy, for inference, and the names of the weights that stay dense. These are weights of
+        other layers than ``nn.Linear``, and matrices whose rows [out] are no multiple of 32 or
+        whose columns [in] are none of 64.
+
+    Raises:
+        ValueError: if the mask is for another model or not 2:4, a pruned weight is not zero, or
+            the device or type is another.
     """
     _check_pruned(model, mask)
     if wrong := [name for name, entry in mask.items() if not _is_two_of_four(entry)]:
@@ -329,7 +358,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Speedup:
     """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in turns.
 
-    Thirty passes of each model are timed after five others.
+    All are on one device. Thirty passes of each model are timed after five others.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     wait = torch.cuda.synchronize if images.is_cuda else lambda _: None

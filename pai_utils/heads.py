@@ -62,6 +62,9 @@ def make_heads(
     The kind ``"linear"`` is fitted on the task's training images, ``batch_size`` images a forward
     (:func:`fit_head`). The kind ``"text"`` is made of the class names, which needs an encoder of
     CLIP (:func:`~pai_utils.models.clip.zero_shot_head`).
+
+    Raises:
+        ValueError: if the kind is unknown, and as these two functions say.
     """
     if kind not in HEADS:
         raise unknown_name("kind of head", kind, HEADS)

@@ -76,7 +76,11 @@ _ROWS_AN_UNKNOWN = 64  # of a depthwise layer's 9 weights, thousands of rows wou
 
 
 def parse_repair(text: str) -> tuple[str, ...]:
-    """The parts of a repair: of ``"none"`` nothing, of ``"layerwise+moments"`` both."""
+    """The parts of a repair: of ``"none"`` nothing, of ``"layerwise+moments"`` both.
+
+    Raises:
+        ValueError: for an unknown part, or one that is named twice.
+    """
     if text == "none":
         return ()
     parts = tuple(text.split("+"))
@@ -91,6 +95,10 @@ def parse_repair(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Repair:
     """Which repair is made, and how.
+
+    Raises:
+        ValueError: for an unknown part or one that is named twice, a damping that is not above
+            zero, or fewer samples, rows or weights a block than one.
 
     Examples:
         >>> from pai_utils.repair.methods import Repair
