@@ -81,8 +81,8 @@ def read_record(folder: Path) -> RunRecord:
         raise ValueError(f"{path} is no record of a run: {problems}") from error
 
 
-def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
-    """Files of a run whose checksum is not that of its record, with ``absent`` missing ones too.
+def altered_outputs(folder: Path) -> list[str]:
+    """Files of a run that are missing, or whose checksum is not that of its record.
 
     Raises:
         ValueError: as :func:`read_record`.
@@ -90,7 +90,7 @@ def altered_outputs(folder: Path, *, absent: bool = False) -> list[str]:
     return [
         name
         for name, digest in read_record(folder).outputs.items()
-        if (digest_of(folder / name) != digest if (folder / name).is_file() else absent)
+        if not (folder / name).is_file() or digest_of(folder / name) != digest
     ]
 
 
@@ -171,13 +171,13 @@ class Run:
         """Write ``<name>.csv`` to the run's folder: all of it or nothing."""
         self._write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
 
-    def write_results(self, table: pd.DataFrame, stage: str = "pruned") -> None:
+    def write_results(self, table: pd.DataFrame) -> None:
         """Write ``results.csv``, checked by :func:`check_results`.
 
         The table has one row a source, target, scorer and sparsity, as from
         :func:`pai_utils.evaluation.summarise_retention`; rows of the dense encoder are left out,
-        and so are columns that no result has. ``stage`` says what was done after pruning, where no
-        column does.
+        and so are columns that no result has. Without a column ``stage`` nothing was done after
+        pruning.
 
         Raises:
             ValueError: as :func:`check_results`, or for a notebook that loads no encoder.
@@ -190,7 +190,7 @@ class Run:
             notebook=self.name,
             backbone=self.config.backbone,
             held_out=[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)],
-            **({} if "stage" in rows else {"stage": stage}),
+            **({} if "stage" in rows else {"stage": "pruned"}),
         )
         self.write_table("results", check_results(rows[rows.columns.intersection(_COLUMNS)]))
 

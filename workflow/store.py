@@ -32,7 +32,7 @@ def store(layout: Layout, results: Path) -> list[Path]:
     for name in cells:
         folder = layout.executed / name
         try:
-            found += [f"{folder / file}: altered" for file in altered_outputs(folder, absent=True)]
+            found += [f"{folder / file}: altered" for file in altered_outputs(folder)]
             if (folder / "results.csv").is_file():
                 tables.append(read_results(folder / "results.csv"))
         except ValueError as error:
