@@ -132,7 +132,12 @@ def open_dataset(
     for other in others:
         if other != names:
             classes = listed(map(repr, sorted(set(names) ^ set(other)))) or "by their order"
-            raise ValueError(f"the splits of {name} under {home} differ in the classes {classes}")
+            cure = (
+                f"; the set is incomplete. {_how_to_fetch(name, home)}" if name in DATASETS else ""
+            )
+            raise ValueError(
+                f"the splits of {name} under {home} differ in the classes {classes}{cure}"
+            )
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
     # Data may lie where nobody may write.

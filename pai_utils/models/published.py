@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,10 +137,9 @@ _LAYOUTS: dict[str, Fill] = {
 }
 
 
-def _read_specs(kind: str) -> dict[str, BackboneSpec]:
-    facts = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+def _read_specs(table: dict[str, dict[str, Any]]) -> dict[str, BackboneSpec]:
     specs = {}
-    for name, entry in facts[kind].items():
+    for name, entry in table.items():
         mean, std = (tuple(entry.pop(key)) for key in ("mean", "std"))
         size, interpolation = entry.pop("image_size"), entry.pop("interpolation", "bicubic")
         fill = _LAYOUTS[entry.pop("layout", "as_usual")]
@@ -149,7 +149,8 @@ def _read_specs(kind: str) -> dict[str, BackboneSpec]:
     return specs
 
 
-BACKBONES = _read_specs("shipped")
+_FACTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+BACKBONES = _read_specs(_FACTS["shipped"])
 """Backbones whose weights come with the environment, by name."""
-PRESETS = _read_specs("fetched")
+PRESETS = _read_specs(_FACTS["fetched"])
 """Backbones whose weights are fetched on request, by name."""
