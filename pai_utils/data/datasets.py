@@ -8,13 +8,10 @@ folder, `PAI_DATA_ROOT` or `~/.cache/pai_utils/data`; `datasets.toml` holds the 
 
 from __future__ import annotations
 
-import gzip
 import inspect
 import os
-import tarfile
 import tomllib
 import unicodedata
-import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,9 +31,11 @@ from pai_utils.support.common import listed, logger, may_download, package_folde
 FOLDER = "folder:"
 Part = tuple[tuple[str, ...], Source]
 """Class names, and images with labels."""
-_BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 # What torchvision, NumPy and SciPy raise for missing, truncated or altered files.
-_UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+_UNREADABLE = (
+    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, zlib.error,
+    UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:
         with FileLock(root / f".{name}.lock") if alone else nullcontext():
             published = kind(str(root / spec.base), **keywords)
         return _class_names(spec, published), _images(published)
-    except (*_BROKEN_ARCHIVE, *_UNREADABLE, UnpicklingError, MatReadError) as error:
+    except (*_UNREADABLE, MatReadError) as error:
         raise _explained(error, name, _checksums(kind, split), root, fetched) from error
 
 
@@ -246,14 +245,11 @@ def _explained(
     place = root / spec.place
     absent = not place.exists() or (place.is_dir() and not any(place.iterdir()))
     archives = list(root.glob(spec.archives)) if spec.archives else []
-    if isinstance(error, URLError):
+    if isinstance(error, URLError) or (absent and fetched and not archives):
         return ConnectionError(f"{name} could not be fetched: {error}")
-    if archives and (isinstance(error, _BROKEN_ARCHIVE) or (absent and fetched)):
-        newest = max(archives, key=os.path.getmtime)
-        broken = next((path for path in archives if not _is_whole(path)), newest)
-        return ValueError(f"{broken} of {name} is corrupt ({error}); delete it. {cure}")
     if absent and fetched:
-        return ConnectionError(f"{name} could not be fetched: {error}")
+        newest = max(archives, key=os.path.getmtime)
+        return ValueError(f"{newest} of {name} is corrupt ({error}); delete it. {cure}")
     if absent:
         return FileNotFoundError(f"{name} is not at {place}. {cure}")
     for file, md5 in checksums:
@@ -264,24 +260,6 @@ def _explained(
             return ValueError(f"{path} of {name} is corrupt; delete it. {cure}")
     text = f"{name} at {place} is incomplete or corrupt ({error}); delete it. {cure}"
     return (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(text)
-
-
-def _is_whole(archive: Path) -> bool:
-    """Whether an archive can be read to its end."""
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as members:
-                return members.testzip() is None
-        if ".tar" in archive.name or archive.suffix == ".tgz":
-            with tarfile.open(archive) as files:
-                files.getmembers()
-        else:
-            with gzip.open(archive) as content:
-                while content.read(2**20):
-                    pass
-    except (*_BROKEN_ARCHIVE, OSError):
-        return False
-    return True
 
 
 def _how_to_fetch(name: str, root: Path) -> str:

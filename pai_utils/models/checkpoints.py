@@ -71,6 +71,11 @@ def weights_root() -> Path:
     return Path(given).expanduser() if given else Path(torch.hub.get_dir()) / "checkpoints"
 
 
+def package_of(address: str) -> str:
+    """The distribution that ships the file of an address; empty if none does."""
+    return address.removeprefix(PACKAGE).split("/")[0] if address.startswith(PACKAGE) else ""
+
+
 def find_weights(address: str) -> Path | None:
     """Find a published or a local file on this computer, unchecked; `None` if it is not there.
 
@@ -103,15 +108,13 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
     """
     if not addresses:
         raise ValueError(f"{what} are not published; pass pretrained=False for random ones")
-    source = " or ".join(addresses)
-    package = source.removeprefix(PACKAGE).partition("/")[0] if source.startswith(PACKAGE) else ""
+    source, package = " or ".join(addresses), package_of(addresses[0])
     path = next(filter(None, map(find_weights, addresses)), None)
     if path is not None:
         advice = (
             f"reinstall the package {package}" if package else f"remove {path} and fetch it again"
         )
-        if digest is not None:
-            check_digest(path, digest, advice)
+        check_digest(path, digest, advice)
         return path
     if package:
         raise ModuleNotFoundError(f"{what} come with the package {package}; install {package}")
@@ -121,7 +124,7 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
             f"pass download=True, or set PAI_DOWNLOAD=1, to fetch {source}"
         )
     for address in addresses[:-1]:
-        with suppress(OSError, http.client.HTTPException):
+        with suppress(OSError, http.client.HTTPException, ValueError):
             return _fetch(address, digest)
     try:
         return _fetch(addresses[-1], digest)
@@ -140,29 +143,29 @@ def _fetch(address: str, digest: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
         found = Path(hf_hub_download(folder, file))
-        if digest is not None:
-            check_digest(found, digest, f"remove {found} and fetch it again")
+        check_digest(found, digest, f"remove {found} and fetch it again")
         return found
     path = weights_root() / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{file}.") as temporary:
         partial = Path(temporary) / file
         torch.hub.download_url_to_file(address, str(partial), progress=watched())
-        if digest is not None:
-            check_digest(partial, digest, f"what {address} sent was not kept; fetch it again")
+        check_digest(partial, digest, f"what {address} sent was not kept; fetch it again")
         read_checkpoint(partial)  # a connection that is cut ends like a complete one
         partial.replace(path)
     return path
 
 
-def check_digest(path: Path, expected: str, advice: str) -> None:
-    """Compare a file with the digits of its SHA-256, or of its MD5 after `md5:`.
+def check_digest(path: Path, expected: str | None, advice: str) -> None:
+    """Compare a file with the digits of its SHA-256, or of its MD5 after `md5:`, if they are known.
 
     As many of the first digits are compared as are known. `advice` says what to do if they differ.
 
     Raises:
         ValueError: they differ.
     """
+    if expected is None:
+        return
     kind, _, digits = expected.lower().rpartition(":")
     found = digest_of(path, kind or "sha256")
     if not digits or not found.startswith(digits):
@@ -233,10 +236,8 @@ def load_state(
             encoder is as it was.
     """
     expected = encoder.state_dict()
-    state = {
-        n: value.to(expected[n].dtype) if n in expected else value for n, value in state.items()
-    }
-    _fit_position_embedding(encoder, state)
+    state = {n: v.to(expected[n].dtype) if n in expected else v for n, v in state.items()}
+    _fit_position_embedding(encoder, state, expected.get("pos_embed"))
     if problems := differences(state, expected):
         raise ValueError(f"{file} does not fit {architecture}: {problems}")
     if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
@@ -319,18 +320,19 @@ def _split(
     return kept, [name for name in state if name.startswith(left)]
 
 
-def _fit_position_embedding(encoder: nn.Module, state: dict[str, Tensor]) -> None:
+def _fit_position_embedding(
+    encoder: nn.Module, state: dict[str, Tensor], own: Tensor | None
+) -> None:
     """Interpolate the position embedding of a checkpoint made at another image size."""
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    own, stored = getattr(encoder, "pos_embed", None), state.get("pos_embed")
+    stored = state.get("pos_embed")
     grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    if grid is None or stored is None or not isinstance(own, Tensor) or stored.shape == own.shape:
+    if grid is None or own is None or stored is None or not stored.ndim == own.ndim == 3:
         return
-    prefix = own.shape[-2] - grid[0] * grid[1]  # class and register tokens
-    patches = stored.shape[-2] - prefix if stored.ndim > 1 else 0
-    alike = stored.ndim == own.ndim == 3 and stored.shape[2] == own.shape[2]
-    if alike and patches > 0 and math.isqrt(patches) ** 2 == patches:
+    prefix = own.shape[1] - math.prod(grid)  # class and register tokens
+    patches = stored.shape[1] - prefix
+    if stored.shape[2] == own.shape[2] and patches > 0 and math.isqrt(patches) ** 2 == patches:
         state["pos_embed"] = resample_abs_pos_embed(
             stored, new_size=list(grid), num_prefix_tokens=prefix
         )

@@ -71,18 +71,23 @@ def load_towers(
     if model not in open_clip.list_models():
         raise unknown_name("CLIP model", model, open_clip.list_models())
     options: dict[str, Any] = {}
-    path = None
-    if pretrained:
-        config = open_clip.get_pretrained_cfg(model, tag)
-        path = _find(name, config, may_download(download))
-        if config:
-            given = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
-            options = {
-                "force_preprocess_cfg": given,
-                # Some weights were trained with an approximation of GELU that the model's own
-                # configuration does not always name.
-                "force_quick_gelu": config.get("quick_gelu", False),
-            }
+    path = Path(tag).expanduser() if pretrained else None
+    if pretrained and (config := open_clip.get_pretrained_cfg(model, tag)):
+        folder, _, file = str(config.get("hf_hub", "")).rpartition("/")
+        files = (file,) if file else _HUB_FILES
+        addresses = [f"{HUB}{folder}/{file}" for file in files] if folder else [config["url"]]
+        what, allowed = f"the weights of {name}", may_download(download)
+        path = obtain_weights(what, *addresses, download=allowed)
+        given = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
+        options = {
+            "force_preprocess_cfg": given,
+            # Some weights were trained with an approximation of GELU that the model's own
+            # configuration does not always name.
+            "force_quick_gelu": config.get("quick_gelu", False),
+        }
+    elif path is not None and not (tag and path.is_file()):
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise unknown_name(f"weights in {name}:", tag, [*tags, "<path of a checkpoint>"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -111,23 +116,6 @@ def load_towers(
         f"sha256:{digest_of(path)}",
     )
     return towers.eval(), transform, provenance
-
-
-def _find(name: str, config: dict[str, Any], download: bool) -> Path:
-    """The file of the weights, fetched if that is allowed."""
-    import open_clip
-
-    model, _, tag = name.removeprefix(CLIP).partition("@")
-    path = Path(tag).expanduser()
-    if config:
-        folder, _, file = str(config.get("hf_hub", "")).rpartition("/")
-        files = (file,) if file else _HUB_FILES
-        addresses = [f"{HUB}{folder}/{file}" for file in files] if folder else [config["url"]]
-        return obtain_weights(f"the weights of {name}", *addresses, download=download)
-    if not tag or not path.is_file():
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        raise unknown_name(f"weights in {name}:", tag, [*tags, "<path of a checkpoint>"])
-    return path
 
 
 def zero_shot_head(
@@ -163,7 +151,19 @@ def zero_shot_head(
         raise ValueError(f"templates need {{}} where the class name goes, got {list(templates)}")
     import open_clip
 
-    tokenizer = _load_tokenizer(backbone.name, may_download(download))
+    architecture = backbone.name.removeprefix(CLIP).partition("@")[0]
+    # Most models read text with the tokenizer that open_clip brings.
+    published = open_clip.get_model_config(architecture)["text_cfg"].get("hf_tokenizer_name")
+    if published:
+        if importlib.util.find_spec("transformers") is None:
+            raise ModuleNotFoundError(
+                f"{backbone.name} reads text with {published} of the package transformers, which "
+                "is not installed; pip install transformers",
+                name="transformers",
+            )
+        what, address = f"the tokens of {backbone.name}", f"{HUB}{published}/tokenizer_config.json"
+        obtain_weights(what, address, download=may_download(download))
+    tokenizer = open_clip.get_tokenizer(architecture)
     towers, _, provenance = load_towers(backbone.name, download=download)
     if provenance != backbone.provenance:
         raise ValueError(f"the file of {backbone.name} changed since it was loaded; load it again")
@@ -172,25 +172,5 @@ def zero_shot_head(
         embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, class_names, templates)
         weight = model.logit_scale.exp() * embeddings.T
         bias = getattr(model, "logit_bias", None)
-    head = frozen_head(
-        weight, torch.zeros(len(weight)) if bias is None else bias.expand(len(weight))
-    )
-    return head.to(device_of(backbone))
-
-
-def _load_tokenizer(name: str, download: bool) -> Any:
-    """What turns sentences into tokens; most models use the one that open_clip brings."""
-    import open_clip
-
-    model = name.removeprefix(CLIP).partition("@")[0]
-    published = open_clip.get_model_config(model)["text_cfg"].get("hf_tokenizer_name")
-    if published:
-        if importlib.util.find_spec("transformers") is None:
-            raise ModuleNotFoundError(
-                f"{name} reads text with {published} of the package transformers, which is not "
-                "installed; pip install transformers",
-                name="transformers",
-            )
-        address = f"{HUB}{published}/tokenizer_config.json"
-        obtain_weights(f"the tokens of {name}", address, download=download)
-    return open_clip.get_tokenizer(model)
+        bias = torch.zeros(len(weight)) if bias is None else bias.expand(len(weight))
+    return frozen_head(weight, bias).to(device_of(backbone))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -112,9 +111,7 @@ def frozen_head(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A head on the CPU with copies of a weight [classes, features] and a bias [classes]."""
     classes, features = weight.shape
     head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes, dtype=weight.dtype)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+    head.load_state_dict({"weight": weight, "bias": bias})
     return head.requires_grad_(False).eval()
 
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
-    PACKAGE,
     CheckpointReport,
     load_checkpoint,
     load_state,
     obtain_weights,
+    package_of,
     read_checkpoint,
 )
 from pai_utils.models.encoders import Provenance
@@ -45,13 +45,12 @@ class BackboneSpec:
     @property
     def package(self) -> str:
         """The distribution that ships the file; empty if none does."""
-        start, _, rest = self.addresses[0].partition(PACKAGE)
-        return "" if start else rest.partition("/")[0]
+        return package_of(self.addresses[0])
 
     def obtain(self, name: str, *, download: bool) -> Path:
         """Find and check the file of the backbone `name`, or fetch it, by `obtain_weights`."""
-        what, digest = f"the weights of {name}", self.digest
-        return obtain_weights(what, *self.addresses, download=download, digest=digest)
+        what = f"the weights of {name}"
+        return obtain_weights(what, *self.addresses, download=download, digest=self.digest)
 
     def provenance(self, path: Path | None, seed: int) -> Provenance:
         """Say where weights come from: of a file, or without one of a seed."""
@@ -137,20 +136,16 @@ _LAYOUTS: dict[str, Fill] = {
 }
 
 
-def _read_specs(table: dict[str, dict[str, Any]]) -> dict[str, BackboneSpec]:
-    specs = {}
-    for name, entry in table.items():
-        mean, std = (tuple(entry.pop(key)) for key in ("mean", "std"))
-        size, interpolation = entry.pop("image_size"), entry.pop("interpolation", "bicubic")
-        fill = _LAYOUTS[entry.pop("layout", "as_usual")]
-        addresses = tuple(entry.pop("addresses"))
-        transform = ImageTransform(size, mean, std, interpolation)
-        specs[name] = BackboneSpec(transform=transform, addresses=addresses, fill=fill, **entry)
-    return specs
+def _read_spec(entry: dict[str, Any]) -> BackboneSpec:
+    mean, std, addresses = (tuple(entry.pop(key)) for key in ("mean", "std", "addresses"))
+    size, interpolation = entry.pop("image_size"), entry.pop("interpolation", "bicubic")
+    transform = ImageTransform(size, mean, std, interpolation)
+    fill = _LAYOUTS[entry.pop("layout", "as_usual")]
+    return BackboneSpec(transform=transform, addresses=addresses, fill=fill, **entry)
 
 
 _FACTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-BACKBONES = _read_specs(_FACTS["shipped"])
+BACKBONES = {name: _read_spec(entry) for name, entry in _FACTS["shipped"].items()}
 """Backbones whose weights come with the environment, by name."""
-PRESETS = _read_specs(_FACTS["fetched"])
+PRESETS = {name: _read_spec(entry) for name, entry in _FACTS["fetched"].items()}
 """Backbones whose weights are fetched on request, by name."""

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub.constants
 import numpy as np
@@ -584,19 +585,18 @@ def test_a_file_of_the_hub_is_compared_with_its_digest_when_it_comes(
         obtain_weights("weights", address, download=True, digest="0" * 64)
 
 
-def test_where_one_address_breaks_off_the_next_is_tried(
+def test_where_one_address_breaks_off_or_ends_short_the_next_is_tried(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = saved({"weight": torch.ones(2)}, tmp_path / "second.safetensors")
-
-    def download(folder: str, file: str) -> str:
-        if file.startswith("first"):
-            raise http.client.IncompleteRead(b"")
-        return str(path)
-
+    path = saved({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(path.read_bytes()[:-4])
+    download = Mock(side_effect=[http.client.IncompleteRead(b""), str(path)])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    addresses = [f"hub:someone/model/{name}.safetensors" for name in ("first", "second")]
-    assert obtain_weights("weights", *addresses, download=True) == path
+    for first in ("hub:someone/model/model.safetensors", short.as_uri()):
+        addresses = first, "hub:someone/model/pytorch_model.bin"
+        assert obtain_weights("weights", *addresses, download=True) == path
+        download.side_effect = [str(path)]
 
 
 # --- settings ---
