@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.heads import features
-from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
-from pai_utils.support.sampling import Samples, batches, check_labels, fitting_batches, in_precision
+from pai_utils.support.common import NonFiniteError, check_names
+from pai_utils.support.sampling import Samples, check_labels
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Evaluation:
 
         logits, labels = logits.cpu(), labels.cpu()
         check_labels(labels, logits.shape[1])
-        loss = float(F.cross_entropy(logits.double(), labels))
+        loss, count = float(F.cross_entropy(logits.double(), labels)), len(labels)
         if not np.isfinite(loss):
             raise NonFiniteError(
-                f"the loss on {len(labels)} samples is {loss}: the logits are not finite"
+                f"the loss on {count} samples is {loss}: the logits are not finite"
             )
         correct = (logits.argmax(1) == labels).clone()  # no inference tensor
-        right, count = int(correct.sum()), len(labels)
+        right = int(correct.sum())
         bounds = binomtest(right, count).proportion_ci(0.95, method="wilson")
         return cls(right / count, loss, count, (float(bounds.low), float(bounds.high)), correct)
 
@@ -80,15 +80,7 @@ def evaluate(
         >>> f"{found.accuracy:.3f} of {found.count}, loss {found.loss:.3f}"
         '0.667 of 3, loss 0.885'
     """
-    device = device_of(model)
-
-    def compute(size: int) -> list[tuple[Tensor, Tensor]]:
-        return [(model(x), y) for x, y in batches(data, size, device)]
-
-    with undisturbed(model), torch.inference_mode(), in_precision(device, precision):
-        pairs = fitting_batches(compute, batch_size)
-        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return Evaluation.of(logits, labels)
+    return Evaluation.of(*features(model, data, batch_size=batch_size, precision=precision))
 
 
 def evaluate_heads(
@@ -109,9 +101,7 @@ def evaluate_heads(
     for name, samples in data.items():
         values, labels = features(backbone, samples, batch_size=batch_size, precision=precision)
         with torch.inference_mode():
-            head = heads[name]
-            logits = head(values.to(head.weight)).cpu()
-        results[name] = Evaluation.of(logits, labels)
+            results[name] = Evaluation.of(heads[name](values.to(heads[name].weight)), labels)
     return results
 
 

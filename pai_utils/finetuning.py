@@ -16,65 +16,28 @@ from torch.nn import functional as F
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Classifier
 from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
-from pai_utils.support.sampling import Samples, batches, check_labels, paired
+from pai_utils.support.sampling import Samples, batches, check_batch_size, check_labels, paired
 
-OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float, float, float], torch.optim.Optimizer]]
-OPTIMISERS = {
-    "sgd": lambda weights, rate, momentum, decay: torch.optim.SGD(
-        weights, lr=rate, momentum=momentum, weight_decay=decay
-    ),
-    "adam": lambda weights, rate, momentum, decay: torch.optim.AdamW(
-        weights, lr=rate, betas=(momentum, 0.99), weight_decay=decay
-    ),
-}
+
+def _sgd(
+    weights: list[nn.Parameter], rate: float, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    return torch.optim.SGD(weights, rate, momentum, weight_decay=weight_decay)
+
+
+def _adam(
+    weights: list[nn.Parameter], rate: float, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, rate, (momentum, 0.99), weight_decay=weight_decay)
+
+
+OPTIMISERS = {"sgd": _sgd, "adam": _adam}
 """By name; Adam with decoupled weight decay, and a second beta for short runs."""
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
 }
 """The learning rate, over the first, once a share ``done`` of the updates is made."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is fine-tuned, by the keywords of :func:`finetune`."""
-
-    steps: int = 100
-    learning_rate: float = 1e-4
-    batch_size: int = 64
-    optimiser: str = "sgd"
-    schedule: str = "constant"
-    seed: int = 0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_names("optimiser", [self.optimiser], OPTIMISERS)
-        check_names("schedule", [self.schedule], SCHEDULES)
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps} must not be negative")
-        for name in ("learning_rate", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-
-    def rate_of(self, step: int) -> float:
-        """The learning rate of an update."""
-        return self.learning_rate * SCHEDULES[self.schedule](step / self.steps)
-
-    def batches(self, data: Samples, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of every update: epoch after epoch, each in an order of its own."""
-        step = 0
-        while step < self.steps:
-            generator = torch.Generator().manual_seed(self.seed_of(step))
-            order = torch.randperm(len(cast(Sized, data)), generator=generator)
-            epoch = batches(data, self.batch_size, device, order)
-            for images, labels in itertools.islice(epoch, self.steps - step):
-                yield paired(images), paired(labels)
-                step += 1
-
-    def seed_of(self, step: int) -> int:
-        """A seed for what is drawn at an update."""
-        return self.seed * 1_000_003 + step
 
 
 @dataclass(frozen=True)
@@ -99,16 +62,14 @@ class Penalty:
         parameters = dict(model.named_parameters())
         for kind, tensors in (("anchor", self.anchor), ("curvature", self.curvature or {})):
             check_names(f"parameter of the penalty's {kind}", tensors, parameters)
+            least = 0 if kind == "curvature" else -math.inf
             for name, tensor in tensors.items():
-                if tensor.shape != parameters[name].shape:
-                    raise ValueError(
-                        f"the penalty's {kind} of {name!r} has shape {list(tensor.shape)}, the "
-                        f"parameter {list(parameters[name].shape)}"
-                    )
-                if not tensor.isfinite().all():
-                    raise ValueError(f"the penalty's {kind} of {name!r} must be finite")
-                if kind == "curvature" and (tensor < 0).any():
-                    raise ValueError(f"the penalty's curvature of {name!r} must not be negative")
+                what = f"the penalty's {kind} of {name!r}"
+                shape, wanted = list(tensor.shape), list(parameters[name].shape)
+                if shape != wanted:
+                    raise ValueError(f"{what} has shape {shape}, the parameter {wanted}")
+                if not (tensor.isfinite() & (tensor >= least)).all():
+                    raise ValueError(f"{what} must be finite, and a curvature not negative")
         if self.curvature is not None and (missing := set(self.anchor) - set(self.curvature)):
             raise ValueError(f"the penalty has no curvature for {min(missing)!r}")
 
@@ -234,57 +195,40 @@ def finetune(
         >>> model[1].weight.data[~mask["1.weight"]]
         tensor([0., 0., 0.])
     """
-    training = Training(
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        optimiser=optimiser,
-        schedule=schedule,
-        seed=seed,
-        **options,
-    )
-    return train(model, data, mask, training, penalty=penalty, on_step=on_step)
-
-
-def train(
-    model: nn.Module,
-    data: Samples,
-    mask: Mask | None,
-    training: Training,
-    *,
-    penalty: Penalty | FeaturePenalty | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Train ``model`` in place, as :func:`finetune` describes it."""
+    check_names("optimiser", [optimiser], OPTIMISERS)
+    check_names("schedule", [schedule], SCHEDULES)
+    check_batch_size(batch_size)
+    if steps < 0:
+        raise ValueError(f"steps={steps} must not be negative")
+    if learning_rate <= 0:
+        raise ValueError(f"learning_rate={learning_rate} must be positive")
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; nothing to fine-tune")
+    stepper = OPTIMISERS[optimiser](trained, learning_rate, **options)
+    if penalty is not None:
+        penalty.check(model)
     removed = []
     if mask is not None:
         mask.apply_(model)
         removed = [(parameters[n], ~entry.to(parameters[n].device)) for n, entry in mask.items()]
-    if penalty is not None:
-        penalty.check(model)
     on_step = on_step or (lambda _: None)
-    stepper = OPTIMISERS[training.optimiser](
-        trained, training.learning_rate, training.momentum, training.weight_decay
-    )
     sound = [p.detach().clone() for p in trained]
     losses: list[float] = []
     with undisturbed(model):
         on_step(0)
         try:
-            for images, labels in training.batches(data, device_of(model)):
+            for images, labels in _updates(data, steps, batch_size, device_of(model), seed):
                 logits = model(images)
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)
                 value, step = loss.item(), len(losses)
                 if isinstance(penalty, FeaturePenalty):
-                    drawn = training.batch_size, training.seed_of(step)
+                    drawn = batch_size, _seed_at(seed, step)
                     loss = loss + penalty.loss(cast(Classifier, model), *drawn)
                 if not math.isfinite(loss.item()):
-                    raise _diverged(f"the loss is {loss.item()}", step, training)
+                    raise _diverged(f"the loss is {loss.item()}", step, learning_rate)
                 torch._foreach_copy_(sound, [p.detach() for p in trained])
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
@@ -292,7 +236,7 @@ def train(
                 for parameter, gone in removed:
                     if parameter.grad is not None:
                         parameter.grad.masked_fill_(gone, 0)
-                rate = training.rate_of(step)
+                rate = learning_rate * SCHEDULES[schedule](step / steps)
                 for group in stepper.param_groups:
                     group["lr"] = rate
                 stepper.step()
@@ -303,7 +247,7 @@ def train(
                             parameter.masked_fill_(gone, 0)
                 losses.append(value)
                 if not torch.stack([p.isfinite().all() for p in trained]).all():
-                    raise _diverged("an update is not finite", len(losses), training)
+                    raise _diverged("an update is not finite", len(losses), learning_rate)
                 on_step(len(losses))
         except NonFiniteError:
             torch._foreach_copy_([p.detach() for p in trained], sound)
@@ -311,7 +255,26 @@ def train(
     return losses
 
 
-def _diverged(what: str, step: int, training: Training) -> NonFiniteError:
+def _updates(
+    data: Samples, steps: int, batch_size: int, device: torch.device, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of every update: epoch after epoch, each in an order of its own."""
+    step = 0
+    while step < steps:
+        generator = torch.Generator().manual_seed(_seed_at(seed, step))
+        order = torch.randperm(len(cast(Sized, data)), generator=generator)
+        for images, labels in itertools.islice(
+            batches(data, batch_size, device, order), steps - step
+        ):
+            yield paired(images), paired(labels)
+            step += 1
+
+
+def _seed_at(seed: int, step: int) -> int:
+    """A seed for what is drawn at an update."""
+    return seed * 1_000_003 + step
+
+
+def _diverged(what: str, step: int, rate: float) -> NonFiniteError:
     advice = "try a smaller one" if step else "before any update: look at images and weights"
-    rate = training.learning_rate
     return NonFiniteError(f"{what} at step {step} with learning_rate={rate}; {advice}")

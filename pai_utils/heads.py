@@ -12,7 +12,7 @@ from pai_utils.data.tasks import Task
 from pai_utils.models.clip import zero_shot_head
 from pai_utils.models.encoders import Backbone, frozen_head
 from pai_utils.support.cache import Kept, reused
-from pai_utils.support.common import device_of, undisturbed, unknown_name
+from pai_utils.support.common import at_least_single, check_names, device_of, undisturbed
 from pai_utils.support.sampling import Samples, batches, fitting_batches, in_precision
 
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
@@ -37,7 +37,8 @@ def features(
 
     with undisturbed(backbone), torch.inference_mode(), in_precision(device, precision):
         values, labels = fitting_batches(compute, batch_size)
-    return (values.float() if precision != "float32" else values).clone(), labels.clone()
+    values = values.to(at_least_single(values)) if precision != "float32" else values
+    return values.clone(), labels.clone()
 
 
 def dense_features(
@@ -66,8 +67,7 @@ def make_heads(
     Raises:
         ValueError: if the kind is unknown, and as these two functions say.
     """
-    if kind not in HEADS:
-        raise unknown_name("kind of head", kind, HEADS)
+    check_names("kind of head", [kind], HEADS)
     if kind == "text":
         return {name: zero_shot_head(backbone, task.class_names) for name, task in tasks.items()}
     return {name: fit_head(backbone, task, batch_size=batch_size) for name, task in tasks.items()}
@@ -112,8 +112,7 @@ def fit_head(
         >>> pai.evaluate(pai.Classifier(backbone, head), task.test).accuracy > 5 * task.chance
         True
     """
-    if protocol not in PROTOCOLS:
-        raise unknown_name("protocol", protocol, PROTOCOLS)
+    check_names("protocol", [protocol], PROTOCOLS)
     split, device = PROTOCOLS[protocol], device_of(backbone)
     data: ImageDataset = getattr(task, split)
     parts = {"by": fit_head, "encoder": backbone, "data": data, "device": device.type}

@@ -16,7 +16,7 @@ from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
-from pai_utils.support.common import logger, unknown_name
+from pai_utils.support.common import check_names, logger
 from pai_utils.support.sampling import Draw, Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -50,8 +50,7 @@ class Recipe:
         """Refuse a recipe that cannot be followed, before anything is computed."""
         check_options(self.scorer, self.options)
         Repair.of(self.repair, self.repair_options)
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, SCHEDULES)
+        check_names("schedule", [self.schedule], SCHEDULES)
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}: at least one round is needed")
         if check_sparsity(self.sparsity, self.scope) is not None and self.rounds > 1:

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from torch import nn
 from pai_utils.curvature.diagonals import output_diagonal
 from pai_utils.data.images import ImageDataset
 from pai_utils.evaluation import Evaluation, evaluate_heads, gain_replicates, interval, retention
-from pai_utils.finetuning import OPTIMISERS, SCHEDULES, FeaturePenalty, Penalty, Training, train
+from pai_utils.finetuning import OPTIMISERS, SCHEDULES, FeaturePenalty, Penalty, finetune
 from pai_utils.heads import features, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
@@ -81,6 +81,8 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
         the source with its frozen head also ``"validation"``, to choose a rate by.
     """
     rows = []
+    common: dict[str, Any] = {"optimiser": config.optimiser, "schedule": config.schedule}
+    common |= {"steps": max(config.steps), "batch_size": config.finetune_batch_size}
     for seed in config.seeds:
         pool, draw = suite.source(config.pool, seed=seed), replace(config.draw, seed=seed)
         images = {"source": suite.tasks[config.source].train, "pool": pool.images}
@@ -99,11 +101,10 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
             }
             runs = list(itertools.product(penalties.items(), config.learning_rates))
             for (label, penalty), rate in progress(runs, "fine-tuning", len(runs)):
-                size, how = config.finetune_batch_size, (config.optimiser, config.schedule)
-                training = Training(max(config.steps), rate, size, *how, seed)
                 how_tuned = {"penalty": label, "learning_rate": rate}
                 begun = {"start": start, "sparsity": 0.0 if mask is None else sparsity}
-                found = _fine_tune(suite, config, encoder, mask, training, penalty)
+                how = {"penalty": penalty, "learning_rate": rate, "seed": seed, **common}
+                found = _fine_tune(suite, config, encoder, mask, how)
                 rows += [{**how_tuned, **row, **begun} for row in found]
     if not any(row["step"] in (0, max(config.steps)) for row in rows):
         raise ValueError("no fine-tuning came to its last step; try smaller learning rates")
@@ -115,8 +116,7 @@ def _fine_tune(
     config: Parameters,
     encoder: Backbone,
     mask: Mask | None,
-    training: Training,
-    penalty: Penalty | FeaturePenalty | None,
+    how: Mapping[str, Any],
 ) -> list[dict[str, object]]:
     """Fine-tune a copy of an encoder on the source; the rows of what was evaluated on the way."""
     rows: list[dict[str, object]] = []
@@ -129,7 +129,7 @@ def _fine_tune(
         data = suite.tests if split == "test" else {config.source: task.validation}
         for target, result in evaluate_heads(tuned.backbone, heads, data).items():
             place = {"step": step, "target": target, "split": split, "head": head}
-            rows.append({**place, "seed": training.seed, **result.row(suite.tasks[target].chance)})
+            rows.append({**place, "seed": how["seed"], **result.row(suite.tasks[target].chance)})
 
     def watch(step: int) -> None:
         if step in config.steps:
@@ -137,11 +137,11 @@ def _fine_tune(
             record(step, suite.heads, "validation")
 
     try:
-        train(tuned, task.train, mask, training, penalty=penalty, on_step=watch)
+        finetune(tuned, task.train, mask, on_step=watch, **how)
     except NonFiniteError as error:
         logger.warning("fine-tuning ends early: %s", error)
         return rows
-    record(training.steps, make_heads(tuned.backbone, suite.tasks), head="refitted")
+    record(how["steps"], make_heads(tuned.backbone, suite.tasks), head="refitted")
     return rows
 
 

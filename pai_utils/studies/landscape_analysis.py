@@ -19,7 +19,6 @@ from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.curvature.spectra import spectral_density, top_eigenpairs
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.evaluation import interval, summarise_retention
-from pai_utils.finetuning import Training
 from pai_utils.landscape import predicted_and_measured, pruning_direction, task_alignment
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Classifier, prunable_parameters
@@ -201,8 +200,8 @@ def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
         other = suite.untrained(seed=config.seed, batch_size=config.batch_size)
         if name == "trained":
             steps, rate = config.brief_steps, config.brief_learning_rate
-            training = Training(steps, rate, 32, "adam", "linear", config.seed)
-            trained = other.fine_tuned(other.encoder, config.source, None, training)
+            how = {"steps": steps, "learning_rate": rate, "batch_size": 32, "seed": config.seed}
+            trained = other.fine_tuned(other.encoder, config.source, None, **how)
             other = other.with_encoder(trained.backbone, config.batch_size)
         found[name] = measure(other, config, [config.close], [1.0])
     return found
@@ -218,11 +217,11 @@ def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], M
     pruned, mask = suite.prune(recipe, source, draw, scores=scores)
     mending = replace(recipe, repair=config.repair, repair_options=config.repair_options)
     repaired, _ = suite.prune(mending, source, draw, scores=scores)
-    steps, rate, size = config.finetune_steps, config.learning_rate, config.batch_size
-    training = Training(steps, rate, size, "adam", "linear", config.seed)
     encoders = {"dense": suite.encoder, "pruned": pruned, "repaired": repaired}
     models = {n: Classifier(e, suite.heads[config.source]) for n, e in encoders.items()}
-    models["fine-tuned"] = suite.fine_tuned(pruned, config.source, mask, training)
+    steps, rate, size = config.finetune_steps, config.learning_rate, config.batch_size
+    how = {"steps": steps, "learning_rate": rate, "batch_size": size, "seed": config.seed}
+    models["fine-tuned"] = suite.fine_tuned(pruned, config.source, mask, **how)
     return models, mask
 
 

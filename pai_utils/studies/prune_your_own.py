@@ -11,7 +11,6 @@ from pydantic import Field
 
 from pai_utils.evaluation import summarise_retention
 from pai_utils.export import FORMATS
-from pai_utils.finetuning import Training
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Classifier
 from pai_utils.pruning import Recipe
@@ -92,8 +91,8 @@ def prune_as_chosen(
     stages = {"pruned": Classifier(encoder, dense.head)}
     if config.finetune_steps:
         steps, rate, size = config.finetune_steps, config.learning_rate, config.finetune_batch_size
-        training = Training(steps, rate, size, "adam", "linear", config.seed)
-        stages["fine-tuned"] = suite.fine_tuned(encoder, config.source, mask, training)
+        how = {"steps": steps, "learning_rate": rate, "batch_size": size, "seed": config.seed}
+        stages["fine-tuned"] = suite.fine_tuned(encoder, config.source, mask, **how)
     return stages, mask
 
 

@@ -17,7 +17,7 @@ from pai_utils.data import mixtures
 from pai_utils.data.images import ImageDataset
 from pai_utils.data.tasks import Task, load_task
 from pai_utils.evaluation import Evaluation, evaluate_heads, summarise_retention
-from pai_utils.finetuning import Training, train
+from pai_utils.finetuning import finetune
 from pai_utils.heads import fit_head, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
@@ -94,12 +94,15 @@ class Suite:
         """The encoder with a task's head; neither is copied."""
         return Classifier(self.encoder, self.heads[task])
 
-    def fine_tuned(
-        self, encoder: Backbone, task: str, mask: Mask | None, training: Training
-    ) -> Classifier:
-        """A copy of an encoder, fine-tuned on a task under its frozen head."""
+    def fine_tuned(self, encoder: Backbone, task: str, mask: Mask | None, **how: Any) -> Classifier:
+        """A copy of an encoder, fine-tuned on a task under its frozen head, by Adam.
+
+        The learning rate falls in a straight line; ``how`` are further keywords of
+        :func:`~pai_utils.finetuning.finetune`.
+        """
         model = Classifier(copy.deepcopy(encoder), self.heads[task])
-        train(model, self.tasks[task].train, mask, training)
+        data = self.tasks[task].train
+        finetune(model, data, mask, optimiser="adam", schedule="linear", **how)
         return model
 
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import pai_utils as pai
 from pai_utils.data.images import ImageDataset
-from pai_utils.finetuning import Training
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import combine
 from pai_utils.studies.suite import SweepMask, sweep
@@ -67,8 +66,7 @@ def test_random_labels_are_a_permutation_with_a_head_of_their_own(suite: pai.Sui
 
 def test_fine_tuning_leaves_the_encoder_and_lowers_the_loss(suite: pai.Suite) -> None:
     before, data = fingerprint(suite.encoder), suite.tasks["first"].train
-    training = Training(30, 1e-2, 32, "adam", "linear")
-    tuned = suite.fine_tuned(suite.encoder, "first", None, training)
+    tuned = suite.fine_tuned(suite.encoder, "first", None, steps=30, learning_rate=1e-2)
     assert fingerprint(suite.encoder) == before
     assert pai.evaluate(tuned, data).loss < 0.8 * pai.evaluate(suite.classifier("first"), data).loss
 
