@@ -45,17 +45,7 @@ from torch import Tensor, nn
 
 from pai_utils.curvature.blocks import check_block_options, fisher_blocks
 from pai_utils.masks import Mask
-from pai_utils.repair.layouts import (
-    by_group,
-    channel_axis,
-    channels_last,
-    has_scale_and_shift,
-    is_norm,
-    is_plain,
-    keeps_its_scale,
-    rows_of,
-    standardised,
-)
+from pai_utils.repair import layouts
 from pai_utils.repair.least_squares import solve_layer
 from pai_utils.repair.streams import Residual, find_residuals, shown
 from pai_utils.support.common import (
@@ -65,7 +55,6 @@ from pai_utils.support.common import (
     listed,
     logger,
     undisturbed,
-    unknown_name,
 )
 from pai_utils.support.sampling import Draw, Samples, batches
 
@@ -79,16 +68,12 @@ def parse_repair(text: str) -> tuple[str, ...]:
     """The parts of a repair: of ``"none"`` nothing, of ``"layerwise+moments"`` both.
 
     Raises:
-        ValueError: for an unknown part, or one that is named twice.
+        ValueError: for an unknown part, one that is named twice, or any beside ``none``.
     """
-    if text == "none":
-        return ()
-    parts = tuple(text.split("+"))
-    for part in parts:
-        if part not in REPAIRS:
-            raise unknown_name("repair", part, ["none", *REPAIRS])
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"repair {text!r} names a part twice")
+    parts = () if text == "none" else tuple(text.split("+"))
+    check_names("repair", parts, ["none", *REPAIRS])
+    if len(set(parts)) < len(parts) or "none" in parts:
+        raise ValueError(f"repair {text!r} names a part twice, or has parts beside 'none'")
     return parts
 
 
@@ -227,15 +212,15 @@ def _match_activations_(
 ) -> None:
     """Give layers and normalisations what they have in the dense network, one after the other."""
     modules: dict[str, Any] = dict(model.named_modules())
-    layers = {n: m for n, m in modules.items() if f"{n}.weight" in mask and is_plain(m)}
-    norms = {n: m for n, m in modules.items() if is_norm(m)}
+    layers = {n: m for n, m in modules.items() if f"{n}.weight" in mask and layouts.is_plain(m)}
+    norms = {n: m for n, m in modules.items() if layouts.is_norm(m)}
     if others := [name for name in mask if name.removesuffix(".weight") not in layers]:
         logger.warning(
             "%s: no weights of plain linear layers or convolutions; not repaired by %s",
             listed(others),
             "+".join(part for part in repair.parts if part != "obs"),
         )
-    unscaled = [name for name, module in modules.items() if keeps_its_scale(module)]
+    unscaled = [name for name, module in modules.items() if layouts.keeps_its_scale(module)]
     if "moments" in repair.parts and unscaled:
         logger.warning(
             "%s: no BatchNorm or LayerNorm of channels with scale and shift; moments not restored",
@@ -243,10 +228,10 @@ def _match_activations_(
         )
     places = dict(layers)
     if "moments" in repair.parts:
-        places |= {name: norm for name, norm in norms.items() if has_scale_and_shift(norm)}
+        places |= {name: norm for name, norm in norms.items() if layouts.has_scale_and_shift(norm)}
     run = _Run(repair, mask, seed, places)
     if repair.streams:
-        axes = {name: partial(channel_axis, module) for name, module in (layers | norms).items()}
+        axes = {n: partial(layouts.channel_axis, m) for n, m in (layers | norms).items()}
         found = find_residuals(dense, axes, images[:_IMAGES_TO_LOOK_AT])
         run.residuals = {name: residual for name, residual in found.items() if name in places}
     with undisturbed(dense), torch.no_grad(), ExitStack() as hooks:
@@ -293,10 +278,10 @@ class _Run:
         """Keep what the dense network gives at one place."""
         if name in self.targets:
             return
-        if is_norm(module):
-            values = channels_last(standardised(module, inputs[0]), module).double()
-            mean = module.weight.double() * values.mean(0) + module.bias.double()
-            self.targets[name] = {"mean": mean, "std": values.std(0, correction=0)}
+        if layouts.is_norm(module):
+            mean, std = _moments(module, inputs[0])
+            mean = module.weight.double() * mean + module.bias.double()
+            self.targets[name] = {"mean": mean, "std": std}
         else:
             self.targets[name] = self._summary(name, output)
 
@@ -316,15 +301,21 @@ class _Run:
         """Repair a place before its own output is computed; all later inputs follow from it."""
         if (target := self.targets.get(name)) is None:
             return
-        if is_norm(module):
-            _restore_(module, inputs[0], target["mean"], target["std"])
+        if layouts.is_norm(module):
+            mean, std = _moments(module, inputs[0])
+            # A channel that the pruned network holds constant has no spread to restore.
+            alive = std > 1e-6 * target["std"]
+            rescaled = torch.where(alive, target["std"] / torch.where(alive, std, 1), 1.0)
+            scale = module.weight * rescaled
+            module.weight.copy_(scale)
+            module.bias.copy_(target["mean"] - scale * mean)
         elif "rows" in target:
             keep = self.mask[f"{name}.weight"].to(inputs[0].device)
             solved, bias = solve_layer(
-                rows_of(module, inputs[0], self.chosen[name]),
+                layouts.rows_of(module, inputs[0], self.chosen[name]),
                 target["rows"],
-                by_group(module, original),
-                by_group(module, keep),
+                layouts.by_group(module, original),
+                layouts.by_group(module, keep),
                 # A mean that no bias can carry is left to the normalisation, if that is repaired.
                 centred=module.bias is not None or "moments" in self.repair.parts,
                 damping=self.repair.damping,
@@ -338,20 +329,21 @@ class _Run:
     ) -> Tensor | None:
         """Shift what a layer gives to the mean that it is to have."""
         target = self.targets.pop(name, None)
-        shifts = "moments" in self.repair.parts and not is_norm(module) and module.bias is not None
-        if target is None or not shifts:
+        if target is None or "moments" not in self.repair.parts:
             return None
-        mean = channels_last(output, module).double().mean(0)
+        if layouts.is_norm(module) or module.bias is None:
+            return None
+        mean = layouts.channels_last(output, module).double().mean(0)
         shift = (target["mean"] - mean).to(output.dtype)
         module.bias += shift
-        axis = channel_axis(module, output)
+        axis = layouts.channel_axis(module, output)
         return output + shift.view([-1 if i == axis else 1 for i in range(output.ndim)])
 
     def _summary(self, name: str, output: Tensor) -> dict[str, Tensor]:
         module = self.places[name]
-        values = channels_last(output, module)
+        values = layouts.channels_last(output, module)
         summary = {"mean": values.double().mean(0)}
-        if "layerwise" in self.repair.parts and not is_norm(module):
+        if "layerwise" in self.repair.parts and not layouts.is_norm(module):
             if name not in self.chosen:
                 generator = torch.Generator().manual_seed(self.seed)
                 order = torch.randperm(len(values), generator=generator)
@@ -367,12 +359,7 @@ class _Run:
         return {k: v * inverse.to(v.dtype) for k, v in self._summary(name, stream).items()}
 
 
-def _restore_(module: Any, inputs: Tensor, wanted_mean: Tensor, wanted_std: Tensor) -> None:
-    """Give a normalisation's channels a mean, and before its scale a standard deviation."""
-    values = channels_last(standardised(module, inputs), module).double()
-    mean, std = values.mean(0), values.std(0, correction=0)
-    # A channel that the pruned network holds constant has no spread to restore.
-    alive = std > 1e-6 * wanted_std
-    scale = module.weight * torch.where(alive, wanted_std / torch.where(alive, std, 1), 1.0)
-    module.weight.copy_(scale)
-    module.bias.copy_(wanted_mean - scale * mean)
+def _moments(module: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of what a normalisation multiplies by its scale, by channel."""
+    values = layouts.channels_last(layouts.standardised(module, inputs), module).double()
+    return values.mean(0), values.std(0, correction=0)

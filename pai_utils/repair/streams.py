@@ -62,19 +62,15 @@ def shown(
 ) -> Iterator[None]:
     """Show ``observe`` the stream of each residual, under its name, whenever it is seen."""
 
-    def before(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observe(name, inputs[0])
-
-    def after(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        observe(name, output)
+    def show(name: str, _: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> None:
+        observe(name, *(output or inputs[:1]))
 
     with ExitStack() as hooks:
         for name, residual in residuals.items():
-            module = model.get_submodule(residual.place)
-            if residual.side == "input":
-                hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
-            else:
-                hooks.enter_context(module.register_forward_hook(partial(after, name)))
+            module: Any = model.get_submodule(residual.place)
+            enters = residual.side == "input"
+            register = module.register_forward_pre_hook if enters else module.register_forward_hook
+            hooks.enter_context(register(partial(show, name)))
         yield
 
 

@@ -112,11 +112,7 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
 
 
 def _fine_tune(
-    suite: Suite,
-    config: Parameters,
-    encoder: Backbone,
-    mask: Mask | None,
-    how: Mapping[str, Any],
+    suite: Suite, config: Parameters, encoder: Backbone, mask: Mask | None, how: Mapping[str, Any]
 ) -> list[dict[str, object]]:
     """Fine-tune a copy of an encoder on the source; the rows of what was evaluated on the way."""
     rows: list[dict[str, object]] = []
@@ -205,28 +201,25 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
     for values, run in frozen.groupby(_SETTINGS, sort=False):
         reached = run.groupby("seed").step.transform("max")
         run = run[reached == reached.max()]  # a seed that diverged has no end to compare
-        last = run[run.step == run.step.max()]
+        first, last = run.step.min(), run.step.max()
         row: dict[str, object] = dict(zip(_SETTINGS, values, strict=True))
         row["seeds"] = run.seed.nunique()
-        row["validation"] = last[last.split == "validation"].accuracy.mean()
+        row["validation"] = run[(run.step == last) & (run.split == "validation")].accuracy.mean()
         chance = run.groupby("target").chance.first()
-        before, after = (
-            # Of each task and item: the share of seeds that are right on it.
-            {
-                str(target): np.mean(np.stack(list(rows.correct)), 0)
-                for target, rows in part[part.split == "test"].groupby("target", sort=False)
-            }
-            for part in (run[run.step == run.step.min()], last)
-        )
+        tested = run[run.split == "test"].groupby(["step", "target"], sort=False).correct
+        # Of each task and item: the share of seeds that are right on it.
+        right: Any = {place: np.mean(np.stack(list(seeds)), 0) for place, seeds in tested}
         for part in ("source", "held_out"):
-            targets = [target for target in before if (target == source) == (part == "source")]
-            old, new = ([side[target] for target in targets] for side in (before, after))
+            targets = [target for step, target in right if step == first]
+            targets = [target for target in targets if (target == source) == (part == "source")]
+            old, new = ([right[step, target] for target in targets] for step in (first, last))
             low, high = interval(gain_replicates(old, new))
-            start, end = (float(np.mean([right.mean() for right in side])) for side in (old, new))
+            start, end = (float(np.mean([share.mean() for share in side])) for side in (old, new))
             row |= {part: end, f"{part}_gain": end - start}
             row |= {f"{part}_low": low, f"{part}_high": high}
-            for suffix, side in (("", after), ("_before", before)):
-                kept = [retention(float(side[t].mean()), dense[t], chance[t]) for t in targets]
+            for suffix, step in (("", last), ("_before", first)):
+                accuracies = {target: float(right[step, target].mean()) for target in targets}
+                kept = [retention(a, dense[t], chance[t]) for t, a in accuracies.items()]
                 row[f"{part}_retention{suffix}"] = float(np.mean(kept))
         gains.append(row)
     return pd.DataFrame(gains)

@@ -67,10 +67,9 @@ class Suite:
     @classmethod
     def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
         """What parameters name, with heads of a kind of :func:`~pai_utils.heads.make_heads`."""
-        name, size, device = config.backbone, config.image_size, config.device
-        encoder = load_backbone(name, size, device, pretrained=config.pretrained, seed=config.seed)
-        sizes: dict[str, Any] = {"train_size": config.train_size, "test_size": config.test_size}
-        how = {**sizes, "seed": config.seed}
+        name, size, device, seed = config.backbone, config.image_size, config.device, config.seed
+        encoder = load_backbone(name, size, device, pretrained=config.pretrained, seed=seed)
+        how: dict[str, Any] = config.model_dump(include={"train_size", "test_size", "seed"})
         tasks = {name: load_task(name, encoder.transform, **how) for name in config.tasks}
         return cls(encoder, tasks, make_heads(encoder, tasks, heads, batch_size=config.batch_size))
 
@@ -228,9 +227,7 @@ def sweep(
     for recipe in recipes:
         recipe.check()
         for source in sources:
-            if all(
-                part in mixtures.IMAGE_SETS for part in mixtures.source_parts(source, suite.tasks)
-            ):
+            if set(mixtures.source_parts(source, suite.tasks)) <= set(mixtures.IMAGE_SETS):
                 _check_needs_no_task(recipe, source)
     seeds = [draw.seed] if seeds is None else seeds
     alike = itertools.groupby(recipes, lambda r: (r.scorer, r.options, r.include, r.exclude))
