@@ -89,18 +89,19 @@ def test_tasks_depend_on_no_random_state_and_leave_none() -> None:
         task = load_task(name, TRANSFORM, train_size=50, test_size=40, seed=3)
         return [part.digest for part in (task.train, task.validation, task.test)]
 
+    def states() -> list[object]:
+        numpy: Any = np.random.get_state()  # noqa: NPY002
+        return [torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist()]
+
     forward = {name: load(name) for name in TASKS}
     torch.manual_seed(99)
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
-    numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
-    torch_before, python_before = torch.get_rng_state(), random.getstate()
+    before = states()
     for name in reversed(TASKS):
         getattr(TASKS[name].read, "cache_clear")()  # noqa: B009
         assert load(name) == forward[name]
-    assert torch.equal(torch.get_rng_state(), torch_before)
-    assert random.getstate() == python_before
-    assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]  # noqa: NPY002
+    assert states() == before
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
