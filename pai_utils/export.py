@@ -8,16 +8,15 @@ import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pai_utils.masks import Mask, describe_weights
@@ -33,7 +32,7 @@ _FORMAT = "pai_utils.compressed/1"
 # Multiples of rows and columns that PyTorch's kernels for 16-bit 2:4 weights take (CUTLASS).
 _ROWS, _COLUMNS = 32, 64
 _TOLERANCE = 1e-4  # of logits that another library computes
-_WARMUP, _REPEATS = 5, 30
+_TURNS, _PASSES = 10, 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Seconds of a forward pass, dense and sparse: medians of the repeats."""
+    """Seconds of a forward pass, dense and sparse: medians of the turns."""
 
     dense: float
     sparse: float
@@ -89,8 +88,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
                 [ 0.,  3.,  0.]])
     """
     state = _pruned_state(model, mask)
-    owners = _owners(model.state_dict(), mask)
-    aliases = {name: owner for name, owner in owners.items() if name != owner}
+    aliases = _aliases(model, mask)
     kept: dict[str, list[Tensor]] = {}
     for name, entry in mask.items():
         kept.setdefault(f"values.{_short(state[name])}", []).append(state[name][entry])
@@ -117,6 +115,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
     )
 
 
+@torch.no_grad()
 def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     """Fill ``model`` from a file of ``save_compressed``, bit for bit, and return its mask.
 
@@ -127,7 +126,23 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
         ValueError: if the file is truncated, altered or none of these, or was written of another
             architecture. The model is then untouched.
     """
-    return _fill(model, path, *_read(path))
+    state, mask, said = _read(path)
+    target, encoder = _tensors(model), describe_weights(model, ())["encoder"]
+    another = f"{path} is of another architecture: "
+    if problems := differences(state, target):
+        raise ValueError(another + problems)
+    if empty := [name for name, value in target.items() if value.is_meta]:
+        raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
+    shared = _aliases(model).items()
+    if split := [name for name, owner in shared if not torch.equal(state[name], state[owner])]:
+        raise ValueError(
+            f"{another}the model shares one tensor where the file has two: {listed(split)}"
+        )
+    if said["encoder"] != encoder:
+        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
+    for name, value in target.items():
+        value.copy_(state[name])
+    return mask
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Classifier:
@@ -142,7 +157,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
             an encoder from a checkpoint of the user's own: load that, and fill it by
             :func:`load_compressed`.
     """
-    state, mask, said = _read(path)
+    state, _, said = _read(path)
     weight, name, size = state.get("head.weight"), said["encoder"], said["image_size"]
     if weight is None or size is None or name.startswith("file:"):
         raise ValueError(
@@ -152,7 +167,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
     encoder = load_backbone(name, image_size=size, pretrained=False, device="cpu")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias="head.bias" in state)
     model = Classifier(encoder, head).to(weight.dtype)
-    _fill(model, path, state, mask, said)
+    load_compressed(path, model)
     return model.to(resolve_device(device)).eval()
 
 
@@ -166,27 +181,21 @@ def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> flo
     Raises:
         ValueError: if the process fails, with its last words.
     """
-    from safetensors.torch import save_file
-
     # The library may be run from its folder, which the other process would not know.
     code = (
-        "import sys; library, path, data, threads = sys.argv[1:]; sys.path.insert(0, library); "
-        "import torch; from safetensors.torch import load_file; from pai_utils import export; "
-        "torch.set_num_threads(int(threads)); data = load_file(data); "
+        "import sys; library, path, threads = sys.argv[1:]; sys.path.insert(0, library); "
+        "import torch; from safetensors.torch import load; from pai_utils import export; "
+        "torch.set_num_threads(int(threads)); data = load(sys.stdin.buffer.read()); "
         "logits = export.load_classifier(path, 'cpu')(data['images']); "
         "print(float((logits - data['logits']).abs().max()))"
     )
     library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
-    images = images.cpu().contiguous()
-    with TemporaryDirectory() as folder:
-        data = Path(folder, "data")
-        save_file({"images": images, "logits": _logits(model, images).contiguous()}, data)
-        arguments = map(str, (library, Path(path).resolve(), data, threads))
-        process = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-        )
+    command = [sys.executable, "-c", code, str(library), str(path), str(threads)]
+    tensors = {"images": images.cpu(), "logits": _logits(model, images)}
+    data = save({name: value.contiguous() for name, value in tensors.items()})
+    process = subprocess.run(command, input=data, capture_output=True)
     if process.returncode:
-        said = process.stderr.strip() or f"exit status {process.returncode}"
+        said = process.stderr.decode().strip() or f"exit status {process.returncode}"
         raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
     return float(process.stdout.split()[-1])
 
@@ -200,8 +209,6 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     Raises:
         ValueError: as :func:`save_compressed`.
     """
-    from safetensors.torch import save
-
     write_atomically(path, save(_pruned_state(model, mask), metadata={"format": "pt"}))
 
 
@@ -306,8 +313,6 @@ def write_formats(
                 promised = save_compressed(model, mask, path).promised
                 load_compressed(path, plain)
             else:
-                from safetensors.torch import load_file
-
                 save_dense(model, mask, path)
                 plain.load_state_dict(load_file(path))
             difference = float((plain(images.to(device)) - expected).abs().max())
@@ -339,10 +344,11 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
     dense = []
     for name, entry in mask.items():
         value = sparse.get_parameter(name)
-        if not value.is_cuda:
-            raise ValueError(f"{name} is on {value.device}; sparse kernels need a CUDA device")
-        if value.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"{name} is {value.dtype}; use model.half() or model.bfloat16()")
+        if not value.is_cuda or value.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is {value.dtype} on {value.device}; sparse kernels need a CUDA device and "
+                "model.half() or model.bfloat16()"
+            )
         module = sparse.get_submodule(name.rpartition(".")[0])
         rows, columns = (*entry.shape, 0)[:2]
         # Subclasses may read their weight in ways of their own, as attention's projection does.
@@ -358,19 +364,19 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Speedup:
     """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in turns.
 
-    All are on one device. Thirty passes of each model are timed after five others.
+    All are on one device. Each model has ten turns, of three passes that are timed together after
+    two others.
     """
-    seconds: tuple[list[float], list[float]] = ([], [])
-    wait = torch.cuda.synchronize if images.is_cuda else lambda _: None
+    from torch.utils.benchmark import Timer
+
+    threads = torch.get_num_threads()
+    timers = [
+        Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
+        for model in (dense, sparse)
+    ]
     with undisturbed(dense), undisturbed(sparse):
-        for _ in range(_WARMUP + _REPEATS):
-            for model, times in zip((dense, sparse), seconds, strict=True):
-                wait(images.device)
-                start = time.perf_counter()
-                model(images)
-                wait(images.device)
-                times.append(time.perf_counter() - start)
-    return Speedup(*(float(np.median(times[_WARMUP:])) for times in seconds))
+        seconds = [[timer.timeit(_PASSES).mean for timer in timers] for _ in range(_TURNS)]
+    return Speedup(*np.median(seconds, axis=0).tolist())
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:
@@ -389,30 +395,6 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:
         state[name][entries[name]] = kept
     state |= {alias: state[name] for alias, name in said["aliases"].items()}
     return state, Mask(entries, said["mask"]), said
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, path: str | Path, state: Mapping[str, Tensor], mask: Mask, said: Any
-) -> Mask:
-    """Copy what a file holds into a model that it fits."""
-    target, encoder = _tensors(model), describe_weights(model, ())["encoder"]
-    another = f"{path} is of another architecture: "
-    if problems := differences(state, target):
-        raise ValueError(another + problems)
-    if empty := [name for name, value in target.items() if value.is_meta]:
-        raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
-    # One memory cannot be filled with two values.
-    tied = [(name, state[name], state[owner]) for name, owner in _owners(target).items()]
-    if split := [n for n, one, two in tied if one is not two and not torch.equal(one, two)]:
-        raise ValueError(
-            f"{another}the model shares one tensor where the file has two: {listed(split)}"
-        )
-    if said["encoder"] != encoder:
-        raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
-    for name, value in target.items():
-        value.copy_(state[name])
-    return mask
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -439,16 +421,12 @@ def _check_pruned(model: nn.Module, mask: Mask) -> None:
         )
 
 
-def _owners(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, str]:
-    """The first name, by name, of tensors that are one in memory; those in ``first`` go first."""
-    seen: dict[Any, str] = {}
-    owners = {}
-    for name in dict.fromkeys((*first, *tensors)):
-        value = tensors[name]
-        place = value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
-        # A tensor without elements has no memory.
-        owners[name] = seen.setdefault(place if value.numel() else name, name)
-    return owners
+def _aliases(model: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
+    """Further names of tensors with several, and the first of each; ``first`` go before others."""
+    state = model.state_dict(keep_vars=True)
+    owners = {id(state[name]): name for name in reversed([*first, *state])}
+    every = {name: owners[id(value)] for name, value in state.items()}
+    return {name: owner for name, owner in every.items() if name != owner}
 
 
 def _is_two_of_four(entry: Tensor) -> bool:
