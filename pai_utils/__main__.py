@@ -13,6 +13,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,6 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
     """
     from pai_utils.studies.parameters import read_parameters
 
-    path = _find_notebook(notebook)
     values = {name: _read_value(text) for name, text in given}
     if len(values) < len(given):
         raise BadInput("a parameter is given twice")
@@ -105,6 +105,7 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
             raise BadInput("the folder is given twice, by -o and by -p out")
         values["out"] = out.as_posix()
     try:
+        path = _find_notebook(notebook)
         config = read_parameters(path, values)
     except ValueError as error:
         raise BadInput(str(error)) from error
@@ -123,23 +124,19 @@ def doctor() -> None:
     complete = True
     for check in _checks():
         complete &= check.found or check.optional
-        mark = "ok" if check.found else "missing"
+        mark = "ok" if check.found else "absent" if check.optional else "missing"
         click.echo(f"{mark:<8} {check.name}: {check.text}")
     if not complete:
         raise click.ClickException("something is missing; the lines above say what to do")
 
 
 def _find_notebook(name: str) -> Path:
-    from pai_utils.support.common import unknown_name
+    from pai_utils.support.common import check_names
 
-    path = Path(name)
-    if path.is_file():
-        return path
+    if Path(name).is_file():
+        return Path(name)
     known = {file.stem: file for file in sorted(NOTEBOOKS.glob("*.ipynb"))}
-    if path.suffix == ".ipynb" or len(path.parts) > 1 or not known:
-        raise BadInput(f"there is no notebook {name}")
-    if name not in known:
-        raise BadInput(str(unknown_name("notebook", name, known)))
+    check_names("notebook", [name], known)
     return known[name]
 
 
@@ -193,44 +190,44 @@ def _checks() -> Iterator[_Check]:
     yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
     if all(importlib.util.find_spec(module) for module in ("torch", "timm")):
-        yield from _shipped()
-        yield from _fetched()
+        yield from _files()
 
 
 def _packages() -> Iterator[_Check]:
-    try:
+    from pai_utils.support.code import version_of
+
+    requirements = []
+    with suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires("pai-utils") or []
-    except importlib.metadata.PackageNotFoundError:
-        yield _Check("pai-utils", False, f"not installed, only found in its folder; {_INSTALL}")
-        return
     for requirement in ["pai-utils", *requirements]:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if extra is not None and extra[1] != "book":
-            continue
-        try:
-            yield _Check(name, True, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
+        if extra is None or extra[1] == "book":
             todo = f"only notebooks need it; {_INSTALL_BOOK}" if extra else _INSTALL
-            yield _Check(name, False, todo, optional=extra is not None)
+            found = version_of(name)
+            yield _Check(name, found is not None, found or todo, optional=extra is not None)
 
 
-def _shipped() -> Iterator[_Check]:
-    """The device, and what packages ship: weights, whose checksums are compared, and images."""
+def _files() -> Iterator[_Check]:
+    """The device, weights, whose checksums are compared, and data."""
     import torch
 
+    from pai_utils.data.datasets import DATASETS, data_root
     from pai_utils.data.embedded import TASKS
-    from pai_utils.models.published import BACKBONES
+    from pai_utils.models.published import BACKBONES, PRESETS
 
     text = f"cpu with {torch.get_num_threads()} threads; torch finds no CUDA device"
     if torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         text = f"cuda, {torch.cuda.get_device_name()} with {gib:.0f} GiB"
     yield _Check("device", True, text)
-    for name, spec in BACKBONES.items():
+    for name, spec in (BACKBONES | PRESETS).items():
         try:
             path = spec.obtain(name, download=False)
-            yield _Check(f"weights {name}", True, f"{path.name} of {spec.package}, intact")
+            yield _Check(f"weights {name}", True, f"{path}, intact")
+        except FileNotFoundError:  # no package ships it
+            todo = "fetched by load_backbone(name, download=True)"
+            yield _Check(f"weights {name}", False, todo, optional=True)
         except (ImportError, OSError, ValueError) as error:
             yield _Check(f"weights {name}", False, str(error))
     for name, task in TASKS.items():
@@ -239,27 +236,6 @@ def _shipped() -> Iterator[_Check]:
             yield _Check(f"data {name}", True, f"{images:,} images")
         except (ImportError, OSError, ValueError, EOFError, zlib.error) as error:
             yield _Check(f"data {name}", False, f"{error}; {_INSTALL}")
-
-
-def _fetched() -> Iterator[_Check]:
-    """Published weights and data sets on disk: weights that are altered one by one."""
-    from pai_utils.data.datasets import DATASETS, data_root
-    from pai_utils.models.checkpoints import weights_root
-    from pai_utils.models.published import PRESETS
-
-    found, absent = [], []
-    for name, preset in PRESETS.items():
-        try:
-            preset.obtain(name, download=False)
-            found.append(name)
-        except FileNotFoundError:
-            absent.append(name)
-        except (OSError, ValueError) as error:
-            yield _Check(f"preset {name}", False, str(error))
-    text = f"{', '.join(found) or 'none'} found in {weights_root()} or the hub's cache"
-    if absent:
-        text += f"; {', '.join(absent)}: fetched by load_backbone(name, download=True)"
-    yield _Check("presets", True, text)
     there = [name for name, spec in DATASETS.items() if (data_root() / spec.place).exists()]
     by_hand = [name for name, spec in DATASETS.items() if spec.by_hand]
     text = f"{', '.join(there) or 'none'} found in {data_root()} (PAI_DATA_ROOT); others are "

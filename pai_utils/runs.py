@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -27,6 +26,7 @@ from pai_utils.studies.parameters import (
     RunParameters,
     describe_problem,
 )
+from pai_utils.support.code import version_of
 from pai_utils.support.stored import digest_of, write_atomically
 
 if TYPE_CHECKING:
@@ -129,9 +129,6 @@ def check_results(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a column is missing or unknown, a value ill-typed or out of range, or two rows
             agree in cell, source, target, scorer, sparsity and stage.
     """
-    absent = [column for column in _COLUMNS if column not in table]
-    if absent:
-        raise ValueError(f"no table of results: there is no column {absent[0]!r}")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     try:
         TypeAdapter(list[Result]).validate_python(rows)
@@ -256,18 +253,10 @@ def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in (*_RECORDED_PACKAGES, *packages)},
+        "versions": {package: version_of(package) for package in (*_RECORDED_PACKAGES, *packages)},
         "commit": commit,
         "clean": clean,
     }
-
-
-def _version(package: str) -> str | None:
-    """The installed version; ``None`` for a library that runs from its folder."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -13,7 +13,6 @@ Cost: a hash of weights and images for each look, about a second a GB.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from functools import cache
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pai_utils.support.code import LIBRARY, closure, definition, file_of
+from pai_utils.support.code import LIBRARY, closure, definition, file_of, version_of
 from pai_utils.support.common import hash_tensors, logger
 from pai_utils.support.sampling import agreed, this_process
 from pai_utils.support.stored import read_tensors, write_tensors
@@ -45,6 +43,7 @@ _FORMAT = "pai_utils.support.cache/3"
 _STARTED = time.time()
 # Packages that compute, whose modules do the same as long as their version is the same.
 _PACKAGES = ("numpy", "open_clip_torch", "scikit-learn", "scipy", "timm", "torch", "torchvision")
+_VERSIONS = {package: version_of(package) for package in _PACKAGES}
 _KNOWN = {"numpy", "open_clip", "timm", "torch", "torchvision", *sys.stdlib_module_names}
 
 
@@ -123,7 +122,7 @@ def _key(parts: Mapping[str, Any], compute: Callable[[], Kept]) -> str | None:
     # What changed since this process began is not what it runs.
     if any(path.stat().st_mtime > _STARTED for path in map(file_of, code) if path):
         return None
-    text = f"{_versions()} {definition(compute)} {sorted(code.items())}"
+    text = f"{_VERSIONS} {definition(compute)} {sorted(code.items())}"
     return hashlib.sha256(stream.getvalue() + text.encode()).hexdigest()[:24]
 
 
@@ -163,12 +162,3 @@ class _Describer(pickle.Pickler):
             content: Any = value  # without a digest, it may read its images when asked for them
             return type(value), (content.digest, content.transform)
         return NotImplemented
-
-
-@cache
-def _versions() -> str:
-    found = []
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return " ".join(found)

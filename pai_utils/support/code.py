@@ -1,4 +1,4 @@
-"""What the library's code says apart from its docstrings and comments, and what it imports.
+"""What the library's code says apart from its docstrings and comments, and what it depends on.
 
 Nothing is imported to find out, so that the workflow can ask at once.
 """
@@ -6,6 +6,7 @@ Nothing is imported to find out, so that the workflow can ask at once.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,14 @@ def file_of(module: str, root: Path = ROOT) -> Path | None:
     path = root.joinpath(*module.split("."))
     files = path / "__init__.py", path.with_name(path.name + ".py")
     return next((file for file in files if file.is_file()), None)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; ``None`` if there is none, as of a library run from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def facts_of(path: Path) -> str:
