@@ -584,8 +584,7 @@ def _intervals(
         for value, style in lines.items():
             axes.axvline(value, color="0.2", linewidth=0.8, linestyle=style)
         axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel(xlabel)
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
 
     size = (width, 0.9 + 0.32 * len(names))
     return _panels(_groups(table), draw, looks, size=size, share=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     """
     from tqdm import tqdm
 
-    bar: Any = tqdm(items, desc=description, total=total, leave=False, disable=not watched())
-    return cast(Iterable[T], bar)
+    return tqdm(items, desc=description, total=total, leave=False, disable=not watched())
 
 
 def watched() -> bool:
@@ -121,11 +120,11 @@ def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def listed(items: Iterable[object], most: int = 5) -> str:
-    """The first of some items, separated by commas, and how many more there are."""
+def listed(items: Iterable[object]) -> str:
+    """The first five items, separated by commas, and how many more there are."""
     texts = list(map(str, items))
-    rest = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + rest
+    rest = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + rest
 
 
 def unknown_name(

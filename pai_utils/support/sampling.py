@@ -168,14 +168,14 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
 
     Raises:
         torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``).
-        ValueError: if ``batch_size`` is below one.
     """
-    check_batch_size(batch_size)
     while True:
         try:
             return compute(batch_size)
         except RuntimeError as error:
-            if batch_size == 1 or not _ran_out_of_memory(error):
+            # The CPU's allocator has no exception class of its own.
+            full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+            if batch_size == 1 or not full:
                 raise
             batch_size //= 2
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
@@ -188,11 +188,6 @@ def check_batch_size(batch_size: int) -> None:
     """Refuse a batch of fewer samples than one."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample a batch is needed")
-
-
-def _ran_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no exception class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def check_seed(seed: int) -> None:

@@ -121,8 +121,6 @@ def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
         fitting_batches(fail, 64)
     with pytest.raises(RuntimeError, match="shapes differ"):
         fitting_batches(break_, 64)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        fitting_batches(break_, 0)
 
 
 def test_progress_yields_the_items_and_writes_nothing_unwatched(
