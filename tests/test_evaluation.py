@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
 from pai_utils.evaluation import (
+    Evaluation,
     evaluate_heads,
     gain_replicates,
     held_out_retention,
@@ -65,16 +65,9 @@ def test_mixed_precision_changes_logits_by_its_rounding_only(precision: str) -> 
 
 
 def test_the_interval_is_wilsons() -> None:
-    class Right(nn.Module):
-        """Answers class 0."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            return F.one_hot(torch.zeros(len(images), dtype=torch.long), 4).double()
-
-    data = Images(10)
-    data.labels[:] = torch.tensor([0] * 8 + [1] * 2)
-    low, high = pai.evaluate(Right(), data).interval
-    assert [low, high] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+    labels = torch.tensor([0] * 8 + [1] * 2)
+    found = Evaluation.of(torch.tensor([[1.0, 0.0]] * 10), labels)
+    assert found.interval == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
 
 
 def test_bad_labels_logits_and_empty_data_are_refused() -> None:

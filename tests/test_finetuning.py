@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import pai_utils as pai
@@ -59,22 +59,16 @@ def test_head_statistics_and_modes_stay_and_the_rest_learns(training: bool) -> N
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_training_lowers_the_loss() -> None:
-    pruned = pruned_classifier(0.5)
-    data = tiny_task().train
-    before = pai.evaluate(pruned.model, data).loss
-    pai.finetune(pruned.model, data, pruned.mask, steps=60, learning_rate=0.05)
-    assert pai.evaluate(pruned.model, data).loss < 0.9 * before
-
-
-def test_steps_equal_a_loop_written_by_hand() -> None:
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_steps_equal_a_loop_written_by_hand(schedule: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     data = Images(7, classes=3, side=2)
     mask = pai.make_mask({"1.weight": torch.rand(5, 12)}, 0.5)
     mine = copy.deepcopy(model)
     mask.apply_(mine)
-    rate, momentum, decay = 0.3, 0.9, 0.01
+    momentum, decay = 0.9, 0.01
+    rates = [0.3] * 5 if schedule == "constant" else [0.3, 0.24, 0.18, 0.12, 0.06]
     velocity = {n: torch.zeros_like(p) for n, p in mine.named_parameters()}
     seen: list[int] = []
     expected: list[float] = []
@@ -90,26 +84,15 @@ def test_steps_equal_a_loop_written_by_hand() -> None:
                     velocity[name] = momentum * velocity[name] + g + decay * p
                     if name in mask:
                         velocity[name] *= mask[name]
-                    p.sub_(rate * velocity[name])
+                    p.sub_(rates[len(expected) - 1] * velocity[name])
     assert sorted(seen[:7]) == list(range(7))
     losses = pai.finetune(
-        model, data, mask, steps=5, learning_rate=rate, batch_size=3, momentum=momentum,
-        weight_decay=decay, seed=5,
+        model, data, mask, steps=5, learning_rate=0.3, batch_size=3, momentum=momentum,
+        weight_decay=decay, seed=5, schedule=schedule,
     )  # fmt: skip
     assert losses == pytest.approx(expected, rel=1e-12)
     for ours, theirs in zip(model.parameters(), mine.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_a_seed_sets_the_result() -> None:
-    def run(seed: int) -> list[float]:
-        pruned = pruned_classifier()
-        return pai.finetune(
-            pruned.model, tiny_task().train, pruned.mask, steps=8, batch_size=8, seed=seed
-        )
-
-    assert run(1) == run(1)
-    assert run(1) != run(2)
 
 
 @pytest.mark.parametrize("rate", [1e6, 1e20, 1e38])
@@ -283,30 +266,8 @@ def test_a_strong_pull_to_features_keeps_them_and_pruned_weights_stay_zero() -> 
 )
 def test_an_impossible_pull_to_features_is_refused(changes: dict[str, Any], message: str) -> None:
     task = tiny_task(train=60)
-    settings = {"images": task.train, "targets": torch.zeros(60, 6), "strength": 1.0, **changes}
+    sound: Any = {"images": task.train, "targets": torch.zeros(60, 6), "strength": 1.0}
     with pytest.raises(ValueError, match=message):
-        pai.finetune(tiny_classifier(), task.train, penalty=FeaturePenalty(**settings))
-    settings = {"images": task.train, "targets": torch.zeros(60, 6), "strength": 1.0}
+        pai.finetune(tiny_classifier(), task.train, penalty=FeaturePenalty(**(sound | changes)))
     with pytest.raises(ValueError, match="needs a Classifier"):
-        pai.finetune(nn.Linear(4, 2), task.train, penalty=FeaturePenalty(**settings))
-
-
-def test_the_rate_falls_in_a_straight_line_to_its_last_step() -> None:
-    # One weight without curvature: every step of plain SGD is the rate times one gradient.
-    class Slope(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-        def forward(self, images: Tensor) -> Tensor:
-            flat = images.flatten(1)[:, :1].double() * 0 + 1
-            return torch.cat([flat * self.weight, -flat * self.weight], 1)
-
-    model, seen = Slope(), []
-    data = Images(8, classes=1)
-    pai.finetune(
-        model, data, steps=4, learning_rate=1e-7, batch_size=8, momentum=0.0, schedule="linear",
-        on_step=lambda step: seen.append(float(model.weight.detach())),
-    )  # fmt: skip
-    steps = torch.tensor(seen).diff()
-    torch.testing.assert_close(steps / steps[0], torch.tensor([1.0, 0.75, 0.5, 0.25]))
+        pai.finetune(nn.Linear(4, 2), task.train, penalty=FeaturePenalty(**sound))

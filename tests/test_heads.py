@@ -1,16 +1,16 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 import pai_utils as pai
 from pai_utils.heads import features
 from pai_utils.models.encoders import Backbone
-from tests.cases import Limited, fingerprint, tiny_backbone, tiny_dataset, tiny_task
+from tests.cases import Layers, Limited, fingerprint, tiny_backbone, tiny_dataset, tiny_task
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -61,22 +61,15 @@ def test_a_protocol_uses_its_split_and_nothing_else() -> None:
 
 
 def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
-    class Constant(nn.Module):
+    def constant(_: Any, images: torch.Tensor) -> torch.Tensor:
         """The second feature is a bias plus the last bit, as after a layer pruned to nothing."""
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            value = images.mean((1, 2, 3))
-            noise = 6e-8 * (torch.sin(1e4 * value) > 0)
-            return torch.stack([value, 0.3 + noise, torch.zeros_like(value)], 1)
+        value = images.mean((1, 2, 3))
+        noise = 6e-8 * (torch.sin(1e4 * value) > 0)
+        return torch.stack([value, 0.3 + noise, torch.zeros_like(value)], 1)
 
     tiny = tiny_backbone()
-    backbone = Backbone(
-        Constant(),
-        name="constant",
-        feature_dim=3,
-        transform=tiny.transform,
-        provenance=tiny.provenance,
-    )
+    known: Any = {"transform": tiny.transform, "provenance": tiny.provenance}
+    backbone = Backbone(Layers(constant), name="constant", feature_dim=3, **known)
     head = pai.fit_head(backbone, tiny_task())
     assert float(head.weight.abs().max()) < 1e3
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.layer_scale import LayerScale
 from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from pai_utils.repair.layouts import channels_last
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import ALL
-from tests.cases import Images, fingerprint, tiny_classifier, tiny_task, torch_attention
+from tests.cases import Images, Layers, fingerprint, tiny_classifier, tiny_task, torch_attention
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -178,21 +179,19 @@ def test_layerwise_brings_the_first_layers_outputs_closest(make: Callable[[], nn
             weight.sub_(step)
 
 
-class Block(nn.Module):
+def block(hidden: int, normalised: bool = False) -> nn.Module:
     """A layer that is pruned, and a branch that could make good for it."""
 
-    def __init__(self, hidden: int, normalised: bool = False) -> None:
-        super().__init__()
-        self.stem = nn.Linear(6, 5)
-        self.up = nn.Linear(5, hidden)
-        self.down = nn.Linear(hidden, 5)
-        self.norm = nn.BatchNorm1d(5) if normalised else nn.Identity()
-        self.gain = nn.Parameter(torch.linspace(0.5, 2, 5))
+    def call(m: Any, images: Tensor) -> Tensor:
+        stream: Tensor = m.stem(images.flatten(1)[:, :6])
+        branch: Tensor = m.gain(m.norm(m.down(m.up(stream).tanh())))
+        return stream + branch
 
-    def forward(self, images: Tensor) -> Tensor:
-        stream = self.stem(images.flatten(1)[:, :6])
-        result: Tensor = stream + self.gain * self.norm(self.down(self.up(stream).tanh()))
-        return result
+    norm = nn.BatchNorm1d(5) if normalised else nn.Identity()
+    layers = {"stem": nn.Linear(6, 5), "up": nn.Linear(5, hidden), "down": nn.Linear(hidden, 5)}
+    gain = LayerScale(5)
+    gain.gamma.data = torch.linspace(0.5, 2, 5)
+    return Layers(call, **layers, norm=norm, gain=gain)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -202,7 +201,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("method", ["layerwise", "layerwise+moments"])
 def test_a_branch_makes_good_what_its_stream_lost(method: str) -> None:
     # More hidden units than images, so that the branch can be anything on these images.
-    setting = Setting(lambda: Block(hidden=40), whole=("up.weight", "down.weight"))
+    setting = Setting(lambda: block(hidden=40), whole=("up.weight", "down.weight"))
     dense, images = setting.dense, setting.data.images
     assert distance(setting.repair(method, damping=1e-9)(images), dense(images)) < 1e-5
     # Looked at each for itself, the stem's loss stays.
@@ -215,7 +214,7 @@ def test_a_branch_makes_good_what_its_stream_lost(method: str) -> None:
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_moments_restores_the_mean_of_the_sum(normalised: bool) -> None:
-    setting = Setting(lambda: Block(7, normalised), whole=("up.weight", "down.weight"))
+    setting = Setting(lambda: block(7, normalised), whole=("up.weight", "down.weight"))
     with torch.no_grad():
         setting.pruned.stem.bias.add_(1)  # the stem is not repaired, so that its mean is off
     setting.mask = Mask({n: entry for n, entry in setting.mask.items() if n != "stem.weight"})
@@ -271,43 +270,29 @@ def test_prune_repairs_on_its_own_samples_and_leaves_the_model() -> None:
     assert float((found - wanted).square().mean()) < 0.5 * float((left - wanted).square().mean())
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(self.layer(x.flatten(1)[:, :6]).relu())
-        return result
+def twice() -> nn.Module:
+    return Layers(lambda m, x: m.layer(m.layer(x.flatten(1)[:, :6]).relu()), layer=nn.Linear(6, 6))
 
 
 def test_a_layer_that_is_called_twice_is_shifted_once() -> None:
-    setting = Setting(Twice)
+    setting = Setting(twice)
     inputs = setting.data.images.flatten(1)[:, :6]
     found, wanted = (m.layer(inputs).mean(0) for m in (setting.repair("moments"), setting.dense))
     torch.testing.assert_close(found, wanted)
 
 
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used = nn.Linear(192, 4)
-        self.aside = nn.Linear(4, 4)
+def functional() -> nn.Module:
+    """A layer whose weight alone is used."""
+    return Layers(
+        lambda m, x: nn.functional.linear(m.used(x.flatten(1)), m.aside.weight),
+        used=nn.Linear(192, 4),
+        aside=nn.Linear(4, 4),
+    )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.linear(self.used(images.flatten(1)), self.aside.weight)
 
-
-class Summed(nn.Module):
+def summed(layer: nn.Module) -> nn.Module:
     """A layer that adds what it computes to its inputs."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.layer(x)
-        return result
+    return Layers(lambda m, x: x + m.layer(x), layer=layer)
 
 
 PLAIN = "no weights of plain linear layers or convolutions; not repaired by layerwise+moments"
@@ -317,11 +302,8 @@ PLAIN = "no weights of plain linear layers or convolutions; not repaired by laye
     ("layers", "warnings"),
     [
         (
-            [
-                Summed(StdConv2d(3, 3, 3, bias=True)),
-                Summed(ScaledStdConv2d(3, 3, 3, bias=True)),
-                Conv2dSame(3, 4, 3),
-            ],
+            [summed(StdConv2d(3, 3, 3, bias=True)), summed(ScaledStdConv2d(3, 3, 3, bias=True)),
+             Conv2dSame(3, 4, 3)],
             [f"0.layer.weight, 1.layer.weight: {PLAIN}"],
         ),
         (
@@ -335,10 +317,7 @@ PLAIN = "no weights of plain linear layers or convolutions; not repaired by laye
             ["1, 5, 6, 8: no BatchNorm or LayerNorm of channels with scale and shift; moments "
              "not restored"],
         ),
-        (
-            [Functional()],
-            ["0.aside is not called as a layer; its weights are not repaired"],
-        ),
+        ([functional()], ["0.aside is not called as a layer; its weights are not repaired"]),
     ],
 )  # fmt: skip
 def test_what_is_not_repaired_is_named_and_left(

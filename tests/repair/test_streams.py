@@ -1,6 +1,7 @@
 """Residual streams: which layers end a branch, and where the stream is seen."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import timm
@@ -9,57 +10,34 @@ from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
 from pai_utils.repair.streams import Residual, find_residuals, shown
-from tests.cases import fingerprint
+from tests.cases import Layers, fingerprint
 
 
-class Tokens(nn.Module):
+def tokens() -> Any:
     """A pre-norm block over tokens, with a scale for each channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-        self.up = nn.Linear(6, 9)
-        self.down = nn.Linear(9, 6)
-        self.scale = LayerScale(6)
-        nn.init.uniform_(self.scale.gamma, 0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.scale(self.down(torch.tanh(self.up(self.norm(x)))))
-        return x + branch
+    scale = LayerScale(6)
+    nn.init.uniform_(scale.gamma, 0.5, 2)
+    return Layers(
+        lambda m, x: x + m.scale(m.down(torch.tanh(m.up(m.norm(x))))),
+        norm=nn.LayerNorm(6), up=nn.Linear(6, 9), down=nn.Linear(9, 6), scale=scale,
+    )  # fmt: skip
 
 
-class Meeting(nn.Module):
+def meeting(second_first: bool) -> Any:
     """Two branches that meet, in either order, then one added in place to what ReLU changed."""
 
-    def __init__(self, second_first: bool) -> None:
-        super().__init__()
-        self.long = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.long_norm = nn.BatchNorm2d(4).eval()
-        self.short = nn.Conv2d(3, 4, 1, bias=False)
-        self.last = nn.Conv2d(4, 4, 3, padding=1)
-        self.second_first = second_first
-
-    def forward(self, x: Tensor) -> Tensor:
-        long, short = self.long_norm(self.long(x)), self.short(x)
-        y: Tensor = short + long if self.second_first else long + short
-        y = y.relu_()
-        out: Tensor = self.last(y)
+    def call(m: Any, x: Tensor) -> Tensor:
+        long, short = m.long_norm(m.long(x)), m.short(x)
+        y: Tensor = (short + long if second_first else long + short).relu_()
+        out: Tensor = m.last(y)
         out += y
         return out
 
-
-class Changed(nn.Module):
-    """Adds a layer's output to what no module ever saw: its input, changed in place since."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.layer(x)
-        x.mul_(2)
-        result: Tensor = x + branch
-        return result
+    return Layers(
+        call,
+        long=nn.Conv2d(3, 4, 3, padding=1, bias=False), long_norm=nn.BatchNorm2d(4).eval(),
+        short=nn.Conv2d(3, 4, 1, bias=False), last=nn.Conv2d(4, 4, 3, padding=1),
+    )  # fmt: skip
 
 
 def axes_of(model: nn.Module) -> Mapping[str, Callable[[Tensor], int]]:
@@ -79,7 +57,7 @@ def found_in(model: nn.Module, images: Tensor) -> dict[str, Residual]:
 
 
 def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
-    block = Tokens().double()
+    block = tokens().double()
     (name, residual), *others = found_in(block, torch.randn(3, 5, 6).double()).items()
     assert not others
     assert (name, residual.place, residual.side) == ("down", "norm", "input")
@@ -88,7 +66,7 @@ def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
 
 @pytest.mark.parametrize("second_first", [True, False])
 def test_of_two_branches_the_later_one_is_found(second_first: bool) -> None:
-    found = found_in(Meeting(second_first), torch.randn(4, 3, 8, 8))
+    found = found_in(meeting(second_first), torch.randn(4, 3, 8, 8))
     assert {name: (r.place, r.side) for name, r in found.items()} == {
         "short": ("long_norm", "output"),
         "last": ("last", "input"),
@@ -96,7 +74,7 @@ def test_of_two_branches_the_later_one_is_found(second_first: bool) -> None:
 
 
 def test_the_stream_is_shown_as_it_is_added() -> None:
-    model, images = Meeting(False), torch.randn(4, 3, 8, 8)
+    model, images = meeting(False), torch.randn(4, 3, 8, 8)
     found = found_in(model, images)
     streams = {}
     with torch.no_grad(), shown(model, found, lambda n, s: streams.update({n: s.clone()})):
@@ -106,7 +84,9 @@ def test_the_stream_is_shown_as_it_is_added() -> None:
 
 
 def test_a_stream_that_was_changed_since_it_was_seen_is_not_taken() -> None:
-    assert not found_in(Changed(), torch.randn(7, 6))
+    # A layer's output is added to its input, which no module ever saw as it is by then.
+    model = Layers(lambda m, x: m.layer(x) + x.mul_(2), layer=nn.Linear(6, 6))
+    assert not found_in(model, torch.randn(7, 6))
 
 
 def test_a_normalisation_ends_a_branch_with_its_layer() -> None:

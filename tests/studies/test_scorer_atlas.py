@@ -8,14 +8,7 @@ import pai_utils as pai
 from pai_utils.evaluation import held_out_retention
 from pai_utils.pruning import Recipe
 from pai_utils.scorers import Scores
-from pai_utils.studies.scorer_atlas import (
-    Atlas,
-    Parameters,
-    accuracy_left,
-    forward_backward_seconds,
-    run,
-    summary_table,
-)
+from pai_utils.studies import scorer_atlas as study
 from pai_utils.studies.suite import SweepMask
 from pai_utils.support.sampling import Draw
 from tests.cases import fingerprint, tiny_classifier, tiny_suite, tiny_task
@@ -31,8 +24,8 @@ def step(
     return SweepMask(Recipe(scorer, sparsity), source, seed, scores, mask)
 
 
-def collected(*steps: SweepMask) -> Atlas:
-    atlas = Atlas(0.5)
+def collected(*steps: SweepMask) -> study.Atlas:
+    atlas = study.Atlas(0.5)
     for each in steps:
         atlas(each)
     return atlas
@@ -99,11 +92,11 @@ def test_costs_are_means_over_runs_in_the_given_unit() -> None:
 
 def test_the_atlas_follows_a_sweep() -> None:
     suite = tiny_suite(digits=tiny_task("digits", classes=2), photos=tiny_task("photos"))
-    config = Parameters(
+    config = study.Parameters(
         backbone="tiny", sources=["digits", "photos"], scorers=["snip", "synflow", "random"],
         sparsities=[0.3, 0.5], seeds=[0, 1], samples=8, options={"snip": {"samples": 4}}, out="o",
     )  # fmt: skip
-    table, atlas = run(suite, config)
+    table, atlas = study.run(suite, config)
     assert list(atlas.masks) == [
         ("snip", "digits", 0), ("snip", "digits", 1), ("snip", "photos", 0),
         ("synflow", "none", 0), ("random", "none", 0), ("random", "none", 1),
@@ -115,7 +108,7 @@ def test_the_atlas_follows_a_sweep() -> None:
         assert torch.equal(entry, pruned.mask[name])
     assert set(atlas.distributions) == {"snip", "synflow", "random"}
 
-    left = accuracy_left(table, config.sources).set_index(["scorer", "sparsity", "tasks"])
+    left = study.accuracy_left(table, config.sources).set_index(["scorer", "sparsity", "tasks"])
     assert len(left) == 3 * 2 * 2
     for tasks, own in (("source", True), ("held-out", False)):
         rows = held_out_retention(table, config.sources, own=own)
@@ -137,7 +130,7 @@ def left_of(*scorers: tuple[str, float]) -> pd.DataFrame:
 
 def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
     costs = pd.DataFrame({"scorer": ["snip", "px"], "fb": [1.04, 12.3]})
-    table = summary_table(left_of(("snip", 0.25), ("px", 0.75)), costs)
+    table = study.summary_table(left_of(("snip", 0.25), ("px", 0.75)), costs)
     assert table.scorer.tolist() == ["px", "snip"]
     percents = ["held-out 30%", "held-out 50%", "source 30%", "source 50%"]
     assert list(table) == ["scorer", *percents, "cost (FB)"]
@@ -148,7 +141,7 @@ def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
 def test_the_unit_of_cost_is_positive_and_leaves_the_model_alone() -> None:
     model, task = tiny_classifier(), tiny_task()
     before = fingerprint(model)
-    assert forward_backward_seconds(model, task.train, Draw(8, 4)) > 0
+    assert study.forward_backward_seconds(model, task.train, Draw(8, 4)) > 0
     assert fingerprint(model) == before
     assert all(p.grad is None for p in model.parameters())
 
