@@ -110,18 +110,6 @@ def test_divergence_is_an_error_and_leaves_the_last_sound_weights(rate: float) -
     assert all(not model.get_parameter(n)[~entry].any() for n, entry in pruned.mask.items())
 
 
-def test_an_error_while_watching_restores_the_modes() -> None:
-    pruned = pruned_classifier()
-    modes = fingerprint(pruned.model.train())[3]
-
-    def stop(_: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pai.finetune(pruned.model, tiny_task().train, pruned.mask, on_step=stop)
-    assert fingerprint(pruned.model)[3] == modes
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

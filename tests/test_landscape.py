@@ -27,21 +27,18 @@ from pai_utils.landscape import (
     task_alignment,
 )
 from pai_utils.models.encoders import Backbone
-from pai_utils.support.sampling import Draw
+from pai_utils.support.sampling import ALL, Draw
 from tests.cases import (
     Case,
     Images,
     build,
     fingerprint,
-    logistic_regression,
     tiny_backbone,
     tiny_classifier,
     tiny_suite,
     tiny_task,
     vector_for,
 )
-
-ALL = Draw(None)
 
 
 def test_the_pruning_direction_leads_from_the_dense_to_the_pruned_weights() -> None:
@@ -121,15 +118,6 @@ def test_columns_are_the_terms_of_their_definitions() -> None:
             "dense_loss": terms.loss, "count": 6,
         }  # fmt: skip
         assert {column: row[column] for column in expected} == pytest.approx(expected)
-
-
-def test_at_a_minimum_of_a_linear_model_hessian_ggn_and_loss_agree() -> None:
-    model, data = logistic_regression()
-    step = {"1.weight": 1e-3 * torch.randn(3, 12, dtype=torch.float64)}
-    row = predicted_and_measured(model, {"v": step}, data, ALL, fractions=[1.0]).iloc[0]
-    assert abs(row.gradient) < 1e-6 * row.ggn
-    assert row.hessian == pytest.approx(row.ggn, rel=1e-4)
-    assert row.measured == pytest.approx(row.ggn, rel=1e-2)
 
 
 def orthonormal(count: int, seed: int) -> torch.Tensor:

@@ -91,18 +91,17 @@ def test_a_stream_that_was_changed_since_it_was_seen_is_not_taken() -> None:
 
 def test_a_normalisation_ends_a_branch_with_its_layer() -> None:
     model = timm.create_model("resnet18", pretrained=False, zero_init_last=False).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 2)
-            assert module.running_var is not None
-            nn.init.uniform_(module.running_var, 0.5, 2)
+    norms: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
+    for norm in norms.values():
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
     found = found_in(model, torch.randn(4, 3, 64, 64))
-    ends = [name for name in found if isinstance(model.get_submodule(name), nn.BatchNorm2d)]
+    ends = [name for name in found if name in norms]
     assert ends
     for end in ends:
-        norm = model.get_submodule(end)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_var is not None
+        norm = norms[end]
         torch.testing.assert_close(found[end].scale, torch.ones(norm.num_features).double())
         parent, _, last = end.rpartition(".")
         layer = found[f"{parent}.{'0' if last == '1' else last.replace('bn', 'conv')}"]
