@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import importlib.util
 import math
 import os
 import pickle
@@ -35,7 +34,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pai_utils.support.common import listed, logger, watched
+from pai_utils.support.common import listed, logger, package_folder, watched
 from pai_utils.support.stored import digest_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
@@ -91,9 +90,8 @@ def find_weights(address: str) -> Path | None:
         return Path(found) if isinstance(found, str) else None
     if start.startswith(PACKAGE):
         _, module, rest = address.split("/", 2)
-        spec = importlib.util.find_spec(module)
-        places = spec.submodule_search_locations if spec is not None else None
-        path = Path(places[0], rest) if places else path
+        with suppress(ModuleNotFoundError):
+            path = package_folder(module, module, "weights come") / rest
     return path if path.is_file() else None
 
 
@@ -111,10 +109,8 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
     source, package = " or ".join(addresses), package_of(addresses[0])
     path = next(filter(None, map(find_weights, addresses)), None)
     if path is not None:
-        advice = (
-            f"reinstall the package {package}" if package else f"remove {path} and fetch it again"
-        )
-        check_digest(path, digest, advice)
+        advice = f"remove {path} and fetch it again"
+        check_digest(path, digest, f"reinstall the package {package}" if package else advice)
         return path
     if package:
         raise ModuleNotFoundError(f"{what} come with the package {package}; install {package}")

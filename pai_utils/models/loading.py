@@ -181,8 +181,7 @@ def _split_file_name(name: str) -> tuple[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if not path.name.endswith(SUFFIXES):
-        endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise ValueError(f"{path.name}: a checkpoint must end in {endings}")
+        raise ValueError(f"{path.name}: a checkpoint must end in {', '.join(SUFFIXES)}")
     return str(path), architecture
 
 

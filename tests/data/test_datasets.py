@@ -98,26 +98,26 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def cycle(count: int, classes: int) -> list[int]:
-    return [index % classes for index in range(count)]
+Bytes = NDArray[np.uint8]
 
 
-def solid(labels: list[int], *shape: int) -> NDArray[np.uint8]:
-    """Arrays [N, *shape] of the labels' grey levels."""
-    grey = 2 * np.asarray(labels, dtype=np.uint8).reshape(-1, *(1 for _ in shape))
-    return np.ascontiguousarray(np.broadcast_to(grey, (len(labels), *shape)))
+def labelled(count: int, classes: int, *shape: int) -> tuple[Bytes, Bytes]:
+    """Grey images [N, *shape] of each class in turn, and their labels [N]."""
+    labels = np.arange(count, dtype=np.uint8) % np.uint8(classes)
+    grey = 2 * labels.reshape(-1, *(1 for _ in shape))
+    return np.ascontiguousarray(np.broadcast_to(grey, (count, *shape))), labels
 
 
 def mnist_files() -> dict[str, bytes]:
-    def idx(array: NDArray[np.uint8]) -> bytes:
+    def idx(array: Bytes) -> bytes:
         header = bytes([0, 0, 8, array.ndim])
         return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
     files = {}
     for prefix, count in (("train", 60), ("t10k", 20)):
-        labels = cycle(count, 10)
-        files[f"{prefix}-images-idx3-ubyte"] = idx(solid(labels, 28, 28))
-        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.asarray(labels, dtype=np.uint8))
+        images, labels = labelled(count, 10, 28, 28)
+        files[f"{prefix}-images-idx3-ubyte"] = idx(images)
+        files[f"{prefix}-labels-idx1-ubyte"] = idx(labels)
     return files
 
 
@@ -141,8 +141,8 @@ def _cifar(name: str, root: Path, patch: Patch) -> Sizes:
         (folder / file).write_bytes(pickle.dumps(content))
         return file, md5(folder / file)
 
-    labels = cycle(2 * classes, classes)
-    batch = {"data": solid(labels, 3072), key: labels}
+    images, labels = labelled(2 * classes, classes, 3072)
+    batch = {"data": images, key: labels.tolist()}
     for part in ("train_list", "test_list"):
         patch.setattr(kind, part, [dump(file, batch) for file, _ in getattr(kind, part)])
     names = [f"class {index}" for index in range(classes)]
@@ -156,12 +156,10 @@ def _cifar(name: str, root: Path, patch: Patch) -> Sizes:
 def _svhn(name: str, root: Path, patch: Patch) -> Sizes:
     root.mkdir()
     for split, count in (("train", 40), ("test", 20)):
-        labels = cycle(count, 10)
+        images, labels = labelled(count, 10, 32, 32, 3)
+        labels[labels == 0] = 10  # as the publisher numbers the digit 0
         file = f"{split}_32x32.mat"
-        # The publisher numbers the digit 0 as class 10.
-        marks = np.where(np.asarray(labels) == 0, 10, labels).astype(np.uint8)[:, None]
-        images = solid(labels, 32, 32, 3).transpose(1, 2, 3, 0)
-        scipy.io.savemat(root / file, {"X": images, "y": marks})
+        scipy.io.savemat(root / file, {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]})
         patch.setitem(published.SVHN.split_list, split, ["", file, md5(root / file)])
     return 36, 4, 20
 
@@ -171,16 +169,13 @@ def _stl10(name: str, root: Path, patch: Patch) -> Sizes:
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
 
-    def write(file: str, content: NDArray[np.uint8]) -> list[str]:
-        content.tofile(folder / file)
-        return [file, md5(folder / file)]
-
-    other = write("unlabeled_X.bin", solid([0], 3, 96, 96))
-    for split, more in (("train", [other]), ("test", [])):
-        labels = cycle(20, 10)
-        images = write(f"{split}_X.bin", solid(labels, 3, 96, 96))
-        marks = write(f"{split}_y.bin", np.asarray(labels, dtype=np.uint8) + 1)
-        patch.setattr(published.STL10, f"{split}_list", [images, marks, *more])
+    images, labels = labelled(20, 10, 3, 96, 96)
+    for split in ("train", "test"):
+        files = {f"{split}_X.bin": images, f"{split}_y.bin": labels + 1, "unlabeled_X.bin": images}
+        for file, content in files.items():
+            content.tofile(folder / file)
+        sums = [[file, md5(folder / file)] for file in files]
+        patch.setattr(published.STL10, f"{split}_list", sums)
     return 18, 2, 20
 
 
@@ -212,11 +207,11 @@ def _dtd(name: str, root: Path, patch: Patch) -> Sizes:
 @layout_of("Flowers102")
 def _flowers(name: str, root: Path, patch: Patch) -> Sizes:
     folder = root / "flowers-102"
-    labels = cycle(102 * 3, 102)
-    for index, label in enumerate(labels, 1):
-        write_image(folder / f"jpg/image_{index:05d}.jpg", label)
-    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.asarray([labels]) + 1})
     ids = np.arange(1, 102 * 3 + 1).reshape(3, 1, 102)
+    labels = ids.reshape(1, -1) % 102
+    for index, label in enumerate(labels[0].tolist(), 1):
+        write_image(folder / f"jpg/image_{index:05d}.jpg", label)
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": labels + 1})
     splits = {"trnid": ids[0], "valid": ids[1], "tstid": ids[2]}
     scipy.io.savemat(folder / "setid.mat", splits)
     for kind, file in (("label", "imagelabels.mat"), ("setid", "setid.mat")):
@@ -240,10 +235,10 @@ def _cars(name: str, root: Path, patch: Patch) -> Sizes:
     paths = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     for split, count in (("train", 30), ("test", 6)):
         rows = np.zeros((1, count), dtype=[("fname", object), ("class", object)])
-        for index, label in enumerate(cycle(count, 3)):
+        for index in range(count):
             file = f"{index:05d}.jpg"
-            write_image(folder / f"cars_{split}" / file, label)
-            rows[0, index] = (file, label + 1)
+            write_image(folder / f"cars_{split}" / file, index % 3)
+            rows[0, index] = (file, index % 3 + 1)
         (folder / "devkit").mkdir(exist_ok=True)
         scipy.io.savemat(folder / paths[split], {"annotations": rows})
     scipy.io.savemat(folder / "devkit/cars_meta.mat", {"class_names": names[None]})
@@ -286,9 +281,8 @@ def _pcam(name: str, root: Path, patch: Patch) -> Sizes:
     folder = root / "pcam"
     folder.mkdir(parents=True)
     for split, count in (("train", 12), ("valid", 4), ("test", 6)):
-        labels = cycle(count, 2)
-        marks = np.asarray(labels, dtype=np.uint8).reshape(-1, 1, 1, 1)
-        for axis, content in (("x", solid(labels, 96, 96, 3)), ("y", marks)):
+        images, labels = labelled(count, 2, 96, 96, 3)
+        for axis, content in (("x", images), ("y", labels.reshape(-1, 1, 1, 1))):
             with (folder / f"camelyonpatch_level_2_split_{split}_{axis}.h5").open("wb") as file:
                 np.savez(file, **{axis: content})  # type: ignore[arg-type]
     install_h5py(patch)
