@@ -9,7 +9,6 @@ Needs the optional extra `clip`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights
 from pai_utils.models.encoders import Backbone, Provenance, frozen_head
-from pai_utils.support.common import device_of, may_download, unknown_name
+from pai_utils.support.common import device_of, may_download, package_folder, unknown_name
 from pai_utils.support.stored import digest_of
 
 CLIP = "clip:"
@@ -60,11 +59,7 @@ def load_towers(
     Returns:
         The whole model, what its images need, and where its weights come from.
     """
-    if importlib.util.find_spec("open_clip") is None:
-        raise ModuleNotFoundError(
-            f"{name} is read with open_clip, which is not installed; pip install 'pai-utils[clip]'",
-            name="open_clip",
-        )
+    package_folder("open_clip", "pai-utils[clip]", f"{name} is read")
     import open_clip
 
     model, _, tag = name.removeprefix(CLIP).partition("@")
@@ -155,12 +150,7 @@ def zero_shot_head(
     # Most models read text with the tokenizer that open_clip brings.
     published = open_clip.get_model_config(architecture)["text_cfg"].get("hf_tokenizer_name")
     if published:
-        if importlib.util.find_spec("transformers") is None:
-            raise ModuleNotFoundError(
-                f"{backbone.name} reads text with {published} of the package transformers, which "
-                "is not installed; pip install transformers",
-                name="transformers",
-            )
+        package_folder("transformers", "transformers", f"{backbone.name} reads text")
         what, address = f"the tokens of {backbone.name}", f"{HUB}{published}/tokenizer_config.json"
         obtain_weights(what, address, download=may_download(download))
     tokenizer = open_clip.get_tokenizer(architecture)

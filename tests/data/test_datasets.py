@@ -40,6 +40,7 @@ TRANSFORM = ImageTransform(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 Patch = pytest.MonkeyPatch
 Sizes = tuple[int, int, int]
 Write = Callable[[str], Sizes]
+Change = Callable[[bytes], bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -463,7 +464,7 @@ def test_what_cannot_be_downloaded_is_not_tried(root: Path) -> None:
 # --- missing and corrupt files ---
 
 
-def put(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+def put(old: bytes, new: bytes) -> Change:
     return lambda content: content.replace(old, new)
 
 
@@ -496,12 +497,7 @@ CARS = "stanford_cars/devkit/cars_train_annos.mat"
     ],
 )
 def test_files_that_are_damaged_missing_or_do_not_fit_are_named(
-    name: str,
-    files: str,
-    change: Callable[[bytes], bytes] | None,
-    message: str,
-    root: Path,
-    write: Write,
+    name: str, files: str, change: Change | None, message: str, root: Path, write: Write
 ) -> None:
     write(name)
     for path in root.glob(files):
@@ -599,14 +595,8 @@ def test_a_validation_part_carved_from_train_keeps_proportions(root: Path) -> No
         ("1.png", "has no class folders"),
         ("train/ant/1.png train/bee/1.png", r"train/ but neither test/ nor val/"),
         ("train/a/1.png val/a/1.png validation/a/1.png", r"has val/ and validation/"),
-        (
-            "train/ant/1.png train/bee/1.png test/ant/1.png test/wasp/1.png",
-            "differ in the classes 'bee', 'wasp'",
-        ),
-        (
-            "train/ant/1.png train/bee/1.png test/ant/1.png test/bee/",
-            "test has no images of the classes 'bee'",
-        ),
+        ("train/a/1.png train/b/1.png test/a/1.png test/c/1.png", "differ in the classes 'b', 'c'"),
+        ("train/a/1.png train/b/1.png test/a/1.png test/b/", "test has no images of the classes"),
         ("ant/1.png bee/1.png", "no images of the class '.*'; each class needs several"),
         ("Ant/1.png ant/1.png bee/1.png", "repeat: 'Ant', 'ant'"),
         ("caf\u00e9/1.png cafe\u0301/1.png", "repeat: 'caf"),
