@@ -171,7 +171,7 @@ def test_recovery_marks_the_rate_that_validation_chose_and_names_strengths(tmp_p
 def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(tmp_path: Path) -> None:
     models = "taylor ggn tensors blocks diagonal"
     rows = [
-        [0.2, step, "a", target, step * k, *[step * k * 2] * 4, -step * k]
+        [0.2, step, "a", target, step * k, step * 2 * k, step * 1.25 * k, 9, 9, -step * k]
         for step in (0.5, 1.0)
         for k, target in ((1, "a"), (2, "b"), (3, "b"), (4, "c"))
     ]
@@ -179,7 +179,7 @@ def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(tmp_path: P
         tmp_path / "landscape" / f"landscape_analysis-{ENCODER}",
         "losses",
         f"sparsity fraction source target measured {models}",
-        [[*row[:6], 1.25 * float(row[4]), *row[7:]] for row in rows],
+        rows,
     )
     found = {(row["task"], row["step"]): row for row in reach(tmp_path).to_dict("records")}
     assert set(found) == {(task, step) for task in ("own", "held-out") for step in (0.5, 1.0)}
