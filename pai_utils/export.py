@@ -381,8 +381,8 @@ def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Spee
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:
     """All tensors of a compressed file by their names, the mask, and what the file says."""
-    tensors, header = read_tensors(path, _FORMAT, what="compressed checkpoint")
-    said = json.loads(header["text"])
+    tensors, text = read_tensors(path, _FORMAT, what="compressed checkpoint")
+    said = json.loads(text)
     state = {n.removeprefix("whole."): t for n, t in tensors.items() if n.startswith("whole.")}
     masked = said["masked"]
     sizes = [math.prod(shape) for _, shape in masked.values()]

@@ -223,8 +223,8 @@ class Mask(Mapping[str, Tensor]):
             >>> found["weight"], found.metadata
             (tensor([ True, False]), {'scorer': 'magnitude'})
         """
-        entries, header = read_tensors(path, _FORMAT, what="mask file")
-        mask = cls(entries, json.loads(header["text"]))
+        entries, text = read_tensors(path, _FORMAT, what="mask file")
+        mask = cls(entries, json.loads(text))
         if model is not None:
             mask.check(model)
         return mask

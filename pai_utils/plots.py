@@ -11,6 +11,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib.pyplot as plt
@@ -351,11 +352,7 @@ def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> 
     if chance is not None:
         labels += chance.map("\n({:.2f})".format)
     side = 1.6 + 0.62 * len(overlap)
-
-    def draw(axes: Axes, values: pd.DataFrame) -> None:
-        _matrix(axes, values, labels)
-
-    return _panels({"": overlap}, draw, size=(side + 0.6, side))
+    return _panels({"": overlap}, partial(_matrix, labels=labels), size=(side + 0.6, side))
 
 
 def error_parts(parts: pd.DataFrame) -> Figure:

@@ -90,24 +90,24 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any],
     return calls
 
 
-def test_help_names_the_commands_and_loads_no_library() -> None:
+@pytest.mark.parametrize(
+    ("argument", "absent"),
+    [
+        ("--help", {"torch", "numpy", "pandas", "pydantic", "papermill"}),
+        ("list", {"timm", "torchvision", "pandas", "pydantic", "papermill", "sklearn"}),
+    ],
+)
+def test_help_and_the_list_load_no_library_they_do_not_need(
+    argument: str, absent: set[str]
+) -> None:
     code = (
         "import sys; from pai_utils.__main__ import main; "
         "main(sys.argv[1:], standalone_mode=False); "
         "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
-    for argument, absent in (
-        ("--help", {"torch", "numpy", "pandas", "pydantic", "papermill"}),
-        ("list", {"timm", "torchvision", "pandas", "pydantic", "papermill", "sklearn"}),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, argument], check=True, capture_output=True, cwd=ROOT
-        )
-        assert not absent & set(done.stderr.decode().split())
-        if argument == "--help":
-            listed = done.stdout.decode().split("Commands:")[1].split("\n")
-            names = [line.split()[0] for line in listed if line.strip()]
-            assert names == ["doctor", "list", "run"]
+    command = [sys.executable, "-c", code, argument]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert not absent & set(done.stderr.split())
 
 
 def test_the_list_has_a_line_on_every_backbone_task_and_scorer() -> None:

@@ -106,8 +106,8 @@ def _read(path: Path) -> Kept | None:
 
 
 def _load(path: Path) -> Kept:
-    tensors, header = read_tensors(path, _FORMAT, what="kept computation")
-    return Kept(tensors, json.loads(header["text"]))
+    tensors, text = read_tensors(path, _FORMAT, what="kept computation")
+    return Kept(tensors, json.loads(text))
 
 
 def _key(parts: Mapping[str, Any], compute: Callable[[], Kept]) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from pai_utils.support.common import logger, unknown_name
+from pai_utils.support.common import check_names, logger
 
 Samples = Dataset[tuple[Tensor, int]]
 """A map-style dataset of ``(image [3, H, W], class index)``."""
@@ -94,8 +94,7 @@ def batches(
 
 def in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision inside: products in ``precision``, sums and normalisations in float32."""
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
+    check_names("precision", [precision], PRECISIONS)
     dtype = PRECISIONS[precision]
     # A caller's own autocast stays in force unless another precision is asked for.
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -41,29 +41,23 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], text: str, **header: str
+    path: str | Path, tensors: Mapping[str, Tensor], text: str, *, format: str
 ) -> bytes:
-    """Write contiguous tensors on the CPU and a text, whole or not at all; return the content.
-
-    ``header`` has further entries of the file's header, such as ``format``; the checksum leaves
-    them out.
-    """
+    """Write contiguous tensors on the CPU and a text, whole or not at all; return the content."""
     from safetensors.torch import save
 
     from pai_utils.support.common import hash_tensors
 
-    checked = {**header, "text": text, "sha256": hash_tensors(tensors, text)}
+    checked = {"format": format, "text": text, "sha256": hash_tensors(tensors, text)}
     content = save(dict(tensors), metadata=checked)
     write_atomically(path, content)
     return content
 
 
-def read_tensors(
-    path: str | Path, kind: str, *, what: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors on the CPU, and the header, of a file of :func:`write_tensors`.
+def read_tensors(path: str | Path, format: str, *, what: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors on the CPU, and the text, of a file of :func:`write_tensors` in one format.
 
-    ``kind`` is the ``format`` that its header must have, ``what`` what errors call such a file.
+    ``what`` is what errors call such a file.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -82,8 +76,9 @@ def read_tensors(
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no {what}: {error}") from error
-    if header.get("format") != kind:
+    if header.get("format") != format:
         raise ValueError(f"{path} is no {what}: its format is {header.get('format')!r}")
-    if header.get("sha256") != hash_tensors(tensors, header.get("text", "")):
+    text = header.get("text", "")
+    if header.get("sha256") != hash_tensors(tensors, text):
         raise ValueError(f"{path} was altered: its contents do not match its checksum")
-    return tensors, header
+    return tensors, text

@@ -1,12 +1,11 @@
 import io
 import logging
 import sys
-from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pai_utils.support.common import progress, undisturbed, unknown_name, watched
 from pai_utils.support.sampling import Draw, batches, check_labels, fitting_batches
@@ -21,7 +20,7 @@ def test_a_draw_is_seeded_without_replacement_and_touches_no_global_state() -> N
     drawn = Draw(20, seed=3).indices(data)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(set(drawn.tolist())) == 20
-    assert torch.equal(drawn, Draw(20, seed=3).indices(data))
+    assert torch.equal(Draw(20, seed=3).indices(data), drawn)
     assert not torch.equal(drawn, Draw(20, seed=4).indices(data))
     assert Draw(None, seed=3).indices(data).tolist() == list(range(50))
     assert sorted(Draw(50, seed=3).indices(data).tolist()) == list(range(50))
@@ -37,15 +36,8 @@ def test_a_draw_of_too_few_or_too_many_is_refused(samples: int) -> None:
 def test_batches_hold_every_sample_once_and_in_order(size: int) -> None:
     data = Images(7)
     order = torch.tensor([6, 0, 3, 2, 1, 5, 4])
-
-    class ByItem(torch.utils.data.Dataset[tuple[Tensor, int]]):
-        def __len__(self) -> int:
-            return 7
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            return data[index]
-
-    for source in (data, ByItem()):
+    items: Any = [data[row] for row in range(7)]  # without a method for whole batches
+    for source in (data, items):
         got = list(batches(source, size, CPU, order))
         assert [len(y) for _, y in got] == [len(part) for part in order.split(size)]
         assert torch.equal(torch.cat([x for x, _ in got]), data.images[order])
@@ -64,10 +56,9 @@ def test_empty_data_and_impossible_batches_are_refused() -> None:
 
 def test_labels_within_the_classes_pass_and_others_do_not() -> None:
     check_labels(torch.tensor([0, 3]), 4)
-    with pytest.raises(ValueError, match=r"label 4 .* 0 to 3"):
-        check_labels(torch.tensor([0, 4]), 4)
-    with pytest.raises(ValueError, match=r"label -1 .* 0 to 3"):
-        check_labels(torch.tensor([-1, 3]), 4)
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=rf"label {wrong} .* 0 to 3"):
+            check_labels(torch.tensor([wrong, 3]), 4)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -104,9 +95,7 @@ def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> 
         assert fitting_batches(compute, 64) == "done with 4"
     assert tried == [64, 32, 16, 8, 4]
     assert caplog.messages[-1] == "out of memory; starting again with batches of 4"
-
-
-def test_the_cpus_own_lack_of_memory_counts_too() -> None:
+    # The CPU's own lack of memory counts too.
     assert fitting_batches(lambda size: len(torch.empty((size - 1) << 50)), 2) == 0
 
 
@@ -124,10 +113,9 @@ def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
 
 
 def test_progress_yields_the_items_and_writes_nothing_unwatched(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    items: Iterable[int] = progress([1, 2, 3], "counting")
-    assert list(items) == [1, 2, 3]
+    assert list(progress([1, 2, 3], "counting")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")
 
 
