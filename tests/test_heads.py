@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 import pai_utils as pai
 from pai_utils.heads import features
 from pai_utils.models.encoders import Backbone
-from tests.cases import Layers, Limited, fingerprint, tiny_backbone, tiny_dataset, tiny_task
+from tests.cases import Layers, fingerprint, tiny_backbone, tiny_dataset, tiny_task
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -96,5 +96,3 @@ def test_features_come_in_order_whatever_the_batches() -> None:
         assert torch.allclose(values, expected, atol=1e-6)
         assert torch.equal(labels, data.labels)
         assert not values.is_inference()
-    values, _ = features(Limited(backbone, 3), data)
-    assert torch.allclose(values, expected, atol=1e-6)

@@ -55,19 +55,11 @@ def test_mask_and_report_say_what_was_done_and_to_which_weights() -> None:
     weights = pruned.mask.metadata.pop("weights")
     assert re.fullmatch("sha256:[0-9a-f]{64}", weights)
     assert pruned.mask.metadata == {
-        "encoder": model.backbone.name,
-        "provenance": model.backbone.provenance.source,
-        "repair": "none",
-        "source": "spots",
-        "scorer": "ggn_diag",
-        "scorer.estimator": "exact",
-        "sparsity": "0.5",
-        "scope": "layer",
-        "rounds": "2",
-        "schedule": "exponential",
-        "samples": "8",
-        "seed": "4",
-    }
+        "encoder": model.backbone.name, "provenance": model.backbone.provenance.source,
+        "source": "spots", "samples": "8", "seed": "4", "scorer": "ggn_diag",
+        "scorer.estimator": "exact", "sparsity": "0.5", "scope": "layer", "rounds": "2",
+        "schedule": "exponential", "repair": "none",
+    }  # fmt: skip
     report = pruned.report
     assert (report.scorer, report.scope, report.rounds) == ("ggn_diag", "layer", 2)
     assert report.schedule == "exponential"

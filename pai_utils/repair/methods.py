@@ -171,9 +171,7 @@ def repair_(
     """
     if not repair.parts:
         return
-    most = repair.samples
-    samples = None if most is None else min(most, len(cast(Sized, data)))
-    draw = Draw(samples, batch_size, seed)
+    draw = Draw(repair.samples, batch_size, seed).at_most(len(cast(Sized, data)))
     indices = draw.indices(data)
     together = repair.parts != ("obs",)
     size = len(indices) if together else batch_size

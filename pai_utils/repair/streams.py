@@ -77,6 +77,7 @@ def shown(
 class _Sight(NamedTuple):
     """Where and when a tensor was seen, and how often it had been changed in place."""
 
+    tensor: Tensor  #: kept, since its id may be given again once it is gone
     place: str
     side: str
     version: int
@@ -92,7 +93,6 @@ class _Search:
         self._time = 0
         self._started: dict[str, int] = {}
         self._sights: dict[int, list[_Sight]] = {}  # by the tensor's id
-        self._alive: list[Tensor] = []  # an id may be given again once its tensor is gone
         self._outputs: dict[str, Tensor] = {}  # of modules that are in no sum yet, in order
 
     def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -109,9 +109,8 @@ class _Search:
     def _note(self, place: str, side: str, tensor: object) -> None:
         if isinstance(tensor, Tensor):
             self._time += 1
-            sight = _Sight(place, side, tensor._version, self._time)
+            sight = _Sight(tensor, place, side, tensor._version, self._time)
             self._sights.setdefault(id(tensor), []).append(sight)
-            self._alive.append(tensor)
 
     def add(self, call: Call) -> Tensor:
         """Look at an addition, then make it."""

@@ -10,13 +10,7 @@ from scipy.stats import spearmanr
 import pai_utils as pai
 from pai_utils.landscape import predicted_and_measured, pruning_direction
 from pai_utils.studies import landscape_analysis as study
-from tests.cases import (
-    dense_hessian,
-    fingerprint,
-    logistic_regression,
-    tiny_suite,
-    tiny_task,
-)
+from tests.cases import dense_hessian, fingerprint, logistic_regression, tiny_suite, tiny_task
 
 
 @pytest.fixture
