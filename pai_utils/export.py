@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pai_utils.masks import Mask, describe_weights
+from pai_utils.masks import Mask, describe_weights, make_mask
 from pai_utils.models.checkpoints import differences
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.models.loading import load_backbone, resolve_device
-from pai_utils.support.common import check_names, device_of, listed, undisturbed
+from pai_utils.support.common import check_names, listed, package_folder, undisturbed
 from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
@@ -222,7 +222,7 @@ def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = Non
         ModuleNotFoundError: if the extra ``export`` is not installed.
         ValueError: if there is no image size, or it is not positive.
     """
-    _extra("onnxscript")
+    package_folder("onnxscript", "pai-utils[export]", "ONNX files are written")
     image_size = _image_size(model) if image_size is None else image_size
     if image_size is None or image_size < 1:
         raise ValueError(f"image_size={image_size} must be a positive number of pixels")
@@ -252,7 +252,7 @@ def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
         ModuleNotFoundError: if the extra ``export`` is not installed.
         ValueError: if the difference exceeds 1e-4 or is not a number.
     """
-    _extra("onnxruntime")
+    package_folder("onnxruntime", "pai-utils[export]", "ONNX files are run")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no ONNX file at {path}")
     import onnxruntime
@@ -295,9 +295,8 @@ def write_formats(
         ModuleNotFoundError: as :func:`export_onnx`.
     """
     check_names("format", formats, FORMATS)
-    device = device_of(model)
-    plain = copy.deepcopy(model).eval()
-    expected = plain(images.to(device))
+    plain = copy.deepcopy(model)
+    expected = _logits(model, images)
     dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
     for wanted in formats:
@@ -315,7 +314,7 @@ def write_formats(
             else:
                 save_dense(model, mask, path)
                 plain.load_state_dict(load_file(path))
-            difference = float((plain(images.to(device)) - expected).abs().max())
+            difference = float((_logits(plain, images) - expected).abs().max())
         size = path.stat().st_size
         rows.append((wanted, path.name, size, promised, size / dense, difference))
     columns = ["format", "file", "bytes", "promised", "of_dense", "difference"]
@@ -338,7 +337,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
             the device or type is another.
     """
     _check_pruned(model, mask)
-    if wrong := [name for name, entry in mask.items() if not _is_two_of_four(entry)]:
+    # A mask of this pattern, made of another by its scores 0 and 1, loses none of its weights.
+    whole = make_mask({name: entry.float() for name, entry in mask.items()}, 0.5, "2:4")
+    if wrong := [name for name, entry in mask.items() if (entry & ~whole[name]).any()]:
         raise ValueError(f"the mask is not 2:4 along the input of {listed(wrong)}")
     sparse = copy.deepcopy(model).requires_grad_(False)
     dense = []
@@ -350,7 +351,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
                 "model.half() or model.bfloat16()"
             )
         module = sparse.get_submodule(name.rpartition(".")[0])
-        rows, columns = (*entry.shape, 0)[:2]
+        rows, columns = entry.shape[:2]
         # Subclasses may read their weight in ways of their own, as attention's projection does.
         if type(module) is not nn.Linear or rows % _ROWS or columns % _COLUMNS:
             dense.append(name)
@@ -429,13 +430,6 @@ def _aliases(model: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
     return {name: owner for name, owner in every.items() if name != owner}
 
 
-def _is_two_of_four(entry: Tensor) -> bool:
-    if entry.dim() < 2:
-        return False
-    last = nn.functional.pad(entry.movedim(1, -1), (0, -entry.shape[1] % 4))
-    return bool((last.unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
-
-
 def _image_size(model: nn.Module) -> int | None:
     backbone = model.backbone if isinstance(model, Classifier) else model
     return backbone.image_size if isinstance(backbone, Backbone) else None
@@ -445,13 +439,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in evaluation mode on the CPU, by a copy of the model."""
     logits: Tensor = copy.deepcopy(model).cpu().eval()(images.cpu())
     return logits
-
-
-def _extra(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise ModuleNotFoundError(
-            f"ONNX files need {name}: pip install 'pai-utils[export]'", name=name
-        )
 
 
 def _short(value: Tensor) -> str:

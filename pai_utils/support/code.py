@@ -51,11 +51,7 @@ def syntax(source: str) -> ast.Module:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
 def imported(tree: ast.AST, package: str = "") -> dict[str, set[str]]:
