@@ -52,11 +52,9 @@ def test_mixed_precision_changes_logits_by_its_rounding_only(precision: str) -> 
     digits = torch.finfo(getattr(torch, precision)).eps
     assert rounded.loss != exact.loss
     assert rounded.loss == pytest.approx(exact.loss, abs=20 * digits)
-    heads = {"mine": model.head}
-    (again,) = evaluate_heads(
-        model.backbone, heads, {"mine": task.test}, precision=precision
-    ).values()
-    assert again.loss == pytest.approx(exact.loss, abs=20 * digits)
+    heads, data = {"mine": model.head}, {"mine": task.test}
+    again = evaluate_heads(model.backbone, heads, data, precision=precision)
+    assert again["mine"].loss == pytest.approx(exact.loss, abs=20 * digits)
     # A caller's own autocast stays in force.
     with torch.autocast("cpu", getattr(torch, precision)):
         assert pai.evaluate(model, task.test).loss == rounded.loss

@@ -150,11 +150,7 @@ def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
     [
         ({"rounds": 0}, "rounds=0"),
         ({"schedule": "cubic"}, "unknown schedule 'cubic'.* Choose from: exponential, linear"),
-        (
-            {"exclude": "*.encoder.O"},
-            r"no prunable weight or module matches '\*\.encoder\.O'; names near it: "
-            r"backbone\.encoder",
-        ),
+        ({"exclude": "*.encoder.O"}, r"matches '\*\.encoder\.O'; names near it: backbone\.encoder"),
         ({"include": ["*.0", "*.fc"]}, r"matches '\*\.fc'"),
         ({"include": "*.Encoder"}, r"matches '\*\.Encoder'"),  # letters count
         ({"include": "encoder"}, "matches 'encoder'"),  # patterns are of whole names

@@ -218,14 +218,13 @@ def _match_activations_(
             listed(others),
             "+".join(part for part in repair.parts if part != "obs"),
         )
-    unscaled = [name for name, module in modules.items() if layouts.keeps_its_scale(module)]
-    if "moments" in repair.parts and unscaled:
-        logger.warning(
-            "%s: no BatchNorm or LayerNorm of channels with scale and shift; moments not restored",
-            listed(unscaled),
-        )
     places = dict(layers)
     if "moments" in repair.parts:
+        if unscaled := [name for name, m in modules.items() if layouts.keeps_its_scale(m)]:
+            text = (
+                "no BatchNorm or LayerNorm of channels with scale and shift; moments not restored"
+            )
+            logger.warning("%s: %s", listed(unscaled), text)
         places |= {name: norm for name, norm in norms.items() if layouts.has_scale_and_shift(norm)}
     run = _Run(repair, mask, seed, places)
     if repair.streams:

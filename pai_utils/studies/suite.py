@@ -94,10 +94,9 @@ class Suite:
         return Classifier(self.encoder, self.heads[task])
 
     def fine_tuned(self, encoder: Backbone, task: str, mask: Mask | None, **how: Any) -> Classifier:
-        """A copy of an encoder, fine-tuned on a task under its frozen head, by Adam.
+        """A copy of an encoder, fine-tuned under a task's frozen head, by Adam at a falling rate.
 
-        The learning rate falls in a straight line; ``how`` are further keywords of
-        :func:`~pai_utils.finetuning.finetune`.
+        ``how`` are further keywords of :func:`~pai_utils.finetuning.finetune`.
         """
         model = Classifier(copy.deepcopy(encoder), self.heads[task])
         data = self.tasks[task].train
