@@ -39,7 +39,6 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIT, RESNET = "test_vit", "test_resnet"
 ONE = torch.ones(1)
 State = dict[str, Tensor]
-Publish = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -391,24 +390,6 @@ def test_a_presets_facts_are_those_that_timm_records_for_the_same_weights(
     assert preset.addresses[0] in (config.url, f"hub:{config.hf_hub_id}/model.safetensors")
 
 
-@pytest.fixture
-def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Publish:
-    """Let a small file of some layout be what a preset's publisher offers."""
-
-    def offer(name: str, content: object, digest: str = "md5") -> Path:
-        path = tmp_path / Path(PRESETS[name].addresses[0]).name
-        saved(content, path, zipped=False)
-        if digest == "md5":
-            digest = f"md5:{digest_of(path, 'md5')[:8]}"
-        small = dataclasses.replace(
-            PRESETS[name], architecture=RESNET, addresses=(path.as_uri(),), digest=digest
-        )
-        monkeypatch.setitem(PRESETS, name, small)
-        return path
-
-    return offer
-
-
 def small(name: str, **options: Any) -> Backbone:
     return load_backbone(name, image_size=32, device="cpu", **options)
 
@@ -427,46 +408,45 @@ def test_a_preset_that_is_absent_says_the_folder_the_address_and_how_to_fetch_it
 
 @pytest.mark.parametrize("asked", ["argument", "environment"])
 def test_a_preset_is_fetched_when_asked_checked_and_kept(
-    asked: str, publish: Publish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    encoder = state_of(RESNET)
-    source = publish("resnet50.mocov2", mocov2(encoder))
+    name, encoder = "resnet50.mocov2", state_of(RESNET)
+    source = saved(mocov2(encoder), tmp_path / "moco_v2_800ep_pretrain.pth.tar", zipped=False)
+    digest, address = f"md5:{digest_of(source, 'md5')[:8]}", source.as_uri()
+    offered = dataclasses.replace(PRESETS[name], addresses=(address,), digest=digest)
+    monkeypatch.setitem(PRESETS, name, dataclasses.replace(offered, architecture=RESNET))
     if asked == "environment":
         monkeypatch.setenv("PAI_DOWNLOAD", "1")
-    backbone = small("resnet50.mocov2", download=True if asked == "argument" else None)
+    backbone = small(name, download=True if asked == "argument" else None)
     assert holds(backbone, encoder)
-    kept = tmp_path / "weights" / "moco_v2_800ep_pretrain.pth.tar"
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    (kept,) = (tmp_path / "weights").iterdir()
+    assert kept.name == source.name
     assert kept.read_bytes() == source.read_bytes()
-    assert backbone.name == "resnet50.mocov2"
+    assert backbone.name == name
     assert backbone.transform == ImageTransform(32, *IMAGENET, "bilinear")
     assert backbone.provenance.checksum == f"sha256:{digest_of(source)}"
     assert backbone.provenance.licence == "CC-BY-NC-4.0"
     assert backbone.provenance.source.startswith("ResNet-50, MoCo v2 on ImageNet-1k")
     assert backbone.provenance.source.endswith(f"{kept.name} from {source.as_uri()}")
     source.unlink()
-    assert holds(small("resnet50.mocov2", download=False), encoder)
+    assert holds(small(name, download=False), encoder)
 
 
-def test_a_flipped_bit_is_caught_by_the_published_digest(publish: Publish, tmp_path: Path) -> None:
-    publish("resnet50.in1k", state_of(RESNET, classes=3))
-    small("resnet50.in1k", download=True)
-    kept = tmp_path / "weights" / "resnet50-0676ba61.pth"
-    content = bytearray(kept.read_bytes())
-    content[len(content) // 2] ^= 1
-    kept.write_bytes(content)
-    with pytest.raises(ValueError, match=r"0676ba61\.pth is damaged.*fetch it again"):
-        small("resnet50.in1k", download=True)
-    assert kept.read_bytes() == content
+def test_a_kept_file_with_a_flipped_bit_is_caught_by_its_digest(tmp_path: Path) -> None:
+    source = saved({"weight": ONE}, tmp_path / "model.pth")
+    digest = digest_of(source)[:8]
+    kept = obtain_weights("weights", source.as_uri(), download=True, digest=digest)
+    altered = bytes([kept.read_bytes()[0] ^ 1]) + kept.read_bytes()[1:]
+    kept.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"model\.pth is damaged.*remove .* and fetch it again"):
+        obtain_weights("weights", source.as_uri(), download=True, digest=digest)
+    assert kept.read_bytes() == altered
 
 
-def test_a_download_that_is_not_the_published_file_leaves_nothing_behind(
-    publish: Publish, tmp_path: Path
-) -> None:
-    publish("resnet50.in1k", state_of(RESNET), "sha256:00000000")
-    with pytest.raises(ValueError, match=r"0676ba61\.pth is damaged.*was not kept; fetch it again"):
-        small("resnet50.in1k", download=True)
-    file = tmp_path / "model.pth"
+def test_a_download_that_is_not_the_published_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = saved({"weight": ONE}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth is damaged.*was not kept; fetch it again"):
+        obtain_weights("weights", file.as_uri(), download=True, digest="00000000")
     bodies = [saved(state_of(RESNET), file, zipped=zipped).read_bytes() for zipped in (True, False)]
     # A connection that is cut ends like a complete one; a proxy may answer with a page of its own.
     for body in (*(body[:-1000] for body in bodies), b"<!doctype html><title>Sign in</title>"):
