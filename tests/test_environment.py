@@ -24,9 +24,6 @@ ENVIRONMENTS = [
         "sys_platform": platform.lower(),
         "platform_system": platform,
         "platform_machine": machine,
-        "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
-        "os_name": "posix",
     }
     for python in PYTHONS
     for platform, machine in (("Linux", "x86_64"), ("Darwin", "arm64"))
@@ -39,16 +36,10 @@ def text_of(lock: str) -> str:
 
 
 def pins(lock: str) -> list[Requirement]:
-    """The entries of a lock, each with a hash."""
-    joined = re.sub(r"\\\n\s*", " ", text_of(lock))
-    found = []
-    for entry in joined.splitlines():
-        if entry and not entry.lstrip().startswith("#"):
-            requirement, *hashes = re.split(r"\s+--hash=", entry)
-            assert hashes, entry
-            assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", value) for value in hashes), entry
-            found.append(Requirement(requirement))
-    return found
+    """The entries of a lock; that each has a hash, its installation requires."""
+    return [
+        Requirement(entry) for entry in re.findall(r"^([\w.-]+ *[=@][^\\\n]*)", text_of(lock), re.M)
+    ]
 
 
 def locked(lock: str, environment: dict[str, str]) -> dict[str, str]:

@@ -85,15 +85,6 @@ def test_the_page_that_the_buttons_lead_to_for_help_exists() -> None:
     assert re.search(r"^## In the browser$", text, re.MULTILINE)
 
 
-def test_every_executed_page_has_its_notebook_in_the_repository() -> None:
-    pages = re.findall(r"book/executed/(\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
-    assert pages
-    for page in pages:
-        notebook = nbformat.read(ROOT / "notebooks" / f"{page.split('-')[0]}.ipynb", as_version=4)
-        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-        assert first.metadata.tags == ["parameters"]
-
-
 def test_binder_builds_a_supported_python_from_the_locked_versions_without_docker() -> None:
     folder = ROOT / ".binder"
     runtime = (folder / "runtime.txt").read_text().strip().removeprefix("python-")

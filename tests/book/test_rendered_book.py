@@ -8,7 +8,6 @@ Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
+from cells import problems
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 ROOT = Path(__file__).parents[2]
@@ -51,17 +51,6 @@ CHROMIUM_FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-LOADED = {
-    "script": "src",
-    "img": "src",
-    "iframe": "src",
-    "embed": "src",
-    "source": "src",
-    "audio": "src",
-    "video": "src",
-    "object": "data",
-}
-LOADED_LINKS = {"stylesheet", "icon", "preload", "modulepreload", "prefetch", "manifest"}
 GENERIC_ALT = {"image", "figure", "plot", "graph", "chart", "picture", "img", "png", "svg", "alt"}
 
 
@@ -112,11 +101,6 @@ def soup(site: Path, page: str) -> BeautifulSoup:
     return parse(site / f"{page}.html")
 
 
-def is_external(address: str) -> bool:
-    parts = urlsplit(address)
-    return bool(parts.netloc) or parts.scheme in ("http", "https", "ftp")
-
-
 def test_every_page_of_the_table_of_contents_is_rendered(site: Path) -> None:
     assert [page for page in PAGES if not (site / f"{page}.html").is_file()] == []
 
@@ -135,15 +119,7 @@ def test_the_contents_hold_both_backbones_of_every_notebook() -> None:
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
 def test_an_executed_notebook_ran_to_its_end_without_error(site: Path, page: str) -> None:
-    notebook = json.loads((site / "_sources" / f"{page}.ipynb").read_text("utf-8"))
-    assert notebook["metadata"]["papermill"].get("exception") is None
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert [output["ename"] for output in outputs if output["output_type"] == "error"] == []
-    not_run = [
-        cell["source"] for cell in cells if "".join(cell["source"]) and not cell["execution_count"]
-    ]
-    assert not_run == []
+    assert problems(site / "_sources" / f"{page}.ipynb") == []
 
 
 @pytest.mark.parametrize("page", OF_BACKBONES)
@@ -178,22 +154,6 @@ def test_all_links_inside_the_book_lead_somewhere(site: Path, page: str) -> None
         if not target.is_file() or (anchor and anchor not in anchors(target)):
             dead.append(link["href"])
     assert dead == []
-
-
-@pytest.mark.parametrize("page", [*PAGES, "search", "genindex"])
-def test_a_page_names_no_resource_outside_the_book(soup: BeautifulSoup) -> None:
-    addresses = [
-        str(tag[attribute])
-        for name, attribute in LOADED.items()
-        for tag in soup.find_all(name)
-        if isinstance(tag, Tag) and tag.has_attr(attribute)
-    ]
-    for link in soup.find_all("link", href=True):
-        if LOADED_LINKS.intersection(link.get_attribute_list("rel")):
-            addresses.append(str(link["href"]))
-    for style in soup.find_all("style"):
-        addresses += re.findall(r"url\(['\"]?([^'\")]+)", style.get_text())
-    assert [address for address in addresses if is_external(address)] == []
 
 
 def test_no_style_sheet_loads_from_outside_the_book(site: Path) -> None:

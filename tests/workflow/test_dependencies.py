@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,45 +119,49 @@ def test_a_change_concerns_the_notebooks_that_reach_it(
 def test_names_that_stand_for_others_now_are_followed(tmp_path: Path) -> None:
     folder = tmp_path / "pai_utils"
     folder.mkdir()
-    (folder / "__init__.py").write_text("")
-    (folder / "a.py").write_text("def f(): return 1\n")
-    (folder / "b.py").write_text("def f(): return 2\n")
-    (folder / "use.py").write_text("from pai_utils.a import f\ndef g(): return f()\n")
-    source = "from pai_utils.use import g\ng()"
-    before = Library(tmp_path).digest(source)
-    (folder / "use.py").write_text("from pai_utils.b import f\ndef g(): return f()\n")
-    assert Library(tmp_path).digest(source) != before
+    (folder / "a.py").write_text("def one(): return 1\ndef two(): return 2\n")
+
+    def digest(name: str) -> str:
+        (folder / "__init__.py").write_text(f"from pai_utils.a import {name} as f\n")
+        return Library(tmp_path).digest("import pai_utils\npai_utils.f()")
+
+    assert digest("one") != digest("two")
 
 
-def test_notebooks_of_the_book_follow_from_the_figures_and_scorers_that_they_use(
-    tmp_path: Path,
-) -> None:
-    sources = {}
+@cache
+def sources() -> dict[str, str]:
+    """The code of every notebook."""
+    found = {}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        sources[path.stem] = "\n".join(code)
+        found[path.stem] = "\n".join(code)
+    return found
+
+
+@cache
+def digests(root: Path) -> dict[str, str]:
+    library = Library(root)
+    return {name: library.digest(source) for name, source in sources().items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "concerned"),
+    [
+        ("plots.py", "sparsity: float", "sparsity: float = 0.5", {"zero_shot_retention"}),
+        ("plots.py", "Retention of every target", "Retention of a target", set()),
+        ("__main__.py", "def doctor(", "def physician(", set()),
+        ("scorers/first_order.py", ".abs()", ".square()", set(sources())),
+        ("data/datasets.toml", "[", "# changed\n[", set(sources())),
+    ],
+)
+def test_notebooks_of_the_book_follow_from_the_figures_and_scorers_that_they_use(
+    tmp_path: Path, file: str, old: str, new: str, concerned: set[str]
+) -> None:
     folder = tmp_path / "pai_utils"
     shutil.copytree(ROOT / "pai_utils", folder, ignore=shutil.ignore_patterns("__pycache__"))
-
-    def digests() -> dict[str, str]:
-        library = Library(tmp_path)
-        return {name: library.digest(source) for name, source in sources.items()}
-
-    before = digests()
-
-    def concerned(file: str, old: str, new: str) -> set[str]:
-        text = (folder / file).read_text()
-        assert old in text
-        (folder / file).write_text(text.replace(old, new, 1))
-        after = digests()
-        (folder / file).write_text(text)
-        return {name for name in sources if before[name] != after[name]}
-
-    figure = "def transfer_heatmap(summary: pd.DataFrame, sparsity: float"
-    assert concerned("plots.py", figure, f"{figure} = 0.5") == {"zero_shot_retention"}
-    assert concerned("plots.py", "Retention of every target", "Retention of a target") == set()
-    assert concerned("__main__.py", "def doctor(", "def physician(") == set()
-    assert concerned("scorers/first_order.py", ".abs()", ".square()") == set(sources)
-    readers = concerned("data/datasets.toml", "[", "# changed\n[")
-    assert {"zero_shot_retention", "finetune_recovery"} <= readers
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    before, after = digests(ROOT), digests(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == concerned
