@@ -233,37 +233,28 @@ def test_the_doctor_finds_versions_device_weights_and_data() -> None:
     assert {name for name, mark in marks.items() if mark != "ok"} <= optional
 
 
-@pytest.fixture
-def fetched_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The doctor looks at no package, and for weights and data in an empty folder."""
+def test_the_doctor_says_which_published_files_are_there_and_that_one_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(command_line, "_packages", list)
     monkeypatch.setattr(published, "BACKBONES", {})
     monkeypatch.setattr(embedded, "TASKS", {})
     monkeypatch.setenv("PAI_WEIGHTS_ROOT", str(tmp_path))
     monkeypatch.setenv("PAI_DATA_ROOT", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path
-
-
-def test_the_doctor_says_which_published_weights_are_there_and_that_one_is_damaged(
-    fetched_only: Path,
-) -> None:
-    found = fetched_only / "dino_resnet50_pretrain.pth"
+    found = tmp_path / "dino_resnet50_pretrain.pth"
     absent = "absent   weights {}: fetched by load_backbone(name, download=True)"
-    lines = call("doctor").stdout.splitlines()
-    assert lines[2:-1] == [absent.format(name) for name in published.PRESETS]
+    *lines, last = call("doctor").stdout.splitlines()
+    assert lines[2:] == [absent.format(name) for name in published.PRESETS]
+    assert f"data sets: none found in {tmp_path} (PAI_DATA_ROOT)" in last
     found.touch()
-    (fetched_only / "resnet50-0676ba61.pth").write_bytes(b"half a file")
+    (tmp_path / "resnet50-0676ba61.pth").write_bytes(b"half a file")
+    (tmp_path / DATASETS["KMNIST"].place).mkdir(parents=True)
     result = call("doctor")
     assert result.exit_code == 1
     assert f"ok       weights resnet50.dino: {found}, intact" in result.stdout
     assert "missing  weights resnet50.in1k: resnet50-0676ba61.pth is damaged" in result.stdout
-
-
-def test_the_doctor_says_which_data_sets_are_there(fetched_only: Path) -> None:
-    assert f"data sets: none found in {fetched_only} (PAI_DATA_ROOT)" in call("doctor").stdout
-    (fetched_only / DATASETS["KMNIST"].place).mkdir(parents=True)
-    assert f"data sets: KMNIST found in {fetched_only}" in call("doctor").stdout
+    assert f"data sets: KMNIST found in {tmp_path}" in result.stdout
 
 
 def test_the_doctor_says_what_to_do_about_what_is_missing(

@@ -91,15 +91,10 @@ def test_arrows_lead_from_before_to_after() -> None:
 
 
 def test_the_parts_of_an_error_are_labelled_in_order() -> None:
-    parts = pd.DataFrame(
-        {
-            "panel": ["a", "a", "b", "b"],
-            "part": ["diagonal", "gradient"] * 2,
-            "nats": [0.5, -0.25, 0.0, 3.0],
-        }
-    )
+    names = ["diagonal", "gradient"]
+    parts = pd.DataFrame({"panel": [*"aabb"], "part": names * 2, "nats": [0.5, -0.25, 0.0, 3.0]})
     first, second = error_parts(parts).axes
-    assert labels(first) == ["diagonal", "gradient"]
+    assert labels(first) == names
     assert first.yaxis_inverted(), "the first part is on top"
     assert [text.get_text() for text in first.texts] == ["+0.5", "-0.25"]
     assert [text.get_text() for text in second.texts] == ["0", "+3"]

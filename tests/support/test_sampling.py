@@ -3,6 +3,7 @@ import logging
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -100,16 +101,9 @@ def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
-    def fail(_: int) -> None:
-        raise torch.OutOfMemoryError("none left")
-
-    def break_(_: int) -> None:
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(torch.OutOfMemoryError, match="none left"):
-        fitting_batches(fail, 64)
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        fitting_batches(break_, 64)
+    for error in (torch.OutOfMemoryError("none left"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error), match=str(error)):
+            fitting_batches(Mock(side_effect=error), 64)
 
 
 def test_progress_yields_the_items_and_writes_nothing_unwatched(
