@@ -14,13 +14,13 @@ import os
 import re
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
 _CHUNK = 64  # images held at once between reading and their place among the result
 _CACHE_FORMAT = 2
+# All tasks share the machine's memory.
+_IN_USE: WeakValueDictionary[int, Pixels] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -117,31 +119,18 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
     return (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
 
 
-class MemoryBudget:
-    """How many bytes of pixels may be kept in memory; they count for as long as they are used."""
+def allocate(shape: tuple[int, ...]) -> Pixels | None:
+    """An array for pixels, or `None` if it does not fit the memory beside those in use.
 
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def empty(self, shape: tuple[int, ...]) -> Pixels | None:
-        """An array for pixels, or `None` if it does not fit.
-
-        Raises:
-            ValueError: `PAI_DATA_MEMORY` is no amount of memory.
-        """
-        size = math.prod(shape)
-        if self.taken + size > _memory_limit():
-            return None
-        pixels: Pixels = np.empty(shape, np.uint8)
-        self.taken += size
-        weakref.finalize(pixels, self._give_back, size)
-        return pixels
-
-    def _give_back(self, size: int) -> None:
-        self.taken -= size
-
-
-_OF_PROCESS = MemoryBudget()  # all tasks share the machine's memory
+    Raises:
+        ValueError: `PAI_DATA_MEMORY` is no amount of memory.
+    """
+    taken = sum(pixels.nbytes for pixels in _IN_USE.values())
+    if taken + math.prod(shape) > _memory_limit():
+        return None
+    pixels: Pixels = np.empty(shape, np.uint8)
+    _IN_USE[id(pixels)] = pixels
+    return pixels
 
 
 def _memory_limit() -> int:
@@ -203,7 +192,7 @@ def decode(
                 ) from image
         return np.array(kept, dtype=np.int64)
 
-    pixels = _OF_PROCESS.empty(shape)
+    pixels = allocate(shape)
     if pixels is not None:
         kept = fill(pixels)
         return torch.from_numpy(pixels[: len(kept)]), kept

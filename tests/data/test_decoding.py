@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from pai_utils.data import decoding
-from pai_utils.data.decoding import ImageArrays, ImageFiles, MemoryBudget, decode
+from pai_utils.data.decoding import ImageArrays, ImageFiles, allocate, decode
 from pai_utils.data.images import ImageTransform, open_image
 from pai_utils.data.tasks import Task, load_task
 
@@ -29,7 +30,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: Patch) -> None:
     monkeypatch.delenv("PAI_DATA_MEMORY", raising=False)
-    monkeypatch.setattr(decoding, "_OF_PROCESS", MemoryBudget())
+    monkeypatch.setattr(decoding, "_IN_USE", WeakValueDictionary())
 
 
 @pytest.fixture
@@ -123,11 +124,11 @@ def test_decoding_takes_hardly_more_memory_than_its_result(
 )
 def test_the_budget_is_read_from_the_environment(text: str, size: int, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PAI_DATA_MEMORY", text)
-    assert MemoryBudget().empty((size,)) is not None
-    assert MemoryBudget().empty((size + 1,)) is None
+    assert allocate((size,)) is not None
+    assert allocate((size + 1,)) is None
     monkeypatch.setenv("PAI_DATA_MEMORY", "plenty")
     with pytest.raises(ValueError, match="PAI_DATA_MEMORY='plenty' is no amount of memory"):
-        MemoryBudget().empty((1,))
+        allocate((1,))
 
 
 def test_all_tasks_share_one_budget_for_as_long_as_they_are_used(
