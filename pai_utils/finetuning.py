@@ -263,9 +263,8 @@ def _updates(
     while step < steps:
         generator = torch.Generator().manual_seed(_seed_at(seed, step))
         order = torch.randperm(len(cast(Sized, data)), generator=generator)
-        for images, labels in itertools.islice(
-            batches(data, batch_size, device, order), steps - step
-        ):
+        epoch = itertools.islice(batches(data, batch_size, device, order), steps - step)
+        for images, labels in epoch:
             yield paired(images), paired(labels)
             step += 1
 

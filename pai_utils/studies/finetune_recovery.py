@@ -101,11 +101,11 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
             }
             runs = list(itertools.product(penalties.items(), config.learning_rates))
             for (label, penalty), rate in progress(runs, "fine-tuning", len(runs)):
-                how_tuned = {"penalty": label, "learning_rate": rate}
-                begun = {"start": start, "sparsity": 0.0 if mask is None else sparsity}
                 how = {"penalty": penalty, "learning_rate": rate, "seed": seed, **common}
                 found = _fine_tune(suite, config, encoder, mask, how)
-                rows += [{**how_tuned, **row, **begun} for row in found]
+                tuned = {"penalty": label, "learning_rate": rate}
+                begun = {"start": start, "sparsity": 0.0 if mask is None else sparsity}
+                rows += [{**tuned, **row, **begun} for row in found]
     if not any(row["step"] in (0, max(config.steps)) for row in rows):
         raise ValueError("no fine-tuning came to its last step; try smaller learning rates")
     return pd.DataFrame(rows)
