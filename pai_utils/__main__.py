@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import itertools
 import platform
 import re
 import sys
@@ -122,7 +123,7 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
 def doctor() -> None:
     """Check versions, the device, and that the weights and data are found."""
     complete = True
-    for check in _checks():
+    for check in itertools.chain(_packages(), _files()):
         complete &= check.found or check.optional
         mark = "ok" if check.found else "absent" if check.optional else "missing"
         click.echo(f"{mark:<8} {check.name}: {check.text}")
@@ -186,16 +187,10 @@ class _Check(NamedTuple):
     optional: bool = False
 
 
-def _checks() -> Iterator[_Check]:
-    yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
-    yield from _packages()
-    if all(importlib.util.find_spec(module) for module in ("torch", "timm")):
-        yield from _files()
-
-
 def _packages() -> Iterator[_Check]:
     from pai_utils.support.code import version_of
 
+    yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
     requirements = []
     with suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires("pai-utils") or []
@@ -210,6 +205,8 @@ def _packages() -> Iterator[_Check]:
 
 def _files() -> Iterator[_Check]:
     """The device, weights, whose checksums are compared, and data."""
+    if not all(importlib.util.find_spec(module) for module in ("torch", "timm")):
+        return
     import torch
 
     from pai_utils.data.datasets import DATASETS, data_root

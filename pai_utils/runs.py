@@ -27,6 +27,7 @@ from pai_utils.studies.parameters import (
     describe_problem,
 )
 from pai_utils.support.code import version_of
+from pai_utils.support.common import listed
 from pai_utils.support.stored import digest_of, write_atomically
 
 if TYPE_CHECKING:
@@ -133,9 +134,8 @@ def check_results(table: pd.DataFrame) -> pd.DataFrame:
     try:
         TypeAdapter(list[Result]).validate_python(rows)
     except ValidationError as error:
-        (first, *others) = error.errors()
-        more = f", and {len(others)} more" if others else ""
-        raise ValueError(f"no table of results: row {describe_problem(first)}{more}") from error
+        problems = listed(map(describe_problem, error.errors()))
+        raise ValueError(f"no table of results: row {problems}") from error
     twice = table.loc[table.duplicated(_KEY), _KEY]
     if len(twice):
         raise ValueError(f"no table of results: two rows of {tuple(twice.iloc[0])}")

@@ -77,7 +77,9 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
             found = compute()
             if first:
                 _write(path, found)
-    return _load(path) if found is None else found
+    found = found or _read(path)
+    assert found is not None, path
+    return found
 
 
 def _write(path: Path, result: Kept) -> None:
@@ -95,18 +97,13 @@ def _write(path: Path, result: Kept) -> None:
 def _read(path: Path) -> Kept | None:
     """The file's content; ``None`` where there is none, or where it is not whole."""
     try:
-        found = _load(path)
+        tensors, text = read_tensors(path, _FORMAT, what="kept computation")
         os.utime(path)  # used just now
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         logger.warning("computing anew what %s should hold: %s", path, error)
         return None
-    return found
-
-
-def _load(path: Path) -> Kept:
-    tensors, text = read_tensors(path, _FORMAT, what="kept computation")
     return Kept(tensors, json.loads(text))
 
 
