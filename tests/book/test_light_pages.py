@@ -51,14 +51,12 @@ def test_a_rule_that_may_apply_is_kept_as_it_is(rule: str) -> None:
 def test_a_rule_that_cannot_apply_is_left_out(rule: str) -> None:
     assert trim_styles(rule, USED) == ""
     assert trim_styles(f"p{{a:b}}{rule}p{{c:d}}", USED) == "p{a:b}p{c:d}"
+    # A licence outlives its rules.
+    assert trim_styles(f"/*! licence */{rule}", USED) == "/*! licence */"
 
 
 def test_of_several_selectors_those_in_use_are_kept() -> None:
     assert trim_styles(".absent,.used,p:is(a,b){margin:0}", USED) == ".used,p:is(a,b){margin:0}"
-
-
-def test_a_licence_outlives_its_rules() -> None:
-    assert trim_styles("/*! licence */.absent{margin:0}", USED) == "/*! licence */"
 
 
 def test_words_are_those_of_pages_and_scripts(tmp_path: Path) -> None:

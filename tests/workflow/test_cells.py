@@ -53,14 +53,11 @@ def test_copy_that_stopped_early_is_a_problem(tmp_path: Path, state: dict[str, A
     assert problems(copy) == [f"{copy}: did not run to its end"]
 
 
-def test_notebook_without_papermills_record_is_a_problem(tmp_path: Path) -> None:
+def test_a_copy_that_is_missing_or_not_of_papermill_is_a_problem(tmp_path: Path) -> None:
     copy = tmp_path / "a.ipynb"
+    assert problems(copy) == [f"{copy}: missing"]
     copy.write_text(json.dumps({"cells": [], "metadata": {}}))
     assert problems(copy) == [f"{copy}: was not executed by papermill"]
-
-
-def test_missing_copy_is_a_problem(tmp_path: Path) -> None:
-    assert problems(tmp_path / "a.ipynb") == [f"{tmp_path / 'a.ipynb'}: missing"]
 
 
 def test_smoke_and_book_have_the_same_cells_of_the_same_notebooks() -> None:

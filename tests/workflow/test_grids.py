@@ -7,36 +7,27 @@ import pytest
 import yaml
 from grids import read_grid
 
+ONE_KEY = "expected the one key 'cells', a mapping with at least one cell"
+
+
+def one_cell(name: str = "a", **entries: object) -> dict[str, object]:
+    return {"cells": {name: {"notebook": "n", "parameters": {}, **entries}}}
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "expected the one key 'cells', a mapping with at least one cell"),
-        ({"cells": {}}, "expected the one key 'cells', a mapping with at least one cell"),
-        ({"cells": ["a"]}, "expected the one key 'cells', a mapping with at least one cell"),
-        (["cells"], "expected the one key 'cells', a mapping with at least one cell"),
-        (
-            {"cells": {"a/b": {"notebook": "n", "parameters": {}}}},
-            "cell 'a/b': a name consists of",
-        ),
-        ({"cells": {"a": {"notebook": "n"}}}, "cell 'a': expected the keys"),
-        ({"cells": {"a": {"notebook": "n", "parameters": []}}}, "cell 'a': 'parameters' must map"),
-        (
-            {"cells": {"a": {"notebook": "n", "parameters": {"out": "x"}}}},
-            "cell 'a': 'out' is set by the workflow",
-        ),
-        (
-            {"cells": {"a": {"notebook": "n", "parameters": {}, "over": {"b": 1}}}},
-            "cell 'a': 'over' must map names of parameters to lists",
-        ),
-        (
-            {"cells": {"a-{b}": {"notebook": "n", "parameters": {}, "over": {"b": [1], "c": [2]}}}},
-            "cell 'a-{b}': its name lacks {c}",
-        ),
-        (
-            {"cells": {"a-{b}": {"notebook": "n", "parameters": {}, "over": {"b": ["x:", "x@"]}}}},
-            "two cells have the name 'a-x_'",
-        ),
+        ({}, ONE_KEY),
+        ({"cells": {}}, ONE_KEY),
+        ({"cells": ["a"]}, ONE_KEY),
+        (["cells"], ONE_KEY),
+        (one_cell("a/b"), "cell 'a/b': a name consists of"),
+        (one_cell(parameter={}), "cell 'a': expected the keys"),
+        (one_cell(parameters=[]), "cell 'a': 'parameters' must map"),
+        (one_cell(parameters={"out": "x"}), "cell 'a': 'out' is set by the workflow"),
+        (one_cell(over={"b": 1}), "cell 'a': 'over' must map names of parameters to lists"),
+        (one_cell("a-{b}", over={"b": [1], "c": [2]}), "cell 'a-{b}': its name lacks {c}"),
+        (one_cell("a-{b}", over={"b": ["x:", "x@"]}), "two cells have the name 'a-x_'"),
     ],
 )
 def test_malformed_grid_is_refused_with_the_place(
