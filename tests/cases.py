@@ -23,6 +23,7 @@ from pai_utils.studies.suite import Suite
 
 CLASSES = 4
 SIDE = 8
+TRANSFORM = ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -446,7 +447,7 @@ def tiny_backbone() -> Backbone:
         encoder.eval(),
         name="tiny",
         feature_dim=6,
-        transform=ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        transform=TRANSFORM,
         provenance=Provenance("random weights", "none", None),
     )
 
@@ -458,8 +459,7 @@ def tiny_dataset(count: int, classes: int, seed: int) -> ImageDataset:
     labels = torch.arange(count) % classes
     for image, label in zip(images, labels.tolist(), strict=True):
         image[label % 3, 4 * (label // 3) : 4 * (label // 3) + 4] += 100
-    transform = ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return ImageDataset(images, labels, transform)
+    return ImageDataset(images, labels, TRANSFORM)
 
 
 def tiny_task(name: str = "spots", *, classes: int = 3, train: int = 30, test: int = 24) -> Task:

@@ -63,6 +63,7 @@ class Project:
         self.grid = grid
         self.site = root if grid == "book" else root / "build" / grid
         self.logs = root / "build/logs" / grid
+        self.index = self.site / "_build/html/index.html"
 
     def create(self, cells: dict[str, dict[str, object]]) -> "Project":
         """Write the sources of a book with one page for each cell."""
@@ -205,7 +206,7 @@ def _rendered(tmp_path_factory: pytest.TempPathFactory) -> Project:
     )
     result = project.build()
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"Open the book: {_index(project).as_uri()}\n"
+    assert result.stdout == f"Open the book: {project.index.as_uri()}\n"
     return project
 
 
@@ -213,7 +214,3 @@ def _rendered(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def rendered(_rendered: Project, tmp_path: Path) -> Project:
     """A copy, in another folder, of a project whose book is up to date."""
     return _rendered.copy(tmp_path / "project")
-
-
-def _index(project: Project) -> Path:
-    return project.root / "_build/html/index.html"

@@ -18,7 +18,7 @@ from planned import read_plan
 
 from tests.workflow.conftest import Project
 
-engine = [pytest.mark.engine, pytest.mark.xdist_group("engine")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("engine")]
 
 
 @pytest.fixture
@@ -29,17 +29,15 @@ def new_project(tmp_path: Path) -> Callable[..., Project]:
 class TestOfARenderedBook:
     """What a second call does, depending on what changed."""
 
-    pytestmark = engine
-
     def test_new_dates_and_another_folder_re_run_nothing(self, rendered: Project) -> None:
         marks = rendered.marks()
         for folder in ("notebooks", "pai_utils", "book", "workflow/grids"):
             for path in (rendered.root / folder).glob("*.*"):
                 path.touch()
         begin = os.times()
-        index = rendered.root / "_build/html/index.html"
         result = rendered.build()
-        assert result.stdout == f"Nothing to do: the book is up to date at {index.as_uri()}\n"
+        address = rendered.index.as_uri()
+        assert result.stdout == f"Nothing to do: the book is up to date at {address}\n"
         assert rendered.marks() == marks
         # Processor time, because the promise of 10 s is for a computer that does nothing else.
         end = os.times()
@@ -81,8 +79,6 @@ class TestOfARenderedBook:
             assert 'out = \\"book/executed/' in copy
 
 
-@pytest.mark.engine
-@pytest.mark.xdist_group("engine")
 def test_failed_killed_and_stopped_cells_let_others_go_on_and_the_next_run_resumes(
     new_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,8 +135,6 @@ def test_failed_killed_and_stopped_cells_let_others_go_on_and_the_next_run_resum
     assert "killed: its process is gone" in row["what failed"]
 
 
-@pytest.mark.engine
-@pytest.mark.xdist_group("engine")
 def test_cells_end_with_snakemake_and_the_next_run_resumes(
     new_project: Callable[..., Project],
 ) -> None:
@@ -162,8 +156,6 @@ def test_cells_end_with_snakemake_and_the_next_run_resumes(
     assert project.marks()["quick"] == mark
 
 
-@pytest.mark.engine
-@pytest.mark.xdist_group("engine")
 def test_full_disk_fails_a_cell_and_nothing_half_written_is_read(
     new_project: Callable[..., Project],
 ) -> None:
@@ -188,8 +180,6 @@ def test_full_disk_fails_a_cell_and_nothing_half_written_is_read(
     assert set(Project(kept).marks()) == {"first"}
 
 
-@pytest.mark.engine
-@pytest.mark.xdist_group("engine")
 def test_cells_are_spread_over_the_gpus_of_a_computer(
     new_project: Callable[..., Project],
 ) -> None:
