@@ -1,10 +1,8 @@
 """One observer of the torch functions that a model calls, and how each of them is called.
 
-:class:`Calls` is a ``TorchFunctionMode``: while it is active, every call of a torch function goes
-to the handler registered for it, as a :class:`Call` with its arguments by name. Unlike a module's
-hook it sees a function wherever it is called, with the weights that are really used, and nothing
-is patched. Calls inside TorchScript stay unseen, and so do those that a handler makes, unless it
-enters the observer again (``with calls:``).
+Unlike a module's hook, a :class:`Calls` sees a function wherever it is called, with the weights
+that are really used, and nothing is patched. Calls inside TorchScript stay unseen, and so do those
+that a handler makes, unless it enters the observer again (``with calls:``).
 """
 
 from __future__ import annotations
@@ -24,15 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 # Parameters of functions written in C++, which Python cannot read. Of a function that is neither
 # here nor written in Python only the first parameter has a name, "input".
+_LAYER = "input weight bias=None stride=1 padding=0"
 _PARAMETERS: dict[Any, str] = {
     F.linear: "input weight bias=None",
-    **dict.fromkeys(
-        (F.conv1d, F.conv2d, F.conv3d),
-        "input weight bias=None stride=1 padding=0 dilation=1 groups=1",
-    ),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), f"{_LAYER} dilation=1 groups=1"),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-        "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1",
+        f"{_LAYER} output_padding=0 groups=1 dilation=1",
     ),
     F.scaled_dot_product_attention: "query key value attn_mask=None dropout_p=0.0 is_causal=False "
     "scale=None enable_gqa=False",
@@ -68,8 +64,8 @@ def _parameters(function: Any) -> dict[str, Any]:
     """Parameters of a torch function in their order, with defaults (``...`` where required)."""
     function = _CHIEF.get(function, function)
     if function in _PARAMETERS:
-        words = (word.partition("=") for word in _PARAMETERS[function].split())
-        return {name: literal_eval(default) if equals else ... for name, equals, default in words}
+        words = (f"{word}=...".split("=") for word in _PARAMETERS[function].split())
+        return {word[0]: literal_eval(word[1]) for word in words}
     try:
         found = inspect.signature(function).parameters.values()
     except ValueError:
@@ -85,8 +81,7 @@ class Call:
     """One call of a torch function: ``call["weight"]`` is an argument by its parameter's name."""
 
     def __init__(self, function: Any, args: Sequence[Any], keywords: Mapping[str, Any]):
-        self.function = function
-        self.args, self.keywords = args, keywords
+        self.function, self.args, self.keywords = function, args, keywords
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -128,17 +123,15 @@ class Geometry:
     @classmethod
     def of(cls, call: Call) -> Geometry | None:
         """That of a call of ``F.conv2d``; None without a batch, or with uneven padding."""
+        if call["input"].dim() != 4:
+            return None
         kernel, dilation = _pair(call["weight"].shape[2:]), _pair(call["dilation"])
-        padding = call["padding"]
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
+        padding = 0 if call["padding"] == "valid" else call["padding"]
+        if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             if any(t % 2 for t in total):
                 return None
             padding = [t // 2 for t in total]
-        if call["input"].dim() != 4:
-            return None
         return cls(kernel, _pair(call["stride"]), _pair(padding), dilation, call["groups"])
 
 

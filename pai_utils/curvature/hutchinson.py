@@ -76,10 +76,6 @@ def hutchinson_diagonal(
 def rademacher(parameters: Vector, generator: torch.Generator) -> dict[str, Tensor]:
     """Random signs of the parameters' shapes, type and device, drawn on the CPU."""
     return {
-        name: torch.empty(values.shape, dtype=torch.int8)
-        .random_(0, 2, generator=generator)
-        .to(values)
-        .mul_(2)
-        .sub_(1)
-        for name, values in parameters.items()
+        name: torch.randint(2, p.shape, generator=generator, dtype=torch.int8).to(p) * 2 - 1
+        for name, p in parameters.items()
     }

@@ -20,11 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pai_utils.curvature.calls import Call, Calls, Geometry
 from pai_utils.support.common import at_least_single, logger, progress
@@ -48,26 +50,25 @@ class Gradients:
 
     name: str  #: of the weight
     rows: Tensor  #: of the samples, [b]
-    gradient: Tensor  #: [b, *shape] of the weight, or that at the layer's output
-    input: Tensor | None = None  #: of the layer
+    gradient: Tensor  #: [b, *shape] of the weight, or at the layer's output [b, rows, ...]
+    input: Tensor | None = None  #: of the layer, [b, rows, ...]
     geometry: Geometry | None = None  #: of a convolution; None for a linear layer
     room: int = 2**28  #: bytes that :meth:`pieces` may take
 
     def add_squares_(self, total: Tensor) -> None:
         """Add Σ_n G_n² to ``total``, of the weight's shape; a convolution's best channels-last."""
-        gradient, samples, geometry = self.gradient.to(total.dtype), len(self.rows), self.geometry
+        gradient, geometry = self.gradient.to(total.dtype), self.geometry
         if self.input is None:
             _add_squares_(total, gradient)
             return
         inputs = self.input.to(total.dtype)
-        if geometry is None and gradient.numel() == samples * gradient.shape[-1]:
+        if geometry is None and gradient[0].numel() == gradient.shape[-1]:
             # No tokens: the square of an outer product factorises.
-            left = gradient.reshape(samples, -1).square()
-            total.addmm_(left.T, inputs.reshape(samples, -1).square())
+            total.addmm_(gradient.flatten(1).square().T, inputs.flatten(1).square())
         elif geometry is None or geometry.groups == 1:
-            _add_squared_products_(total, inputs, gradient, geometry, samples)
+            _add_squared_products_(total, inputs, gradient, geometry)
         elif total.shape[1] == 1 and len(total) == geometry.groups:
-            _add_squared_taps_(total, inputs, gradient, geometry, samples)
+            _add_squared_taps_(total, inputs, gradient, geometry)
         else:
             for _, _, entries in self.pieces(0, total.numel(), total.numel()):
                 _add_squares_(total, entries.view(-1, *total.shape))
@@ -82,27 +83,23 @@ class Gradients:
         gradient = self.gradient.to(at_least_single(self.gradient))
         inputs, geometry = self.input, self.geometry
         if inputs is not None and geometry is not None:  # whose windows are copied
-            windows = inputs.shape[1] * math.prod(geometry.kernel) * gradient[:, 0].numel()
-            step = self.room * samples // (2 * windows * gradient.element_size())
-        for begin in range(0, samples, max(1, step)):
-            chosen = slice(begin, min(begin + max(1, step), samples))
-            if inputs is None:
-                form = _formed(gradient[chosen])
+            windows = inputs.shape[2] * math.prod(geometry.kernel) * gradient[:, :, 0].numel()
+            step = max(1, self.room * samples // (2 * windows * gradient.element_size()))
+        for begin in range(0, samples, step):
+            chosen = slice(begin, min(begin + step, samples))
+            each, right = gradient[chosen], None if inputs is None else inputs[chosen].to(gradient)
+            if right is None:
+                form = _formed(each)
             elif geometry is None or geometry.groups == 1:
-                right = _patches(inputs.to(gradient), geometry, samples, chosen)
-                form = _product(_positions(gradient, geometry, samples)[chosen], right, geometry)
+                form = _product(_positions(each, geometry), _patches(right, geometry), geometry)
             else:
-                form = _formed(_grouped(inputs.to(gradient), gradient, geometry, samples, chosen))
+                form = _formed(_grouped(right, each, geometry))
             # Sixteen bytes each: one copy in float64, and the product that is copied.
             entries = min(16 * chunk_bytes(gradient.device), self.room // 2) // 16
             width = max(1, entries // ((chosen.stop - begin) * block)) * block
             for first in range(start, stop, width):
                 last = min(first + width, stop)
                 yield chosen, first, form(first, last)
-
-
-Receiver = Callable[[Gradients], None]
-"""Takes the gradients of a pass over the data, in whatever order they come."""
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -130,19 +127,15 @@ def _product(
     return form
 
 
-def _grouped(
-    inputs: Tensor, gradient: Tensor, geometry: Geometry, samples: int, chosen: slice
-) -> Tensor:
+def _grouped(inputs: Tensor, gradient: Tensor, geometry: Geometry) -> Tensor:
     """Gradients ``[b, out, in / groups, kh, kw]`` of a grouped convolution."""
-    inputs, gradient = (x.unflatten(0, (samples, -1))[chosen] for x in (inputs, gradient))
-    windows = _windows(inputs.flatten(0, 1), geometry).unflatten(0, inputs.shape[:2])
-    windows = windows.unflatten(4, (geometry.groups, -1))
+    windows = _windows(inputs, geometry).unflatten(4, (geometry.groups, -1))
     gradient = gradient.unflatten(2, (geometry.groups, -1))
     return torch.einsum("npgohw,nphwgiyx->ngoiyx", gradient, windows).flatten(1, 2)
 
 
 def _add_squared_products_(
-    total: Tensor, inputs: Tensor, gradient: Tensor, geometry: Geometry | None, samples: int
+    total: Tensor, inputs: Tensor, gradient: Tensor, geometry: Geometry | None
 ) -> None:
     """Linear layers and ungrouped convolutions: G_n is a product of two matrices.
 
@@ -150,7 +143,8 @@ def _add_squared_products_(
     rows is finished for all samples while it lies in the cache, a few samples a thread at once: a
     product of one sample's block is too small to be shared by threads.
     """
-    left = _positions(gradient, geometry, samples)  # [samples, L, out]
+    left = _positions(gradient, geometry)  # [samples, L, out]
+    samples = len(left)
     matrix = total if geometry is None else total.permute(0, 2, 3, 1)
     matrix = matrix.reshape(len(total), -1)  # [out, K], a view where the layout allows
     device = total.device
@@ -164,7 +158,7 @@ def _add_squared_products_(
     products = matrix.new_empty(step, rows, matrix.shape[1])
     for start in range(0, samples, taken):
         here = slice(start, min(start + taken, samples))
-        right = _patches(inputs, geometry, samples, here)  # [b, L, K]
+        right = _patches(inputs[here], geometry)  # [b, L, K]
         for row in range(0, len(total), rows):
             block = matrix[row : row + rows]
             for first in range(0, here.stop - here.start, step):
@@ -177,47 +171,38 @@ def _add_squared_products_(
         total.copy_(matrix.view(shape).permute(0, 3, 1, 2))
 
 
-def _positions(gradient: Tensor, geometry: Geometry | None, samples: int) -> Tensor:
-    """Gradient at the output with positions or tokens before channels, ``[samples, L, out]``."""
-    if geometry is not None:
-        gradient = gradient.permute(0, 2, 3, 1)
-    return gradient.reshape(samples, -1, gradient.shape[-1])
+def _positions(gradient: Tensor, geometry: Geometry | None) -> Tensor:
+    """Gradient at the output with positions or tokens before channels, ``[b, L, out]``."""
+    return (gradient if geometry is None else gradient.movedim(2, -1)).flatten(1, -2)
 
 
-def _patches(inputs: Tensor, geometry: Geometry | None, samples: int, chosen: slice) -> Tensor:
+def _patches(inputs: Tensor, geometry: Geometry | None) -> Tensor:
     """Tokens, or patches in the order (kernel row, kernel column, channel), ``[b, L, K]``."""
-    inputs = inputs.reshape(samples, -1, *inputs.shape[1:])[chosen]
     if geometry is None:
         return inputs.flatten(1, -2)
-    windows = _windows(inputs.flatten(0, 1), geometry).permute(0, 1, 2, 4, 5, 3)
-    return windows.reshape(len(inputs), -1, windows[0, 0, 0].numel())
+    return _windows(inputs, geometry).movedim(4, -1).flatten(4).flatten(1, 3)
 
 
-def _windows(images: Tensor, geometry: Geometry) -> Tensor:
-    """What lies under the kernel, a view ``[B, H, W, C, kh, kw]`` for output positions H × W."""
-    (top, left), (dy, dx) = geometry.padding, geometry.dilation
-    (kh, kw), (sy, sx) = geometry.kernel, geometry.stride
-    images = F.pad(images, (left, left, top, top)) if top or left else images
-    images = images.contiguous(memory_format=torch.channels_last)
-    height = (images.shape[2] - dy * (kh - 1) - 1) // sy + 1
-    width = (images.shape[3] - dx * (kw - 1) - 1) // sx + 1
-    sample, channel, row, column = images.stride()
-    return images.as_strided(
-        (len(images), height, width, images.shape[1], kh, kw),
-        (sample, sy * row, sx * column, channel, dy * row, dx * column),
-    )
+def _windows(inputs: Tensor, geometry: Geometry) -> Tensor:
+    """What lies under the kernel, a view ``[b, rows, H, W, C, kh, kw]`` for output positions."""
+    top, left = geometry.padding
+    windows = inputs.flatten(0, 1)
+    if top or left:
+        windows = F.pad(windows, (left, left, top, top))
+    windows = windows.contiguous(memory_format=torch.channels_last)
+    along = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    for dim, (size, step, apart) in enumerate(along, 2):
+        windows = windows.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+    grouped: Tensor = windows.movedim(1, 3).unflatten(0, inputs.shape[:2])
+    return grouped
 
 
-def _add_squared_taps_(
-    total: Tensor, inputs: Tensor, gradient: Tensor, geometry: Geometry, samples: int
-) -> None:
+def _add_squared_taps_(total: Tensor, inputs: Tensor, gradient: Tensor, geometry: Geometry) -> None:
     """Depthwise convolutions, one place of the kernel at a time."""
-    inputs, gradient = (x.unflatten(0, (samples, -1)) for x in (inputs, gradient))
     each = inputs[0].numel() * inputs.element_size()
     step = max(1, chunk_bytes(total.device) // (4 * each))
     for some, g in zip(inputs.split(step), gradient.split(step), strict=True):
-        windows = _windows(some.flatten(0, 1), geometry).unflatten(0, some.shape[:2])
-        g = g.permute(0, 1, 3, 4, 2)  # [b, images a sample, H, W, channels]
+        windows, g = _windows(some, geometry), g.movedim(2, -1)  # [b, rows, H, W, channels, ...]
         for y in range(total.shape[2]):
             for x in range(total.shape[3]):
                 tap = (windows[..., y, x] * g).sum((1, 2, 3))
@@ -276,7 +261,7 @@ def receive_gradients(
     names: Sequence[str],
     batches: Iterable[Batch],
     cotangents: Cotangents,
-    receive: Receiver,
+    receive: Callable[[Gradients], None],
     room: int = 2**28,
 ) -> None:
     """Hand ``receive`` the gradients J_nᵀ v of the named weights, for each sample and cotangent.
@@ -290,24 +275,25 @@ def receive_gradients(
     for batch in batches:
         model.requires_grad_(False)
         slow = weights
-        if len(batch[0]) > 1:  # a single sample's gradient is its own, however weights are used
-            if generic is None:
-                generic = through.trial(weights, batch)
-                if not generic:
-                    continue
-            slow = {name: weight for name, weight in weights.items() if name in generic}
-            if fast := {name: weight for name, weight in weights.items() if name not in generic}:
-                # Nothing of it is named here, which would keep the layers' inputs for the next.
-                through.pull_back(through.observe(fast, batch)[0], batch)
-        if slow:
-            through.singly(slow, batch)
+        with torch.enable_grad():
+            if len(batch[0]) > 1:  # a single sample's gradient is its own, however weights are used
+                if generic is None:
+                    generic = through.trial(weights, batch)
+                    if not generic:
+                        continue
+                slow = {name: weight for name, weight in weights.items() if name in generic}
+                if fast := {n: weight for n, weight in weights.items() if n not in generic}:
+                    # Nothing of it is named here, which would keep the layers' inputs for the next.
+                    through.pull_back(through.observe(fast, batch)[0], batch)
+            if slow:
+                through.singly(slow, batch)
 
 
 @dataclass(frozen=True)
 class _Pass:
     model: nn.Module
     cotangents: Cotangents
-    receive: Receiver
+    receive: Callable[[Gradients], None]
     room: int
 
     def trial(self, weights: Mapping[str, nn.Parameter], batch: Batch) -> set[str]:
@@ -318,10 +304,11 @@ class _Pass:
         logits, observer = self.observe(weights, batch)
         self.model.requires_grad_(False)
         generic = _reached(logits, weights)
-        chosen, again = len(images) // 2, _Observer(weights)
+        chosen = len(images) // 2
         change = torch.linspace(-1, 1, images[0].numel()).to(images).view_as(images[0])
-        with torch.no_grad(), again:
-            self.model(torch.stack([images[chosen], images[chosen - 1] + change]))
+        two = torch.stack([images[chosen], images[chosen - 1] + change])
+        with torch.no_grad():
+            _, again = self.observe(weights, (two, *batch[1:]))
         generic |= {
             name
             for name, inputs in observer.inputs.items()
@@ -344,10 +331,11 @@ class _Pass:
         """Logits of a batch, whose backward pass will hand on the gradients."""
 
         def made(name: str, inputs: Tensor, geometry: Geometry | None, gradient: Tensor) -> None:
+            inputs, gradient = (x.unflatten(0, (len(batch[2]), -1)) for x in (inputs, gradient))
             self.receive(Gradients(name, batch[2], gradient, inputs, geometry, self.room))
 
         observer = _Observer(weights, made)
-        with torch.enable_grad(), observer:
+        with observer:
             logits = self.model(batch[0])
         return logits, observer
 
@@ -355,21 +343,15 @@ class _Pass:
         """One backward a cotangent; the last one frees the graph."""
         if not logits.requires_grad:
             return
-        waiting: Tensor | None = None
-        for cotangent in self.cotangents(logits.detach(), *batch[1:]):
-            if waiting is not None:
-                logits.backward(waiting, retain_graph=True)
-            waiting = cotangent
-        if waiting is not None:
-            logits.backward(waiting)
+        found = self.cotangents(logits.detach(), *batch[1:])
+        for cotangent, following in pairwise(chain(found, [None])):
+            logits.backward(cotangent, retain_graph=following is not None)
 
     def singly(self, weights: Mapping[str, nn.Parameter], batch: Batch) -> None:
         """One backward a sample and cotangent; as many are handed on at once as fit."""
-        for weight in weights.values():
-            weight.requires_grad_()
-        norms = (isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        normalised = any(norms)
-        size = sum(w.numel() * w.element_size() for w in weights.values())
+        wanted = [weight.requires_grad_() for weight in weights.values()]
+        normalised = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        size = sum(w.numel() * w.element_size() for w in wanted)
         together = max(1, self.room // (2 * size))
         kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
 
@@ -381,18 +363,12 @@ class _Pass:
                 self.receive(Gradients(name, torch.cat(found), formed, room=self.room))
 
         for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
-            with torch.enable_grad():
-                logits = self.model(paired(image) if normalised else image)[:1]
+            logits = self.model(paired(image) if normalised else image)[:1]
             if not logits.requires_grad:
                 return
             for cotangent in self.cotangents(logits.detach(), label, row):
                 gradients = torch.autograd.grad(
-                    logits,
-                    list(weights.values()),
-                    cotangent,
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
+                    logits, wanted, cotangent, retain_graph=True, materialize_grads=True
                 )
                 kept.append((row, gradients))
                 if len(kept) == together:
@@ -410,7 +386,7 @@ class _Observer(Calls):
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
-        receive: Callable[[str, Tensor, Geometry | None, Tensor], None] | None = None,
+        receive: Callable[[str, Tensor, Geometry | None, Tensor], None],
     ) -> None:
         super().__init__({F.linear: self._observe, F.conv2d: self._observe})
         self.names = {id(weight): name for name, weight in weights.items()}
@@ -426,7 +402,7 @@ class _Observer(Calls):
         output = call.run(weight=call["weight"].detach())
         self.inputs[name].append(layer_input)
         receive, version = self.receive, layer_input._version
-        if receive is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             # The first weight of the network: the graph starts here, not at the image. The copy

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
@@ -84,6 +83,7 @@ class CurvatureOperator(ABC):
     """
 
     _differentiated: tuple[str, ...]
+    _with_values = False  # whether the graphs hold the gradient's values
     bar: str | None = None
     """Name of a progress bar over batches; callers who take many products show one over these."""
 
@@ -102,11 +102,8 @@ class CurvatureOperator(ABC):
         _check_names(self._originals, names)
         self._versions = {name: p._version for name, p in self._originals.items()}
         self._values = {name: p.detach() for name, p in self._originals.items()}
-        for name in names:
-            # Detached once more, since only these leaves ask for a gradient; storage is shared.
-            self._values[name] = self._values[name].detach().requires_grad_()
-        self._weights = [self._values[name] for name in names]
-        self._names = list(names)
+        # The only leaves that ask for a gradient; storage is shared.
+        self._weights = {name: self._values[name].detach().requires_grad_() for name in names}
         self._model, self._data = model, data
         drawn = draw.indices(data)
         self.count = len(drawn)  # samples that sums are means over
@@ -119,7 +116,7 @@ class CurvatureOperator(ABC):
     @property
     def parameters(self) -> Vector:
         """The parameters the operator acts on, in order."""
-        return {name: self._originals[name].detach() for name in self._names}
+        return {name: weight.detach() for name, weight in self._weights.items()}
 
     def __call__(self, vector: Vector) -> dict[str, Tensor]:
         """The product with ``vector``: one tensor a name, at least in float32.
@@ -129,21 +126,19 @@ class CurvatureOperator(ABC):
             RuntimeError: if weights, data or model changed between products.
         """
         parts = self._parts(vector)
-        return self._sum(
-            lambda graphs, keep: self._multiply(graphs, parts, keep=keep), self.parameters
-        )
+        return self._sum(lambda graphs, keep: self._multiply(graphs, parts, keep), self._weights)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch, which a subclass of :class:`HessianOperator` may replace."""
         return F.cross_entropy(logits, labels)
 
     @abstractmethod
-    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Iterable[Tensor]:
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Iterable[Tensor]:
         """A batch's part of the product; ``keep`` what it takes for another one."""
 
     def _parts(self, vector: Vector) -> list[Tensor]:
-        check_vector(vector, self.parameters)
-        return [vector[n].detach().to(w) for n, w in zip(self._names, self._weights, strict=True)]
+        check_vector(vector, self._weights)
+        return [vector[name].detach().to(weight) for name, weight in self._weights.items()]
 
     def _sum(
         self, part: Callable[[_Graphs, bool], Iterable[Tensor]], like: Vector
@@ -158,7 +153,7 @@ class CurvatureOperator(ABC):
         def compute(batch_size: int) -> dict[str, Tensor]:
             if batch_size != self._batch_size:  # memory ran out
                 self._batch_size, self._memory, self._losses = batch_size, 0, None
-                self._drop()
+                self._kept, self.kept_bytes = {}, 0
             totals: list[Tensor] = []
             losses = []
             split = self._indices.split(batch_size) if len(self._indices) else ()
@@ -178,15 +173,16 @@ class CurvatureOperator(ABC):
 
         return sum_over_processes(fitting_batches(compute, self._batch_size))
 
-    def _drop(self) -> None:
-        self._kept, self.kept_bytes = {}, 0
-
-    def _inputs(self) -> list[Tensor]:
-        """The weights that a graph is made with."""
-        return self._weights
-
     def _build(self, number: int, rows: Tensor) -> _Graphs:
         """Run a batch, and keep its graphs if they fit."""
+        storages: dict[int, int] = {}  # bytes, by address
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            # Detached: a node that kept its own output with its history would never be freed.
+            return tensor.detach()
+
         images, labels = next(batches(self._data, len(rows), device_of(self._model), rows))
         # The fused attention kernels have no second derivative; the plain one has.
         with (
@@ -194,10 +190,12 @@ class CurvatureOperator(ABC):
             sdpa_kernel(SDPBackend.MATH),
             torch.enable_grad(),
             FastSecondDerivatives() as layers,
-            _saved_storages() as storages,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            inputs = self._inputs()
-            values = self._values | dict(zip(self._names, inputs, strict=True))
+            inputs = list(self._weights.values())
+            if self._with_values:  # of a leaf's gradient, the fast layers do not compute the value
+                inputs = [weight.view_as(weight) for weight in inputs]
+            values = self._values | dict(zip(self._weights, inputs, strict=True))
             logits = functional_call(self._model, values, (paired(images),))
             if self._losses is None:
                 check_labels(labels, logits.shape[1])
@@ -208,8 +206,8 @@ class CurvatureOperator(ABC):
                 graphs.gradient = _backward([loss], inputs, create_graph=True)
             if "tangent" in self._differentiated:
                 graphs.u = torch.zeros_like(logits, requires_grad=True)
-                with layers.only_tangents():
-                    graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
+                layers.tangents_only = True
+                graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
         if self.kept_bytes + size <= self._memory:
@@ -223,16 +221,13 @@ class CurvatureOperator(ABC):
         if self._losses is None:
             self._losses = losses
             if not torch.isfinite(losses).all():
-                broken = (n for n, v in self._values.items() if not torch.isfinite(v).all())
-                name = next(broken, None)
-                raise NonFiniteError(
-                    "the loss is not finite: "
-                    + (
-                        f"the weights of {name!r} are not finite"
-                        if name
-                        else "the weights are finite, so look for non-finite images"
-                    )
-                )
+                causes = [
+                    f"the weights of {name!r} are not finite"
+                    for name, values in self._values.items()
+                    if not torch.isfinite(values).all()
+                ]
+                causes.append("the weights are finite, so look for non-finite images")
+                raise NonFiniteError(f"the loss is not finite: {causes[0]}")
         elif not torch.allclose(losses, self._losses, rtol=1e-3, atol=0):
             raise RuntimeError(
                 "the loss of the same samples changed between two products: the data or the model "
@@ -282,7 +277,6 @@ class HessianOperator(CurvatureOperator):
     """
 
     _differentiated: tuple[str, ...] = ("gradient",)
-    _with_values = False  # whether the graphs hold the gradient's values
 
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the mean loss, at least in float32; its graphs are kept for the products.
@@ -291,16 +285,11 @@ class HessianOperator(CurvatureOperator):
             RuntimeError: if weights, data or model changed since a product.
         """
         if not self._with_values:
-            self._with_values = True
-            self._drop()
-        return self._sum(lambda graphs, keep: graphs.gradient, self.parameters)
+            self._with_values, self._kept, self.kept_bytes = True, {}, 0
+        return self._sum(lambda graphs, keep: graphs.gradient, self._weights)
 
-    def _inputs(self) -> list[Tensor]:
-        # Of a leaf's gradient the fast layers would not compute the value.
-        return [w.view_as(w) for w in self._weights] if self._with_values else self._weights
-
-    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Sequence[Tensor]:
-        return _backward(graphs.gradient, self._weights, parts, keep=keep)
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Sequence[Tensor]:
+        return _backward(graphs.gradient, self._weights.values(), parts, keep=keep)
 
 
 class GGNOperator(CurvatureOperator):
@@ -313,9 +302,9 @@ class GGNOperator(CurvatureOperator):
 
     _differentiated = ("tangent",)
 
-    def _multiply(self, graphs: _Graphs, parts: list[Tensor], *, keep: bool) -> Sequence[Tensor]:
+    def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Sequence[Tensor]:
         _, image = graphs.tangent(parts)
-        return _backward([graphs.logits], self._weights, [image], keep=keep)
+        return _backward([graphs.logits], self._weights.values(), [image], keep=keep)
 
 
 class _Expansion(HessianOperator):
@@ -333,7 +322,7 @@ class _Expansion(HessianOperator):
             rows = []
             for parts in vectors:
                 # The second graph hangs on parts of the first, so that this one stays for it.
-                products = self._multiply(graphs, parts, keep=True)
+                products = self._multiply(graphs, parts, True)
                 tangent, image = graphs.tangent(parts)
                 bends = [(a * b).sum() for a, b in zip(products, parts, strict=True)]
                 slope, spread = (slopes * tangent).sum(), (image * tangent).sum()
@@ -384,10 +373,9 @@ def directional_terms(
     check_directions(model, directions)
     # Each batch is looked at once, so that nothing need be kept.
     expansion = _Expansion(model, list(directions[0]), data, draw, memory=0)
-    rows = expansion.terms(directions).tolist()
     found = [
         DirectionalTerms(loss, gradient, hessian, ggn, expansion.count)
-        for loss, gradient, hessian, ggn in rows
+        for loss, gradient, hessian, ggn in expansion.terms(directions).tolist()
     ]
     for terms in found:
         if not all(map(math.isfinite, astuple(terms))):
@@ -397,7 +385,7 @@ def directional_terms(
 
 def _backward(
     outputs: Sequence[Tensor],
-    inputs: list[Tensor],
+    inputs: Iterable[Tensor],
     vectors: Sequence[Tensor | None] = (None,),
     *,
     keep: bool = False,
@@ -409,28 +397,12 @@ def _backward(
         return [torch.zeros_like(value) for value in inputs]
     return torch.autograd.grad(
         [output for output, _ in pairs],
-        inputs,
+        list(inputs),
         [vector for _, vector in pairs],
         retain_graph=keep or create_graph,
         create_graph=create_graph,
-        allow_unused=True,
         materialize_grads=True,
     )
-
-
-@contextmanager
-def _saved_storages() -> Iterator[dict[int, int]]:
-    """Sizes in bytes, by address, of the storages that graphs made inside keep."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        # Detached: a node that kept its own output with its history would never be freed.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield storages
 
 
 def _check_names(parameters: Vector, names: Sequence[str]) -> None:
@@ -475,15 +447,21 @@ def dense_matrix(operator: Operator) -> Tensor:
 
     Rows and columns are in the order of the operator's flattened parameters.
     """
-    parameters = operator.parameters
-    sizes = [value.numel() for value in parameters.values()]
-    like = next(iter(parameters.values()))
-    columns = []
-    for unit in torch.eye(sum(sizes), dtype=like.dtype, device=like.device):
-        vector = {
-            name: part.view(value.shape)
-            for part, (name, value) in zip(unit.split(sizes), parameters.items(), strict=True)
-        }
-        product = operator(vector)
-        columns.append(torch.cat([product[name].flatten() for name in parameters]))
-    return torch.stack(columns, 1)
+    flat = torch.cat([values.flatten() for values in operator.parameters.values()])
+    units = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+    return torch.stack([flat_product(operator, unit) for unit in units], 1)
+
+
+def flat_product(operator: Operator, flat: Tensor) -> Tensor:
+    """The product with a vector ``[P]``, the operator's parameters one after the other."""
+    product = operator(split_vector(flat, operator.parameters))
+    return torch.cat([product[name].flatten() for name in operator.parameters])
+
+
+def split_vector(flat: Tensor, parameters: Vector) -> dict[str, Tensor]:
+    """The parts ``[..., *shape]`` of the parameters in vectors ``[..., P]``."""
+    parts = flat.split([values.numel() for values in parameters.values()], -1)
+    return {
+        name: part.reshape(*flat.shape[:-1], *values.shape)
+        for part, (name, values) in zip(parts, parameters.items(), strict=True)
+    }

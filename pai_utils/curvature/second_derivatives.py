@@ -13,8 +13,6 @@ needs their derivatives, not their values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +42,7 @@ class FastSecondDerivatives(Calls):
             }
         )
         self.tangents_only = False
-
-    @contextmanager
-    def only_tangents(self) -> Iterator[None]:
-        """Gradients taken inside, Jᵀu, are differentiated in u alone: for Gauss-Newton products."""
-        self.tangents_only = True
-        try:
-            yield
-        finally:
-            self.tangents_only = False
+        """Whether gradients, Jᵀu, are differentiated in u alone: for Gauss-Newton products."""
 
     def _linear(self, call: Call) -> Any:
         x, weight, bias = call["input"], call["weight"], call["bias"]
@@ -101,11 +91,7 @@ def _batch_norm(call: Call) -> Any:
     return torch.addcmul(shift.view(shape), call["input"], scale.view(shape))
 
 
-_OTHERS = {
-    "output": ("input", "weight"),
-    "input": ("weight", "output"),
-    "weight": ("input", "output"),
-}
+_ROLES = ("input", "weight", "output")
 
 
 class _Linear:
@@ -137,12 +123,8 @@ class _Convolution:
 
     def input(self, weight: Tensor, gradient: Tensor) -> Tensor:
         # Of the argument differentiated in, only shape and layout matter.
-        x = torch.empty(
-            self.input_shape,
-            dtype=gradient.dtype,
-            device=gradient.device,
-            memory_format=self.layout,
-        )
+        shape = gradient.new_empty(1).expand(self.input_shape)
+        x = torch.empty_like(shape, memory_format=self.layout)
         return self._backward(gradient, x, weight, [True, False, False])[0]
 
     def weight(self, x: Tensor, gradient: Tensor) -> Tensor:
@@ -150,22 +132,12 @@ class _Convolution:
         return self._backward(gradient, x, weight, [False, True, False])[1]
 
     def _backward(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, mask: list[bool]
+        self, gradient: Tensor, x: Tensor, w: Tensor, mask: list[bool]
     ) -> tuple[Tensor, ...]:
         g = self.geometry
         gradient = gradient.contiguous(memory_format=self.layout)
         found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            gradient,
-            x,
-            weight,
-            None,
-            g.stride,
-            g.padding,
-            g.dilation,
-            False,
-            [0, 0],
-            g.groups,
-            mask,
+            gradient, x, w, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups, mask
         )
         return found
 
@@ -193,11 +165,11 @@ class _Derivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, along: Tensor) -> tuple[Any, ...]:
-        names = _OTHERS[ctx.role]
+        names = [name for name in _ROLES if name != ctx.role]
         values = {**dict(zip(names, ctx.saved_tensors, strict=True)), ctx.role: along}
 
         def derivative(role: str) -> Any:
-            given = [values[name] for name in _OTHERS[role]]
+            given = [values[name] for name in _ROLES if name != role]
             if not torch.is_grad_enabled():
                 return getattr(ctx.form, role)(*given)
             if ctx.mode.tangents_only:
@@ -282,12 +254,13 @@ class _Projection(torch.autograd.Function):
         ctx: Any, gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
     ) -> Tensor:
         projected = _project(gradient, x, mean, rstd, weight)
-        ctx.save_for_backward(x, mean, rstd, weight)
+        saved = [x, mean, rstd, weight]
         if ctx.needs_input_grad[1]:
             normalised = (x - mean).mul_(rstd)
             scaled = gradient if weight is None else gradient * weight
             along_x = _row_products(normalised, scaled) * rstd / x.shape[-1]  # r c_g
-            ctx.save_for_backward(x, mean, rstd, weight, projected, normalised, along_x)
+            saved += [projected, normalised, along_x]
+        ctx.save_for_backward(*saved)
         return projected
 
     @staticmethod

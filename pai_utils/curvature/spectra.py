@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pai_utils.curvature.hutchinson import rademacher
-from pai_utils.curvature.products import Operator, Vector
+from pai_utils.curvature.products import Operator, Vector, flat_product, split_vector
 from pai_utils.support.common import NonFiniteError, at_least_single, check_names, progress
 
 _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,8 +96,8 @@ def top_eigenpairs(
         [1.5, 0.6667]
     """
     check_names("order", [order], _ORDERS)
-    multiply, size = _flat(operator)
     named = operator.parameters
+    size = _size(operator)
     if not 1 <= count <= min(size, products):
         raise ValueError(
             f"count={count}: must be at least 1 and at most products={products} and the "
@@ -107,11 +107,11 @@ def top_eigenpairs(
         raise ValueError(f"tolerance={tolerance}: must be zero or above")
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> Tensor:
+    def draw() -> Vector:
         # Signs, as for the density, can be orthogonal to an eigenvector of few weights.
-        return _unit({n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()})
+        return {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
 
-    for basis, tridiagonal, beta in _lanczos(multiply, draw, min(products, size)):
+    for basis, tridiagonal, beta in _lanczos(operator, draw, min(products, size)):
         if len(basis) < count:
             continue
         theta, s = torch.linalg.eigh(tridiagonal)
@@ -120,12 +120,7 @@ def top_eigenpairs(
         converged = bool((residuals <= tolerance * theta.abs().max()).all())
         if converged:
             break
-    combined = s[:, chosen].T.to(basis) @ basis
-    parts = combined.split([values.numel() for values in named.values()], 1)
-    vectors = {
-        name: part.reshape(count, *values.shape)
-        for (name, values), part in zip(named.items(), parts, strict=True)
-    }
+    vectors = split_vector(s[:, chosen].T.to(basis) @ basis, named)
     return Eigenpairs(theta[chosen], vectors, residuals, len(basis), converged)
 
 
@@ -152,16 +147,15 @@ def spectral_density(
             raise ValueError(f"{name}={value}: at least one is needed")
     if width is not None:
         _check_width(width)
-    multiply, size = _flat(operator)
+    steps = min(steps, _size(operator))
     generator = torch.Generator().manual_seed(seed)
-    steps = min(steps, size)
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
 
-    def draw() -> Tensor:
-        return _unit(rademacher(operator.parameters, generator))
+    def draw() -> Vector:
+        return rademacher(operator.parameters, generator)
 
     for probe in range(probes):
-        for _, tridiagonal, beta in _lanczos(multiply, draw, steps):
+        for _, tridiagonal, beta in _lanczos(operator, draw, steps):
             theta, s = torch.linalg.eigh(tridiagonal)
             if beta == 0:
                 break  # the start vector lies in an invariant subspace: the quadrature is exact
@@ -196,20 +190,26 @@ def _smoothed(nodes: Tensor, weights: Tensor, width: float | None) -> SpectralDe
 
 
 def _lanczos(
-    multiply: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], steps: int
+    operator: Operator, draw: Callable[[], Vector], steps: int
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """After m steps Q_mᵀ ``[m, P]``, T_m ``[m, m]``, and β_m: 0 where they span an invariant space.
 
     There it goes on from a new random vector.
     """
-    q = draw()
+
+    def start() -> Tensor:
+        flat = torch.cat([values.flatten() for values in draw().values()])
+        flat = flat.to(at_least_single(flat))
+        return flat.div_(flat.norm())
+
+    q = start()
     basis = q.new_empty(steps, len(q))
     tridiagonal = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
     tiny = 100 * torch.finfo(q.dtype).eps
     scale = 0.0
     for m in progress(range(1, steps + 1), "Lanczos steps", steps):
         basis[m - 1] = q
-        image = multiply(q)
+        image = flat_product(operator, q).to(q)
         alpha = float(q @ image)
         if not math.isfinite(alpha):
             raise NonFiniteError(f"the product of Lanczos step {m} is not finite")
@@ -225,7 +225,7 @@ def _lanczos(
         yield basis[:m], tridiagonal[:m, :m], beta
         tridiagonal[m - 1, m] = tridiagonal[m, m - 1] = beta
         if beta == 0 and m < steps:
-            image = draw()
+            image = start()
             beta = _orthogonalise_(image, basis[:m])
         q = image.div_(beta)
 
@@ -246,25 +246,5 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
     return after
 
 
-def _unit(vector: Vector) -> Tensor:
-    """The vector, flat and of length one."""
-    flat = _concatenate(vector)
-    return flat.div_(flat.norm())
-
-
-def _flat(operator: Operator) -> tuple[Callable[[Tensor], Tensor], int]:
-    """The operator as a function of one vector, and the vector's length."""
-    shapes = {name: values.shape for name, values in operator.parameters.items()}
-    sizes = [shape.numel() for shape in shapes.values()]
-
-    def multiply(vector: Tensor) -> Tensor:
-        parts = zip(shapes.items(), vector.split(sizes), strict=True)
-        product = operator({name: part.view(shape) for (name, shape), part in parts})
-        return _concatenate({name: product[name] for name in shapes})
-
-    return multiply, sum(sizes)
-
-
-def _concatenate(vector: Vector) -> Tensor:
-    flat = torch.cat([values.flatten() for values in vector.values()])
-    return flat.to(at_least_single(flat))
+def _size(operator: Operator) -> int:
+    return sum(values.numel() for values in operator.parameters.values())
