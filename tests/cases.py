@@ -402,6 +402,12 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / (scale if scale > 0 else 1))
 
 
+def largest_error(values: dict[str, Tensor], references: dict[str, Tensor]) -> float:
+    """The largest relative error among tensors, which come in the same order."""
+    pairs = zip(values.values(), references.values(), strict=True)
+    return max(relative_error(value, reference) for value, reference in pairs)
+
+
 def fingerprint(model: nn.Module) -> list[object]:
     """All that must be as before: values bit for bit, flags, gradients by identity, modes."""
     parameters = list(model.named_parameters())

@@ -11,7 +11,7 @@ from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.support.sampling import Draw
-from tests.cases import Case, Images, build, flattened, relative_error
+from tests.cases import Case, Images, build, flattened, relative_error, vector_for
 
 # bfloat16 has 8 bits; errors of a few layers add up.
 TOLERANCE = 0.1
@@ -40,9 +40,8 @@ def _in(case: Case, dtype: torch.dtype) -> Case:
 
 
 def _product(case: Case, kind: str) -> Tensor:
-    shapes = dict(case.model.named_parameters())
-    vector = {n: torch.linspace(-1, 1, shapes[n].numel()).view_as(shapes[n]) for n in case.names}
-    return flattened(PRODUCTS[kind](case.model, case.names, case.data)(vector))
+    operator = PRODUCTS[kind](case.model, case.names, case.data)
+    return flattened(operator(vector_for(case)))
 
 
 @pytest.mark.parametrize("kind", CURVATURES)

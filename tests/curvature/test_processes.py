@@ -1,6 +1,7 @@
 """Under ``torchrun`` each process takes its share of the samples, and all get the same result."""
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,7 @@ def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
         yield f"{operator.__name__}, diagonal", flattened(estimate.diagonal)
         yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
     (terms,) = directional_terms(case.model, [vector], case.data, Draw(samples, 2))
-    yield (
-        "terms",
-        torch.tensor([terms.loss, terms.gradient, terms.hessian, terms.ggn], dtype=torch.float64),
-    )
+    yield "terms", torch.tensor(astuple(terms), dtype=torch.float64)
 
 
 def _run(rank: int, folder: str) -> None:

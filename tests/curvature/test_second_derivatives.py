@@ -5,10 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.products import HessianOperator
 from pai_utils.curvature.second_derivatives import FastSecondDerivatives
-from pai_utils.support.sampling import Draw
-from tests.cases import MODELS, build, dense_hessian, flattened, relative_error
+from tests.cases import relative_error
 
 X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 W = torch.randn(8, 2, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -50,20 +48,6 @@ def test_value_gradient_and_second_derivative_are_torchs(name: str) -> None:
         found = second_order(FUNCTIONS[name])
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) <= 1e-12
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_hessian_over_all_parameters_is_the_dense_one(name: str) -> None:
-    case = build(name)
-    names = [n for n, _ in case.model.named_parameters()]
-    generator = torch.Generator().manual_seed(4)
-    v = {
-        n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for n, p in case.model.named_parameters()
-    }
-    found = HessianOperator(case.model, names, case.data, Draw(None, 4))(v)
-    dense = dense_hessian(case.model, names, case.data)
-    assert relative_error(flattened(found), dense @ flattened(v)) <= 1e-10
 
 
 def test_weight_gradient_is_left_out_for_leaves_only() -> None:
