@@ -1,9 +1,8 @@
 """Labels whose loss gradients make a Fisher matrix: the true ones, or ones drawn from the model.
 
-Both are cotangents for :mod:`pai_utils.curvature.persample`: the gradient of the cross-entropy at
-the logits z, softmax(z) − e_y. With true labels y the mean of g gᵀ is the empirical Fisher; with
-labels drawn from the model it estimates the Fisher, which is the GGN for cross-entropy
-(Kunstner et al. 2019, "Limitations of the empirical Fisher approximation").
+With true labels y the mean of g gᵀ is the empirical Fisher; with labels drawn from the model it
+estimates the Fisher, which is the GGN for cross-entropy (Kunstner et al. 2019, "Limitations of the
+empirical Fisher approximation").
 """
 
 from __future__ import annotations

@@ -10,9 +10,7 @@ samples must be told apart, and positions or tokens of one sample must be summed
 Calls of ``F.linear`` and ``F.conv2d`` are observed, and the weight gradient that autograd would sum
 over the batch is replaced by the per-sample one, which costs the same products. A weight used in
 any other way (by several calls, reshaped, inside ``nn.MultiheadAttention``, with rows not grouped
-by sample) takes one backward a sample, with the same result. The first batch tells which: a weight
-that the graph reaches although its observed calls are cut off is used elsewhere, and rows are
-grouped by sample where those of one sample stay the same beside another one.
+by sample) takes one backward a sample, with the same result. The first batch tells which.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ class Gradients:
     room: int = 2**28  #: bytes that :meth:`pieces` may take
 
     def add_squares_(self, total: Tensor) -> None:
-        """Add Σ_n G_n² to ``total``, of the weight's shape; a convolution's best channels-last."""
+        """Add Σ_n G_n² to ``total``, of the weight's shape; a convolution's lies channels-last."""
         gradient, geometry = self.gradient.to(total.dtype), self.geometry
         if self.input is None:
             _add_squares_(total, gradient)
@@ -146,29 +144,22 @@ def _add_squared_products_(
     left = _positions(gradient, geometry)  # [samples, L, out]
     samples = len(left)
     matrix = total if geometry is None else total.permute(0, 2, 3, 1)
-    matrix = matrix.reshape(len(total), -1)  # [out, K], a view where the layout allows
-    device = total.device
-    most = max(1, chunk_bytes(device) // total.element_size())  # entries of a G_n to form at once
+    matrix = matrix.view(len(total), -1)  # [out, K]
+    # How many entries of a G_n to form at once.
+    most = max(1, chunk_bytes(total.device) // total.element_size())
     rows = max(1, min(len(total), most // matrix.shape[1]))
     rows = math.ceil(len(total) / math.ceil(len(total) / rows))
-    fewest = 1 if device.type == "cuda" else 2 * torch.get_num_threads()
+    fewest = 1 if total.is_cuda else 2 * torch.get_num_threads()
     step = min(samples, max(fewest, most // matrix.numel()))
     # Patches of all samples if they are needed for several blocks of rows.
     taken = samples if rows < len(total) else step
     products = matrix.new_empty(step, rows, matrix.shape[1])
-    for start in range(0, samples, taken):
-        here = slice(start, min(start + taken, samples))
-        right = _patches(inputs[here], geometry)  # [b, L, K]
-        for row in range(0, len(total), rows):
-            block = matrix[row : row + rows]
-            for first in range(0, here.stop - here.start, step):
-                part = slice(first, first + step)
-                chosen = left[here][part, :, row : row + rows].mT
-                out = products[: len(chosen), : len(block)]
-                _add_squares_(block, torch.bmm(chosen, right[part], out=out))
-    if matrix.data_ptr() != total.data_ptr():
-        shape = (len(total), *total.shape[2:], total.shape[1])
-        total.copy_(matrix.view(shape).permute(0, 3, 1, 2))
+    for some, gradients in zip(inputs.split(taken), left.split(taken), strict=True):
+        right = _patches(some, geometry)  # [b, L, K]
+        for block, columns in zip(matrix.split(rows), gradients.split(rows, 2), strict=True):
+            for each, patches in zip(columns.split(step), right.split(step), strict=True):
+                out = products[: len(each), : len(block)]
+                _add_squares_(block, torch.bmm(each.mT, patches, out=out))
 
 
 def _positions(gradient: Tensor, geometry: Geometry | None) -> Tensor:
@@ -395,15 +386,15 @@ class _Observer(Calls):
 
     def _observe(self, call: Call) -> Any:
         name, layer_input = self.names.get(id(call["weight"])), call["input"].detach()
-        geometry = None if call.function is F.linear else Geometry.of(call)
-        known = layer_input.dim() > 1 if call.function is F.linear else geometry is not None
-        if name is None or not known:
+        linear = call.function is F.linear
+        geometry = None if linear else Geometry.of(call)
+        if name is None or (layer_input.dim() < 2 if linear else geometry is None):
             return call.run()
         output = call.run(weight=call["weight"].detach())
         self.inputs[name].append(layer_input)
-        receive, version = self.receive, layer_input._version
         if not torch.is_grad_enabled():
             return output
+        receive, version = self.receive, layer_input._version
         if not output.requires_grad:
             # The first weight of the network: the graph starts here, not at the image. The copy
             # lets an in-place activation follow, which a leaf would refuse.
@@ -425,9 +416,8 @@ class _Observer(Calls):
 def _grouped_by_sample(inputs: list[Tensor], again: list[Tensor], count: int) -> bool:
     """Whether a layer is called once, with rows that do not depend on the other samples.
 
-    Of ``count`` samples the middle one was run again in another place, and beside it the one
-    before, changed: its rows must be the same but for rounding, by a wide margin against what the
-    change does.
+    Of ``count`` samples the middle one was run again in another place, beside a changed one: its
+    rows must be the same but for rounding, by a wide margin against what the change does.
     """
     if not len(inputs) == len(again) == 1 or len(inputs[0]) % count:
         return False
@@ -440,8 +430,6 @@ def _grouped_by_sample(inputs: list[Tensor], again: list[Tensor], count: int) ->
 
 def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
     """Names of the weights that the graph of ``logits`` leads to."""
-    names = {id(weight): name for name, weight in weights.items()}
-    found: set[str] = set()
     waiting: list[Any] = [logits.grad_fn]
     seen: set[Any] = set()
     while waiting:
@@ -454,8 +442,6 @@ def _reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
                 "the model recomputes activations in its backward pass, where its weights cannot "
                 "be observed; switch that off (timm: model.set_grad_checkpointing(False))"
             )
-        variable = id(getattr(node, "variable", None))
-        if variable in names:
-            found.add(names[variable])
         waiting += [following for following, _ in node.next_functions]
-    return found
+    variables = {id(getattr(node, "variable", None)) for node in seen}
+    return {name for name, weight in weights.items() if id(weight) in variables}

@@ -47,9 +47,6 @@ from pai_utils.support.sampling import (
     sum_over_processes,
 )
 
-GRAPH_MEMORY = 4 * 2**30
-"""Bytes that graphs kept between products may hold, unless told otherwise."""
-
 Vector = Mapping[str, Tensor]
 """One tensor a parameter name, of the parameter's shape."""
 
@@ -94,7 +91,7 @@ class CurvatureOperator(ABC):
         data: Samples,
         draw: Draw = ALL,
         *,
-        memory: int = GRAPH_MEMORY,
+        memory: int = 4 * 2**30,
     ) -> None:
         if memory < 0:
             raise ValueError(f"memory={memory}: the bytes to keep graphs in cannot be negative")
@@ -409,9 +406,9 @@ def _check_names(parameters: Vector, names: Sequence[str]) -> None:
     if not names:
         raise ValueError("no parameter is named; at least one is needed")
     check_names("parameter", names, parameters)
-    twice = [name for name in names if list(names).count(name) > 1]
-    if twice:
-        raise ValueError(f"parameter {twice[0]!r} is named twice")
+    for name in names:
+        if list(names).count(name) > 1:
+            raise ValueError(f"parameter {name!r} is named twice")
 
 
 def check_vector(vector: Vector, parameters: Vector) -> None:

@@ -70,8 +70,7 @@ def partial_terms(
             raise ValueError(f"{name}={value}: at least one is needed")
     indices = draw.indices(data)
     device = device_of(model)
-    # One row a direction, [D, P].
-    flat = {
+    flat = {  # [D, P], one row a direction
         name: torch.stack([v[name].detach().to(device).flatten() for v in directions])
         for name in directions[0]
     }
@@ -87,11 +86,9 @@ def partial_terms(
                 missing = (0, -entries.shape[1] % block_size)
                 along, entries = F.pad(along, missing), F.pad(entries, missing)
                 sums[:, 0] += (along.square() @ entries.square().sum(0)).double()
-                # [blocks, b, size] @ [blocks, size, D]
-                blocks = torch.bmm(
-                    entries.unflatten(1, (-1, block_size)).transpose(0, 1),
-                    along.unflatten(1, (-1, block_size)).permute(1, 2, 0),
-                ).double()
+                # Of each block, sample and direction, [blocks, b, D].
+                split = (values.unflatten(1, (-1, block_size)) for values in (entries, along))
+                blocks = torch.einsum("nks,dks->knd", *split).double()
                 sums[:, 1] += blocks.square().sum((0, 1))
                 inner[chosen] += blocks.sum(0)
             sums[:, 2] += inner.square().sum(0)

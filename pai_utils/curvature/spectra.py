@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def top_eigenpairs(
     """
     check_names("order", [order], _ORDERS)
     named = operator.parameters
-    size = _size(operator)
+    size = sum(values.numel() for values in named.values())
     if not 1 <= count <= min(size, products):
         raise ValueError(
             f"count={count}: must be at least 1 and at most products={products} and the "
@@ -147,12 +148,10 @@ def spectral_density(
             raise ValueError(f"{name}={value}: at least one is needed")
     if width is not None:
         _check_width(width)
-    steps = min(steps, _size(operator))
-    generator = torch.Generator().manual_seed(seed)
+    named = operator.parameters
+    steps = min(steps, sum(values.numel() for values in named.values()))
+    draw = partial(rademacher, named, torch.Generator().manual_seed(seed))
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
-
-    def draw() -> Vector:
-        return rademacher(operator.parameters, generator)
 
     for probe in range(probes):
         for _, tridiagonal, beta in _lanczos(operator, draw, steps):
@@ -244,7 +243,3 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
             break
         before = after
     return after
-
-
-def _size(operator: Operator) -> int:
-    return sum(values.numel() for values in operator.parameters.values())
