@@ -122,10 +122,9 @@ def test_product_takes_the_seeded_draw(kind: type[CurvatureOperator]) -> None:
     case = build("conv")
     v = vector_for(case)
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:6]
-    drawn = Images(6)
-    drawn.images, drawn.labels = case.data.batch(rows)
     found = kind(case.model, case.names, case.data, Draw(6, seed=5))(v)
-    expected = kind(case.model, case.names, drawn)(v)
+    case.data.images, case.data.labels = case.data.batch(rows)
+    expected = kind(case.model, case.names, case.data)(v)
     assert torch.equal(flattened(found), flattened(expected))
 
 

@@ -17,18 +17,16 @@ from tests.cases import Case, Images, build, flattened, relative_error, vector_f
 TOLERANCE = 0.1
 
 
-def _blocks(case: Case) -> Tensor:
-    blocks = fisher_blocks(case.model, case.names, case.data, block_size=4, damping=0.1)
-    # Each block's matrix over its size: inverses of blocks without gradients are infinite.
-    return torch.cat([1 / part.inverse_diagonal() for part in blocks])
-
-
 CURVATURES: dict[str, Callable[[Case], Tensor]] = {
-    "fisher": lambda case: flattened(fisher_diagonal(case.model, case.names, case.data)),
-    "ggn": lambda case: flattened(
-        ggn_diagonal(case.model, case.names, case.data, estimator="exact")
+    "fisher": lambda c: flattened(fisher_diagonal(c.model, c.names, c.data)),
+    "ggn": lambda c: flattened(ggn_diagonal(c.model, c.names, c.data, estimator="exact")),
+    # Each block's matrix over its size: inverses of blocks without gradients are infinite.
+    "blocks": lambda c: torch.cat(
+        [
+            1 / part.inverse_diagonal()
+            for part in fisher_blocks(c.model, c.names, c.data, block_size=4, damping=0.1)
+        ]
     ),
-    "blocks": _blocks,
 }
 PRODUCTS = {"hessian": HessianOperator, "ggn": GGNOperator}
 
