@@ -5,9 +5,6 @@ c and the gradients of ⟨c(x, w), g⟩ in x and in w are the three derivatives 
 and the derivatives of each of them are the other two again. Torch's own second derivative expresses
 a weight gradient as a convolution with an image-sized kernel, for which CPUs have no fast code;
 here all three stay with the fast kernels. Products come out the same up to rounding.
-
-The weight gradients themselves, a third of a forward and backward pass, are left out: a product
-needs their derivatives, not their values.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ class FastSecondDerivatives(Calls):
     """Compute linear maps, convolutions and BatchNorm as above inside.
 
     A gradient taken inside with ``create_graph=True`` is for differentiating only: where a weight
-    is a leaf, its value is not computed.
+    is a leaf, its value is not computed, a third of a forward and backward pass.
     """
 
     def __init__(self) -> None:
