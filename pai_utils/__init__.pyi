@@ -36,5 +36,6 @@ from .pruning import prune as prune
 from .pruning import select_parameters as select_parameters
 from .scorers import SCORERS as SCORERS
 from .scorers import Scores as Scores
+from .scorers import find_scorer as find_scorer
 from .scorers import score as score
 from .studies.suite import Suite as Suite

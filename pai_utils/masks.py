@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.scorers.registry import Scores
 from pai_utils.support.common import hash_tensors, listed
 from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
 
@@ -39,6 +40,9 @@ class Mask(Mapping[str, Tensor]):
         >>> left.sparsity, left.overlap(right)
         (0.5, 0.5)
     """
+
+    ties: int = 0
+    """Weights whose scores tied across the cut, of which only some stay; not kept in files."""
 
     def __init__(
         self, entries: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
@@ -256,8 +260,10 @@ def make_mask(
     """Keep the weights with the highest scores.
 
     The number of pruned weights is exactly ``round(sparsity * n)`` of each group of n weights that
-    are compared, also when scores tie; among equal scores (−0 and 0 are) the first in order is
-    pruned first. All is computed on the CPU, so that no mask depends on a device.
+    are compared, also when scores tie. Among equal scores (−0 and 0 are) the smallest weights are
+    pruned first, as they are now, if these are the :class:`~pai_utils.scorers.registry.Scores` of a
+    model; among equal weights the first in order. ``ties`` of the mask counts the weights that only
+    this rule parted. All is computed on the CPU, so that no mask depends on a device.
 
     Args:
         scores: one tensor a parameter name, higher means keep.
@@ -294,23 +300,31 @@ def make_mask(
     """
     pattern = check_sparsity(sparsity, scope)
     _check_scores(scores, pattern is not None, within)
-    # One type for all, so that scores of several types compare exactly. NumPy has no bfloat16.
-    dtype = reduce(torch.promote_types, (v.dtype for v in scores.values()), torch.float32)
-    values = {n: v.detach().to("cpu", dtype).contiguous() for n, v in scores.items()}
+    values = _comparable(scores)
+    weights = _comparable(scores.weights) if isinstance(scores, Scores) else {}
     if within is not None:  # scores are finite, so that what is gone goes first
         values = {n: v.masked_fill(~within[n], -torch.inf) for n, v in values.items()}
     sizes = {name: entry.numel() for name, entry in values.items()}
     pruned = round(sparsity * sum(sizes.values()))
-    if pattern is not None:
-        kept = {name: _keep_n_of_m(entry, *pattern) for name, entry in values.items()}
-    elif scope == "global":
-        kept = dict(zip(values, _keep_highest(list(values.values()), pruned), strict=True))
-    else:
-        budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
-        if scope == "erk":
-            shapes = {name: entry.shape for name, entry in values.items()}
-            budget = erk_budget(shapes, sum(sizes.values()) - pruned)
-        kept = {n: _keep_highest([v], sizes[n] - budget[n])[0] for n, v in values.items()}
+    groups = [[name] for name in values]
+    budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
+    if scope == "global":
+        groups, budget = [list(values)], {next(iter(values)): sum(sizes.values()) - pruned}
+    elif scope == "erk":
+        shapes = {name: entry.shape for name, entry in values.items()}
+        budget = erk_budget(shapes, sum(sizes.values()) - pruned)
+    kept: dict[str, Tensor] = {}
+    ties = 0
+    for group in groups:
+        layers = [values[name] for name in group]
+        sizes_of_weights = [weights[name].abs() for name in group if name in weights]
+        if pattern is not None:
+            found, tied = _keep_n_of_m(layers[0], sizes_of_weights, *pattern)
+        else:
+            gone = sum(sizes[name] for name in group) - budget[group[0]]
+            found, tied = _keep_highest(layers, gone, sizes_of_weights)
+        kept.update(zip(group, found, strict=True))
+        ties += tied
     if within is not None:
         back = [repr(name) for name, entry in kept.items() if (entry & ~within[name]).any()]
         if back:
@@ -318,7 +332,9 @@ def make_mask(
                 f"sparsity={sparsity} is below that of the earlier mask ({within.sparsity:.4f} "
                 f"overall) in {listed(back)}; a pruned weight never comes back"
             )
-    return Mask(kept, metadata)
+    mask = Mask(kept, metadata)
+    mask.ties = ties
+    return mask
 
 
 def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
@@ -417,10 +433,22 @@ def _check_scores(scores: Mapping[str, Tensor], grouped: bool, within: Mask | No
         within._check(scores, "the scoring", alike=True)
 
 
-def _keep_highest(layers: list[Tensor], pruned: int) -> list[Tensor]:
-    """Boolean tensors, false at the ``pruned`` lowest of all values, of ties at the first."""
+def _comparable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, in one type, so that values of several types compare exactly."""
+    # NumPy has no bfloat16.
+    dtype = reduce(torch.promote_types, (v.dtype for v in tensors.values()), torch.float32)
+    return {n: v.detach().to("cpu", dtype).contiguous() for n, v in tensors.items()}
+
+
+def _keep_highest(
+    layers: list[Tensor], pruned: int, magnitudes: list[Tensor]
+) -> tuple[list[Tensor], int]:
+    """Boolean tensors, false at the ``pruned`` lowest of all values, and the number of ties.
+
+    Of ties the smallest of ``magnitudes`` go, if there are any, and then the first.
+    """
     if pruned == 0:
-        return [torch.ones_like(values, dtype=torch.bool) for values in layers]
+        return [torch.ones_like(values, dtype=torch.bool) for values in layers], 0
     pool = torch.cat([values.flatten() for values in layers])
     # In place and several times as fast as torch's kthvalue, which also returns an index.
     pool.numpy().partition(pruned - 1)
@@ -428,29 +456,44 @@ def _keep_highest(layers: list[Tensor], pruned: int) -> list[Tensor]:
     kept = [values > threshold for values in layers]
     room = len(pool) - pruned - sum(int(keep.count_nonzero()) for keep in kept)
     del pool
-    # At the threshold, as many of the last ones are kept as the exact count leaves room for.
-    for values, keep in zip(reversed(layers), reversed(kept), strict=True):
-        if room == 0:
-            break
-        ties = (values == threshold).view(-1).nonzero()[-room:, 0]
-        keep.view(-1)[ties] = True
-        room -= len(ties)
-    return kept
+    if room == 0:
+        return kept, 0
+    equal = [values == threshold for values in layers]
+    count = sum(int(each.count_nonzero()) for each in equal)
+    if magnitudes:
+        tied = [size[each] for size, each in zip(magnitudes, equal, strict=True)]
+        chosen, _ = _keep_highest(tied, count - room, [])
+    else:
+        stays = (torch.arange(count) >= count - room).split([int(e.count_nonzero()) for e in equal])
+        chosen = list(stays)
+    for keep, each, stay in zip(kept, equal, chosen, strict=True):
+        keep[each] = stay
+    return kept, count
 
 
-def _keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n highest of every m entries along dimension 1 (the input)."""
+def _keep_n_of_m(
+    values: Tensor, magnitudes: list[Tensor], n: int, m: int
+) -> tuple[list[Tensor], int]:
+    """Keep the n highest of every m entries along dimension 1 (the input); ties as above."""
     # Sorting makes several arrays, one of them of 8-byte indices: less is done at a time.
     rows = max(1, 2**19 // values[0].numel())
-    parts = []
-    for part in values.movedim(1, -1).split(rows):
+    stacked = torch.stack([values, *magnitudes]).movedim(2, -1)
+    parts, ties = [], 0
+    for part in stacked.split(rows, dim=1):
         padded = nn.functional.pad(part, (0, -part.shape[-1] % m), value=-torch.inf)
         groups = padded.unflatten(-1, (-1, m))
         # In a stable order the first of equal scores goes first; padding, last of all, is cut off.
-        order = groups.argsort(dim=-1, stable=True)
-        keep = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
+        order = groups[-1].argsort(dim=-1, stable=True)
+        if magnitudes:
+            order = order.gather(-1, groups[0].gather(-1, order).argsort(dim=-1, stable=True))
+        ranked = groups[0].gather(-1, order)
+        keep = torch.ones_like(ranked, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
+        if n < m:
+            cut = ranked[..., m - n - 1 : m - n]
+            tied = (ranked == cut) & (cut == ranked[..., m - n : m - n + 1]) & cut.isfinite()
+            ties += int(tied.count_nonzero())
         parts.append(keep.flatten(-2)[..., : part.shape[-1]])
-    return torch.cat(parts).movedim(-1, 1)
+    return [torch.cat(parts).movedim(-1, 1)], ties
 
 
 def _is_report(path: Path) -> bool:

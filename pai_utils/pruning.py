@@ -85,6 +85,7 @@ class PruningReport:
     sparsity: float  #: reached, over all prunable weights
     layer_sparsity: dict[str, float]
     empty_layers: list[str]  #: pruned to nothing
+    ties: int  #: weights whose last scores tied across the cut, and which |w| parted
     left_out: list[str]  #: parameters never pruned
     rounds: int
     schedule: str
@@ -220,6 +221,7 @@ def follow(
         sparsity=mask.sparsity,
         layer_sparsity=mask.layer_sparsity,
         empty_layers=mask.empty_layers,
+        ties=mask.ties,
         left_out=[name for name, _ in model.named_parameters() if name not in mask],
         rounds=recipe.rounds,
         schedule=recipe.schedule,

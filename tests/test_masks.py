@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pai_utils.masks import Mask, describe_weights, erk_budget, make_mask
+from pai_utils.scorers.registry import Scores
 from pai_utils.support.stored import write_tensors
 from tests.cases import fingerprint, tiny_classifier
 
@@ -135,6 +136,26 @@ def test_impossible_scores_sparsities_and_scopes_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_mask(scores, sparsity, scope)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "2:4"])
+def test_of_equal_scores_the_smallest_weights_go(scope: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(6, 8, generator=generator) for n in ("a", "b")}
+    tied = {n: torch.zeros_like(w) for n, w in weights.items()}
+    mask = make_mask(Scores(tied, "synflow", weights=weights), 0.5, scope)
+    expected = make_mask({n: w.abs() for n, w in weights.items()}, 0.5, scope)
+    assert all(torch.equal(mask[n], expected[n]) for n in weights)
+    assert mask.ties == 96
+    assert expected.ties == 0
+
+
+def test_ties_are_counted_where_they_cross_the_cut() -> None:
+    scores = {"a": torch.tensor([[0.0, 1.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])}
+    assert make_mask(scores, 0.25).ties == 2  # the cut lies between the two ones
+    assert make_mask(scores, 0.375).ties == 0
+    assert make_mask(scores, 0.5, "2:4").ties == 6
+    assert make_mask(scores, 0.75, within=make_mask(scores, 0.5)).ties == 4
 
 
 def test_the_order_of_ties_is_that_of_the_shape_and_not_of_the_memory() -> None:

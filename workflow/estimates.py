@@ -21,7 +21,7 @@ from pai_utils.models.encoders import prunable_parameters
 from pai_utils.models.loading import load_backbone
 from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_SAMPLES
-from pai_utils.scorers import SCORERS
+from pai_utils.scorers import find_scorer
 from pai_utils.studies.parameters import EncoderParameters, RunParameters, combine
 
 LIBRARIES_MIB = 1200
@@ -121,7 +121,7 @@ class Work:
         """Scores and repairs of a sweep; returns how many masks there are."""
         made, sources = 0, sources_of(self.config)
         for name, group in groupby(recipes, lambda recipe: recipe.scorer):
-            alike, scorer = list(group), SCORERS[name]
+            alike, scorer = list(group), find_scorer(name)
             draws = seeds if scorer.seeded else 1
             # Their first round is the same.
             times = draws * (1 + sum(recipe.rounds - 1 for recipe in alike))

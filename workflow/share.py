@@ -23,14 +23,14 @@ def scores(config: Any) -> list[str]:
     """Compute the scores of a study's encoder on its sources; returns what was computed."""
     from estimates import recipes_of, sources_of
 
-    from pai_utils.scorers import SCORERS
+    from pai_utils.scorers import find_scorer
     from pai_utils.studies.suite import Suite
 
     suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
     done = []
     for name, recipe in {recipe.scorer: recipe for recipe in recipes_of(config)}.items():
         draw = getattr(config, "draws", {}).get(name, config.draw)
-        for source in sources_of(config) if SCORERS[name].needs_data else []:
+        for source in sources_of(config) if find_scorer(name).needs_data else []:
             for seed in getattr(config, "seeds", [config.seed]):
                 suite.score(recipe, suite.source(source, seed=seed), replace(draw, seed=seed))
                 done.append(f"{name} {source} {seed}")

@@ -63,10 +63,10 @@ def draw(blocks: int) -> Gradients:
     return Gradients(torch.randn(SAMPLES, blocks * BLOCK_SIZE, generator=generator))
 
 
-def ridges(gradients: Gradients) -> Tensor:
-    """λ of each block, float64 ``[blocks]``: the damping times the mean square of its entries."""
+def ridge_of(gradients: Gradients) -> float:
+    """λ: the damping times the mean square of all entries."""
     each = gradients.blocked.unbind(1)
-    return DAMPING * torch.stack([block.double().square().mean() for block in each])
+    return DAMPING * float(torch.stack([block.double().square().mean() for block in each]).mean())
 
 
 def ours(gradients: Gradients) -> Steps:
@@ -83,7 +83,7 @@ def ours(gradients: Gradients) -> Steps:
 
 def recursion(gradients: Gradients) -> Steps:
     """One rank-one update a sample of all blocks' inverses."""
-    ridge = ridges(gradients).to(gradients.values.dtype)
+    ridge = ridge_of(gradients)
 
     def whole() -> Vector:
         inverse = rank_one_recursion(gradients.blocked, ridge)
@@ -92,7 +92,7 @@ def recursion(gradients: Gradients) -> Steps:
     return {"whole": whole}
 
 
-def rank_one_recursion(gradients: Tensor, ridge: Tensor) -> Tensor:
+def rank_one_recursion(gradients: Tensor, ridge: float) -> Tensor:
     """Inverses of λI + 1/m Σ_n g_n g_nᵀ, one sample after the other, all blocks at once.
 
     Sherman and Morrison's formula for each sample, starting from F⁻¹ = I/λ, as WoodFisher (Singh &
@@ -102,14 +102,14 @@ def rank_one_recursion(gradients: Tensor, ridge: Tensor) -> Tensor:
 
     Args:
         gradients: ``[m, blocks, B]``; the result has their dtype.
-        ridge: λ of each block, ``[blocks]``.
+        ridge: λ.
 
     Returns:
         F⁻¹ ``[blocks, B, B]``.
     """
-    samples, _, size = gradients.shape
+    samples, blocks, size = gradients.shape
     identity = torch.eye(size, dtype=gradients.dtype, device=gradients.device)
-    inverse = identity / ridge[:, None, None]
+    inverse = (identity / ridge).repeat(blocks, 1, 1)
     for g in gradients:
         column = torch.bmm(inverse, g[:, :, None])
         denominator = samples + torch.bmm(g[:, None, :], column)
@@ -121,7 +121,7 @@ def exact(gradients: Gradients) -> Vector:
     """Dense inverses of the first blocks in float64."""
     first = gradients.blocked[:, :CHECKED]
     gram = torch.einsum("nbi,nbj->bij", first, first) / len(first)
-    gram.diagonal(dim1=1, dim2=2).add_(ridges(gradients)[:CHECKED, None])
+    gram.diagonal(dim1=1, dim2=2).add_(ridge_of(gradients))
     return _checked(gradients, torch.linalg.inv(gram).diagonal(dim1=1, dim2=2))
 
 

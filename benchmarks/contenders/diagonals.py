@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import pai_utils as pai
 from benchmarks.problems import Problem
 from benchmarks.tasks import EITHER_LAYOUT, Contender, Steps, Vector
+from pai_utils.curvature.blocks import DAMPING
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.labels import DrawnLabels
 from pai_utils.support.sampling import Draw
@@ -259,9 +260,12 @@ def exact_drawn(problem: Problem) -> Vector:
 
 
 def exact_score(problem: Problem) -> Vector:
-    """½ w² times that diagonal."""
+    """½ w² times that diagonal, damped."""
     weights = problem.parameters
-    return {n: v * weights[n].detach().square() / 2 for n, v in exact_drawn(problem).items()}
+    return {
+        name: (values + DAMPING * values.mean()) * weights[name].detach().square() / 2
+        for name, values in exact_drawn(problem).items()
+    }
 
 
 def exact_batch(problem: Problem) -> Vector:
@@ -311,7 +315,7 @@ CONTENDERS: dict[str, Contender[Problem]] = {
         ours_ggn, "GGN, one drawn label a sample", ours=True, reference="drawn"
     ),
     "score ggn_diag": Contender(
-        ours_score, "½ w² · GGN, one drawn label a sample", ours=True, reference="score"
+        ours_score, "½ w² (GGN + λ), one drawn label a sample", ours=True, reference="score"
     ),
     "fisher_diagonal": Contender(ours_fisher, "empirical Fisher", ours=True, reference="fisher"),
     "ggn_diagonal batch": Contender(

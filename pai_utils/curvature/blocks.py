@@ -3,7 +3,7 @@
 A tensor's weights are flattened and cut into blocks of B (the last may be shorter). With the
 gradients g_n [B] of one sample each, a block's matrix and damping are ::
 
-    F = λI + 1/m Σ_n g_n g_nᵀ,      λ = damping · mean diagonal of the block's 1/m Σ_n g_n g_nᵀ.
+    F = λI + 1/m Σ_n g_n g_nᵀ,      λ = damping · mean square of g_n over samples and the tensor.
 
 Removing weights q and letting the others of the block follow raises ½ δᵀFδ the least for ::
 
@@ -11,8 +11,8 @@ Removing weights q and letting the others of the block follow raises ½ δᵀFδ
 
 and for one weight i that least rise is its saliency w_i² / (2 [F⁻¹]_ii).
 
-Sums and factors are in float64, since the inverse multiplies a sum's rounding by up to
-B / damping + 1. The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about
+Sums and factors are in float64, since the inverse multiplies a sum's rounding by up to the block's
+trace over λ. The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about
 PB². With m < B samples the gradients are kept, and Woodbury's identity makes the systems m × m.
 
 Sources: Hassibi & Stork (1993), "Second order derivatives for network pruning: optimal brain
@@ -23,6 +23,7 @@ both of which invert the same matrix by m rank-one updates of each block.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,15 +35,26 @@ from torch.nn import functional as F
 
 from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import (
+    Batch,
     Gradients,
     chunk_bytes,
     drawn_batches,
     receive_gradients,
+    sum_squared_gradients,
 )
 from pai_utils.support.common import at_least_single, check_names, device_of, logger, undisturbed
-from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
+from pai_utils.support.sampling import (
+    ALL,
+    Draw,
+    Samples,
+    fitting_batches,
+    sum_over_processes,
+    sum_over_processes_,
+)
 
 FISHER_ESTIMATORS = ("empirical", "mc")
+DAMPING = 0.1
+"""What every second-order score adds to a weight's curvature, over the mean of its tensor."""
 SMALLEST_DAMPING = 1e-10
 """Below it, rounding in float64 decides what the inverse of a singular block is."""
 
@@ -62,15 +74,15 @@ class BlockFisher:
         >>> fisher = BlockFisher.from_gradients(gradients, block_size=2, damping=0.01)
         >>> weights = torch.ones(4)
         >>> fisher.saliency(weights)  # of two weights that move together, either can go
-        tensor([0.0050, 0.0050, 1.0050, 0.0050], dtype=torch.float64)
+        tensor([0.0075, 0.0075, 1.0037, 0.0037], dtype=torch.float64)
         >>> fisher.repair(weights, torch.tensor([False, True, True, True]))
-        tensor([0.0000, 1.9901, 1.0000, 1.0000])
+        tensor([0.0000, 1.9926, 1.0000, 1.0000])
     """
 
     name: str  #: of the tensor
     start: int  #: a multiple of the block size
     stop: int
-    damping: float
+    ridge: float  #: λ above; zero only where all gradients of the tensor are
     stored: Tensor
     """Mean of g gᵀ, float64 ``[blocks, B, B]``; of m < B samples the g/√m ``[blocks, m, B]``."""
 
@@ -86,30 +98,28 @@ class BlockFisher:
     def saliency(self, weights: Tensor) -> Tensor:
         """Least rise of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii), in float64.
 
-        ``weights`` are the entries ``start`` to ``stop``. A block whose gradients are all zero has
-        no damping either: removing its weights costs nothing.
+        ``weights`` are the entries ``start`` to ``stop``. Where all gradients of the tensor are
+        zero, removing its weights costs nothing.
         """
         return weights.double().square() / (2 * self.inverse_diagonal())
 
     def inverse_diagonal(self) -> Tensor:
-        """Diagonal of F⁻¹, float64 ``[stop - start]``; infinite in blocks of zero gradients.
+        """Diagonal of F⁻¹, float64 ``[stop - start]``; infinite if the ridge is zero.
 
         Raises:
             ValueError: if a block is singular in float64 in spite of its damping.
         """
         parts = []
-        for _, stored, scale in self._chunks():
-            safe = torch.where(scale == 0, 1, scale)[:, None]
+        for _, stored in self._chunks():
             if self._few:
-                each = stored / safe[:, :, None].sqrt()
-                small = torch.bmm(each, each.mT)
-                small.diagonal(dim1=1, dim2=2).add_(self.damping)
-                reduced = torch.bmm(_inverse_cholesky(small), each)
-                diagonal = (1 - reduced.square_().sum(1)) / self.damping
+                small = torch.bmm(stored, stored.mT)
+                small.diagonal(dim1=1, dim2=2).add_(1)
+                reduced = torch.bmm(_inverse_cholesky(small), stored)
+                diagonal = 1 - reduced.square_().sum(1)
             else:
-                diagonal = _inverse_cholesky(self._damped(stored, scale)).square_().sum(1)
-            self._check(diagonal > 0, scale)
-            parts.append(torch.where(scale[:, None] == 0, math.inf, diagonal / safe))
+                diagonal = _inverse_cholesky(self._damped(stored)).square_().sum(1)
+            self._check(diagonal > 0, stored)
+            parts.append(diagonal / self.ridge)
         return torch.cat(parts).flatten()[: self.stop - self.start]
 
     def repair(self, weights: Tensor, keep: Tensor) -> Tensor:
@@ -131,15 +141,15 @@ class BlockFisher:
         size = self.stored.shape[-1]
         w, kept = (_pad(v.double(), size).reshape(-1, size) for v in (weights, keep))
         parts = []
-        for chunk, stored, scale in self._chunks():
+        for chunk, stored in self._chunks():
             k = kept[chunk]
-            damped = self._damped(stored, scale)
+            damped = self._damped(stored)
             # F_kk δ_k = F_kq w_q, with the rows and columns of q replaced by those of I.
             right = k * torch.bmm(damped, ((1 - k) * w[chunk])[:, :, None]).squeeze(2)
             system = damped * k[:, :, None] * k[:, None, :] + torch.diag_embed(1 - k)
             factor = _inverse_cholesky(system)
             moved = torch.bmm(factor.mT, torch.bmm(factor, right[:, :, None])).squeeze(2)
-            self._check(moved.isfinite() | ~w[chunk].isfinite(), scale)
+            self._check(moved.isfinite() | ~w[chunk].isfinite(), stored)
             parts.append(torch.where(k > 0, w[chunk] + moved, 0))
         return torch.cat(parts).flatten()[:length].to(weights.dtype)
 
@@ -148,36 +158,30 @@ class BlockFisher:
         """Whether gradients are stored, fewer than a block has weights."""
         return self.stored.shape[1] < self.stored.shape[2]
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks to factorise at once: which, what is stored, and their mean diagonals ``[b]``."""
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks to factorise at once: which, and what is stored of F over the ridge."""
         # About six such chunks exist at a time: together no more than the sums' quarter for work.
         count, _, size = self.stored.shape
         share = max(2**22, self.stored.numel() * self.stored.element_size() // 24)
         step = max(1, min(2 * chunk_bytes(self.stored.device), share) // (8 * size**2))
+        safe = self.ridge or 1.0
         for first in range(0, count, step):
             chunk = slice(first, min(first + step, count))
             stored = self.stored[chunk].double()
-            squares = stored.square().sum(1) if self._few else stored.diagonal(dim1=1, dim2=2)
-            lengths = torch.full((len(stored),), size).to(squares)
-            if chunk.stop == count:  # over the weights that the last one really has
-                lengths[-1] = (self.stop - self.start - 1) % size + 1
-            yield chunk, stored, squares.sum(1) / lengths
+            yield chunk, stored / (safe**0.5 if self._few else safe)
 
-    def _damped(self, stored: Tensor, scale: Tensor) -> Tensor:
-        """F over its scale, ``[b, B, B]``; the damping alone where the gradients are zero."""
-        gram = torch.bmm(stored.mT, stored) if self._few else stored
-        safe = torch.where(scale == 0, 1, scale)
-        damped = gram / safe[:, None, None]
-        damped.diagonal(dim1=1, dim2=2).add_(self.damping)
+    def _damped(self, stored: Tensor) -> Tensor:
+        """F over the ridge, ``[b, B, B]``."""
+        damped = torch.bmm(stored.mT, stored) if self._few else stored.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(1)
         return damped
 
-    def _check(self, right: Tensor, scale: Tensor) -> None:
+    def _check(self, right: Tensor, stored: Tensor) -> None:
         # Gradients that are not finite are for the caller to find in the result.
-        broken = ~right.all(1) & scale.isfinite()
+        broken = ~right.all(1) & stored.isfinite().all(2).all(1)
         if broken.any():
             raise ValueError(
-                f"a Fisher block of {self.name!r} is singular in float64 with "
-                f"damping={self.damping}; choose a larger damping"
+                f"a Fisher block of {self.name!r} is singular in float64; choose a larger damping"
             )
 
 
@@ -188,7 +192,7 @@ def fisher_blocks(
     draw: Draw = ALL,
     *,
     block_size: int = 64,
-    damping: float = 1e-2,
+    damping: float = DAMPING,
     estimator: str = "empirical",
     memory_budget: int = 4 * 2**30,
 ) -> Iterator[BlockFisher]:
@@ -202,7 +206,7 @@ def fisher_blocks(
     ``memory_budget`` are bytes beside those of a forward and backward: three quarters for the sums,
     the rest for gradients in the making. Sums that do not fit take several passes over the data,
     whose number is logged. A tensor split between passes comes as several :class:`BlockFisher` with
-    consecutive entries.
+    consecutive entries, after one more pass for its mean square.
 
     Raises:
         ValueError: for an unknown estimator, a block size below one, a damping below
@@ -226,21 +230,33 @@ def fisher_blocks(
     drawn_labels = DrawnLabels(len(indices), 1, draw.seed)
     cotangents = true_labels if estimator == "empirical" else drawn_labels
 
+    def drawn(batch_size: int) -> Iterator[Batch]:
+        return drawn_batches(data, indices, batch_size, device, "Fisher blocks")
+
     def one_pass(parts: Sequence[_Part], batch_size: int) -> dict[str, _BlockSums]:
         sums = {p.name: _BlockSums(p, len(indices), weights[p.name]) for p in parts}
-        drawn = drawn_batches(data, indices, batch_size, device, "Fisher blocks")
         receive_gradients(
-            model, list(sums), drawn, cotangents, lambda g: sums[g.name].add_(g), room
+            model, list(sums), drawn(batch_size), cotangents, lambda g: sums[g.name].add_(g), room
         )
         return sums
 
+    def squares(names: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+        return sum_squared_gradients(model, names, drawn(batch_size), cotangents)
+
     def make() -> Iterator[BlockFisher]:
+        looks = Counter(part.name for parts in passes for part in parts)
+        means: dict[str, float] = {}
+        if split := [name for name, count in looks.items() if count > 1]:
+            with undisturbed(model):
+                totals = fitting_batches(partial(squares, split), draw.batch_size)
+            totals = sum_over_processes(totals)
+            means = {n: float(t.double().mean()) / len(indices) for n, t in totals.items()}
         for parts in passes:
             with undisturbed(model):
                 sums = fitting_batches(partial(one_pass, parts), draw.batch_size)
             for name in list(sums):
                 sum_over_processes_(sums[name].stored)
-                yield sums.pop(name).fisher(damping)
+                yield sums.pop(name).fisher(damping, means.get(name))
 
     return make()
 
@@ -317,10 +333,17 @@ class _BlockSums:
                 each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
                 target.baddbmm_(each.mT, each)
 
-    def fisher(self, damping: float) -> BlockFisher:
-        """The blocks; the sums are divided in place, so this is the end of them."""
+    def fisher(self, damping: float, mean: float | None = None) -> BlockFisher:
+        """The blocks; the sums are divided in place, so this is the end of them.
+
+        ``mean`` is the mean square of the tensor's gradients, where the part is not all of it.
+        """
+        name, start, stop, _ = self.part
         stored = self.stored.div_(self.samples**0.5 if self.few else self.samples)
-        return BlockFisher(*self.part[:3], damping, stored)
+        if mean is None:
+            squares = stored.square() if self.few else stored.diagonal(dim1=1, dim2=2)
+            mean = float(squares.double().sum()) / (stop - start)
+        return BlockFisher(name, start, stop, damping * mean, stored)
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

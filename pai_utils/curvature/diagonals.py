@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
@@ -130,6 +131,35 @@ def output_diagonal(
         return _unit_columns if estimator == "exact" else _RandomSigns(count, draws, draw.seed)
 
     return _mean_squares(model, names, data, draw, cotangents)
+
+
+def is_piecewise_linear(model: nn.Module, names: Sequence[str], images: Tensor) -> bool:
+    """Whether the outputs have no second derivative in any one of the named weight tensors.
+
+    Then the diagonal of the Hessian is that of the Gauss-Newton matrix. Looked for on these images,
+    along one direction of each tensor; functions that bend (GELU, LayerNorm, the gates of
+    squeeze-and-excitation) and weights used twice show there.
+    """
+    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        model.requires_grad_(False)
+        weights = [model.get_parameter(name).requires_grad_() for name in names]
+        outputs = model(paired(images))[: len(images)]
+        if not outputs.requires_grad:
+            return True
+        total = (outputs * _uneven(outputs)).sum()
+        gradients = torch.autograd.grad(total, weights, create_graph=True, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is None or not gradient.requires_grad:
+                continue
+            slope = (gradient * _uneven(gradient)).sum()
+            (second,) = torch.autograd.grad(slope, weight, retain_graph=True, allow_unused=True)
+            if second is not None and second.any():
+                return False
+    return True
+
+
+def _uneven(like: Tensor) -> Tensor:
+    return torch.linspace(1, 2, like.numel()).to(like).view_as(like)
 
 
 def _check(estimator: str, estimators: Sequence[str], draws: int) -> None:

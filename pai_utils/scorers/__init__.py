@@ -1,5 +1,12 @@
 """Saliency scores of weights: one number a weight, higher means keep."""
 
-from pai_utils.scorers.registry import SCORERS, Scorer, Scores, check_options, score
+from pai_utils.scorers.registry import (
+    SCORERS,
+    Scorer,
+    Scores,
+    check_options,
+    find_scorer,
+    score,
+)
 
-__all__ = ["SCORERS", "Scorer", "Scores", "check_options", "score"]
+__all__ = ["SCORERS", "Scorer", "Scores", "check_options", "find_scorer", "score"]

@@ -44,6 +44,28 @@ def magnitude(
     return {name: model.get_parameter(name).detach().abs() for name in names}
 
 
+def lamp(
+    model: nn.Module, names: Sequence[str], data: Samples | None, draw: Draw
+) -> dict[str, Tensor]:
+    """w² over the sum of u² of all weights u of its tensor with u² ≥ w².
+
+    Within a layer the order is that of the magnitude; between layers it spares those of few or
+    small weights. The last weight of every layer scores one.
+
+    Source: Lee, Park, Mo, Ahn & Shin (2021), "Layer-adaptive sparsity for the magnitude-based
+    pruning".
+    """
+    scores = {}
+    for name in names:
+        weight = model.get_parameter(name).detach()
+        squares = weight.double().square().flatten()
+        ordered = squares.sort().values
+        not_smaller = ordered.flip(0).cumsum(0).flip(0)[torch.searchsorted(ordered, squares)]
+        shares = torch.where(squares > 0, squares / not_smaller, 0)
+        scores[name] = shares.view_as(weight).to(at_least_single(weight))
+    return scores
+
+
 def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
     """``|w g|``, g the gradient of the mean cross-entropy: the first-order change when w goes.
 

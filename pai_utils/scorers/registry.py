@@ -11,14 +11,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pai_utils.models.encoders import Classifier, prunable_parameters
-from pai_utils.scorers.first_order import grasp, magnitude, random, snip
+from pai_utils.scorers.first_order import grasp, lamp, magnitude, random, snip
+from pai_utils.scorers.inputs import obs_inputs, wanda
 from pai_utils.scorers.ntk import ntk_sap
 from pai_utils.scorers.paths import px, synflow
 from pai_utils.scorers.second_order import (
@@ -33,6 +34,8 @@ from pai_utils.support.common import check_names, clock, device_of, logger, unkn
 from pai_utils.support.sampling import Draw, Samples
 
 _ERROR = "standard error of "
+LAYER = "layer"
+"""As the budgets of a joint scorer: the same fraction of every layer."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,15 @@ class Scorer:
     passes: float | Callable[[Mapping[str, Any]], float] = 1
     """What it costs, perhaps by its options, in forward and backward passes over the samples."""
 
+    parts: tuple[tuple[str, float], ...] = ()
+    """Of a joint scorer: those it is made of and their factors, the budgets' last."""
+
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The scorer's own keywords with their defaults."""
+        """The scorer's own keywords with their defaults; of a joint one those of its parts."""
+        if self.parts:
+            each = [SCORERS[part].options for part, _ in self.parts if part != LAYER]
+            return dict(sorted({k: v for options in each for k, v in options.items()}.items()))
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -61,6 +70,13 @@ class Scorer:
 SCORERS: dict[str, Scorer] = {
     "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False, passes=0),
     "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=0),
+    "lamp": Scorer(
+        lamp,
+        "w² over the sum of the squares not smaller, in its layer",
+        needs_data=False,
+        seeded=False,
+        passes=0,
+    ),
     "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
     "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=3.1),
     "synflow": Scorer(
@@ -78,26 +94,36 @@ SCORERS: dict[str, Scorer] = {
         passes=lambda options: 4.0 * options["perturbations"],
     ),
     "fisher_diag": Scorer(
-        fisher_diag, "½ w² · diagonal of the empirical Fisher (true labels)", passes=1.4
+        fisher_diag,
+        "½ w² (h + λ), h the diagonal of the empirical Fisher (true labels)",
+        passes=1.4,
     ),
     "ggn_diag": Scorer(
-        ggn_diag, "½ w² · diagonal of the Gauss-Newton matrix (model's labels)", passes=1.4
+        ggn_diag, "½ w² (h + λ), h that of the Gauss-Newton matrix (model's labels)", passes=1.4
     ),
     "feature_ggn_diag": Scorer(
         feature_ggn_diag,
-        "½ w² · diagonal of the Gauss-Newton matrix of the features (no head, no labels)",
+        "½ w² (h + λ), h that of the features' Gauss-Newton matrix (no head, no labels)",
         needs_head=False,
         passes=1.4,
     ),
     "block_fisher": Scorer(
         block_fisher,
-        "w² / (2 [F⁻¹]_ii), F the damped Fisher in blocks (OBS)",
+        "w² / (2 [F⁻¹]_ii), F the Fisher in blocks + λI (OBS)",
         # The blocks' products and inverses, by what the atlas in results/ took.
         passes=lambda options: 1.4 + options["block_size"] / 4,
     ),
+    "wanda": Scorer(
+        wanda, "|w| · root mean square of the layer's own inputs", needs_head=False, passes=0.4
+    ),
+    "obs_inputs": Scorer(
+        obs_inputs,
+        "w² / (2 [H⁻¹]_ii), H the mean xxᵀ of the layer's own inputs + λI (OBC)",
+        needs_head=False,
+    ),
     "hessian_diag": Scorer(
         hessian_diag,
-        "½ w² · diagonal of the Hessian (Hutchinson), signed",
+        "½ w² (h + λ), h the Hessian's diagonal, exact or signed by Hutchinson",
         passes=lambda options: 1.0 + 2.1 * options["probes"],
     ),
 }
@@ -109,7 +135,8 @@ class Scores(dict[str, Tensor]):
     """Scores by parameter name, and the parameters that were left out.
 
     ``standard_error`` holds the sampling error of each score where the scorer knows it. ``seconds``
-    is what the scorer took when they were computed, of the processor on a CPU.
+    is what the scorer took when they were computed, of the processor on a CPU. ``weights`` are the
+    model's own, not copies, by which :func:`~pai_utils.masks.make_mask` breaks ties.
     """
 
     scores: dict[str, Tensor]
@@ -117,6 +144,7 @@ class Scores(dict[str, Tensor]):
     left_out: list[str] = field(default_factory=list)
     standard_error: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.update(self.scores)
@@ -142,7 +170,7 @@ def score(
     same scores.
 
     Args:
-        name: a key of :data:`SCORERS`.
+        name: a key of :data:`SCORERS`, or a joint scorer as :func:`find_scorer` reads it.
         model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
             Scored in evaluation mode and left exactly as it was. Of a
             :class:`~pai_utils.models.encoders.Classifier` the head is left out.
@@ -181,6 +209,14 @@ def score(
         []
     """
     scorer = check_options(name, options)
+    if scorer.parts:
+        each = partial(score, names=names, samples=samples, batch_size=batch_size, seed=seed)
+        scored = {
+            part: each(part, model, data, **_own(SCORERS[part], options))
+            for part in dict(scorer.parts)
+            if part != LAYER
+        }
+        return _join(name, scorer.parts, scored)
     if scorer.needs_data and data is None:
         raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
     chosen = prunable_parameters(model) if names is None else list(dict.fromkeys(names))
@@ -203,7 +239,10 @@ def score(
 
     if scorer.needs_data:
         # What the scorer does not look at must not tell its scores apart.
-        seen = model if scorer.needs_head or not isinstance(model, Classifier) else model.backbone
+        seen = model
+        if isinstance(model, Classifier) and not scorer.needs_head:
+            alone = all(parameter.startswith("backbone.") for parameter in chosen)
+            seen = model.backbone if alone else model
         parts = {"by": scorer.function, "model": seen, "data": data, "names": chosen, **options}
         found = reused("scores", {**parts, **asdict(draw), "device": device.type}, compute)
     else:  # at once
@@ -225,21 +264,93 @@ def score(
         )
     left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
-    return Scores(scores, name, left_out, errors, found.facts["seconds"])
+    weights = {n: parameters[n].detach() for n in chosen}
+    return Scores(scores, name, left_out, errors, found.facts["seconds"], weights)
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scorer of this name, or the joint one that it describes.
+
+    ``"selection@budgets"`` gives every layer the scores of ``budgets``, in the order in which
+    ``selection`` ranks the layer's weights: at every sparsity a layer keeps as many weights as by
+    ``budgets``, and of these the ones that ``selection`` would. A selection ``"a+2*b"`` is a
+    weighted sum of scores, each over its layer's sum. Three uses:
+
+    - ``"random@ggn_diag"``, a layer-wise shuffle of the mask by ``ggn_diag``;
+    - ``"magnitude@layer"``, magnitude with the same sparsity in every layer;
+    - ``"ggn_diag+obs_inputs@ggn_diag"``, the joint score of a loss and of layers' outputs
+      (MOONSHOT, 2026, arXiv 2604.13287).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    selection, joined, budgets = name.partition("@")
+    if not joined:
+        if name not in SCORERS:
+            raise unknown_name("scorer", name, list(SCORERS))
+        return SCORERS[name]
+    terms = [term.rpartition("*") for term in selection.split("+")]
+    try:
+        parts = tuple((part, float(factor or 1)) for factor, _, part in terms)
+    except ValueError:
+        raise ValueError(f"scorer {name!r}: what stands before a * must be a number") from None
+    wanted = [part for part, _ in parts] + [budgets] * (budgets != LAYER)
+    for part in wanted:
+        check_names("scorer", [part], SCORERS)
+    found = [SCORERS[part] for part in wanted]
+    return Scorer(
+        score,
+        f"layers keep as many weights as by {budgets}, those that {selection} ranks first",
+        needs_data=any(scorer.needs_data for scorer in found),
+        needs_head=any(scorer.needs_data and scorer.needs_head for scorer in found),
+        seeded=any(scorer.seeded for scorer in found),
+        passes=lambda options: sum(
+            SCORERS[part].cost(_own(SCORERS[part], options)) for part in set(wanted)
+        ),
+        parts=(*parts, (budgets, 0.0)),
+    )
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
     """The scorer of this name, which has these options."""
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, list(SCORERS))
-    scorer = SCORERS[name]
+    scorer = find_scorer(name)
     unknown = [option for option in options if option not in scorer.options]
     if unknown:
         raise ValueError(
             f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
             + (", ".join(scorer.options) or "none")
         )
+    if not 0 <= options.get("damping", 0) < math.inf:
+        raise ValueError(f"damping={options['damping']} must be zero or a finite number above it")
     return scorer
+
+
+def _own(scorer: Scorer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a joint scorer's options that are one part's."""
+    return {name: value for name, value in options.items() if name in scorer.options}
+
+
+def _join(name: str, parts: Sequence[tuple[str, float]], found: Mapping[str, Scores]) -> Scores:
+    """Scores of a joint scorer from those of its parts, the last of which has the budgets."""
+    *terms, (budgets, _) = parts
+    first = found[terms[0][0]]
+    scores = {}
+    for parameter, weight in first.weights.items():
+        ranked = torch.zeros_like(weight, dtype=torch.float64)
+        for part, factor in terms:
+            values = found[part][parameter].double()
+            ranked += factor * values / (values.abs().sum() or 1)
+        # What is gone stays last, whatever a score says of it; of ties the smaller goes first.
+        ranked = torch.where(weight == 0, -torch.inf, ranked).flatten()
+        order = weight.abs().flatten().argsort()
+        order = order[ranked[order].argsort(stable=True)]
+        if budgets == LAYER:
+            values = torch.linspace(0, 1, len(order), dtype=torch.float64, device=weight.device)
+        else:
+            values = found[budgets][parameter].flatten().sort().values
+        scores[parameter] = torch.empty_like(values).scatter_(0, order, values).view_as(weight)
+    seconds = sum(each.seconds for each in found.values())
+    return Scores(scores, name, first.left_out, {}, seconds, first.weights)
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -5,6 +5,11 @@ loss, and with a diagonal Hessian H, the loss rises by ½ w_i² H_ii (LeCun, Den
 
 Optimal brain surgeon: if the other weights of a block follow, it rises by w_i² / (2 [H⁻¹]_ii) with
 the block's H (Hassibi & Stork 1993; Kurtic et al. 2022, "The optimal BERT surgeon").
+
+Damping: H_ii is a derivative at the present weights, and removing a weight is a finite step. A unit
+that is off on every image has H_ii = 0 for all its weights, although without them it may switch on.
+So every score here adds to the diagonal of H ``damping`` times its mean (of absolute values) over
+the weight's tensor: a curvature that no image of the source can take away.
 """
 
 from __future__ import annotations
@@ -14,23 +19,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pai_utils.curvature.blocks import fisher_blocks
-from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
+from pai_utils.curvature.blocks import DAMPING, fisher_blocks
+from pai_utils.curvature.diagonals import (
+    fisher_diagonal,
+    ggn_diagonal,
+    is_piecewise_linear,
+    output_diagonal,
+)
 from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.models.encoders import Classifier
-from pai_utils.support.common import at_least_single, logger
-from pai_utils.support.sampling import Draw, Samples
+from pai_utils.support.common import at_least_single, device_of
+from pai_utils.support.sampling import Draw, Samples, batches
+
+_DROWNED = 0.4
+"""Of estimates that are all noise, half to two thirds are smaller than their standard error."""
 
 
 def fisher_diag(
-    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    draw: Draw,
+    *,
+    damping: float = DAMPING,
 ) -> dict[str, Tensor]:
-    """½ w² · mean over samples of g², g the gradient with the true label (empirical Fisher).
+    """½ w² (h + λ), h the mean over samples of g², g the gradient with the true label.
 
     Source: Theis et al. (2018), "Faster gaze prediction with dense networks and Fisher pruning".
     """
-    return _saliency(model, fisher_diagonal(model, names, data, draw))
+    return _saliency(model, fisher_diagonal(model, names, data, draw), damping)
 
 
 def ggn_diag(
@@ -41,8 +59,9 @@ def ggn_diag(
     *,
     estimator: str = "mc",
     draws: int = 1,
+    damping: float = DAMPING,
 ) -> dict[str, Tensor]:
-    """½ w² · diagonal of the Gauss-Newton matrix of the mean cross-entropy.
+    """½ w² (h + λ), h the diagonal of the Gauss-Newton matrix of the mean cross-entropy.
 
     Options and errors are those of :func:`~pai_utils.curvature.diagonals.ggn_diagonal`.
 
@@ -50,7 +69,7 @@ def ggn_diag(
     be negative of the Hessian.
     """
     diagonal = ggn_diagonal(model, names, data, draw, estimator=estimator, draws=draws)
-    return _saliency(model, diagonal)
+    return _saliency(model, diagonal, damping)
 
 
 def feature_ggn_diag(
@@ -61,8 +80,9 @@ def feature_ggn_diag(
     *,
     estimator: str = "mc",
     draws: int = 1,
+    damping: float = DAMPING,
 ) -> dict[str, Tensor]:
-    """½ w² · diagonal of the Gauss-Newton matrix of the features' squared change.
+    """½ w² (h + λ), h the diagonal of the Gauss-Newton matrix of the features' squared change.
 
     The features are a :class:`~pai_utils.models.encoders.Classifier`'s input to its head, and the
     outputs of any other model. Head and labels do not matter: the score protects the whole
@@ -80,6 +100,7 @@ def feature_ggn_diag(
     return _saliency(
         model,
         {n: found[n] if n in found else torch.zeros_like(parameters[n]) for n in names},
+        damping,
     )
 
 
@@ -91,29 +112,43 @@ def hessian_diag(
     *,
     probes: int = 64,
     tolerance: float = 0.1,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """½ w² · diag H of the mean cross-entropy, by Hutchinson's estimator, with standard errors.
+    damping: float = DAMPING,
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """½ w² (h + λ), h the diagonal of the Hessian of the mean cross-entropy.
 
-    Unlike the Gauss-Newton diagonal, the Hessian's has a sign. A weight with H_ii < 0 has a
-    negative score: by the quadratic model its removal lowers the loss, and it is pruned first.
-
-    Stops after ``probes`` Hessian products, or earlier once the relative standard error of the
-    diagonal (see :func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`) is at most
-    ``tolerance``. The standard error of a score is ½ w² times that of its H_ii; it covers the
-    probes, not the draw of samples.
+    Where the logits are piecewise linear in each single weight (ReLU, max-pooling and BatchNorm in
+    evaluation mode make them so, :func:`~pai_utils.curvature.diagonals.is_piecewise_linear`), the
+    Hessian's diagonal is that of the Gauss-Newton matrix, which is computed exactly with one
+    backward a class. Elsewhere it is Hutchinson's estimate with standard errors, from ``probes``
+    Hessian products or fewer, once the relative standard error of the diagonal
+    (:func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`) is at most ``tolerance``. It has a
+    sign: by the quadratic model, removing a weight with h + λ < 0 lowers the loss, and it is pruned
+    first. The standard error of a score is ½ w² times that of h; it covers the probes, not the draw
+    of samples.
 
     Source: LeCun, Denker & Solla (1990), "Optimal brain damage". Their recursion from layer to
     layer drops the Hessian's other entries on the way; the estimate here is unbiased.
+
+    Raises:
+        ValueError: if two fifths of the estimated diagonal are smaller than their own standard
+            error, so that noise would decide which weights go.
     """
+    images, _ = next(batches(data, 2, device_of(model), draw.indices(data)[:2]))
+    if is_piecewise_linear(model, names, images):
+        return _saliency(model, ggn_diagonal(model, names, data, draw, estimator="exact"), damping)
     operator = HessianOperator(model, names, data, draw)
     estimate = hutchinson_diagonal(operator, probes=probes, tolerance=tolerance, seed=draw.seed)
-    logger.info(
-        "hessian_diag: relative standard error %.3g after %d probes%s",
-        estimate.relative_error,
-        estimate.probes,
-        "" if estimate.converged else f", above the tolerance {tolerance}; more probes lower it",
-    )
-    return _saliency(model, estimate.diagonal), _saliency(model, estimate.standard_error)
+    pairs = [(estimate.standard_error[n], h.abs()) for n, h in estimate.diagonal.items()]
+    drowned = sum(int((error > size).count_nonzero()) for error, size in pairs)
+    share = drowned / sum(size.numel() for _, size in pairs)
+    if share > _DROWNED:
+        raise ValueError(
+            f"hessian_diag: after {estimate.probes} probes {share:.0%} of the diagonal is "
+            "smaller than its standard error, so that noise would decide which weights go; give "
+            "many more probes, or take 'ggn_diag', the part of it that is never negative"
+        )
+    errors = _saliency(model, estimate.standard_error, 0)
+    return _saliency(model, estimate.diagonal, damping), errors
 
 
 def block_fisher(
@@ -123,11 +158,11 @@ def block_fisher(
     draw: Draw,
     *,
     block_size: int = 64,
-    damping: float = 1e-2,
+    damping: float = DAMPING,
     estimator: str = "empirical",
     memory_budget: int = 4 * 2**30,
 ) -> dict[str, Tensor]:
-    """w² / (2 [F⁻¹]_ii) with a damped Fisher matrix F in blocks; zero in blocks of zero gradients.
+    """w² / (2 [F⁻¹]_ii) with a damped Fisher matrix F in blocks of consecutive weights.
 
     Options and errors are those of :func:`~pai_utils.curvature.blocks.fisher_blocks`.
     """
@@ -154,9 +189,11 @@ def block_fisher(
     return scores
 
 
-def _saliency(model: nn.Module, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:
-    """½ w² h for each weight w and its diagonal entry h, which it overwrites."""
+def _saliency(model: nn.Module, diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+    """½ w² (h + λ) for each weight w and its diagonal entry h, which it overwrites."""
     return {
-        name: values.mul_(model.get_parameter(name).detach().square()).mul_(0.5)
+        name: values.add_(damping * values.abs().mean())
+        .mul_(model.get_parameter(name).detach().square())
+        .mul_(0.5)
         for name, values in diagonal.items()
     }

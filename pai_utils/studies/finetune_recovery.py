@@ -22,7 +22,7 @@ from pai_utils.heads import features, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import SCORERS
+from pai_utils.scorers import find_scorer
 from pai_utils.studies.parameters import Positive, Rate, RepairedMasks, ScorerName, Seeds, one_of
 from pai_utils.studies.suite import Suite
 from pai_utils.support.common import NonFiniteError, logger, progress
@@ -180,7 +180,7 @@ def recovery_results(
     how = ends.penalty + ", " + ends.learning_rate.map("{:g}".format)
     tuned = ends.assign(stage=ends.start + ", fine-tuned (" + how + ")")
     rows = pd.concat([tuned, begun.assign(stage=begun.start)])
-    blind = {"random", "dense"} | (set() if SCORERS[config.scorer].needs_data else {"pruned"})
+    blind = {"random", "dense"} | (set() if find_scorer(config.scorer).needs_data else {"pruned"})
     rows["source"] = [config.pool if start not in blind else "none" for start in rows.start]
     scorers = {"random": "random", "dense": "none"}
     rows["scorer"] = [scorers.get(start, config.scorer) for start in rows.start]

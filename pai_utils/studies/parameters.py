@@ -21,7 +21,7 @@ from pai_utils.data.datasets import check_task_name
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
 from pai_utils.pruning import Recipe
 from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
-from pai_utils.scorers import SCORERS
+from pai_utils.scorers import find_scorer
 from pai_utils.support.common import check_names
 from pai_utils.support.sampling import Draw
 
@@ -50,7 +50,7 @@ def check_sources(names: str | list[str]) -> None:
 
 # Names are looked up before a run starts, which would meet the last of them after minutes.
 TaskName = Annotated[str, checked(check_task_name)]
-ScorerName = Annotated[str, one_of("scorer", SCORERS)]
+ScorerName = Annotated[str, checked(find_scorer)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from pai_utils.evaluation import Evaluation, evaluate, summarise_retention
 from pai_utils.masks import Mask, describe_weights
 from pai_utils.models.encoders import Classifier
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import SCORERS, Scores
+from pai_utils.scorers import SCORERS, Scores, find_scorer
 from pai_utils.studies.parameters import ScorerName, SeveralSources, Sparsity
 from pai_utils.studies.suite import Suite
 
@@ -26,7 +26,7 @@ class Parameters(SeveralSources):
     @field_validator("scorers")
     @classmethod
     def _one_needs_data(cls, scorers: list[str]) -> list[str]:
-        if not any(SCORERS[name].needs_data for name in scorers):
+        if not any(find_scorer(name).needs_data for name in scorers):
             valid = ", ".join(name for name, scorer in SCORERS.items() if scorer.needs_data)
             raise ValueError(f"none of {', '.join(scorers)} looks at a task; add one of: {valid}")
         return scorers
@@ -45,7 +45,7 @@ class TaskMask:
     @property
     def source(self) -> str:
         """The task, or ``"none"`` for a scorer that looks at none."""
-        return self.task if SCORERS[self.scorer].needs_data else "none"
+        return self.task if find_scorer(self.scorer).needs_data else "none"
 
 
 def run(suite: Suite, config: Parameters) -> list[TaskMask]:
@@ -53,7 +53,7 @@ def run(suite: Suite, config: Parameters) -> list[TaskMask]:
     made = []
     for scorer in config.scorers:
         recipe = Recipe(scorer, config.sparsity)
-        for name in config.sources if SCORERS[scorer].needs_data else config.sources[:1]:
+        for name in config.sources if find_scorer(scorer).needs_data else config.sources[:1]:
             source = suite.source(name, seed=config.seed)
             scores = suite.score(recipe, source, config.draw)
             encoder, mask = suite.prune(recipe, source, config.draw, scores=scores)

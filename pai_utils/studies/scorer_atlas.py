@@ -19,7 +19,7 @@ from pai_utils.evaluation import held_out_retention
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import SCORERS
+from pai_utils.scorers import find_scorer
 from pai_utils.studies.parameters import ScorerName, Seeds, SeveralSources, Sparsity, combine
 from pai_utils.studies.suite import Suite, SweepMask, sweep
 from pai_utils.support.common import check_names, clock, device_of, undisturbed
@@ -42,7 +42,7 @@ class Parameters(SeveralSources):
     def _known_options(self) -> Self:
         check_names("scorer of options", self.options, self.scorers)
         for scorer, options in self.options.items():
-            check_names(f"option of {scorer}", options, [*SCORERS[scorer].options, *_DRAWS])
+            check_names(f"option of {scorer}", options, [*find_scorer(scorer).options, *_DRAWS])
         return self
 
     @property

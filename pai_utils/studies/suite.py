@@ -24,7 +24,7 @@ from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.models.loading import load_backbone
 from pai_utils.pruning import Recipe, follow, select_parameters
 from pai_utils.repair.methods import parse_repair
-from pai_utils.scorers import SCORERS, Scores, score
+from pai_utils.scorers import Scores, find_scorer, score
 from pai_utils.studies.parameters import EncoderParameters
 from pai_utils.support.common import device_of, progress
 from pai_utils.support.sampling import Draw
@@ -181,7 +181,7 @@ class Suite:
         any_head = next(iter(self.heads.values()))  # for what looks at features only
         if source is None:
             return Classifier(self.encoder, any_head), None, draw
-        images = source.part(alone=SCORERS[recipe.scorer].needs_head)
+        images = source.part(alone=find_scorer(recipe.scorer).needs_head)
         if images is not source.images:
             draw = draw.at_most(len(images))
         return Classifier(self.encoder, source.head or any_head), images, draw
@@ -234,8 +234,8 @@ def sweep(
     cells = [
         (group, source, seed)
         for group in groups
-        for source in (sources if SCORERS[group[0].scorer].needs_data else ["none"])
-        for seed in (seeds if SCORERS[group[0].scorer].seeded else seeds[:1])
+        for source in (sources if find_scorer(group[0].scorer).needs_data else ["none"])
+        for seed in (seeds if find_scorer(group[0].scorer).seeded else seeds[:1])
     ]
 
     @cache
@@ -261,7 +261,10 @@ def sweep(
 
 
 def _check_needs_no_task(recipe: Recipe, source: str) -> None:
-    scorer, add = SCORERS[recipe.scorer], f"source {source!r} has none; add a task to it with a +"
+    scorer, add = (
+        find_scorer(recipe.scorer),
+        f"source {source!r} has none; add a task to it with a +",
+    )
     if scorer.needs_data and scorer.needs_head:
         raise ValueError(
             f"scorer {recipe.scorer!r} needs a task's head, and {add}, or use feature_ggn_diag"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pai_utils.curvature.blocks import BlockFisher, fisher_blocks
+from pai_utils.curvature.blocks import DAMPING, BlockFisher, fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.support.sampling import Draw
 from tests.cases import (
@@ -33,18 +33,18 @@ def spread_gradients(samples: int, weights: int, *, decades: float = 2.0) -> Ten
 
 def dense_blocks(gradients: Tensor, block_size: int, damping: float) -> list[Tensor]:
     """F of each block by its definition, the last as short as it is."""
-    matrices = []
-    for g in gradients.double().split(block_size, dim=1):
-        undamped = g.T @ g / len(g)
-        ridge = damping * undamped.diagonal().mean()
-        matrices.append(undamped + ridge * torch.eye(g.shape[1], dtype=torch.float64))
-    return matrices
+    ridge = damping * gradients.double().square().mean()
+    return [
+        g.T @ g / len(g) + ridge * torch.eye(g.shape[1], dtype=torch.float64)
+        for g in gradients.double().split(block_size, dim=1)
+    ]
 
 
 def dense_saliency(gradients: Tensor, weights: Tensor, block_size: int, damping: float) -> Tensor:
+    if not gradients.any():
+        return torch.zeros_like(weights)
     inverses = [
-        torch.linalg.inv(m).diagonal() if m.any() else torch.full(m.shape[:1], math.inf)
-        for m in dense_blocks(gradients, block_size, damping)
+        torch.linalg.inv(m).diagonal() for m in dense_blocks(gradients, block_size, damping)
     ]
     return weights.double().square() / (2 * torch.cat(inverses))
 
@@ -80,7 +80,7 @@ def test_saliency_equals_the_dense_inverse(case: Case, block_size: int) -> None:
     found = saliencies(case, block_size=block_size, draw=Draw(None, 4))
     for name, gradients in gradients_of(case).items():
         weight = case.model.get_parameter(name).detach().flatten()
-        expected = dense_saliency(gradients, weight, block_size, 1e-2)
+        expected = dense_saliency(gradients, weight, block_size, DAMPING)
         assert relative_error(found[name], expected) <= 1e-10, name
 
 
@@ -142,19 +142,32 @@ def test_ill_conditioned_blocks_keep_six_digits_from_float32_gradients() -> None
     assert largest_relative_error(blocks.saliency(weights), expected) <= 1e-6
 
 
+def test_all_blocks_have_the_damping_of_their_tensor() -> None:
+    gradients = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
+    blocks = BlockFisher.from_gradients(gradients, block_size=4, damping=0.5)
+    # F is diagonal: g²/6 + λ, λ being half the mean over all 6 weights.
+    squares = torch.arange(1.0, 7.0, dtype=torch.float64) ** 2 / 6
+    assert relative_error(1 / blocks.inverse_diagonal(), squares + squares.mean() / 2) <= 1e-14
+
+
 @pytest.mark.parametrize("samples", [3, 12])
-def test_a_block_of_zero_gradients_costs_nothing_and_moves_nothing(samples: int) -> None:
+def test_a_block_of_zero_gradients_has_the_damping_alone_and_moves_nothing(samples: int) -> None:
     gradients = spread_gradients(samples, 24)
     gradients[:, 8:16] = 0
     weights = torch.arange(1.0, 25.0, dtype=torch.float64)
     blocks = BlockFisher.from_gradients(gradients, block_size=8, damping=1e-2)
-    saliency = blocks.saliency(weights)
-    assert torch.equal(saliency[8:16], torch.zeros(8, dtype=torch.float64))
-    assert bool((saliency[:8] > 0).all())
-    assert bool((saliency[16:] > 0).all())
+    ridge = 1e-2 * gradients.square().mean()
+    assert relative_error(blocks.saliency(weights)[8:16], weights[8:16] ** 2 * ridge / 2) <= 1e-12
     keep = torch.arange(24) % 3 > 0
-    moved = blocks.repair(weights, keep)
-    assert torch.equal(moved[8:16], (weights * keep)[8:16])
+    assert torch.equal(blocks.repair(weights, keep)[8:16], (weights * keep)[8:16])
+
+
+@pytest.mark.parametrize("samples", [3, 12])
+def test_a_tensor_of_zero_gradients_costs_nothing_and_moves_nothing(samples: int) -> None:
+    blocks = BlockFisher.from_gradients(torch.zeros(samples, 24), block_size=8, damping=1e-2)
+    weights, keep = torch.arange(1.0, 25.0), torch.arange(24) % 3 > 0
+    assert not blocks.saliency(weights).any()
+    assert torch.equal(blocks.repair(weights, keep), weights * keep)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
@@ -202,7 +215,8 @@ def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
         found = saliencies(case, estimator=estimator, **options)
         for name in case.names:
             weight = case.model.get_parameter(name).detach()
-            expected = 1.25 * weight.square() * diagonal[name] / 2
+            damped = diagonal[name] + 0.25 * diagonal[name].mean()
+            expected = weight.square() * damped / 2
             assert relative_error(found[name], expected.flatten()) <= 1e-12
 
 

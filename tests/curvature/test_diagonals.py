@@ -8,12 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal, output_diagonal
+from pai_utils.curvature.diagonals import (
+    fisher_diagonal,
+    ggn_diagonal,
+    is_piecewise_linear,
+    output_diagonal,
+)
 from pai_utils.curvature.products import split_vector
 from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
+    Head,
     Images,
+    Layers,
     Limited,
     build,
     dense_fisher_diagonal,
@@ -220,3 +227,37 @@ def test_the_gradient_of_a_batch_of_one_is_the_samples_own(case: Case) -> None:
     before = fingerprint(case.model)
     assert largest_error(singly, each) <= 1e-10
     assert fingerprint(case.model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "expected"),
+    [
+        ("eval BatchNorm", ["4.weight"], True),  # what follows the weight decides
+        ("eval BatchNorm", ["0.weight", "4.weight"], False),  # GELU
+        ("max-pool", ["3.weight"], True),
+        ("in-place activation", ["0.weight"], False),
+        ("LayerNorm", ["0.patches.weight"], False),
+        ("fused attention", ["1.qkv.weight"], False),
+        ("fused attention", ["1.proj.weight"], True),
+        ("shared weight", ["1.linear.weight"], False),
+        ("unused weight", ["1.unused.weight"], True),
+    ],
+)
+def test_piecewise_linear_in_each_weight_is_told_from_bent(
+    name: str, names: list[str], expected: bool
+) -> None:
+    case = build(name)
+    before = fingerprint(case.model)
+    assert is_piecewise_linear(case.model, names, case.data.images[:2]) is expected
+    assert fingerprint(case.model) == before
+
+
+def test_a_gate_that_the_weight_itself_drives_is_bent() -> None:
+    # Squeeze and excitation: with ReLU a product of two piecewise linear functions of the weight.
+    def gate(layers: Any, x: Tensor) -> Tensor:
+        y: Tensor = layers.conv(x)
+        return y * y.mean((2, 3), keepdim=True).clamp(0, 6)
+
+    gated = Layers(gate, conv=nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(gated, Head(4)).double()
+    assert not is_piecewise_linear(model, ["0.conv.weight"], Images().images[:2])

@@ -132,3 +132,12 @@ def test_random_is_uniform_and_set_by_its_seed() -> None:
     assert 0 <= float(first.min()) < float(first.max()) < 1
     error = (1 / 12 / first.numel()) ** 0.5
     assert abs(float(first.mean()) - 0.5) <= 4 * error
+
+
+def test_lamp_is_the_square_over_the_sum_of_the_squares_not_smaller() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    model.weight.data = torch.tensor([[3.0, -1.0, 2.0], [0.0, 2.0, -4.0]])
+    expected = torch.tensor([[9 / 25, 1 / 34, 4 / 33], [0.0, 4 / 33, 1.0]])
+    assert torch.allclose(pai.score("lamp", model)["weight"], expected)
+    nn.init.zeros_(model.weight)
+    assert not pai.score("lamp", model)["weight"].any()

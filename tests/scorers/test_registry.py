@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ def test_every_scorer_scores_the_encoders_weights_and_says_what_it_leaves_out(na
 def test_the_parameters_that_are_named_are_scored_and_all_others_left_out(name: str) -> None:
     model, data = tiny_classifier(), tiny_task().train
     names = ["head.weight", PRUNED[1], "backbone.encoder.3.bias"]
+    if name in ("wanda", "obs_inputs"):  # of weights alone
+        names.pop()
     scores = pai.score(name, model, data, names=[*names, PRUNED[1]], samples=8)
     assert list(scores) == names
     parameters = dict(model.named_parameters())
@@ -38,7 +42,7 @@ def test_the_parameters_that_are_named_are_scored_and_all_others_left_out(name: 
     assert scores.left_out == [n for n in parameters if n not in names]
     whole = pai.score(name, model, data, samples=8)
     (alone,) = pai.score(name, model, data, names=[PRUNED[1]], samples=8).values()
-    if name in ("random", "grasp", "ntk_sap", "hessian_diag"):
+    if name in ("random", "grasp", "ntk_sap"):
         assert not torch.equal(alone, whole[PRUNED[1]])
     else:
         torch.testing.assert_close(alone, whole[PRUNED[1]])
@@ -71,7 +75,9 @@ def test_every_scorer_leaves_the_model_as_it_was(name: str, training: bool) -> N
 def test_no_score_depends_on_the_batches(name: str) -> None:
     model, data = tiny_classifier(), tiny_task().train
     whole, parts = (pai.score(name, model, data, samples=10, batch_size=b) for b in (64, 3))
-    assert all(relative_error(parts[n], whole[n]) <= 1e-6 for n in PRUNED)
+    # An inverse enlarges the rounding of float32 sums.
+    limit = 1e-5 if name == "obs_inputs" else 1e-6
+    assert all(relative_error(parts[n], whole[n]) <= limit for n in PRUNED)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,6 +86,8 @@ def test_every_scorer_scores_every_way_of_using_a_weight(name: str) -> None:
     for scorer in pai.SCORERS:
         if name == "weight in a custom function" and scorer in ("synflow", "px"):
             continue  # refused
+        if scorer in ("hessian_diag", "wanda", "obs_inputs"):
+            continue  # refused where its estimate is noise; where a weight is no layer's
         scores = pai.score(scorer, case.model, case.data, samples=None)
         assert list(scores) == pai.prunable_parameters(case.model)
         assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}
@@ -107,6 +115,9 @@ def test_one_seed_draws_one_set_of_samples_and_labels() -> None:
         ("block_fisher", {"blocksize": 3}, "options are: block_size, damping, estimator, memory_b"),
         ("block_fisher", {"block_size": 0}, "block_size=0"),
         ("block_fisher", {"damping": 0.0}, r"damping=0\.0"),
+        ("ggn_diag", {"damping": -0.1}, r"damping=-0\.1 must be zero or a finite number"),
+        ("feature_ggn_diag", {"damping": float("nan")}, "damping=nan must be zero or a finite"),
+        ("hessian_diag", {"damping": float("inf")}, "damping=inf must be zero or a finite"),
         ("block_fisher", {"estimator": "exact"}, "unknown estimator 'exact'.*empirical, mc"),
         ("block_fisher", {"samples": 8, "memory_budget": 10}, "memory_budget=10 is too small"),
         ("grasp", {"samples": 4, "temperature": 0.0}, r"temperature=0\.0"),
@@ -192,7 +203,9 @@ def test_modules_under_two_names_and_caches_are_as_they_were(name: str) -> None:
     layer, weight = model.layers[0], model.layers[0].weight
     before, logits = fingerprint(model), model(data.images).detach()
     model.kept.clear()
-    pai.score(name, model, data, samples=None)
+    refused = [ValueError] if name == "hessian_diag" else []  # the estimate is noise here
+    with contextlib.suppress(*refused):
+        pai.score(name, model, data, samples=None)
     assert fingerprint(model) == before
     assert model.layers[0] is model.layers[1] is layer
     assert layer.weight is weight
@@ -202,5 +215,13 @@ def test_modules_under_two_names_and_caches_are_as_they_were(name: str) -> None:
 
 def test_only_estimates_state_an_error() -> None:
     model, data = tiny_classifier(), tiny_task().train
-    assert pai.score("ggn_diag", model, data, samples=8).standard_error == {}
-    assert list(pai.score("hessian_diag", model, data, samples=8).standard_error) == PRUNED
+    assert pai.score("hessian_diag", model, data, samples=8).standard_error == {}  # exact here
+    case = build("LayerNorm")
+    scores = pai.score("hessian_diag", case.model, case.data, samples=None, probes=300)
+    assert list(scores.standard_error) == list(scores)
+
+
+def test_scores_of_a_model_carry_its_weights() -> None:
+    model = tiny_classifier()
+    scores = pai.score("magnitude", model)
+    assert all(torch.equal(scores.weights[n].abs(), scores[n]) for n in PRUNED)

@@ -1,0 +1,303 @@
+"""Scores of a layer's own inputs: what removing a weight does to the output of its layer alone.
+
+At every position, the outputs of a linear layer or convolution are products of its weights with a
+row x of inputs: a token, or a patch of an image as wide as the kernel. With H the mean of x xᵀ over
+all rows of all samples, removing weight w_i changes the output's mean square by w_i² H_ii, or, if
+the other weights of the same output follow, by w_i² / [H⁻¹]_ii. Neither labels nor the layers
+after it matter. The rows of a grouped convolution are those of one group, so that H is block
+diagonal; a weight that is used several times has the rows of all its uses.
+
+**Cost.** One forward pass. ``obs_inputs`` adds for a layer of K inputs a group and R rows 2RK²
+operations for the products, and about K³ in float64 for the inverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pai_utils.curvature.blocks import DAMPING
+from pai_utils.curvature.calls import Call, Calls
+from pai_utils.curvature.persample import chunk_bytes, drawn_batches
+from pai_utils.support.common import at_least_single, device_of, undisturbed
+from pai_utils.support.sampling import (
+    Draw,
+    Samples,
+    batches,
+    fitting_batches,
+    sum_over_processes_,
+)
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
+    """``|w_i| √H_ii``: the weight times the root mean square of its input.
+
+    Source: Sun, Liu, Bair & Kolter (2024), "A simple and effective pruning approach for large
+    language models". They compare the weights of one output and take the norm of the inputs, which
+    differs by a factor of the layer; the mean lets layers of other sizes be compared.
+
+    Raises:
+        ValueError: if no linear layer or convolution takes a named parameter as its weight.
+    """
+    found = _moments(model, names, data, draw, diagonal=True, memory_budget=2**62)
+    return {
+        name: found[name].scores(model.get_parameter(name).detach().abs(), found[name].mean.sqrt())
+        for name in names
+    }
+
+
+def obs_inputs(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    draw: Draw,
+    *,
+    damping: float = DAMPING,
+    memory_budget: int = 4 * 2**30,
+) -> dict[str, Tensor]:
+    """w_i² / (2 [(H + λI)⁻¹]_ii), with λ = ``damping`` · mean diagonal of H over the layer.
+
+    ``memory_budget`` are bytes for the H, 8K² each and as many as groups; layers that do not fit
+    take further passes over the data.
+
+    Source: Frantar & Alistarh (2022), "Optimal brain compression", whose first removal this is.
+
+    Raises:
+        ValueError: if no linear layer or convolution takes a named parameter as its weight, one H
+            alone exceeds the budget, or H is singular in float64 in spite of its damping.
+    """
+    waiting, scores = list(names), {}
+    while waiting:
+        found = _moments(model, waiting, data, draw, diagonal=False, memory_budget=memory_budget)
+        for name in list(found):
+            moments, weight = found.pop(name), model.get_parameter(name).detach()
+            inverse = _inverse_diagonal(name, moments.mean, damping)
+            scores[name] = moments.scores(weight.square(), 0.5 / inverse)
+        waiting = [name for name in waiting if name not in scores]
+    return {name: scores[name] for name in names}
+
+
+def _inverse_diagonal(name: str, matrices: Tensor, damping: float) -> Tensor:
+    """Diagonals of the inverses of damped ``[groups, K, K]``; infinite where all is zero."""
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    scale = float(diagonal.mean())
+    if scale == 0 or not math.isfinite(scale):  # what is not finite is found in the scores
+        return torch.full_like(diagonal, math.inf if scale == 0 else math.nan)
+    damped = matrices / scale
+    damped.diagonal(dim1=1, dim2=2).add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed.any():
+        raise ValueError(
+            f"the inputs of {name!r} are fewer or less independent than its weights: their matrix "
+            f"is singular in float64 with damping={damping}; choose a larger one"
+        )
+    inverse: Tensor = torch.cholesky_inverse(factor)
+    return inverse.diagonal(dim1=1, dim2=2).div(scale)
+
+
+@dataclass
+class _Moments:
+    """Sums of x xᵀ over a weight's rows, or of x²: ``[groups, K, K]`` or ``[groups, K]``."""
+
+    sums: Tensor
+    rows: Tensor  #: of each group
+    transposed: bool
+
+    @property
+    def mean(self) -> Tensor:
+        """Over the rows."""
+        return self.sums / self.rows.view(-1, *(1,) * (self.sums.dim() - 1))
+
+    def scores(self, weights: Tensor, factors: Tensor) -> Tensor:
+        """The product of a weight's entries and their inputs' factors ``[groups, K]``."""
+        dtype, groups = at_least_single(weights), len(factors)
+        # A transposed convolution's weight is [in, out of a group, ...], any other [out, in, ...].
+        split = weights.unflatten(0, (groups, -1))
+        shape = list(split.shape)
+        shape[2 if self.transposed else 1] = 1
+        each = factors.view(shape)
+        if self.transposed:  # whose kernel reads its rows backwards
+            each = each.flip(*range(3, each.dim()))
+        scores: Tensor = split * each
+        return scores.flatten(0, 1).to(dtype)
+
+
+def _moments(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Samples,
+    draw: Draw,
+    *,
+    diagonal: bool,
+    memory_budget: int,
+) -> dict[str, _Moments]:
+    """Moments of the named weights' inputs; of as many as fit in the budget."""
+    indices, device = draw.indices(data), device_of(model)
+
+    def compute(batch_size: int) -> _Observer:
+        observer = _Observer(model, names, diagonal, memory_budget)
+        for images, _, _ in drawn_batches(data, indices, batch_size, device, "layers' inputs"):
+            observer.run(images)
+        if not observer.found:  # fewer samples than processes: zeros of the same shapes
+            images, _ = next(batches(data, 1, device, indices[:1]))
+            observer.run(images)
+            for moments in observer.found.values():
+                moments.sums.zero_()
+                moments.rows.zero_()
+        return observer
+
+    with undisturbed(model), torch.no_grad():
+        observer = fitting_batches(compute, draw.batch_size)
+    for moments in observer.found.values():
+        sum_over_processes_(moments.sums)
+        sum_over_processes_(moments.rows)
+    without = [n for n in names if n not in observer.found and n not in observer.too_large]
+    if without:
+        raise ValueError(
+            f"{without[0]!r} has no inputs: no linear layer or convolution takes it as its weight; "
+            "name the weights to score, or take another scorer"
+        )
+    if not observer.found:
+        raise ValueError(
+            f"memory_budget={memory_budget} is too small: the inputs of {names[0]!r} alone take "
+            f"{observer.too_large[names[0]]} bytes"
+        )
+    return observer.found
+
+
+class _Observer(Calls):
+    """Adds up the moments of layers' inputs while a model runs."""
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], diagonal: bool, memory_budget: int
+    ) -> None:
+        handlers: dict[Any, Callable[[Call], Any]] = {
+            F.linear: self._linear,
+            F.multi_head_attention_forward: self._attention,
+            **dict.fromkeys(_CONVOLUTIONS, self._convolution),
+            **dict.fromkeys(_TRANSPOSED, partial(self._convolution, transposed=True)),
+        }
+        super().__init__(handlers)
+        self.found: dict[str, _Moments] = {}
+        self.too_large: dict[str, int] = {}  #: bytes of those that no room was left for
+        self._model, self._diagonal, self._room = model, diagonal, memory_budget
+        self._names = {id(model.get_parameter(name)): name for name in names}
+
+    def run(self, images: Tensor) -> None:
+        """Add the inputs that some images lead to."""
+        with self:
+            self._model(images)
+
+    def _linear(self, call: Call) -> Any:
+        self._add(call["weight"], [call["input"]])
+        return call.run()
+
+    def _attention(self, call: Call) -> Any:
+        """``nn.MultiheadAttention``: its projections are products that no observer sees."""
+        streams = [call[name] for name in ("query", "key", "value")]
+        if call["use_separate_proj_weight"]:
+            for letter, stream in zip("qkv", streams, strict=True):
+                self._add(call[f"{letter}_proj_weight"], [stream])
+        else:
+            alike = streams[0] is streams[1] is streams[2]
+            self._add(call["in_proj_weight"], streams[:1] if alike else streams)
+        weight, bias = call["out_proj_weight"], call["out_proj_bias"]
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        mixed, pattern = call.run(out_proj_weight=identity, out_proj_bias=None)
+        self._add(weight, [mixed])
+        return F.linear(mixed, weight, bias), pattern
+
+    def _convolution(self, call: Call, transposed: bool = False) -> Any:
+        weight = call["weight"]
+        if id(weight) in self._names:
+            x = call["input"].to(at_least_single(call["input"]))
+            windows = _windows(x.square() if self._diagonal else x, call, transposed)
+            places = range(3, 3 + weight.dim() - 2)
+            count, groups = len(windows), windows.shape[1]
+            rows = count * math.prod(windows.shape[axis] for axis in places)
+            size = windows.numel() // (rows * groups)
+            moments = self._moments_of(weight, groups, size, transposed)
+            if moments is not None:
+                moments.rows += rows
+                if self._diagonal:
+                    moments.sums += windows.sum((0, *places)).flatten(1)
+                else:
+                    step = max(1, chunk_bytes(x.device) // (windows[0].numel() * x.itemsize))
+                    for some in windows.movedim(2, 2 + len(places)).split(step):
+                        part = some.transpose(0, 1).reshape(groups, -1, size)
+                        moments.sums += torch.bmm(part.mT, part)
+        return call.run()
+
+    def _add(self, weight: Tensor, streams: Sequence[Tensor]) -> None:
+        """Add the rows ``[..., K]`` of a linear layer, or of each third of its outputs."""
+        rows = [stream.flatten(0, -2) for stream in streams]
+        moments = self._moments_of(weight, len(rows), weight.shape[1])
+        if moments is None:
+            return
+        moments.rows += torch.tensor([float(len(x)) for x in rows]).to(moments.rows)
+        for sums, x in zip(moments.sums, rows, strict=True):
+            x = x.to(at_least_single(x))
+            sums += x.square().sum(0) if self._diagonal else x.mT @ x
+
+    def _moments_of(
+        self, weight: Tensor, groups: int, size: int, transposed: bool = False
+    ) -> _Moments | None:
+        """Where to add the rows of a weight, if they are wanted and there is room."""
+        name = self._names.get(id(weight), "")
+        if name and name not in self.found and name not in self.too_large:
+            shape = (groups, size) if self._diagonal else (groups, size, size)
+            needed = 8 * math.prod(shape)
+            if needed > self._room:
+                self.too_large[name] = needed
+            else:
+                self._room -= needed
+                sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+                rows = torch.zeros(groups, dtype=torch.float64, device=weight.device)
+                self.found[name] = _Moments(sums, rows, transposed)
+        return self.found.get(name)
+
+
+def _windows(x: Tensor, call: Call, transposed: bool) -> Tensor:
+    """What a convolution's kernel meets: a view ``[N, groups, channels, *places, *kernel]``.
+
+    A transposed convolution is one of stride 1, its kernel reversed, over its input with zeros
+    between the entries.
+    """
+    sides = call["weight"].dim() - 2
+    x = x[None] if x.dim() == sides + 1 else x
+
+    def each(name: str) -> tuple[int, ...]:
+        value = call[name]
+        return (value,) * sides if isinstance(value, int) else tuple(value)
+
+    stride, dilation = each("stride"), each("dilation")
+    kernel = call["weight"].shape[2:]
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if call["padding"] == "same":
+        margins = [(r // 2, r - r // 2) for r in reach]
+    else:
+        margins = [
+            (p, p) for p in ((0,) * sides if call["padding"] == "valid" else each("padding"))
+        ]
+    if transposed:
+        spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+        stuffed = x.new_zeros(*x.shape[:2], *spread)
+        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+        ends = zip(reach, margins, each("output_padding"), strict=True)
+        x, stride = stuffed, (1,) * sides
+        margins = [(r - p, r - p + more) for r, (p, _), more in ends]
+    x = F.pad(x, [margin for pair in reversed(margins) for margin in pair])
+    for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, r + 1, s)[..., ::d]
+    windows: Tensor = x.unflatten(1, (call["groups"], -1))
+    return windows
