@@ -343,6 +343,39 @@ def alignment(table: pd.DataFrame) -> Figure:
     return _panels(matrices, _matrix, size=(3.2, 3.2))
 
 
+def pre_activations(table: pd.DataFrame, alone: float) -> Figure:
+    """What a unit's ReLU is given on images of each task, and what without the unit's weights.
+
+    The table is as from :func:`~pai_utils.studies.worked_examples.pre_activations`.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(5.5, 2.9), layout="constrained")
+        sns.histplot(table, x="value", hue="task", stat="density", common_norm=False, ax=axes)
+        axes.axvline(alone, color="0.1", linestyle="--")
+        axes.annotate("without its weights", (alone, 0.9 * axes.get_ylim()[1]), ha="right")
+        axes.axvspan(axes.get_xlim()[0], 0, color="0.9", zorder=0)
+        axes.set(xlabel="what ReLU6 is given (grey: it gives zero)")
+    plt.close(figure)
+    return figure
+
+
+def damping_curve(table: pd.DataFrame) -> Figure:
+    """Retention of every task by the damping, one panel a sparsity.
+
+    The table is as from :func:`~pai_utils.studies.worked_examples.damping_curve`.
+    """
+    looks = _looks(table.task)
+    smallest = table.damping[table.damping > 0].min()
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        _lines(axes, rows, "damping", "retention", "task", looks)
+        axes.set_xscale("symlog", linthresh=smallest)
+        axes.set(xlabel="damping", ylabel="retention")
+
+    panels = {f"sparsity {s:g}": rows for s, rows in table.groupby("sparsity")}
+    return _panels(panels, draw, looks, share=True)
+
+
 def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> Figure:
     """Overlap (intersection over union of kept weights) of pairs of masks as a labelled matrix.
 

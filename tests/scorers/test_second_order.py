@@ -97,8 +97,14 @@ def dense_scores(case: Case, names: list[str]) -> torch.Tensor:
 
 
 def test_scores_are_half_the_squared_weight_times_the_hessians_diagonal_with_its_sign() -> None:
-    case = build("LayerNorm")
-    options = {"probes": 300, "tolerance": 0, "damping": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        layers = nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 4)
+    case = Case(nn.Sequential(*layers).double(), [], Images(10, side=2))
+    with torch.no_grad():  # a network that is sure and wrong bends both ways
+        case.model.get_parameter("2.weight").mul_(3)
+        case.model.get_parameter("4.weight").mul_(5)
+    options = {"probes": 500, "tolerance": 0, "damping": 0.0}
     scores = pai.score("hessian_diag", case.model, case.data, samples=None, **options)  # type: ignore[arg-type]
     exact, found = dense_scores(case, list(scores)), flattened(dict(scores))
     error = flattened(scores.standard_error)
