@@ -103,6 +103,7 @@ $(BENCH_READY): $(READY) requirements-bench.lock
 RUN_GRID = set -x; $(PY) workflow/build.py $(1) --target executed && $(PY) workflow/store.py $(1)
 
 results: $(READY) ## run the larger grids and store their tables in results/; PAI_DATA_ROOT adds real data
+	@$(call RUN_GRID,damping)
 	@$(call RUN_GRID,atlas)
 	@$(call RUN_GRID,retention)
 	@$(call RUN_GRID,recovery)

@@ -64,7 +64,8 @@ def list_names() -> None:
             for name, spec in DATASETS.items()
         }
         | {"folder:<path>": "any folder of class folders with images"},
-        "Scorers": {name: scorer.summary for name, scorer in SCORERS.items()},
+        "Scorers": {name: scorer.summary for name, scorer in SCORERS.items()}
+        | {"<one>@<other>": "layers keep as many weights as by the other, those that one ranks"},
     }
     width = max(len(name) for rows in tables.values() for name in rows)
     for title, rows in tables.items():

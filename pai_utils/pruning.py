@@ -30,7 +30,7 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 class Recipe:
     """How a mask is made, and what is done to the weights that it leaves."""
 
-    scorer: str = "ggn_diag"  #: a key of `pai_utils.SCORERS`
+    scorer: str = "ggn_diag"  #: one that `pai_utils.find_scorer` knows
     sparsity: float = 0.7  #: fraction to remove, in [0, 1), of the weights that may be pruned
     scope: str = "global"  #: as in `pai_utils.make_mask`
     rounds: int = 1  #: the scopes "N:M" take one
@@ -127,7 +127,7 @@ def prune(
     Args:
         model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`.
         data: samples of the source task.
-        scorer: a key of :data:`~pai_utils.scorers.registry.SCORERS`.
+        scorer: one that :func:`~pai_utils.scorers.registry.find_scorer` knows, joint or not.
         sparsity: fraction s to remove, in [0, 1), of the weights that ``include`` and ``exclude``
             leave.
         scope: as in :func:`~pai_utils.masks.make_mask`.

@@ -203,8 +203,8 @@ def score(
         tensor([[1.0000, 2.0000, 0.5000],
                 [0.0000, 3.0000, 0.5000]])
         >>> pai.score("ggn_diag", model, data, samples=None, estimator="exact")["1.weight"]
-        tensor([[0.0328, 0.0044, 0.0082],
-                [0.0000, 0.0100, 0.0082]])
+        tensor([[0.0350, 0.0133, 0.0087],
+                [0.0000, 0.0300, 0.0087]])
         >>> pai.score("snip", model, data, samples=2).left_out
         []
     """
@@ -279,7 +279,7 @@ def find_scorer(name: str) -> Scorer:
     - ``"random@ggn_diag"``, a layer-wise shuffle of the mask by ``ggn_diag``;
     - ``"magnitude@layer"``, magnitude with the same sparsity in every layer;
     - ``"ggn_diag+obs_inputs@ggn_diag"``, the joint score of a loss and of layers' outputs
-      (MOONSHOT, 2026, arXiv 2604.13287).
+      (Afriat et al. 2026, "MOONSHOT", arXiv 2604.13287).
 
     Raises:
         ValueError: for an unknown name.
