@@ -23,7 +23,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pai_utils.curvature.hutchinson import rademacher
 from pai_utils.curvature.products import Operator, Vector, flat_product, split_vector
 from pai_utils.support.common import NonFiniteError, at_least_single, check_names, progress
 
@@ -150,7 +149,7 @@ def spectral_density(
         _check_width(width)
     named = operator.parameters
     steps = min(steps, sum(values.numel() for values in named.values()))
-    draw = partial(rademacher, named, torch.Generator().manual_seed(seed))
+    draw = partial(_rademacher, named, torch.Generator().manual_seed(seed))
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
 
     for probe in range(probes):
@@ -243,3 +242,15 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
             break
         before = after
     return after
+
+
+def _rademacher(parameters: Vector, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random signs of the parameters' shapes, type and device, drawn on the CPU."""
+    return {
+        name: torch.empty(values.shape, dtype=torch.int8)
+        .random_(0, 2, generator=generator)
+        .to(values)
+        .mul_(2)
+        .sub_(1)
+        for name, values in parameters.items()
+    }

@@ -1,8 +1,7 @@
 """The registry of scorers, and :func:`score`, the one way to call them.
 
 A scorer is a function ``(model, names, data, draw, **options)`` that returns one tensor a name, of
-the parameter's shape (or a pair: these, and the standard error of each), and one line in
-:data:`SCORERS`. Its keyword arguments are its options.
+the parameter's shape, and one line in :data:`SCORERS`. Its keyword arguments are its options.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import check_names, clock, device_of, logger, unknown_name
 from pai_utils.support.sampling import Draw, Samples
 
-_ERROR = "standard error of "
 LAYER = "layer"
 """As the budgets of a joint scorer: the same fraction of every layer."""
 
@@ -123,8 +121,8 @@ SCORERS: dict[str, Scorer] = {
     ),
     "hessian_diag": Scorer(
         hessian_diag,
-        "½ w² (h + λ), h the Hessian's diagonal, exact or signed by Hutchinson",
-        passes=lambda options: 1.0 + 2.1 * options["probes"],
+        "½ w² (h + λ), h the Hessian's diagonal, of networks of ReLU and the like",
+        passes=10,  # a backward a class
     ),
 }
 """All scorers, by the name that :func:`~pai_utils.scorers.registry.score` takes."""
@@ -134,15 +132,14 @@ SCORERS: dict[str, Scorer] = {
 class Scores(dict[str, Tensor]):
     """Scores by parameter name, and the parameters that were left out.
 
-    ``standard_error`` holds the sampling error of each score where the scorer knows it. ``seconds``
-    is what the scorer took when they were computed, of the processor on a CPU. ``weights`` are the
-    model's own, not copies, by which :func:`~pai_utils.masks.make_mask` breaks ties.
+    ``seconds`` is what the scorer took when they were computed, of the processor on a CPU.
+    ``weights`` are the model's own, not copies; :func:`~pai_utils.masks.make_mask` breaks ties by
+    them.
     """
 
     scores: dict[str, Tensor]
     scorer: str
     left_out: list[str] = field(default_factory=list)
-    standard_error: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -165,7 +162,7 @@ def score(
 
     Inside ``torch.autocast`` gradients, and so the Fisher's and Gauss-Newton's diagonals and
     blocks, are computed in that precision and summed at least in float32; Hessian products
-    (``grasp``, ``hessian_diag``) keep the model's own. Under ``torchrun``, with
+    (``grasp``) keep the model's own. Under ``torchrun``, with
     ``torch.distributed`` initialised, each process takes its share of the samples and all get the
     same scores.
 
@@ -176,8 +173,8 @@ def score(
             :class:`~pai_utils.models.encoders.Classifier` the head is left out.
         data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
         names: the parameters to score, of any kind; by default the prunable ones.
-            ``grasp``, ``ntk_sap`` and the probes of ``hessian_diag`` vary these parameters only,
-            so that a score depends on the others named; ``random`` draws in their order.
+            ``grasp`` and ``ntk_sap`` vary these parameters only, so that a score depends on the
+            others named; ``random`` draws in their order.
         samples: size of the seeded draw without replacement; ``None`` for all, in order.
         batch_size: samples a forward; halved when memory runs out. No score depends on it.
         seed: seed of every draw.
@@ -185,8 +182,7 @@ def score(
 
     Returns:
         A dictionary from parameter name to a tensor of the parameter's shape; ``left_out`` names
-        the parameters that are not scored (by default biases, norms, embeddings, the head);
-        ``standard_error`` holds the scores' sampling error, from scorers that know it.
+        the parameters that are not scored (by default biases, norms, embeddings, the head).
 
     Raises:
         ValueError: for an unknown scorer, option or parameter, no parameter to score, missing
@@ -231,11 +227,8 @@ def score(
 
     def compute() -> Kept:
         begin = clock(device)
-        result = scorer.function(model, chosen, data, draw, **options)
-        seconds = clock(device) - begin
-        scores, errors = result if isinstance(result, tuple) else (result, {})
-        named = {f"{_ERROR}{name}": error for name, error in errors.items()}
-        return Kept({**scores, **named}, {"seconds": seconds})
+        scores = scorer.function(model, chosen, data, draw, **options)
+        return Kept(scores, {"seconds": clock(device) - begin})
 
     if scorer.needs_data:
         # What the scorer does not look at must not tell its scores apart.
@@ -247,9 +240,7 @@ def score(
         found = reused("scores", {**parts, **asdict(draw), "device": device.type}, compute)
     else:  # at once
         found = compute()
-    tensors = {n: values.to(device) for n, values in found.tensors.items()}
-    scores = {n: tensors[n] for n in chosen}
-    errors = {n.removeprefix(_ERROR): e for n, e in tensors.items() if n.startswith(_ERROR)}
+    scores = {n: found.tensors[n].to(device) for n in chosen}
     broken = _non_finite(scores)
     if broken:
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
@@ -265,7 +256,7 @@ def score(
     left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     weights = {n: parameters[n].detach() for n in chosen}
-    return Scores(scores, name, left_out, errors, found.facts["seconds"], weights)
+    return Scores(scores, name, left_out, found.facts["seconds"], weights)
 
 
 def find_scorer(name: str) -> Scorer:
@@ -350,7 +341,7 @@ def _join(name: str, parts: Sequence[tuple[str, float]], found: Mapping[str, Sco
             values = found[budgets][parameter].flatten().sort().values
         scores[parameter] = torch.empty_like(values).scatter_(0, order, values).view_as(weight)
     seconds = sum(each.seconds for each in found.values())
-    return Scores(scores, name, first.left_out, {}, seconds, first.weights)
+    return Scores(scores, name, first.left_out, seconds, first.weights)
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

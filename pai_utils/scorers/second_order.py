@@ -26,14 +26,9 @@ from pai_utils.curvature.diagonals import (
     is_piecewise_linear,
     output_diagonal,
 )
-from pai_utils.curvature.hutchinson import hutchinson_diagonal
-from pai_utils.curvature.products import HessianOperator
 from pai_utils.models.encoders import Classifier
 from pai_utils.support.common import at_least_single, device_of
 from pai_utils.support.sampling import Draw, Samples, batches
-
-_DROWNED = 0.4
-"""Of estimates that are all noise, half to two thirds are smaller than their standard error."""
 
 
 def fisher_diag(
@@ -110,45 +105,34 @@ def hessian_diag(
     data: Samples,
     draw: Draw,
     *,
-    probes: int = 64,
-    tolerance: float = 0.1,
     damping: float = DAMPING,
-) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> dict[str, Tensor]:
     """½ w² (h + λ), h the diagonal of the Hessian of the mean cross-entropy.
 
-    Where the logits are piecewise linear in each single weight (ReLU, max-pooling and BatchNorm in
-    evaluation mode make them so, :func:`~pai_utils.curvature.diagonals.is_piecewise_linear`), the
-    Hessian's diagonal is that of the Gauss-Newton matrix, which is computed exactly with one
-    backward a class. Elsewhere it is Hutchinson's estimate with standard errors, from ``probes``
-    Hessian products or fewer, once the relative standard error of the diagonal
-    (:func:`~pai_utils.curvature.hutchinson.hutchinson_diagonal`) is at most ``tolerance``. It has a
-    sign: by the quadratic model, removing a weight with h + λ < 0 lowers the loss, and it is pruned
-    first. The standard error of a score is ½ w² times that of h; it covers the probes, not the draw
-    of samples.
+    Only where the logits are piecewise linear in each weight tensor, as ReLU, max-pooling and
+    BatchNorm in evaluation mode make them
+    (:func:`~pai_utils.curvature.diagonals.is_piecewise_linear`). There the diagonal is that of the
+    Gauss-Newton matrix, exactly, with one backward a class.
 
-    Source: LeCun, Denker & Solla (1990), "Optimal brain damage". Their recursion from layer to
-    layer drops the Hessian's other entries on the way; the estimate here is unbiased.
+    Elsewhere the diagonal has no exact form of that cost. Hutchinson's estimate of it, the mean of
+    v ⊙ Hv over random signs v, has the variance of H's other entries: on a vision transformer, one
+    probe's standard error was two hundred times the spread of the scores, so that tens of thousands
+    of products would be needed.
+
+    Source: LeCun, Denker & Solla (1990), "Optimal brain damage", whose recursion from layer to
+    layer drops the Hessian's other entries on the way.
 
     Raises:
-        ValueError: if two fifths of the estimated diagonal are smaller than their own standard
-            error, so that noise would decide which weights go.
+        ValueError: if the logits bend in a weight tensor.
     """
     images, _ = next(batches(data, 2, device_of(model), draw.indices(data)[:2]))
-    if is_piecewise_linear(model, names, images):
-        return _saliency(model, ggn_diagonal(model, names, data, draw, estimator="exact"), damping)
-    operator = HessianOperator(model, names, data, draw)
-    estimate = hutchinson_diagonal(operator, probes=probes, tolerance=tolerance, seed=draw.seed)
-    pairs = [(estimate.standard_error[n], h.abs()) for n, h in estimate.diagonal.items()]
-    drowned = sum(int((error > size).count_nonzero()) for error, size in pairs)
-    share = drowned / sum(size.numel() for _, size in pairs)
-    if share > _DROWNED:
+    if not is_piecewise_linear(model, names, images):
         raise ValueError(
-            f"hessian_diag: after {estimate.probes} probes {share:.0%} of the diagonal is "
-            "smaller than its standard error, so that noise would decide which weights go; give "
-            "many more probes, or take 'ggn_diag', the part of it that is never negative"
+            "hessian_diag: the logits bend in single weights (GELU, LayerNorm, attention, gates or "
+            "a weight used twice), where the Hessian's diagonal has no cheap exact form and its "
+            " estimates are noise; take 'ggn_diag', the part of it that is never negative"
         )
-    errors = _saliency(model, estimate.standard_error, 0)
-    return _saliency(model, estimate.diagonal, damping), errors
+    return _saliency(model, ggn_diagonal(model, names, data, draw, estimator="exact"), damping)
 
 
 def block_fisher(

@@ -11,7 +11,6 @@ from torch.multiprocessing.spawn import spawn
 
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
-from pai_utils.curvature.hutchinson import hutchinson_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator, directional_terms
 from pai_utils.curvature.spectra import top_eigenpairs
 from pai_utils.support.sampling import Draw
@@ -35,8 +34,6 @@ def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
         products = operator(*arguments)
         yield operator.__name__, flattened(products(vector))
         yield f"{operator.__name__} again", flattened(products(vector))
-        estimate = hutchinson_diagonal(products, probes=4, tolerance=0)
-        yield f"{operator.__name__}, diagonal", flattened(estimate.diagonal)
         yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
     (terms,) = directional_terms(case.model, [vector], case.data, Draw(samples, 2))
     yield "terms", torch.tensor(astuple(terms), dtype=torch.float64)

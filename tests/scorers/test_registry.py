@@ -87,7 +87,7 @@ def test_every_scorer_scores_every_way_of_using_a_weight(name: str) -> None:
         if name == "weight in a custom function" and scorer in ("synflow", "px"):
             continue  # refused
         if scorer in ("hessian_diag", "wanda", "obs_inputs"):
-            continue  # refused where its estimate is noise; where a weight is no layer's
+            continue  # refused where logits bend in a weight, or where a weight is no layer's
         scores = pai.score(scorer, case.model, case.data, samples=None)
         assert list(scores) == pai.prunable_parameters(case.model)
         assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}
@@ -203,7 +203,7 @@ def test_modules_under_two_names_and_caches_are_as_they_were(name: str) -> None:
     layer, weight = model.layers[0], model.layers[0].weight
     before, logits = fingerprint(model), model(data.images).detach()
     model.kept.clear()
-    refused = [ValueError] if name == "hessian_diag" else []  # the estimate is noise here
+    refused = [ValueError] if name == "hessian_diag" else []  # the logits bend in the weight
     with contextlib.suppress(*refused):
         pai.score(name, model, data, samples=None)
     assert fingerprint(model) == before
@@ -211,15 +211,6 @@ def test_modules_under_two_names_and_caches_are_as_they_were(name: str) -> None:
     assert layer.weight is weight
     assert not model.kept
     assert torch.equal(model(data.images), logits)
-
-
-def test_only_estimates_state_an_error() -> None:
-    model, data = tiny_classifier(), tiny_task().train
-    assert pai.score("hessian_diag", model, data, samples=8).standard_error == {}  # exact here
-    images = Images(10, side=2, dtype=torch.float32)
-    bent = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 2), nn.GELU(), nn.Linear(2, 4))
-    scores = pai.score("hessian_diag", bent, images, samples=None, probes=500, tolerance=0.0)
-    assert list(scores.standard_error) == list(scores)
 
 
 def test_scores_of_a_model_carry_its_weights() -> None:
