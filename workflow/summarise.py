@@ -24,9 +24,17 @@ from pai_utils.studies.zero_shot_retention import retention_verdict
 from pai_utils.support.stored import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-BACKBONES = {
+ENCODERS = {
     "efficientnet_lite0": "EfficientNet-Lite0",
+    "efficientnet_lite1": "EfficientNet-Lite1",
+    "efficientnet_lite2": "EfficientNet-Lite2",
+    "mobilenetv2": "MobileNetV2",
     "vit_small_saliency": "ViT-S/14",
+}
+BACKBONES = {name: ENCODERS[name] for name in ("efficientnet_lite0", "vit_small_saliency")}
+CONTROLS = {
+    "magnitude@layer": "magnitude, by layer",
+    "random@ggn_diag": "ggn_diag, shuffled in each layer",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
 EXPLORED = (
@@ -88,6 +96,27 @@ def repaired(results: Path) -> pd.DataFrame:
                 parts.append(verdict.assign(**shared, seeds=own.seeds.max()))
     columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
+
+
+def masks_alone(results: Path) -> pd.DataFrame:
+    """What damped masks and their controls keep without a repair, means over the sources.
+
+    Columns ``encoder, method``, and for each sparsity the retention of held-out tasks; that of a
+    mask's own source stands in brackets, where it has one.
+    """
+    rows = []
+    for backbone, encoder in ENCODERS.items():
+        path = results / "damping" / f"zero_shot_retention-{backbone}" / "retention.csv"
+        table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["scorer"])
+        for method, group in table[table.scorer != "dense"].groupby("scorer", sort=False):
+            held_out = [is_held_out(*pair) for pair in zip(group.target, group.source, strict=True)]
+            sides = group.assign(side=held_out).groupby(["sparsity", "side"]).retention.mean()
+            row: dict[str, object] = {"encoder": encoder, "method": CONTROLS.get(str(method), method)}
+            for sparsity in group.sparsity.unique():
+                own = f" ({sides[sparsity, False]:z.2f})" if (sparsity, False) in sides else ""
+                row[f"at {sparsity:.0%}"] = f"{sides[sparsity, True]:z.2f}{own}"
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -435,6 +464,7 @@ def summarise(results: Path) -> list[Path]:
 
     for name, table in {
         "runs": runs(results),
+        "masks_alone": masks_alone(results),
         "repaired": left,
         "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),
