@@ -352,8 +352,10 @@ def pre_activations(table: pd.DataFrame, alone: float) -> Figure:
         figure, axes = plt.subplots(figsize=(5.5, 2.9), layout="constrained")
         sns.histplot(table, x="value", hue="task", stat="density", common_norm=False, ax=axes)
         axes.axvline(alone, color="0.1", linestyle="--")
-        axes.annotate("without its weights", (alone, 0.9 * axes.get_ylim()[1]), ha="right")
-        axes.axvspan(axes.get_xlim()[0], 0, color="0.9", zorder=0)
+        axes.annotate("without its weights ", (alone, 0.9 * axes.get_ylim()[1]), ha="right")
+        left = axes.get_xlim()[0]
+        axes.axvspan(left, 0, color="0.9", zorder=0)
+        axes.set_xlim(left=left)
         axes.set(xlabel="what ReLU6 is given (grey: it gives zero)")
     plt.close(figure)
     return figure

@@ -111,7 +111,10 @@ def masks_alone(results: Path) -> pd.DataFrame:
         for method, group in table[table.scorer != "dense"].groupby("scorer", sort=False):
             held_out = [is_held_out(*pair) for pair in zip(group.target, group.source, strict=True)]
             sides = group.assign(side=held_out).groupby(["sparsity", "side"]).retention.mean()
-            row: dict[str, object] = {"encoder": encoder, "method": CONTROLS.get(str(method), method)}
+            row: dict[str, object] = {
+                "encoder": encoder,
+                "method": CONTROLS.get(str(method), method),
+            }
             for sparsity in group.sparsity.unique():
                 own = f" ({sides[sparsity, False]:z.2f})" if (sparsity, False) in sides else ""
                 row[f"at {sparsity:.0%}"] = f"{sides[sparsity, True]:z.2f}{own}"

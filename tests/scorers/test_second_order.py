@@ -113,6 +113,30 @@ def test_a_hessian_diagonal_without_an_exact_form_is_refused(name: str) -> None:
         pai.score("hessian_diag", case.model, case.data, samples=None)
 
 
+@pytest.mark.parametrize("scorer", [*SECOND_ORDER, "hessian_diag"])
+def test_a_unit_that_is_off_on_every_image_does_not_go_first(scorer: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), Head(4)).double()
+    norm: Any = model[1]
+    # Its inputs keep unit 0 far below zero; without its weights, the shift alone is far above.
+    model.get_parameter("0.bias").data[0] = -50.0
+    norm.running_mean[0], norm.bias.data[0] = -10.0, 4.0
+    data = Images(20)
+    model.eval()
+    assert not model[:3](data.images)[:, 0].any()
+
+    def order(**options: Any) -> torch.Tensor:
+        scores = pai.score(scorer, model, data, samples=None, names=["0.weight"], **options)
+        return scores["0.weight"].flatten(1).mean(1)
+
+    assert order()[0] > 0.02 * order()[1:].mean()
+    if scorer != "block_fisher":  # whose matrices always need a damping
+        assert order(damping=0.0)[0] == 0
+    pruned = pai.prune(model, data, scorer, sparsity=0.25, samples=None, include="0")
+    assert pruned.mask["0.weight"][0].any()
+
+
 def test_the_score_of_features_knows_no_head_and_no_label() -> None:
     model, task = tiny_classifier(), tiny_task()
     scores = pai.score("feature_ggn_diag", model, task.train, samples=8)
