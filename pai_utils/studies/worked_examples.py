@@ -31,7 +31,8 @@ class Parameters(RunParameters):
     correlation: Annotated[float, Field(gt=0, lt=1)]  #: of two weights' effects
     draws: Positive = 100  #: labels a sample, where they are drawn from the model
     samples: Positive = 64  #: images that the example on a real layer looks at
-    test_size: Positive = 150  #: of each of its tasks
+    train_size: Positive = 300  #: of each of its tasks
+    test_size: Positive = 150
 
 
 def silent_units(backbone: Backbone, images: ImageDataset, samples: int) -> pd.DataFrame:
@@ -43,8 +44,8 @@ def silent_units(backbone: Backbone, images: ImageDataset, samples: int) -> pd.D
     """
     rows = []
     for weight, norm, values in _before_activations(backbone, images, samples):
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        alone = norm.bias - scale * norm.running_mean
+        scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        alone = norm.bias.detach() - scale * norm.running_mean
         highest = values.amax((0, 2, 3))
         rows += [
             {"weight": weight, "unit": unit, "highest": float(most), "alone": float(constant)}
