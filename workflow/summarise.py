@@ -101,7 +101,7 @@ def repaired(results: Path) -> pd.DataFrame:
 def masks_alone(results: Path) -> pd.DataFrame:
     """What damped masks and their controls keep without a repair, means over the sources.
 
-    Columns ``encoder, method``, and for each sparsity the retention of held-out tasks; that of a
+    Columns ``encoder, masks by``, and for each sparsity the retention of held-out tasks; that of a
     mask's own source stands in brackets, where it has one.
     """
     rows = []
@@ -113,7 +113,7 @@ def masks_alone(results: Path) -> pd.DataFrame:
             sides = group.assign(side=held_out).groupby(["sparsity", "side"]).retention.mean()
             row: dict[str, object] = {
                 "encoder": encoder,
-                "method": CONTROLS.get(str(method), method),
+                "masks by": CONTROLS.get(str(method), method),
             }
             for sparsity in group.sparsity.unique():
                 own = f" ({sides[sparsity, False]:z.2f})" if (sparsity, False) in sides else ""
