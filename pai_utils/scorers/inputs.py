@@ -240,7 +240,9 @@ class _Observer(Calls):
 
     def _add(self, weight: Tensor, streams: Sequence[Tensor]) -> None:
         """Add the rows ``[..., K]`` of a linear layer, or of each third of its outputs."""
-        rows = [stream.flatten(0, -2) for stream in streams]
+        if id(weight) not in self._names:
+            return
+        rows = [stream.reshape(-1, stream.shape[-1]) for stream in streams]
         moments = self._moments_of(weight, len(rows), weight.shape[1])
         if moments is None:
             return
