@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.contenders import blocks, diagonals, masks, products, spectra
+from benchmarks.contenders import blocks, diagonals, inputs, masks, products, spectra
 from benchmarks.problems import NETWORKS, Network, Problem, build
 from benchmarks.tasks import Task
 
@@ -15,6 +15,10 @@ _SMALL = Network("resnet18", 64, (("zero_init_last", False),))
 
 def _problem(network: Network, classes: int, count: int) -> Problem:
     return build(network, count, classes=classes)
+
+
+def _layer(outputs: int, size: int, count: int) -> inputs.Layer:
+    return inputs.draw(outputs, size)
 
 
 _PROBLEMS = {name: partial(_problem, network, 1000) for name, network in NETWORKS.items()}
@@ -40,6 +44,13 @@ TASKS: dict[str, Task[Any]] = {
             "resnet50's largest layer": lambda _: blocks.draw(18432),
         },
         blocks.REFERENCES,
+        tolerance=1e-3,
+        in_units=False,
+    ),
+    "inputs": Task(
+        inputs.CONTENDERS,
+        {name: partial(_layer, *shape) for name, shape in inputs.SHAPES.items()},
+        inputs.REFERENCES,
         tolerance=1e-3,
         in_units=False,
     ),

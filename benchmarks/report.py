@@ -60,6 +60,7 @@ def write_report(folder: Path) -> None:
         "product_error": pivot(rows, "product", "first", _error),
         "eigenpairs": listing(rows, "eigenpairs"),
         "blocks": listing(rows, "blocks"),
+        "inputs": listing(rows, "inputs"),
         "mask": listing(rows, "mask"),
         "contenders": contenders(rows, record),
         "failures": failures(rows),

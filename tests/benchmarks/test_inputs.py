@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.contenders.inputs import (
+    CONTENDERS,
+    REFERENCES,
+    draw,
+    second_moment,
+    sparsegpt,
+)
+from pai_utils.repair.least_squares import solve_layer
+from tests.cases import relative_error
+
+DAMPING = 0.05
+
+
+@pytest.fixture
+def layer() -> tuple[Tensor, Tensor]:
+    """A weight [6, 20], and correlated inputs [50, 20]."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(50, 20, generator=generator, dtype=torch.float64) @ mixing
+    return torch.randn(6, 20, generator=generator, dtype=torch.float64), inputs
+
+
+def surgeon(weight: Tensor, matrix: Tensor, keep: Tensor) -> Tensor:
+    """Column by column, the optimal update of the columns not yet visited."""
+    moved = weight.clone()
+    for i in range(weight.shape[1]):
+        inverse = torch.linalg.inv(matrix[i:, i:])
+        for output in (~keep[:, i]).nonzero()[:, 0]:
+            moved[output, i:] -= moved[output, i] / inverse[0, 0] * inverse[0]
+            moved[output, i] = 0
+    return moved
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+def test_a_given_mask_is_repaired_by_the_surgeons_update_of_later_columns(
+    layer: tuple[Tensor, Tensor], block_size: int
+) -> None:
+    weight, inputs = layer
+    matrix = second_moment(inputs, DAMPING)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    found, mask = sparsegpt(weight, matrix, keep=keep, block_size=block_size)
+    assert torch.equal(mask, keep)
+    assert relative_error(found, surgeon(weight, matrix, keep)) <= 1e-10
+
+
+def test_each_block_loses_its_least_salient_weights_exactly(layer: tuple[Tensor, Tensor]) -> None:
+    weight, inputs = layer
+    matrix = second_moment(inputs, DAMPING)
+    found, keep = sparsegpt(weight, matrix, sparsity=0.7, block_size=8)
+    counts = [int((~part).sum()) for part in keep.split(8, 1)]
+    assert counts == [34, 34, 17]  # 70 % of 48, 48 and 24, the last blocks' columns being fewer
+    assert (found[~keep] == 0).all()
+    assert (found[keep] != 0).all()
+    assert relative_error(found, surgeon(weight, matrix, keep)) <= 1e-10
+    # The second block chooses among weights that the first has moved.
+    first = torch.cat([keep[:, :8], torch.ones(6, 12, dtype=torch.bool)], 1)
+    moved = surgeon(weight, matrix, first)[:, 8:16]
+    variances = [torch.linalg.inv(matrix[i:, i:])[0, 0] for i in range(8, 16)]
+    saliency = moved.square() / torch.stack(variances)
+    chosen = keep[:, 8:16]
+    assert saliency[~chosen].max() <= saliency[chosen].min()
+
+
+def test_the_exact_solve_leaves_no_more_error_than_the_recursion(
+    layer: tuple[Tensor, Tensor],
+) -> None:
+    weight, inputs = layer
+    matrix = second_moment(inputs, DAMPING)
+    found, keep = sparsegpt(weight, matrix, sparsity=0.5, block_size=8)
+    solved, _ = solve_layer(
+        inputs[None], inputs @ weight.T, weight[None], keep[None], centred=False, damping=DAMPING
+    )
+
+    def error(other: Tensor) -> float:
+        difference = other - weight
+        return float((difference @ matrix * difference).sum())
+
+    # The recursion never moves columns that it has passed, so that equality would be chance.
+    assert error(solved[0]) < error(found) < error(weight * keep)
+
+
+def test_the_scorer_gives_the_saliencies_of_the_reference() -> None:
+    layer = draw(5, 12).to(torch.float64)
+    found = CONTENDERS["obs_inputs"].prepare(layer)["whole"]()
+    expected = REFERENCES["saliency"](layer)
+    assert relative_error(found["saliency"], expected["saliency"]) <= 1e-10
+
+
+def test_either_a_sparsity_or_a_mask_is_needed() -> None:
+    with pytest.raises(ValueError, match="either a sparsity or a mask"):
+        sparsegpt(torch.ones(1, 1), torch.ones(1, 1))
