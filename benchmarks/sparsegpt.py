@@ -26,6 +26,7 @@ from benchmarks.contenders.inputs import (
 )
 from benchmarks.measuring import timed
 from benchmarks.storing import store
+from pai_utils.data.images import ImageDataset
 from pai_utils.repair import layouts
 from pai_utils.repair.least_squares import solve_layer
 
@@ -58,10 +59,10 @@ def seconds(turns: int) -> pd.DataFrame:
 
 def errors(name: str) -> pd.DataFrame:
     """Squared error of a layer's output over its square, by mask, damping and repair."""
-    backbone = pai.load_backbone(BACKBONE, image_size=IMAGE_SIZE)
-    task = pai.load_task(TASK, backbone.transform, train_size=512, test_size=256)
-    seen, unseen = (_inputs(backbone, name, data) for data in (task.train, task.test))
-    weight = backbone.get_parameter(f"{name}.weight").detach().flatten(1).double()
+    backbone = pai.load_backbone(BACKBONE, image_size=IMAGE_SIZE, device="cpu")
+    task = pai.load_task(TASK, backbone.transform, train_size=512)
+    seen, unseen = (_inputs(backbone, name, data) for data in (task.train, task.validation))
+    weight = backbone.encoder.get_parameter(f"{name}.weight").detach().flatten(1).double()
     lines = []
     for damping in DAMPINGS:
         matrix = second_moment(seen, damping)
@@ -98,7 +99,7 @@ def errors(name: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _inputs(backbone: nn.Module, name: str, data: pai.ImageDataset) -> Tensor:
+def _inputs(backbone: pai.Backbone, name: str, data: ImageDataset) -> Tensor:
     """Rows ``[R, K]`` of a layer's inputs, in float64, of all its positions in all images."""
     found: list[Tensor] = []
 
@@ -106,7 +107,7 @@ def _inputs(backbone: nn.Module, name: str, data: pai.ImageDataset) -> Tensor:
         count = len(layouts.channels_last(output, module))
         found.append(layouts.rows_of(module, inputs[0], torch.arange(count))[0])
 
-    handle = backbone.get_submodule(name).register_forward_hook(keep)
+    handle = backbone.encoder.get_submodule(name).register_forward_hook(keep)
     with handle, torch.no_grad():
         backbone.eval()(data.batch(torch.arange(len(data)), torch.device("cpu"))[0])
     return found[0].double()
