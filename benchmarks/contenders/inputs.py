@@ -135,8 +135,8 @@ def sparsegpt(
         part, here, own = columns[start:stop], kept[start:stop], factor[start:stop, start:stop]
         if sparsity is not None:
             saliency = (part / own.diagonal()[:, None]).square().flatten()
-            gone = saliency.argsort(stable=True)[: round(sparsity * len(saliency))]
-            here.view(-1)[gone] = False
+            count = round(sparsity * len(saliency))
+            here.view(-1)[saliency.topk(count, largest=False, sorted=False).indices] = False
         errors = part.masked_fill(here, 0)
         for i in range(len(part)):
             errors[i] = part[i].masked_fill(here[i], 0) / own[i, i]
