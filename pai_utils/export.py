@@ -191,8 +191,8 @@ def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> flo
     )
     library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
     command = [sys.executable, "-c", code, str(library), str(path), str(threads)]
-    tensors = {"images": images.cpu(), "logits": _logits(model, images)}
-    data = save({name: value.contiguous() for name, value in tensors.items()})
+    images = images.cpu().contiguous()  # as the other process gets them: layouts choose kernels
+    data = save({"images": images, "logits": _logits(model, images).contiguous()})
     process = subprocess.run(command, input=data, capture_output=True)
     if process.returncode:
         said = process.stderr.decode().strip() or f"exit status {process.returncode}"

@@ -263,7 +263,7 @@ def of_timm() -> Classifier:
 def test_a_file_alone_makes_the_classifier_in_a_fresh_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, images = of_timm(), torch.randn(5, 3, 32, 32)
+    model, images = of_timm(), torch.randn(5, 3, 32, 32).to(memory_format=torch.channels_last)
     save_compressed(model, pruned(model), tmp_path / "m")
     assert check_compressed(model, tmp_path / "m", images) == 0
     back = load_classifier(tmp_path / "m", "cpu")
