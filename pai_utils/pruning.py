@@ -85,7 +85,7 @@ class PruningReport:
     sparsity: float  #: reached, over all prunable weights
     layer_sparsity: dict[str, float]
     empty_layers: list[str]  #: pruned to nothing
-    ties: int  #: weights whose last scores tied across the cut, and which |w| parted
+    ties: int  #: weights whose last scores tied across the cut, so that the smaller ones went
     left_out: list[str]  #: parameters never pruned
     rounds: int
     schedule: str
