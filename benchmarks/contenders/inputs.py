@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import pai_utils as pai
 from benchmarks.problems import Images
 from benchmarks.tasks import Contender, Steps, Vector
+from pai_utils.curvature.blocks import DAMPING
 
-DAMPING = 0.1
 SPARSITY = 0.7
 BLOCK_SIZE = 128
 ROWS = 8

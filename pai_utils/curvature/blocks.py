@@ -171,8 +171,8 @@ class BlockFisher:
             yield chunk, stored / (safe**0.5 if self._few else safe)
 
     def _damped(self, stored: Tensor) -> Tensor:
-        """F over the ridge, ``[b, B, B]``."""
-        damped = torch.bmm(stored.mT, stored) if self._few else stored.clone()
+        """F over the ridge, ``[b, B, B]``, in the place of ``stored`` where that is its size."""
+        damped = torch.bmm(stored.mT, stored) if self._few else stored
         damped.diagonal(dim1=1, dim2=2).add_(1)
         return damped
 

@@ -29,7 +29,7 @@ from pai_utils.scorers.second_order import (
     hessian_diag,
 )
 from pai_utils.support.cache import Kept, reused
-from pai_utils.support.common import check_names, clock, device_of, logger, unknown_name
+from pai_utils.support.common import check_names, clock, device_of, logger
 from pai_utils.support.sampling import Draw, Samples
 
 LAYER = "layer"
@@ -232,10 +232,9 @@ def score(
 
     if scorer.needs_data:
         # What the scorer does not look at must not tell its scores apart.
-        seen = model
-        if isinstance(model, Classifier) and not scorer.needs_head:
-            alone = all(parameter.startswith("backbone.") for parameter in chosen)
-            seen = model.backbone if alone else model
+        of_encoder = all(parameter.startswith("backbone.") for parameter in chosen)
+        headless = isinstance(model, Classifier) and of_encoder and not scorer.needs_head
+        seen = model.backbone if headless else model
         parts = {"by": scorer.function, "model": seen, "data": data, "names": chosen, **options}
         found = reused("scores", {**parts, **asdict(draw), "device": device.type}, compute)
     else:  # at once
@@ -277,8 +276,7 @@ def find_scorer(name: str) -> Scorer:
     """
     selection, joined, budgets = name.partition("@")
     if not joined:
-        if name not in SCORERS:
-            raise unknown_name("scorer", name, list(SCORERS))
+        check_names("scorer", [name], SCORERS)
         return SCORERS[name]
     terms = [term.rpartition("*") for term in selection.split("+")]
     try:
@@ -286,8 +284,7 @@ def find_scorer(name: str) -> Scorer:
     except ValueError:
         raise ValueError(f"scorer {name!r}: what stands before a * must be a number") from None
     wanted = [part for part, _ in parts] + [budgets] * (budgets != LAYER)
-    for part in wanted:
-        check_names("scorer", [part], SCORERS)
+    check_names("scorer", wanted, SCORERS)
     found = [SCORERS[part] for part in wanted]
     return Scorer(
         score,

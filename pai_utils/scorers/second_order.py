@@ -130,7 +130,7 @@ def hessian_diag(
         raise ValueError(
             "hessian_diag: the logits bend in single weights (GELU, LayerNorm, attention, gates or "
             "a weight used twice), where the Hessian's diagonal has no cheap exact form and its "
-            " estimates are noise; take 'ggn_diag', the part of it that is never negative"
+            "estimates are noise; take 'ggn_diag', the part of it that is never negative"
         )
     return _saliency(model, ggn_diagonal(model, names, data, draw, estimator="exact"), damping)
 

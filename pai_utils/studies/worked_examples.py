@@ -71,8 +71,6 @@ def _before_activations(
     backbone: Backbone, images: ImageDataset, samples: int
 ) -> list[tuple[str, Any, Tensor]]:
     """Each convolution's weight, the BatchNorm after it, and what that gives its activation."""
-    norms = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    makers = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
     last, found = [""], []
 
     def convolved(name: str, *_: object) -> None:
@@ -88,10 +86,11 @@ def _before_activations(
     chosen = Draw(samples).indices(images)
     batch, _ = next(batches(images, samples, device_of(backbone), chosen))
     with undisturbed(backbone), torch.no_grad(), ExitStack() as hooks:
-        for name, maker in makers.items():
-            hooks.enter_context(maker.register_forward_hook(partial(convolved, name)))
-        for norm in norms.values():
-            hooks.enter_context(norm.register_forward_hook(normalised))
+        for name, module in backbone.named_modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(partial(convolved, name)))
+            elif isinstance(module, nn.BatchNorm2d):
+                hooks.enter_context(module.register_forward_hook(normalised))
         backbone(batch)
     return found
 

@@ -190,14 +190,6 @@ def test_inputs_that_are_always_zero_are_free_and_singular_ones_need_damping() -
     assert not pai.score("obs_inputs", layer, nothing, samples=None)["weight"].any()
 
 
-@pytest.mark.parametrize("scorer", ["wanda", "obs_inputs"])
-def test_images_that_are_not_finite_are_refused(scorer: str) -> None:
-    case = build("conv")
-    case.data.images[3, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"scores for '0\.weight'.*images"):
-        pai.score(scorer, case.model, case.data, samples=None)
-
-
 def test_half_precision_inputs_are_summed_in_float32() -> None:
     model, data = nn.Conv2d(3, 4, 3).double(), Images(6)
     expected = pai.score("obs_inputs", model, data, samples=None)["weight"]

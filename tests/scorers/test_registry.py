@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float) -> None:
         pai.score(name, model, tiny_task().train, samples=4)
 
 
-@pytest.mark.parametrize("name", ["ggn_diag", "block_fisher"])
+@pytest.mark.parametrize("name", ["ggn_diag", "block_fisher", "wanda", "obs_inputs"])
 def test_images_that_are_not_finite_are_refused(name: str) -> None:
     case = build("conv")
     case.data.images[3, 0, 0, 0] = torch.nan
