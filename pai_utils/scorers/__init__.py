@@ -7,6 +7,7 @@ from pai_utils.scorers.registry import (
     check_options,
     find_scorer,
     score,
+    shuffled,
 )
 
-__all__ = ["SCORERS", "Scorer", "Scores", "check_options", "find_scorer", "score"]
+__all__ = ["SCORERS", "Scorer", "Scores", "check_options", "find_scorer", "score", "shuffled"]

@@ -299,6 +299,11 @@ def find_scorer(name: str) -> Scorer:
     )
 
 
+def shuffled(name: str) -> str:
+    """The scorer whose mask is a layer-wise shuffle of this one's: the same budgets, no order."""
+    return f"random@{name.rpartition('@')[2]}"
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
     """The scorer of this name, which has these options."""
     scorer = find_scorer(name)

@@ -22,15 +22,16 @@ from pai_utils.heads import features, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import find_scorer
+from pai_utils.scorers import find_scorer, shuffled
 from pai_utils.studies.parameters import Positive, Rate, RepairedMasks, ScorerName, Seeds, one_of
 from pai_utils.studies.suite import Suite
 from pai_utils.support.common import NonFiniteError, logger, progress
 from pai_utils.support.sampling import Draw
 
 _SETTINGS = ["start", "sparsity", "penalty", "learning_rate"]  # of a run, as columns
-STARTS = ("pruned", "repaired", "random", "dense")
-"""What is fine-tuned: pruned by the scorer, also repaired, pruned at random, or not pruned."""
+STARTS = ("pruned", "repaired", "shuffled", "dense")
+"""What is fine-tuned: pruned by the scorer, also repaired, by a layer-wise shuffle of its mask, or
+not pruned."""
 PENALTIES = ("none", "unweighted", "source", "pool", "features")
 """What holds fine-tuning: nothing; a pull to the dense weights, all alike (L2-SP) or by the
 features' curvature on images of the source or of a mixture; or a pull to the dense features on the
@@ -40,7 +41,7 @@ mixture."""
 class Parameters(RepairedMasks):
     """Parameters of the notebook ``finetune_recovery``, whose start ``repaired`` has the repair."""
 
-    scorer: ScorerName  #: of all starts but ``random``
+    scorer: ScorerName
     starts: list[Annotated[str, one_of("start", STARTS)]] = Field(min_length=1)
     #: Strengths λ, of runs from the first start at the first sparsity; elsewhere there is none.
     penalties: dict[
@@ -63,7 +64,7 @@ class Parameters(RepairedMasks):
 
     def recipe(self, start: str, sparsity: float) -> Recipe:
         """How the mask of a start is made."""
-        scorer = "random" if start == "random" else self.scorer
+        scorer = shuffled(self.scorer) if start == "shuffled" else self.scorer
         repair = self.repair if start == "repaired" else "none"
         return replace(self.combined([scorer], [repair])[0], sparsity=sparsity)
 
@@ -180,9 +181,10 @@ def recovery_results(
     how = ends.penalty + ", " + ends.learning_rate.map("{:g}".format)
     tuned = ends.assign(stage=ends.start + ", fine-tuned (" + how + ")")
     rows = pd.concat([tuned, begun.assign(stage=begun.start)])
-    blind = {"random", "dense"} | (set() if find_scorer(config.scorer).needs_data else {"pruned"})
+    looks = find_scorer(config.scorer).needs_data
+    blind = {"dense"} if looks else {"dense", "pruned", "shuffled"}
     rows["source"] = [config.pool if start not in blind else "none" for start in rows.start]
-    scorers = {"random": "random", "dense": "none"}
+    scorers = {"shuffled": shuffled(config.scorer), "dense": "none"}
     rows["scorer"] = [scorers.get(start, config.scorer) for start in rows.start]
     return suite.summarise_stages(rows, dense)
 

@@ -12,8 +12,9 @@ from pydantic import Field
 from pai_utils.evaluation import summarise_retention
 from pai_utils.export import FORMATS
 from pai_utils.masks import Mask, describe_weights
-from pai_utils.models.encoders import Classifier
+from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.pruning import Recipe
+from pai_utils.scorers import shuffled
 from pai_utils.studies.parameters import Positive, Rate, RepairedMasks, ScorerName, one_of
 from pai_utils.studies.suite import Suite, sweep
 
@@ -84,9 +85,8 @@ def prune_as_chosen(
     choice: Choice, suite: Suite, config: Parameters
 ) -> tuple[dict[str, Classifier], Mask]:
     """The source's classifier ``"pruned"`` as chosen and perhaps ``"fine-tuned"``, and its mask."""
-    pool, dense = suite.source(config.pool, seed=config.seed), suite.classifier(config.source)
-    recipe = replace(config.recipes[0], scorer=choice.scorer, sparsity=choice.sparsity)
-    encoder, mask = suite.prune(recipe, pool, config.draw.at_most(len(pool.images)))
+    dense = suite.classifier(config.source)
+    encoder, mask = _prune(suite, config, choice.scorer, choice.sparsity)
     mask.metadata.update(describe_weights(dense, mask))
     stages = {"pruned": Classifier(encoder, dense.head)}
     if config.finetune_steps:
@@ -99,10 +99,23 @@ def prune_as_chosen(
 def compare_stages(
     stages: Mapping[str, Classifier], suite: Suite, config: Parameters, choice: Choice
 ) -> pd.DataFrame:
-    """Retention after each stage, on every task's test part, with a column ``stage``."""
-    made = {"source": config.pool, "scorer": choice.scorer, "sparsity": choice.sparsity}
+    """Retention after each stage, on every task's test part, with a column ``stage``.
+
+    The last stage, ``"shuffled"``, is a control: each layer loses as many weights as in
+    ``"pruned"``, but drawn at random, and is repaired in the same way.
+    """
+    control, _ = _prune(suite, config, shuffled(choice.scorer), choice.sparsity)
     rows = []
-    for stage, model in stages.items():
-        found = suite.evaluate(model.backbone, batch_size=config.batch_size)
+    encoders = {stage: model.backbone for stage, model in stages.items()}
+    for stage, encoder in {**encoders, "shuffled": control}.items():
+        scorer = shuffled(choice.scorer) if stage == "shuffled" else choice.scorer
+        made = {"source": config.pool, "scorer": scorer, "sparsity": choice.sparsity}
+        found = suite.evaluate(encoder, batch_size=config.batch_size)
         rows += [{**row, "stage": stage} for row in suite.rows(found, **made)]
     return suite.summarise_stages(pd.DataFrame(rows), suite.evaluate(batch_size=config.batch_size))
+
+
+def _prune(suite: Suite, config: Parameters, scorer: str, sparsity: float) -> tuple[Backbone, Mask]:
+    pool = suite.source(config.pool, seed=config.seed)
+    recipe = replace(config.recipes[0], scorer=scorer, sparsity=sparsity)
+    return suite.prune(recipe, pool, config.draw.at_most(len(pool.images)))

@@ -125,7 +125,15 @@ def test_stages_are_compared_with_the_dense_encoder_on_test_images() -> None:
     assert not any(tuned.get_parameter(name)[~kept].any() for name, kept in mask.items())
     stages = {"same": suite.classifier("digits"), **stages}
     found = study.compare_stages(stages, suite, config, choice).set_index(["stage", "target"])
-    assert list(found.index) == [(s, t) for s in stages for t in ("digits", "photos")]
+    everything = [*stages, "shuffled"]
+    assert list(found.index) == [(s, t) for s in everything for t in ("digits", "photos")]
+    control = pai.prune(
+        suite.classifier("digits"), suite.tasks["digits"].train, scorer="random@magnitude",
+        sparsity=0.6, samples=config.samples, seed=config.seed, repair=config.repair,
+    )  # fmt: skip
+    kept = pai.evaluate(control.model, suite.tasks["digits"].test).accuracy
+    assert found.loc[("shuffled", "digits"), "accuracy"] == kept
+    assert found.loc[("shuffled", "digits"), "scorer"] == "random@magnitude"
     assert found[["retention", "low", "high"]].iloc[:2].eq(1).all(axis=None)
     for name, dense in suite.evaluate().items():
         row: Any = found.loc["fine-tuned", name]
