@@ -1,0 +1,145 @@
+"""Which architectures the library takes: one small member of each of timm's families, all the way.
+
+``python -m benchmarks.families`` writes the table and its record to
+``results/benchmarks/families``, in about an hour. The families are the modules of timm with most
+published weights; the member is the one with fewest parameters, at random weights and the fewest
+pixels that it takes. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import timm
+import torch
+
+import pai_utils as pai
+from benchmarks.storing import store
+from pai_utils.export import check_onnx
+from pai_utils.models.encoders import Backbone
+from pai_utils.support.common import progress
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = 60
+PIXELS = (32, 64, 96, 128, 160, 192, 224, 256)
+SPARSITY = 0.5
+
+
+def most_published(count: int) -> list[str]:
+    """The modules of timm with most published weights."""
+    weights = {m: len(timm.list_models(module=m, pretrained=True)) for m in timm.list_modules()}
+    return sorted(weights, key=lambda module: (-weights[module], module))[:count]
+
+
+def smallest(module: str) -> str:
+    """The published model of a module with fewest parameters."""
+
+    def parameters(name: str) -> int:
+        with torch.device("meta"):
+            return sum(each.numel() for each in timm.create_model(name).parameters())
+
+    names: list[str] = timm.list_models(module=module, pretrained=True)
+    # One for each architecture: weights differ in what they were trained on.
+    return min(sorted({name.partition(".")[0] for name in names}), key=parameters)
+
+
+def load(name: str) -> Backbone:
+    """The encoder at the fewest pixels that it takes, or else at its own size."""
+    for size in (*PIXELS, None):
+        try:
+            backbone = pai.load_backbone(f"timm:{name}", size, "cpu", pretrained=False)
+            with torch.no_grad():
+                backbone(torch.zeros(2, 3, backbone.image_size, backbone.image_size))
+        except Exception:
+            if size is None:
+                raise
+        else:
+            return backbone
+    raise AssertionError("the own size returns or raises")
+
+
+def tried(row: dict[str, object], step: str, what: Callable[[], Any]) -> Any:
+    """What a step gives; in its row, ``"yes"``, or the reason why not."""
+    try:
+        found = what()
+    except Exception as error:
+        kind = "refused" if isinstance(error, ValueError) else f"failed: {type(error).__name__}"
+        row[step] = f"{kind}: {str(error).splitlines()[0][:300]}" if str(error) else kind
+        return None
+    row[step] = "yes"
+    return found
+
+
+def all_the_way(module: str) -> Mapping[str, object]:
+    """Load, score, prune with a repair, evaluate, and export one member of a family."""
+    begin = time.perf_counter()
+    row: dict[str, object] = {"family": module, "member": smallest(module)}
+    backbone = tried(row, "load", lambda: load(str(row["member"])))
+    if backbone is None:
+        return row
+    row["pixels"] = backbone.image_size
+    row["millions"] = sum(each.numel() for each in backbone.parameters()) / 1e6
+    task = pai.load_task("photos", backbone.transform, train_size=24, test_size=12)
+    model = pai.Classifier(backbone, pai.fit_head(backbone, task))
+    how: dict[str, Any] = {"samples": 8, "batch_size": 4}
+
+    def finite(scorer: str) -> bool:
+        scores = pai.score(scorer, model, task.train, **how)
+        return all(bool(values.isfinite().all()) for values in scores.values())
+
+    for scorer in ("ggn_diag", "snip", "synflow"):
+        tried(row, scorer, partial(finite, scorer))
+
+    def prune() -> pai.Pruned:
+        repair = "layerwise+moments"
+        return pai.prune(model, task.train, "magnitude", SPARSITY, repair=repair, **how)
+
+    pruned = tried(row, "repair", prune)
+    if pruned is not None:
+        _take_home(row, pruned.model, pruned.mask, task)
+    row["seconds"] = time.perf_counter() - begin
+    return row
+
+
+def _take_home(
+    row: dict[str, object], model: pai.Classifier, mask: pai.Mask, task: pai.Task
+) -> None:
+    images, _ = task.test.batch(range(4))
+    tried(row, "evaluate", lambda: pai.evaluate(model, task.test))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compressed() -> None:
+            path = Path(folder) / "pruned.safetensors"
+            pai.save_compressed(model, mask, path)
+            with torch.no_grad():
+                assert torch.equal(pai.load_classifier(path)(images), model(images))
+
+        def onnx() -> None:
+            path = Path(folder) / "pruned.onnx"
+            pai.export_onnx(model, path)
+            check_onnx(model, path, images)
+
+        tried(row, "compressed", compressed)
+        tried(row, "onnx", onnx)
+
+
+def main() -> None:
+    """Try every family and write the table."""
+    parser = argparse.ArgumentParser(description="Which of timm's families work, and how far.")
+    parser.add_argument("--only", nargs="*", help="modules of timm")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/benchmarks/families")
+    given = parser.parse_args()
+    modules = given.only or most_published(FAMILIES)
+    rows = [all_the_way(module) for module in progress(modules, "families", len(modules))]
+    store(pd.DataFrame(rows), given.out, "families", timm=timm.__version__, sparsity=SPARSITY)
+
+
+if __name__ == "__main__":
+    main()
