@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from pai_utils.runs import read_record
@@ -60,19 +61,18 @@ def retention(results: Path, backbone: str) -> Judged:
 
 
 def second_order(results: Path, backbone: str) -> Judged:
-    """The intervals of the diagonal lie above those of magnitude at every sparsity, at some."""
-    table = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
-    table = table[(table.tasks == "held-out") & table.scorer.isin(["ggn_diag", "magnitude"])]
-    wide = table.pivot(index="sparsity", columns="scorer", values=["retention", "low", "high"])
-    kept = wide["retention"][["ggn_diag", "magnitude"]]
+    """The diagonal's interval lies above those of both magnitudes at every sparsity, at some."""
+    table = _held_out(results, "damping", backbone)
+    means = table.groupby(["scorer", "sparsity"])[["retention", "low", "high"]].mean()
+    names = ["ggn_diag", "magnitude", "magnitude@layer"]
+    ours, overall, by_layer = (means.loc[name] for name in names)
+    kept = pd.concat([ours, overall, by_layer], axis=1, keys=names).xs("retention", axis=1, level=1)
     found = ", ".join(
-        f"{sparsity:.0%}: {ours:z.2f} against {other:z.2f}"
-        for sparsity, ours, other in zip(
-            kept.index, kept["ggn_diag"], kept["magnitude"], strict=True
-        )
+        f"{sparsity:.0%}: {mine:z.2f} against {one:z.2f} and {other:z.2f}"
+        for sparsity, (mine, one, other) in zip(kept.index, kept.to_numpy(), strict=True)
     )
-    apart = wide["low", "ggn_diag"] > wide["high", "magnitude"]
-    return Judged(f"held-out retention at {found}", _judge(apart))
+    apart = ours.low > np.maximum(overall.high, by_layer.high)
+    return Judged(f"held-out retention at {found} within layers", _judge(apart))
 
 
 def recovery(results: Path, backbone: str) -> Judged:

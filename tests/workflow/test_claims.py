@@ -43,6 +43,27 @@ def test_retention_is_judged_at_every_sparsity(
 
 
 @pytest.mark.parametrize(
+    ("magnitudes", "verdict"),
+    [((0.5, 0.5), "reproduced"), ((0.5, 0.8), "in part"), ((0.95, 0.8), "not reproduced")],
+)
+def test_second_order_is_judged_against_both_magnitudes(
+    magnitudes: tuple[float, float], verdict: str, tmp_path: Path
+) -> None:
+    """The second is within layers, and above the interval at 30 % only, the first at both."""
+    kept = {"ggn_diag": (0.95, 0.8), "magnitude": magnitudes[:1] * 2}
+    kept["magnitude@layer"] = (0.5, magnitudes[1])
+    rows: list[dict[str, object]] = [
+        {"source": "a", "scorer": scorer, "sparsity": s, "retention": r,
+         "low": r - 0.05, "high": r + 0.05}
+        for scorer, values in kept.items()
+        for s, r in zip((0.1, 0.3), values, strict=True)
+    ]  # fmt: skip
+    found = judged(tmp_path, "damping/zero_shot_retention-small/held_out.csv", rows)
+    assert found.startswith(f"{verdict}; ")
+    assert f"30%: 0.80 against {magnitudes[0]:.2f} and {magnitudes[1]:.2f}" in found
+
+
+@pytest.mark.parametrize(
     ("gains", "source", "found"),
     [
         ((-0.1, 0.1), 0.1, "reproduced; .* at 70% in 6 rounds: [+]0.10 .[+]0.09 to [+]0.11.$"),
