@@ -38,7 +38,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 # The scorers met most often take the colours that differ most.
 _SCORERS = [*dict.fromkeys(("feature_ggn_diag", "magnitude", "ggn_diag", "random", *SCORERS))]
-_STAGES = ("dense", "pruned", "repaired", "fine-tuned")
+_STAGES = ("dense", "pruned", "repaired", "fine-tuned", "shuffled")
 _PREDICTIONS = {name: PREDICTORS[name] for name in ("taylor", "ggn", "blocks", "diagonal")}
 _DENSE_AND_CHANCE = {1.0: "-", 0.0: ":"}  # their retention, and how its line is drawn
 _PANEL = (3.1, 2.9)  # inches
@@ -510,7 +510,7 @@ def _looks(names: Iterable[str], **same: Any) -> Looks:
     looks: Looks = {}
     endings: dict[str, int] = {}
     for place, name in enumerate(dict.fromkeys(names)):
-        scorer = re.split("[ ,]", name, maxsplit=1)[0]
+        scorer = re.split("[ ,@+]", name, maxsplit=1)[0]
         index = dashes = place
         if scorer in _SCORERS:
             index = _SCORERS.index(scorer)

@@ -32,9 +32,10 @@ ENCODERS = {
     "vit_small_saliency": "ViT-S/14",
 }
 BACKBONES = {name: ENCODERS[name] for name in ("efficientnet_lite0", "vit_small_saliency")}
-CONTROLS = {
+SAID = {
     "magnitude@layer": "magnitude, by layer",
     "random@ggn_diag": "ggn_diag, shuffled in each layer",
+    "feature_ggn_diag+obs_inputs@feature_ggn_diag": "feature_ggn_diag, joint with obs_inputs",
 }
 TASKS = {"retention": "embedded", "retention_real": "larger"}
 EXPLORED = (
@@ -98,28 +99,34 @@ def repaired(results: Path) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
 
 
-def masks_alone(results: Path) -> pd.DataFrame:
-    """What damped masks and their controls keep without a repair, means over the sources.
+def kept(results: Path, grid: str) -> pd.DataFrame:
+    """What damped masks and their controls keep in a grid of retention, means over the sources.
 
     Columns ``encoder, masks by``, and for each sparsity the retention of held-out tasks; that of a
     mask's own source stands in brackets, where it has one.
     """
     rows = []
-    for backbone, encoder in ENCODERS.items():
-        path = results / "damping" / f"zero_shot_retention-{backbone}" / "retention.csv"
-        table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["scorer"])
-        for method, group in table[table.scorer != "dense"].groupby("scorer", sort=False):
+    for path in sorted((results / grid).glob("zero_shot_retention-*")):
+        made = read_record(path).parameters
+        table = pd.read_csv(path / "retention.csv")
+        table = table[~table.scorer.str.contains("dense|no pre-training")]
+        for method, group in table.groupby("scorer", sort=False):
             held_out = [is_held_out(*pair) for pair in zip(group.target, group.source, strict=True)]
             sides = group.assign(side=held_out).groupby(["sparsity", "side"]).retention.mean()
-            row: dict[str, object] = {
-                "encoder": encoder,
-                "masks by": CONTROLS.get(str(method), method),
-            }
+            row = {"encoder": ENCODERS[made["backbone"]], "masks by": in_full(str(method))}
+            if rounds_of(made) > 1:
+                row["masks by"] += f", {in_words(rounds_of(made))}"
             for sparsity in group.sparsity.unique():
                 own = f" ({sides[sparsity, False]:z.2f})" if (sparsity, False) in sides else ""
                 row[f"at {sparsity:.0%}"] = f"{sides[sparsity, True]:z.2f}{own}"
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def in_full(method: str) -> str:
+    """A method with what its score stands for, where that is joint, and its repair in short."""
+    scorer, plus, _ = method.partition(REPAIRED)
+    return SAID.get(scorer, scorer) + (", repaired" if plus else "")
 
 
 def _methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -467,7 +474,8 @@ def summarise(results: Path) -> list[Path]:
 
     for name, table in {
         "runs": runs(results),
-        "masks_alone": masks_alone(results),
+        "masks_alone": kept(results, "damping"),
+        "joint": kept(results, "joint"),
         "repaired": left,
         "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),
@@ -506,7 +514,7 @@ def _overview(results: Path, left: pd.DataFrame) -> pd.DataFrame:
         table = pd.read_csv(results / "real" / f"zero_shot_retention-{backbone}" / "held_out.csv")
         parts += [
             retention_verdict(table, name, threshold=KEPT).assign(method=name, encoder=label)
-            for name in ("ggn_diag", "magnitude", "random")
+            for name in ("ggn_diag", "magnitude", "magnitude@layer", "random@ggn_diag")
         ]
         ours = left[(left.encoder == label) & (left.tasks == "larger")]
         parts.append(ours[ours.method.str.contains(REPAIRED, regex=False)])

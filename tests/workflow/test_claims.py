@@ -49,7 +49,6 @@ def test_retention_is_judged_at_every_sparsity(
 def test_second_order_is_judged_against_both_magnitudes(
     magnitudes: tuple[float, float], verdict: str, tmp_path: Path
 ) -> None:
-    """The second is within layers, and above the interval at 30 % only, the first at both."""
     kept = {"ggn_diag": (0.95, 0.8), "magnitude": magnitudes[:1] * 2}
     kept["magnitude@layer"] = (0.5, magnitudes[1])
     rows: list[dict[str, object]] = [
