@@ -5,7 +5,6 @@ Libraries are imported by the command that needs them, so that help and errors c
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 import itertools
@@ -143,13 +142,15 @@ def _find_notebook(name: str) -> Path:
 
 
 def _read_value(text: str) -> Any:
-    """A number, truth value or None as Python writes it; anything else is text.
+    """A number, truth value or null as YAML or Python writes it; anything else is text.
 
     Lists stay text as well: the schema of the parameters reads them.
     """
+    from pai_utils.support.written import read_yaml
+
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = read_yaml(text) if text else text
+    except ValueError:
         return text
     return value if value is None or isinstance(value, (bool, int, float)) else text
 

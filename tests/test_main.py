@@ -138,11 +138,13 @@ def test_every_notebook_of_the_book_runs_by_name_with_its_own_parameters(
 
 def test_values_reach_the_notebook_in_their_types(executed: list[Any], notebook: Written) -> None:
     given = {
-        "sparsities": ("[0.1, 1e-2]", [0.1, 0.01]),
+        "sparsities": ("[.5, 5e-1]", [0.5, 0.5]),
         "targets": ("[digits, photos]", ["digits", "photos"]),
         "samples": ("None", None),
         "batch_size": ("8", 8),
-        "pretrained": ("False", False),
+        "pretrained": ("false", False),
+        "train_size": ("~", None),
+        "scope": ("2:4", "2:4"),
         "device": ("cpu", "cpu"),
     }
     options = [text for name, (value, _) in given.items() for text in ("-p", name, value)]
@@ -171,6 +173,21 @@ def test_wrong_parameters_are_refused_before_anything_starts(
     assert message in refusal("run", str(notebook()), *options)
     assert executed == []
     assert [path.name for path in tmp_path.iterdir()] == [f"{NAME}.ipynb"]
+
+
+def test_values_in_a_parameters_cell_may_be_expressions(
+    executed: list[Any], notebook: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tests.test_main.PARAMETERS", PARAMETERS.replace("[0.2]", "[k / 10 for k in range(3)]")
+    )
+    assert call("run", str(notebook())).exit_code == 0
+    assert executed == [(NAME, {}, Path("results"))]
+    path = notebook()
+    path.write_text(path.read_text().replace("range(3)", "range(30)"))
+    assert "sparsities.10: Input should be less than 1, not 1.0" in refusal("run", str(path))
+    path.write_text(path.read_text().replace("range(30)", "absent"))
+    assert "its parameters cell fails: NameError" in refusal("run", str(path))
 
 
 def test_what_is_no_notebook_of_ours_is_refused(notebook: Written, tmp_path: Path) -> None:

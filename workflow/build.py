@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-import yaml
 from attempts import read_attempts
 from cells import BOOK_GRID, KERNEL_DIED, Layout, last_error
 from machine import gpus, memory_mib
 from planned import read_plan
 from status import write_status
+
+from pai_utils.support.written import read_yaml
 
 HERE = Path(__file__).resolve().parent
 ENGINES = Path(sys.prefix) / "cluster"
@@ -53,7 +54,7 @@ def settings(profile: Path, given: list[str]) -> list[str]:
     if not path.is_file():
         names = sorted(p.name for p in profile.parent.glob("*") if p.is_dir())
         raise ValueError(f"there is no profile {profile.name!r}; there are: {', '.join(names)}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path.read_text(encoding="utf-8"))
     # Options of a command take the place of a profile's, so its values are said again.
     values = dict(entry.split("=", 1) for entry in content.get("config", []))
     limits = {}

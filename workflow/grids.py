@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pai_utils.support.written import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -36,9 +36,9 @@ def read_grid(path: Path) -> dict[str, Cell]:
         names = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ValueError(f"there is no grid {path.stem!r}; there are: {', '.join(names)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     entries = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or set(content) != {"cells"} or not entries:
         raise ValueError(f"{path}: expected the one key 'cells', a mapping with at least one cell")

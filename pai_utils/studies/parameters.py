@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,8 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, ValidationError
 
 from pai_utils.data.datasets import check_task_name
@@ -24,6 +30,7 @@ from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import find_scorer
 from pai_utils.support.common import check_names
 from pai_utils.support.sampling import Draw
+from pai_utils.support.written import read_exponents, read_yaml
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
@@ -79,15 +86,19 @@ class RunParameters(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = Field(min_length=1)
 
-    @field_validator("*", mode="before")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _read_text(cls, value: Any) -> Any:
-        """A list or mapping that papermill's ``-p`` passes as text; anything else as it is."""
+    def _read_text(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Take lists that papermill's ``-p`` passes as text, and numbers that its ``-f`` does."""
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-            for read in (json.loads, yaml.safe_load):  # YAML takes 1e-4, without a point, for text
-                with suppress(ValueError, yaml.YAMLError):
-                    return read(value)
-        return value
+            with suppress(ValueError):
+                value = read_yaml(value)
+        try:
+            return check(value)
+        except ValidationError:
+            if (read := read_exponents(value)) == value:
+                raise
+            return check(read)
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
@@ -136,11 +147,11 @@ class EncoderParameters(RunParameters):
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
-    """A notebook's parameters with ``values`` in place of its own; nothing runs."""
+    """A notebook's parameters with ``values`` in place of its own; no other cell of it runs."""
     schema = schema_of(notebook.stem)
     try:
         defaults = _defaults(notebook.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{notebook} is no readable notebook: {error!r}") from error
     check_names("parameter", values, schema.model_fields)
     return schema.from_notebook({**defaults, **values})
@@ -159,12 +170,12 @@ def _defaults(text: str) -> dict[str, Any]:
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
     if len(tagged) != 1:
         raise ValueError("it has no cell tagged 'parameters', or several")
-    return {
-        ast.unparse(target): ast.literal_eval(statement.value)
-        for statement in ast.parse(tagged[0]).body
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
-    }
+    values: dict[str, Any] = {}
+    try:  # as the kernel will: a value may be an expression
+        exec(tagged[0], values)
+    except Exception as error:
+        raise ValueError(f"its parameters cell fails: {error!r}") from error
+    return values
 
 
 def describe_problem(details: ErrorDetails) -> str:

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import yaml
 
 import pai_utils as pai
 from pai_utils import SCORERS, TASKS
@@ -148,13 +149,24 @@ def test_a_kernels_own_names_are_no_parameters() -> None:
         ("sparsities", "[0]", [0.0]),
         ("source", "[digits, mnist5k]", ["digits", "mnist5k"]),
         ("targets", '["photos"]', ["photos"]),
-        ("repair_options", "{samples: 600, damping: 0.1}", {"samples": 600, "damping": 0.1}),
+        ("repair_options", "{samples: 600, damping: 1e-1}", {"samples": 600, "damping": 0.1}),
     ],
 )
 def test_lists_and_mappings_that_papermill_passes_as_text_are_read(
     name: str, text: str, value: object
 ) -> None:
     assert getattr(read(**{name: text}), name) == value
+
+
+def test_numbers_that_papermills_files_leave_as_text_are_read_where_a_number_belongs() -> None:
+    given = yaml.safe_load("{learning_rates: [1e-5, 3E-4], penalties: {none: 0, features: 1e3}}")
+    assert given["learning_rates"] == ["1e-5", "3E-4"]
+    found = read("finetune_recovery", **given, out="1e5")
+    assert found.learning_rates == [1e-5, 3e-4]
+    assert found.penalties == {"none": 0, "features": 1000}
+    assert found.out == "1e5"
+    with pytest.raises(ValueError, match=r"learning_rates\.0: .*greater than 0, not -1e-05"):
+        read("finetune_recovery", learning_rates=["-1e-5"])
 
 
 def test_values_keep_their_types_and_order() -> None:
