@@ -35,7 +35,7 @@ Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
 _CHUNK = 64  # images held at once between reading and their place among the result
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 # All tasks share the machine's memory.
 _IN_USE: WeakValueDictionary[int, Pixels] = WeakValueDictionary()
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("bilinear", "bicubic")
 # What Pillow raises for files that are truncated, altered or no image.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_ORIENTATION = 0x0112  # of EXIF; what brings pixels upright, by its values from 2 on:
+_TURNS = (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM",
+    "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+)  # fmt: skip
 
 
 def open_image(path: Path) -> Image:
@@ -41,21 +46,35 @@ def open_image(path: Path) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """Convert a PIL image of any mode to RGB.
+    """Convert a PIL image of any mode to RGB, as a viewer shows it.
 
-    Sixteen-bit grey values are scaled to eight bits. Transparent images are laid on white, as a
-    viewer shows them: the colour under full transparency is arbitrary.
+    It is turned by its EXIF orientation. Sixteen-bit grey values are scaled to eight bits.
+    Transparent images are laid on white: the colour under full transparency is arbitrary.
 
     Raises:
         ValueError: 32-bit integers or floats, whose range is not known.
     """
+    from PIL.Image import Transpose
+
+    upright, orientation = _as_stored(image), 1
+    with suppress(*_UNREADABLE, TypeError):  # damaged EXIF does not damage the pixels
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        upright = upright.transpose(Transpose[_TURNS[orientation - 2]])
+    upright.info.clear()  # or it would be turned again
+    return upright
+
+
+def _as_stored(image: Image) -> Image:
+    """The pixels as RGB, not turned."""
     from PIL import Image
 
     # In these formats the mode of 32-bit integers holds 16-bit grey values.
     sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
     if sixteen or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.float64)
+        values[values == image.info.get("transparency")] = 65535
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no known range; save it with 8 or 16 bits")
     if image.has_transparency_data:

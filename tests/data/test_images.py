@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,62 @@ def test_sixteen_bit_grey_of_the_other_byte_order_is_read(tmp_path: Path) -> Non
     path = tmp_path / "x.tif"
     path.write_bytes(b"MM" + struct.pack(">HI", 42, 12) + strip + entries + bytes(4))
     assert np.asarray(open_image(path))[0, :, 0].tolist() == [100, 255]
+
+
+def test_the_transparent_value_of_sixteen_bit_grey_is_laid_on_white(tmp_path: Path) -> None:
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 1000)),
+        (b"IDAT", zlib.compress(struct.pack(">xHH", 1000, 257 * 100))),
+        (b"IEND", b""),
+    ]
+    path = tmp_path / "x.png"  # by hand: Pillow does not write the chunk for this mode
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+    assert np.asarray(open_image(path))[0, :, 0].tolist() == [255, 100]
+
+
+# How a camera stores an upright image, by the orientation that it notes.
+STORED: dict[int, Callable[[Any], Any]] = {
+    1: lambda image: image,
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: np.swapaxes(image, 0, 1),
+    6: np.rot90,
+    7: lambda image: np.rot90(np.swapaxes(image, 0, 1), 2),
+    8: lambda image: np.rot90(image, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_an_image_is_turned_as_its_camera_was(
+    suffix: str, orientation: int, tmp_path: Path
+) -> None:
+    upright = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path, stored = tmp_path / f"x{suffix}", np.ascontiguousarray(STORED[orientation](upright))
+    Image.fromarray(stored).save(path, exif=exif, lossless=True)
+    assert np.array_equal(np.asarray(open_image(path)), upright)
+    with Image.open(path) as image:
+        pixels = TRANSFORM.resize(image)
+        if suffix != ".tif":  # Pillow turns these itself
+            assert np.array_equal(np.asarray(image), stored)
+    assert torch.equal(pixels, torch.from_numpy(upright[:, 4:20]).permute(2, 0, 1))
+    assert torch.equal(TRANSFORM.resize(open_image(path)), pixels)  # and turned once only
+
+
+def test_damaged_exif_does_not_keep_an_image_from_being_read(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    found = saved(image, tmp_path / "x.png", exif=b"Exif\0\0no table of tags")
+    assert pixel(found) == (200, 100, 50)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
