@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import tomllib
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +33,14 @@ from pai_utils.support.common import listed, logger, may_download, package_folde
 FOLDER = "folder:"
 Part = tuple[tuple[str, ...], Source]
 """Class names, and images with labels."""
+# What common tools call the parts of a set in folders; the datasets package knows the same names.
+_PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("val", "valid", "validation", "dev"),
+}
+# What systems and tools put among people's files, beside names with a dot in front.
+_SYSTEM = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 # What torchvision, NumPy and SciPy raise for missing, truncated or altered files.
 _UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, zlib.error,
@@ -110,7 +120,7 @@ def open_dataset(
     home = data_root(root)
     if name in TASKS:
         task = TASKS[name]
-        read: dict[str, Part] = {part: (task.class_names, s) for part, s in task.read().items()}
+        read: Mapping[str, Part] = {part: (task.class_names, s) for part, s in task.read().items()}
     elif name.startswith(FOLDER):
         given = Path(name.removeprefix(FOLDER)).expanduser()
         home = given if given.is_dir() else home / given
@@ -292,10 +302,10 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
             )
 
 
-def _read_folder(path: Path, name: str) -> dict[str, Part]:
-    """The parts of a folder of class folders, or of `train`, `val` and `test` with such.
+def _read_folder(path: Path, name: str) -> Mapping[str, Part]:
+    """The parts of a folder of class folders, or of folders for parts with such.
 
-    `val` may be called `validation`; without `test`, it is the test.
+    Without a test, the validation part is the test.
     """
     if name == FOLDER:
         raise ValueError("a folder task needs a path, as in 'folder:path/to/images'")
@@ -305,34 +315,78 @@ def _read_folder(path: Path, name: str) -> dict[str, Part]:
             "with train/ and test/ made of class folders"
         )
     folders = _class_folders(path)
-    if "train" not in folders or not set(folders) <= {"train", "val", "validation", "test"}:
-        return {"all": _read_classes(path)}
-    if {"val", "validation"} <= set(folders):
-        raise ValueError(f"{path} has val/ and validation/; keep one of them")
-    if len(folders) == 1:
-        raise ValueError(f"{path} has train/ but neither test/ nor val/")
-    present = [part for part in ("train", "test", "val", "validation") if part in folders]
-    parts = zip(("train", "test", "validation"), present, strict=False)
-    return {part: _read_classes(path / folder) for part, folder in parts}
+    named = {folder: part for folder in folders if (part := _part_of(folder))}
+    parts = {part: path / folder for folder, part in named.items()}
+    has = f"{path} has {' and '.join(f'{folder}/' for folder in named)}"
+    if "train" in parts and len(parts) > 1:
+        if len(parts) < len(named):
+            raise ValueError(f"{has}, two of which are one part; keep one of them")
+        if "test" not in parts:
+            parts["test"] = parts.pop("validation")
+    elif named and len(named) == len(folders):
+        raise ValueError(f"{has} only; give train/ and test/, or train/ and val/")
+    else:
+        parts = {"all": path}
+    read = {part: _read_classes(folder) for part, folder in parts.items()}
+    taken = {file for _, source in read.values() for file in source.paths}
+    unread = [file for file in _visible_files(path) if file not in taken]
+    if counts := Counter(map(_ending, unread)):
+        logger.warning(
+            "%s: %d files that are in no class folder, or have no ending of an image that Pillow "
+            "reads, are left out: %s; the first is %s", name, len(unread),
+            ", ".join(f"{count} {ending}" for ending, count in counts.most_common()), unread[0],
+        )  # fmt: skip
+    return read
+
+
+def _part_of(folder: str) -> str:
+    """The part that a folder's name stands for, in any case and as in "test_set"; "" if none."""
+    word = re.sub(r"([\W_]|images|data|set)+$", "", folder.casefold())
+    return next((part for part, names in _PARTS.items() if word in names), "")
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name not in _SYSTEM
 
 
 def _class_folders(path: Path) -> tuple[str, ...]:
-    """Names of the folders inside that are not hidden, in order."""
-    return tuple(
-        sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith("."))
-    )
+    """Names of the visible folders inside, in order."""
+    return tuple(sorted(e.name for e in path.iterdir() if e.is_dir() and _visible(e.name)))
 
 
-def _read_classes(folder: Path) -> Part:
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, nor in a hidden folder, in order."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = filter(_visible, folders)
+        found.append((place, sorted(filter(_visible, files))))
+    return [Path(place, file) for place, files in sorted(found) for file in files]
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.casefold() or "without an ending"
+
+
+def _read_classes(folder: Path) -> tuple[tuple[str, ...], ImageFiles]:
     """Names of the class folders, and the image files below each with the class as label."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from PIL import Image
 
     names = _class_folders(folder)
     if not names:
         raise ValueError(f"{folder} has no class folders")
-    indices = {label: index for index, label in enumerate(names)}
-    found = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
-    items = [(path, index) for path, index in found if not Path(path).name.startswith(".")]
+    # Pillow also knows films, documents and tables, which it cannot decode by itself.
+    kinds = Image.registered_extensions().items()
+    endings = {end for end, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
+    files = [(file, i) for i, label in enumerate(names) for file in _visible_files(folder / label)]
+    items = [(file, index) for file, index in files if _ending(file) in endings]
     if empty := sorted({*names} - {names[index] for _, index in items}):
-        raise ValueError(f"{folder} has no images of the classes {listed(map(repr, empty))}")
+        others = listed(sorted({_ending(file) for file, _ in files} - endings)) or "none"
+        raise ValueError(
+            f"{folder} has no images of the classes {listed(map(repr, empty))}; files that Pillow "
+            f"knows for no image: {others}"
+        )
     return names, _files(items)

@@ -7,7 +7,8 @@ hyper-parameters) and `test` (read once for a reported number). The parts never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pai_utils.data.datasets import DATASETS, open_dataset
+from pai_utils.data.datasets import DATASETS, FOLDER, open_dataset
 from pai_utils.data.decoding import ImageFiles, OnError, Positions, decode
 from pai_utils.data.embedded import FRACTIONS, SPLITS, cut, stratified_order
 from pai_utils.data.images import ImageDataset, Transform
@@ -64,8 +65,10 @@ def load_task(
 
     Args:
         name: a key of `TASKS` (shipped by packages) or of `datasets.DATASETS` (on disk), or
-            `folder:<path>` for class folders with images, alone or under `train`, `val` (or
-            `validation`) and `test`; without `test`, `val` is the test.
+            `folder:<path>` for class folders with images, alone or under folders for the parts:
+            `train`, `val` and `test`, or what else tools call them (`Training`, `valid`, `dev`,
+            `test_set`). Without a test, the validation part is the test. Hidden files are ignored;
+            others that are not read, and images that lie in two parts, are logged.
         transform: `backbone.transform`, or any callable from a PIL image to a float tensor
             [3, H, W]; image files of any size need the former.
         root: folder of data sets on disk, and of a relative `folder:` that is not in the working
@@ -125,7 +128,7 @@ def load_task(
             order = stratified_order(labels, generator, balanced=balanced)
             positions = positions[np.sort(order[:size])]
         chosen[split] = source, positions
-    datasets, skipped = {}, list[str]()
+    datasets, files, skipped = {}, {}, list[str]()
     for split, (source, positions) in chosen.items():
         what = f"{name} {split}"
         images, kept = decode(
@@ -139,12 +142,33 @@ def load_task(
             )
         datasets[split] = ImageDataset(images, torch.from_numpy(labels), transform)
         if isinstance(source, ImageFiles):
+            files[split] = [source.paths[i] for i in kept]
             skipped += [str(source.paths[i]) for i in np.setdiff1d(positions, kept)]
     if skipped:
         logger.warning(
             "%s: %d images cannot be read and are left out: %s", name, len(skipped), listed(skipped)
         )
+    if name.startswith(FOLDER):  # published sets are what they are
+        _warn_of_copies(name, datasets, files)
     return Task(name, opened.class_names, **datasets, skipped=tuple(skipped))
+
+
+def _warn_of_copies(
+    name: str, parts: Mapping[str, ImageDataset], files: Mapping[str, Sequence[Path]]
+) -> None:
+    """Say which images have the pixels of one in an earlier part."""
+    first: dict[bytes, tuple[Path, str]] = {}
+    copies = []
+    for part, data in parts.items():
+        for file, pixels in zip(files[part], data.images.numpy(), strict=True):
+            found, where = first.setdefault(hashlib.sha256(pixels.data).digest(), (file, part))
+            if where != part:
+                copies.append(f"{file} ({part}) of {found} ({where})")
+    if copies:
+        logger.warning(
+            "%s: %d images are copies of one in another part, so that accuracy is not on unseen "
+            "images; delete them: %s", name, len(copies), listed(copies),
+        )  # fmt: skip
 
 
 def _splits_of(labels: Mapping[str, NDArray[np.int64]]) -> dict[str, tuple[str, Positions]]:

@@ -13,6 +13,7 @@ import importlib.machinery
 import io
 import json
 import pickle
+import re
 import sys
 import threading
 import time
@@ -565,11 +566,20 @@ def test_a_folder_of_class_folders_is_cut_into_parts(root: Path) -> None:
         # Validation is carved from train.
         ("train test", (36, 4, 8)),
         ("train val", (36, 4, 8)),
+        # As other tools call them.
+        ("train valid test", (40, 8, 8)),
+        ("train valid", (36, 4, 8)),
+        ("Train Test", (36, 4, 8)),
+        ("TRAIN VAL TEST", (40, 8, 8)),
+        ("training testing", (36, 4, 8)),
+        ("train dev test", (40, 8, 8)),
+        ("training_set test-set", (36, 4, 8)),
     ],
 )
 def test_a_folder_keeps_its_own_parts(parts: str, expected: Sizes, root: Path) -> None:
     for part in parts.split():
-        write_classes(root / part, ("ant", "bee"), 20 if part == "train" else 4)
+        count = 20 if part.casefold().startswith("train") else 4
+        write_classes(root / part, ("ant", "bee"), count)
     task = load_task(f"folder:{root}", TRANSFORM)
     assert sizes(task) == expected
     assert_labels_belong_to_images(task)
@@ -591,10 +601,11 @@ def test_a_validation_part_carved_from_train_keeps_proportions(root: Path) -> No
     [
         ("ant/1.png ant/2.png", "has one class only: 'ant'; at least two"),
         ("ant/1.png bee/", "has no images of the classes 'bee'"),
-        ("ant/1.png bee/notes.txt", "has no images of the classes 'bee'"),
+        ("ant/1.png bee/notes.txt", "has no images of the classes 'bee'; .* no image: .txt"),
         ("1.png", "has no class folders"),
-        ("train/ant/1.png train/bee/1.png", r"train/ but neither test/ nor val/"),
-        ("train/a/1.png val/a/1.png validation/a/1.png", r"has val/ and validation/"),
+        ("train/ant/1.png train/bee/1.png", "has train/ only; give train/ and test/, or"),
+        ("Test/ant/1.png valid/bee/1.png", "has Test/ and valid/ only; give train/"),
+        ("train/a/1.png val/a/1.png Dev/a/1.png", "has Dev/ and train/ and val/, two of which are"),
         ("train/a/1.png train/b/1.png test/a/1.png test/c/1.png", "differ in the classes 'b', 'c'"),
         ("train/a/1.png train/b/1.png test/a/1.png test/b/", "test has no images of the classes"),
         ("ant/1.png bee/1.png", "no images of the class '.*'; each class needs several"),
@@ -612,6 +623,102 @@ def test_a_folder_that_is_no_data_set_is_refused(files: str, message: str, root:
             path.write_text("not an image")
     with pytest.raises(ValueError, match=message):
         load_task(f"folder:{root}", TRANSFORM)
+
+
+def write_noise(path: Path, seed: int, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_a_task_has_the_pixels_that_the_transform_makes_of_its_files(root: Path) -> None:
+    """Formats, depths, transparency and orientation: one path for training and for use."""
+    endings = (
+        "png", "jpg", "JPEG", "jfif", "webp", "bmp", "gif", "tif", "TIFF", "avif", "ico", "jp2",
+        "pgm",
+    )  # fmt: skip
+    modes = {"I;16": "png", "RGBA": "png", "LA": "png", "P": "png", "1": "png", "CMYK": "jpg"}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for label, name in enumerate(("ant", "bee")):
+        for index, ending in enumerate(endings):
+            write_noise(root / name / f"{index}.{ending}", 100 * label + index)
+        write_noise(root / name / "turned.jpg", 100 * label + 50, exif=exif)
+        pixels = np.random.default_rng(label).integers(0, 256, (12, 9, 4), dtype=np.uint8)
+        for mode, ending in modes.items():
+            image = Image.fromarray(pixels).convert("L" if mode == "I;16" else "RGB")
+            if mode in ("RGBA", "LA"):
+                image.putalpha(Image.fromarray(pixels[..., 3]))
+            options: dict[str, Any] = {"transparency": 3} if mode == "P" else {}
+            image.convert(mode).save(root / name / f"{ord(mode[0])}.{ending}", **options)
+    task = load_task(f"folder:{root}", TRANSFORM)
+    parts = (task.train, task.validation, task.test)
+    found = {
+        (part[index][0].numpy().tobytes(), part[index][1])
+        for part in parts
+        for index in range(len(part))
+    }
+    expected = set()
+    for label, name in enumerate(task.class_names):
+        for path in (root / name).iterdir():
+            with Image.open(path) as image:
+                expected.add((TRANSFORM(image).numpy().tobytes(), label))
+    assert found == expected
+    assert sum(map(len, parts)) == len(expected) == 2 * (len(endings) + len(modes) + 1)
+
+
+def test_hidden_and_system_folders_are_ignored(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for label, name in enumerate(("ant", "bee")):
+        for index in range(12):
+            write_noise(root / name / "deeper" / f"{index}.png", 100 * label + index)
+        for hidden in (".ipynb_checkpoints", "deeper/.ipynb_checkpoints", "deeper/@eaDir"):
+            write_noise(root / name / hidden / "1-checkpoint.png", 100 * label + 1)
+        (root / name / "._1.png").write_bytes(b"of a system")
+    write_noise(root / "__MACOSX/ant/1.png", 1)
+    task = load_task(f"folder:{root}", TRANSFORM)
+    assert task.class_names == ("ant", "bee")
+    assert sum(sizes(task)) == 24
+    assert not caplog.text
+
+
+def test_every_file_that_is_not_read_is_counted(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("train", "test"):
+        for label, name in enumerate(("ant", "bee")):
+            for index in range(9):
+                write_noise(
+                    root / part / name / f"{part}{index}.png",
+                    len(part) * 1000 + label * 100 + index,
+                )
+    for file in ("train/ant/1.HEIC", "train/ant/2.heic", "test/bee/film.mpg", "test/bee/noted"):
+        (root / file).write_bytes(b"no image")
+    for file in ("unlabelled/1.png", "unlabelled/2.png", "loose.png", "train/loose.png"):
+        write_noise(root / file, 1)
+    task = load_task(f"folder:{root}", TRANSFORM)
+    assert sum(sizes(task)) == 36
+    assert "8 files that are in no class folder" in caplog.text
+    assert "left out: 4 .png, 2 .heic, 1 .mpg, 1 without an ending; the first is" in caplog.text
+
+
+def test_copies_of_an_image_in_two_parts_are_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for label, name in enumerate(("ant", "bee")):
+        for index in range(9):
+            write_noise(root / "train" / name / f"{index}.png", 100 * label + index)
+            write_noise(root / "test" / name / f"{index}.png", 100 * label + index + 50)
+    load_task(f"folder:{root}", TRANSFORM)
+    assert not caplog.text
+    write_noise(root / "test/ant/other.bmp", 107)  # of another format, name and class
+    load_task(f"folder:{root}", TRANSFORM)
+    assert "1 images are copies of one in another part" in caplog.text
+    copied = (
+        rf"{root}/test/ant/other\.bmp \(test\) of {root}/train/bee/7\.png \((train|validation)\)"
+    )
+    assert re.search(copied, caplog.text)
 
 
 def test_a_folder_that_is_missing_or_unnamed_is_refused() -> None:
