@@ -133,9 +133,10 @@ def doctor() -> None:
 
 def _find_notebook(name: str) -> Path:
     from pai_utils.support.common import check_names
+    from pai_utils.support.stored import located
 
-    if Path(name).is_file():
-        return Path(name)
+    if located(name).is_file():
+        return located(name)
     known = {file.stem: file for file in sorted(NOTEBOOKS.glob("*.ipynb"))}
     check_names("notebook", [name], known)
     return known[name]

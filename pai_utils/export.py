@@ -24,7 +24,7 @@ from pai_utils.models.checkpoints import differences
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.models.loading import load_backbone, resolve_device
 from pai_utils.support.common import check_names, listed, package_folder, undisturbed
-from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
+from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
 """What :func:`write_formats` writes."""
@@ -253,7 +253,8 @@ def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
         ValueError: if the difference exceeds 1e-4 or is not a number.
     """
     package_folder("onnxruntime", "pai-utils[export]", "ONNX files are run")
-    if not Path(path).is_file():
+    path = located(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at {path}")
     import onnxruntime
 
@@ -300,7 +301,7 @@ def write_formats(
     dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
     for wanted in formats:
-        path = Path(folder) / f"pruned.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
+        path = located(folder) / f"pruned.{wanted}{'' if wanted == 'onnx' else '.safetensors'}"
         promised = None
         if wanted == "onnx":
             export_onnx(model, path)

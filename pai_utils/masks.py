@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.scorers.registry import Scores
 from pai_utils.support.common import hash_tensors, listed
-from pai_utils.support.stored import read_tensors, write_atomically, write_tensors
+from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
 _FORMAT = "pai_utils.Mask/2"
 
@@ -174,7 +174,7 @@ class Mask(Mapping[str, Tensor]):
             ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
                 stands where the report goes; nothing is written then.
         """
-        path = Path(path)
+        path = located(path)
         if path.suffix == ".json":
             raise ValueError(f"{path} is where the mask's report goes; end it in .safetensors")
         stem = path.name.removesuffix(".safetensors")  # any other dot is part of the name

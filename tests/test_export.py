@@ -283,7 +283,10 @@ def test_a_file_that_does_not_say_how_to_make_its_model_is_refused(tmp_path: Pat
             load_classifier(tmp_path / "m")
 
 
-def test_formats_are_written_and_read_back_and_unknown_ones_refused(tmp_path: Path) -> None:
+def test_formats_are_written_and_read_back_and_unknown_ones_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     model = of_timm()
     mask = pruned(model)
     before = copied(model)
@@ -292,7 +295,7 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(tmp_path: Pa
         write_formats(model, mask, tmp_path, images, ["compressed", "onxx"])
     assert not list(tmp_path.iterdir())
     formats = ["compressed", "dense"] if export.missing_for_onnx() else export.FORMATS
-    table = write_formats(model, mask, tmp_path, images, formats).set_index("format")
+    table = write_formats(model, mask, "~", images, formats).set_index("format")
     assert same(copied(model), before)
     assert (table.difference.drop("onnx", errors="ignore") == 0).all()
     assert table.difference.between(0, 1e-4).all()

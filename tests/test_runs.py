@@ -41,8 +41,11 @@ def table(**changed: object) -> pd.DataFrame:
     return pd.DataFrame([RESULT | changed])
 
 
-def test_a_run_writes_tables_masks_figures_and_their_record(tmp_path: Path) -> None:
-    run = start(tmp_path)
+def test_a_run_writes_tables_masks_figures_and_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    run = start(Path("~") / tmp_path.name)
     run.write_table("table", pd.DataFrame({"a": [1, 2], "b": [0.123456789, 2.0]}))
     run.write_mask("mask", pai.Mask({"w": torch.ones(3)}))
     figure = Figure()

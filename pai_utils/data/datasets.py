@@ -29,6 +29,7 @@ from filelock import FileLock
 from pai_utils.data.decoding import ImageArrays, ImageFiles, Source
 from pai_utils.data.embedded import TASKS
 from pai_utils.support.common import listed, logger, may_download, package_folder, unknown_name
+from pai_utils.support.stored import located
 
 FOLDER = "folder:"
 Part = tuple[tuple[str, ...], Source]
@@ -87,7 +88,7 @@ class OpenDataset:
 
 def data_root(root: str | Path | None = None) -> Path:
     """The folder of data sets: `root`, else `PAI_DATA_ROOT`, else one under `~/.cache`."""
-    return Path(root or os.environ.get("PAI_DATA_ROOT") or "~/.cache/pai_utils/data").expanduser()
+    return located(root or os.environ.get("PAI_DATA_ROOT") or "~/.cache/pai_utils/data")
 
 
 def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
@@ -122,7 +123,7 @@ def open_dataset(
         task = TASKS[name]
         read: Mapping[str, Part] = {part: (task.class_names, s) for part, s in task.read().items()}
     elif name.startswith(FOLDER):
-        given = Path(name.removeprefix(FOLDER)).expanduser()
+        given = located(name.removeprefix(FOLDER))
         home = given if given.is_dir() else home / given
         read = _read_folder(home, name)
     else:

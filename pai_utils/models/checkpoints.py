@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pai_utils.support.common import listed, logger, package_folder, watched
-from pai_utils.support.stored import digest_of
+from pai_utils.support.stored import digest_of, located
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """Endings of the files that can be read."""
@@ -67,7 +67,7 @@ class CheckpointReport:
 def weights_root() -> Path:
     """Folder of fetched weights: `PAI_WEIGHTS_ROOT`, or the one torchvision uses."""
     given = os.environ.get("PAI_WEIGHTS_ROOT")
-    return Path(given).expanduser() if given else Path(torch.hub.get_dir()) / "checkpoints"
+    return located(given) if given else Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def package_of(address: str) -> str:

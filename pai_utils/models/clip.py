@@ -21,7 +21,7 @@ from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights
 from pai_utils.models.encoders import Backbone, Provenance, frozen_head
 from pai_utils.support.common import device_of, may_download, package_folder, unknown_name
-from pai_utils.support.stored import digest_of
+from pai_utils.support.stored import digest_of, located
 
 CLIP = "clip:"
 """What the name of a CLIP backbone starts with."""
@@ -66,7 +66,7 @@ def load_towers(
     if model not in open_clip.list_models():
         raise unknown_name("CLIP model", model, open_clip.list_models())
     options: dict[str, Any] = {}
-    path = Path(tag).expanduser() if pretrained else None
+    path = located(tag) if pretrained else None
     if pretrained and (config := open_clip.get_pretrained_cfg(model, tag)):
         folder, _, file = str(config.get("hf_hub", "")).rpartition("/")
         files = (file,) if file else _HUB_FILES

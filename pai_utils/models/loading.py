@@ -27,6 +27,7 @@ from pai_utils.models.encoders import Backbone
 from pai_utils.models.published import BACKBONES, PRESETS, BackboneSpec
 from pai_utils.support.common import may_download, unknown_name
 from pai_utils.support.sampling import check_seed
+from pai_utils.support.stored import located
 
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -177,7 +178,7 @@ def _split_file_name(name: str) -> tuple[str, str]:
             f"{name!r} does not say which architecture the file is for; write "
             "file:<path>@<timm model>"
         )
-    path = Path(text).expanduser()
+    path = located(text)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if not path.name.endswith(SUFFIXES):

@@ -30,6 +30,7 @@ from pai_utils.repair.methods import REPAIR_OPTIONS, parse_repair
 from pai_utils.scorers import find_scorer
 from pai_utils.support.common import check_names
 from pai_utils.support.sampling import Draw
+from pai_utils.support.stored import located
 from pai_utils.support.written import read_exponents, read_yaml
 
 
@@ -84,7 +85,7 @@ class RunParameters(BaseModel):
 
     device: str = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
-    out: str = Field(min_length=1)
+    out: Annotated[str, Field(min_length=1), AfterValidator(lambda path: str(located(path)))]
 
     @field_validator("*", mode="wrap")
     @classmethod

@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from pai_utils.support.code import LIBRARY, closure, definition, file_of, version_of
 from pai_utils.support.common import hash_tensors, logger
 from pai_utils.support.sampling import agreed, this_process
-from pai_utils.support.stored import read_tensors, write_tensors
+from pai_utils.support.stored import located, read_tensors, write_tensors
 
 FOLDER = "PAI_CACHE"
 """The environment variable that names the folder."""
@@ -68,7 +68,7 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
     key = _key(parts, compute) if folder and not mixed else None
     if not folder or key is None:
         return compute()
-    path = Path(folder) / f"{kind}-{key}.safetensors"
+    path = located(folder) / f"{kind}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     first = this_process()[0] == 0
     with FileLock(path.with_suffix(".lock")) if first else nullcontext():

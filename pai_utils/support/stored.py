@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def located(path: str | Path) -> Path:
+    """The path that somebody gave: a leading ``~`` is the home folder, as in a shell."""
+    return Path(path).expanduser()
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` through a temporary file beside it: all of it or nothing."""
-    path = Path(path)
+    """Write ``content`` to ``path`` through a temporary file beside it: all of it or nothing.
+
+    A symbolic link stays one, and the file it leads to is written.
+    """
+    path = located(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
@@ -67,7 +75,8 @@ def read_tensors(path: str | Path, format: str, *, what: str) -> tuple[dict[str,
 
     from pai_utils.support.common import hash_tensors
 
-    if not Path(path).is_file():
+    path = located(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -35,7 +35,8 @@ def _data(fill: int = 0, transform: Any = TRANSFORM) -> ImageDataset:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PAI_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PAI_CACHE", "~")
     return tmp_path
 
 

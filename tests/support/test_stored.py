@@ -65,6 +65,22 @@ def test_an_interrupted_write_leaves_the_old_file_whole_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_is_followed_and_a_tilde_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
+    link.symlink_to("elsewhere/target")
+    for content in (b"where nothing was", b"over it"):
+        write_atomically(link, content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+    assert list(target.parent.iterdir()) == [target]
+    content = write_tensors("~/x.safetensors", TENSORS, "said", format="kind/1")
+    assert (tmp_path / "home" / "x.safetensors").read_bytes() == content
+    assert read_tensors("~/x.safetensors", "kind/1", what="thing")[1] == "said"
+
+
 def test_the_workflow_writes_files_without_importing_torch() -> None:
     code = "import sys, pai_utils.support.stored; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
