@@ -32,6 +32,7 @@ _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "magnitude": lambda values: values.abs(),
 }
 _MOST_POINTS = 10**6
+_FINEST = 1e-10  # width over the eigenvalues that a grid in float64 resolves
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def spectral_density(
 
     Costs ``probes`` start vectors times ``steps`` products, and memory for ``steps`` vectors. The
     kernel's standard deviation ``width`` is in units of eigenvalues; ``None`` takes one hundredth
-    of the range of the nodes.
+    of the range of the nodes, or of the eigenvalue where there is one to the products' rounding.
 
     Raises:
         ValueError: if ``probes`` or ``steps`` is below one, ``width`` is not above zero or too
@@ -159,6 +160,11 @@ def spectral_density(
                 break  # the start vector lies in an invariant subspace: the quadrature is exact
         nodes[probe, : len(theta)], weights[probe, : len(theta)] = theta, s[0].square()
         nodes[probe, len(theta) :] = theta[-1]
+    if width is None:
+        rounding = max(torch.finfo(values.dtype).eps for values in named.values())
+        spread, scale = float(nodes.max() - nodes.min()), float(nodes.abs().max())
+        apart = spread > 100 * max(rounding, _FINEST) * scale
+        width = (spread if apart else scale) / 100 or 0.01
     return _smoothed(nodes, weights, width)
 
 
@@ -167,18 +173,17 @@ def _check_width(width: float) -> None:
         raise ValueError(f"width={width}: the kernel's standard deviation must be above zero")
 
 
-def _smoothed(nodes: Tensor, weights: Tensor, width: float | None) -> SpectralDensity:
+def _smoothed(nodes: Tensor, weights: Tensor, width: float) -> SpectralDensity:
     low, high = float(nodes.min()), float(nodes.max())
-    # For a matrix with one eigenvalue any width serves; one hundredth of it keeps the scale.
-    width = width or (high - low) / 100 or abs(high) / 100 or 0.01
     # A step of a quarter of the width makes the trapezoidal rule exact to rounding, and less than
     # 1e-15 of a Gaussian lies beyond eight widths.
-    points = math.ceil((high - low) / width * 4) + 65
-    if points > _MOST_POINTS:
+    least = max(4 * (high - low) / (_MOST_POINTS - 65), _FINEST * max(abs(low), abs(high)))
+    if width < least:
         raise ValueError(
             f"width={width} is too small for eigenvalues from {low:g} to {high:g}; it must be at "
-            f"least {4 * (high - low) / (_MOST_POINTS - 65):g}"
+            f"least {least:g}"
         )
+    points = math.ceil((high - low) / width * 4) + 65
     grid = torch.linspace(low - 8 * width, high + 8 * width, points, dtype=torch.float64)
     density = torch.zeros_like(grid)
     for node, weight in zip(nodes.flatten(), weights.flatten() / len(nodes), strict=True):
