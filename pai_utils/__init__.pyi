@@ -6,7 +6,6 @@ from . import finetuning as finetuning
 from . import landscape as landscape
 from . import plots as plots
 from . import runs as runs
-from . import scorers as scorers
 from .data.embedded import TASKS as TASKS
 from .data.tasks import Task as Task
 from .data.tasks import load_task as load_task

@@ -476,6 +476,7 @@ def summarise(results: Path) -> list[Path]:
         "runs": runs(results),
         "masks_alone": kept(results, "damping"),
         "joint": kept(results, "joint"),
+        "larger": kept(results, "real"),
         "repaired": left,
         "gains": gains(left, results),
         "what_to_use": what_to_use(left, results),
@@ -507,27 +508,34 @@ def summarise(results: Path) -> list[Path]:
     return written
 
 
-def _overview(results: Path, left: pd.DataFrame) -> pd.DataFrame:
-    """Retention on larger data sets by masks alone and with a repair, means over the sources."""
+def _larger(results: Path) -> pd.DataFrame:
+    """Retention on larger data sets by masks alone and their controls, means over the sources."""
     parts = []
-    for backbone, label in BACKBONES.items():
-        table = pd.read_csv(results / "real" / f"zero_shot_retention-{backbone}" / "held_out.csv")
+    for path in sorted((results / "real").glob("zero_shot_retention-*")):
+        table = pd.read_csv(path / "held_out.csv")
+        label = ENCODERS[path.name.partition("-")[2]]
         parts += [
             retention_verdict(table, name, threshold=KEPT).assign(method=name, encoder=label)
             for name in ("ggn_diag", "magnitude", "magnitude@layer", "random@ggn_diag")
         ]
-        ours = left[(left.encoder == label) & (left.tasks == "larger")]
-        parts.append(ours[ours.method.str.contains(REPAIRED, regex=False)])
     return pd.concat(parts, ignore_index=True)
+
+
+def _overview(alone: pd.DataFrame, left: pd.DataFrame) -> pd.DataFrame:
+    """The same for the two encoders of this book, with a repair too."""
+    ours = left[(left.tasks == "larger") & left.method.str.contains(REPAIRED, regex=False)]
+    # In short, so that the legend is low; which repair it is stands in the table of them.
+    method = ours.method.str.replace(r" \+ [^,]*", ", repaired", regex=True)
+    return pd.concat([alone[alone.encoder.isin(BACKBONES.values())], ours.assign(method=method)])
 
 
 def _figures(results: Path, left: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """The figures of what is stored, with their names."""
     if all((results / grid).is_dir() for grid in ("real", "retention_real")):
-        table = _overview(results, left).rename(columns={"encoder": "source", "method": "scorer"})
-        # In short, so that the legend is low; which repair it is stands in the table of them.
-        table["scorer"] = table.scorer.str.replace(r" \+ [^,]*", ", repaired", regex=True)
-        yield "overview", plots.retention_curves(table, title="{}")
+        alone = _larger(results)
+        for name, table in {"larger": alone, "overview": _overview(alone, left)}.items():
+            panels = table.rename(columns={"encoder": "source", "method": "scorer"})
+            yield name, plots.retention_curves(panels, title="{}")
     for backbone in BACKBONES:
         for grid in TASKS:
             with suppress(FileNotFoundError):
