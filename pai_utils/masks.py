@@ -267,11 +267,12 @@ def make_mask(
 
     Args:
         scores: one tensor a parameter name, higher means keep.
-        sparsity: fraction to prune, in [0, 1). For ``"N:M"`` it must be 1 − N/M.
+        sparsity: fraction to prune, in [0, 1); 0 prunes no more. For ``"N:M"`` it must be 1 − N/M.
         scope: which weights are compared with each other.
 
             - ``"global"``: all of them.
-            - ``"layer"``: those of one parameter; every layer gets the same sparsity.
+            - ``"layer"``: those of one parameter; every layer gets the same sparsity. One that is
+              sparser already stays so, and the others keep as many more, to the same count.
             - ``"erk"``: those of one parameter, with the layers' densities by :func:`erk_budget`
               and the exact count overall.
             - ``"N:M"`` (such as ``"2:4"``): every M consecutive weights along dimension 1, of
@@ -280,12 +281,12 @@ def make_mask(
               of the kernel; of transposed convolutions it is the output. A last group of fewer
               than M keeps its N highest, so that depthwise convolutions (one input a group) lose
               nothing.
-        within: an earlier mask; what it prunes stays pruned.
+        within: an earlier mask; what it prunes stays pruned, and counts.
         metadata: kept with the mask.
 
     Raises:
         ValueError: for an impossible sparsity, an unknown scope, no scores or non-finite ones, or
-            if ``within`` prunes more than ``sparsity`` asks for.
+            if ``within`` prunes more weights than ``sparsity`` asks for.
 
     Examples:
         >>> import torch
@@ -298,21 +299,24 @@ def make_mask(
         tensor([[ True, False,  True, False],
                 [ True,  True, False, False]])
     """
-    pattern = check_sparsity(sparsity, scope)
+    pattern = check_sparsity(sparsity, scope, within)
     _check_scores(scores, pattern is not None, within)
     values = _comparable(scores)
     weights = _comparable(scores.weights) if isinstance(scores, Scores) else {}
     if within is not None:  # scores are finite, so that what is gone goes first
         values = {n: v.masked_fill(~within[n], -torch.inf) for n, v in values.items()}
     sizes = {name: entry.numel() for name, entry in values.items()}
-    pruned = round(sparsity * sum(sizes.values()))
+    left = sizes if within is None else {n: int(within[n].count_nonzero()) for n in sizes}
+    total = sum(sizes.values())
+    wanted = min(total - round(sparsity * total), sum(left.values()))
     groups = [[name] for name in values]
     budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
     if scope == "global":
-        groups, budget = [list(values)], {next(iter(values)): sum(sizes.values()) - pruned}
+        groups, budget = [list(values)], {next(iter(values)): wanted}
     elif scope == "erk":
-        shapes = {name: entry.shape for name, entry in values.items()}
-        budget = erk_budget(shapes, sum(sizes.values()) - pruned)
+        budget = erk_budget({n: entry.shape for n, entry in values.items()}, wanted, left)
+    elif pattern is None and any(budget[name] > left[name] for name in sizes):
+        budget = _shared(min(sum(budget.values()), sum(left.values())), sizes, left)
     kept: dict[str, Tensor] = {}
     ties = 0
     for group in groups:
@@ -325,29 +329,26 @@ def make_mask(
             found, tied = _keep_highest(layers, gone, sizes_of_weights)
         kept.update(zip(group, found, strict=True))
         ties += tied
-    if within is not None:
-        back = [repr(name) for name, entry in kept.items() if (entry & ~within[name]).any()]
-        if back:
-            raise ValueError(
-                f"sparsity={sparsity} is below that of the earlier mask ({within.sparsity:.4f} "
-                f"overall) in {listed(back)}; a pruned weight never comes back"
-            )
+    if within is not None:  # a group of M may have lost more than M - N already
+        kept = {name: entry & within[name] for name, entry in kept.items()}
     mask = Mask(kept, metadata)
     mask.ties = ties
     return mask
 
 
-def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
+def erk_budget(
+    shapes: Mapping[str, torch.Size], kept: int, left: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Number of weights to keep in each layer, by the Erdős–Rényi-kernel rule.
 
     The density of a layer is proportional to (Σ of its dimensions) / (∏ of its dimensions), which
     keeps more of small layers (Evci et al., "Rigging the Lottery", ICML 2020). A layer whose share
-    exceeds its size stays dense, and the others share the rest. Shares are rounded so that their
-    sum is ``kept``, and so that no layer's number falls when ``kept`` grows (Webster's method):
-    budgets of successive rounds are nested.
+    exceeds its size, or the weights that are ``left`` of it, keeps all, and the others share the
+    rest. Shares are rounded so that their sum is ``kept``, and so that no layer's number falls when
+    ``kept`` grows (Webster's method): budgets of successive rounds are nested.
 
     Raises:
-        ValueError: if there are fewer weights than ``kept``.
+        ValueError: if fewer weights than ``kept`` are left.
 
     Examples:
         >>> import torch
@@ -356,10 +357,15 @@ def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
         >>> erk_budget(shapes, kept=200)
         {'conv': 51, 'linear': 149}
     """
-    sizes = np.array([shape.numel() for shape in shapes.values()])
-    claims = np.array([sum(shape) for shape in shapes.values()])
-    if not 0 <= kept <= sizes.sum():
-        raise ValueError(f"kept={kept} must be between 0 and {sizes.sum()}, all weights")
+    left = {name: shape.numel() for name, shape in shapes.items()} if left is None else left
+    if not 0 <= kept <= sum(left.values()):
+        raise ValueError(f"kept={kept} must be between 0 and {sum(left.values())}, all weights")
+    return _shared(kept, {name: sum(shape) for name, shape in shapes.items()}, left)
+
+
+def _shared(kept: int, claim: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:
+    """A number of weights for each layer, in proportion to its claim and at most what is left."""
+    claims, sizes = (np.array([each[name] for name in claim]) for each in (claim, left))
     # Layers fill up at a common rate, each until it is dense: the sum is linear between the rates
     # at which one of them is.
     rates = np.sort([0, *(sizes / claims)])
@@ -369,19 +375,26 @@ def erk_budget(shapes: Mapping[str, torch.Size], kept: int) -> dict[str, int]:
     # from its share than there are layers.
     budget = np.maximum(0, shares.astype(int) - len(sizes))
     due = sorted(
-        ((k + 0.5) / claim, layer)
-        for layer, (have, size, claim) in enumerate(zip(budget, sizes, claims, strict=True))
+        ((k + 0.5) / each, layer)
+        for layer, (have, size, each) in enumerate(zip(budget, sizes, claims, strict=True))
         for k in range(have, min(size, have + 2 * len(sizes) + 2))
     )
     for _, layer in due[: kept - budget.sum()]:  # of equal rates, the first layer's
         budget[layer] += 1
-    return dict(zip(shapes, budget.tolist(), strict=True))
+    return dict(zip(claim, budget.tolist(), strict=True))
 
 
-def check_sparsity(sparsity: float, scope: str) -> tuple[int, int] | None:
+def check_sparsity(
+    sparsity: float, scope: str, within: Mask | None = None
+) -> tuple[int, int] | None:
     """Refuse what :func:`make_mask` cannot serve; return N and M of the scope ``"N:M"``."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
+    if within and sparsity and within.kept < within.total - round(sparsity * within.total):
+        raise ValueError(
+            f"sparsity={sparsity} is below that of what is pruned already, {within.sparsity:.4f}; "
+            "a pruned weight never comes back: ask for more, or start from a denser model"
+        )
     if scope in ("global", "layer", "erk"):
         return None
     pattern = re.fullmatch(r"(\d+):(\d+)", scope)

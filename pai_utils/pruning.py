@@ -16,7 +16,7 @@ from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
-from pai_utils.support.common import check_names, logger
+from pai_utils.support.common import check_names, device_of, logger
 from pai_utils.support.sampling import Draw, Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -58,11 +58,12 @@ class Recipe:
                 f"scope {self.scope!r} fixes the sparsity at once; use rounds=1 with it"
             )
 
-    def pruned_after(self, step: int) -> float:
-        """The fraction pruned after a round: the sparsity itself after the last, exactly."""
+    def pruned_after(self, step: int, before: float = 0.0) -> float:
+        """The fraction pruned after a round, and before the first: after the last the sparsity."""
         if step == self.rounds:
             return self.sparsity
-        return 1 - SCHEDULES[self.schedule](self.sparsity, step / self.rounds)
+        more = (self.sparsity - before) / (1 - before)  # of what is left
+        return 1 - (1 - before) * SCHEDULES[self.schedule](more, step / self.rounds)
 
     def metadata(self, draw: Draw, source: str | None) -> dict[str, str]:
         """What a mask made by it is labelled with, apart from the weights."""
@@ -122,7 +123,8 @@ def prune(
     further; a pruned weight never comes back. After round r of R the fraction of weights that is
     left is (1 − s)^(r/R) with ``schedule="exponential"``, as in iterative pruning to a constant
     ratio a round (Tanaka et al. 2020), and 1 − s r/R with ``"linear"``. One round is one-shot
-    pruning.
+    pruning. Weights that are zero in ``model`` are pruned already: they count, stay zero through
+    every repair, and rounds start from them.
 
     Args:
         model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`.
@@ -140,13 +142,14 @@ def prune(
         batch_size: samples a forward.
         seed: seed of every draw.
         options: ``schedule``, ``include``, ``exclude`` and ``repair_options`` of a
-            :class:`Recipe`; ``source``, the data's name, for the mask's metadata; and the scorer's
+            :class:`Recipe`; ``source``, the data's name, for the mask's metadata; ``within``, an
+            earlier mask, by which the model, dense or pruned, is pruned further; and the scorer's
             own keywords.
 
     Raises:
         ValueError: for an unknown scorer, scope, schedule, option or repair, an impossible
             sparsity, a pattern without a match, fewer rounds than one, or more with a scope that
-            prunes at once.
+            prunes at once; or if more is pruned already than asked for.
 
     Examples:
         >>> import torch
@@ -163,12 +166,12 @@ def prune(
         >>> pruned.report.sparsity
         0.5
     """
-    source = options.pop("source", None)
+    whence = {name: options.pop(name, None) for name in ("source", "within")}
     others = ("schedule", "include", "exclude", "repair_options")
     given = {name: options.pop(name) for name in others if name in options}
     recipe = Recipe(scorer, sparsity, scope, rounds, repair=repair, options=options, **given)
     draw = Draw(samples, batch_size, seed)
-    pruned = follow(recipe, model, data, draw, repair_data=repair_data, source=source)
+    pruned = follow(recipe, model, data, draw, repair_data=repair_data, **whence)
     pruned.mask.metadata.update(describe_weights(model, pruned.mask))
     if pruned.report.empty_layers:
         logger.warning("pruned to nothing: %s", ", ".join(pruned.report.empty_layers))
@@ -183,6 +186,7 @@ def follow(
     *,
     repair_data: Samples | None = None,
     source: str | None = None,
+    within: Mask | None = None,
     scores: Scores | None = None,
 ) -> Pruned:
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
@@ -200,12 +204,16 @@ def follow(
     start = time.perf_counter()
     names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
     metadata = recipe.metadata(draw, source)
-    pruned, mask = copy.deepcopy(model), None
+    pruned, mask, before = copy.deepcopy(model), _surviving(model, names, within), 0.0
+    if mask is not None:
+        check_sparsity(recipe.sparsity, recipe.scope, mask)
+        mask.apply_(pruned, strict=False)
+        before = mask.sparsity
     for step in range(1, recipe.rounds + 1):
         if scores is None or step > 1:
             settings = {**asdict(draw), **recipe.options}
             scores = score(recipe.scorer, pruned, data, names=names, **settings)
-        share = recipe.pruned_after(step)
+        share = recipe.pruned_after(step, before)
         mask = make_mask(scores, share, recipe.scope, within=mask, metadata=metadata)
         if repair.parts and step > 1:
             pruned = copy.deepcopy(model)  # a weight has its dense value, not its last repair's
@@ -228,6 +236,22 @@ def follow(
         seconds=time.perf_counter() - start,
     )
     return Pruned(pruned, mask, report)
+
+
+def _surviving(model: nn.Module, names: Sequence[str], within: Mask | None) -> Mask | None:
+    """The weights that are not zero, and that an earlier mask keeps; None if these are all."""
+    if within is not None:
+        within.check(model)
+        for name in set(within) - set(names):
+            if model.get_parameter(name)[~within[name].to(device_of(model))].any():
+                raise ValueError(
+                    f"within= prunes weights of {name!r}, which is not to be pruned here; apply it "
+                    "to the model first, which then needs no within="
+                )
+    alive = {name: (model.get_parameter(name) != 0).cpu() for name in names}
+    if within is not None:
+        alive |= {name: alive[name] & within[name] for name in names if name in within}
+    return None if all(entry.all() for entry in alive.values()) else Mask(alive)
 
 
 def select_parameters(

@@ -105,9 +105,45 @@ def test_a_pattern_keeps_what_an_earlier_mask_pruned_and_no_mask_may_prune_less(
     assert late["w"].tolist() == [[False, True, True, False]]
     scores = {"w": torch.arange(8.0).view(2, 4)}
     early = make_mask(scores, 0.75)
-    for scope in ("global", "2:4"):
-        with pytest.raises(ValueError, match=r"sparsity=0\.5 is below.*0\.7500.*'w'; a pruned"):
+    for scope in ("global", "layer", "erk", "2:4"):
+        with pytest.raises(ValueError, match=r"sparsity=0\.5 is below.*0\.7500; a pruned"):
             make_mask(scores, 0.5, scope, within=early)
+    for scope in ("global", "layer", "erk"):
+        assert torch.equal(make_mask(scores, 0, scope, within=early)["w"], early["w"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    scores=some_scores(),
+    first=SPARSITIES,
+    second=SPARSITIES,
+    scope=st.sampled_from(["layer", "erk"]),
+)
+def test_what_a_mask_of_another_scope_left_is_shared_to_the_exact_count(
+    scores: dict[str, Tensor], first: float, second: float, scope: str
+) -> None:
+    first, second = sorted((first, second))
+    early = make_mask(scores, first)
+    inverted = {name: -values for name, values in scores.items()}
+    late = make_mask(inverted, second, scope, within=early)
+    assert all(bool((late[n] <= early[n]).all()) for n in scores)
+    asked = make_mask(scores, second, scope)
+    assert late.kept == min(asked.kept, early.kept)
+    # One rate for all layers, but for those that have less left.
+    claims = {n: e.numel() if scope == "layer" else sum(e.shape) for n, e in early.items()}
+    low, high = 0.0, float(early.total)
+    for _ in range(80):
+        rate = (low + high) / 2
+        shares = {n: min(float(early[n].sum()), rate * claims[n]) for n in scores}
+        low, high = (low, rate) if sum(shares.values()) > late.kept else (rate, high)
+    assert all(abs(int(late[n].sum()) - shares[n]) <= len(scores) for n in scores)
+
+
+def test_a_pattern_keeps_at_most_n_where_more_is_gone_already() -> None:
+    scores = {"w": torch.tensor([[4.0, 3, 2, 1, 9, 8, 7, 6]])}
+    early = Mask({"w": torch.tensor([[1, 0, 0, 0, 1, 1, 1, 1]])})
+    late = make_mask(scores, 0.5, "2:4", within=early)
+    assert late["w"].int().tolist() == [[1, 0, 0, 0, 1, 1, 0, 0]]
 
 
 ONES = {"w": torch.ones(4, 4)}

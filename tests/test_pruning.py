@@ -130,6 +130,61 @@ def test_each_round_scores_the_network_repaired_so_far(scored: Scored) -> None:
     torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("repair", ["none", "layerwise+moments", "obs+layerwise"])
+@pytest.mark.parametrize(("scope", "rounds"), [("global", 1), ("layer", 3), ("erk", 2), ("2:4", 1)])
+@pytest.mark.parametrize("scorer", ["random", "grasp", "ggn_diag"])
+def test_a_pruned_model_is_pruned_further_to_the_exact_count_and_nothing_comes_back(
+    scorer: str, scope: str, rounds: int, repair: str
+) -> None:
+    dense, data = tiny_classifier(), tiny_task().train
+    how: dict[str, Any] = {"samples": 8, "repair": repair}
+    with torch.no_grad():
+        dense.get_parameter(NAMES[0]).mul_(0.15)
+    first = pai.prune(dense, data, "magnitude", 0.4, **how)
+    assert first.report.layer_sparsity[NAMES[0]] > 0.7  # more than a layer is asked for
+    sparsity = 0.5 if scope == "2:4" else 0.7
+    how |= {"rounds": rounds, "seed": 1}
+    for model, within in ((first.model, None), (first.model, first.mask), (dense, first.mask)):
+        again = pai.prune(model, data, scorer, sparsity, scope, within=within, **how)
+        sizes = [8 * 27, 6 * 72] if scope == "layer" else [TOTAL]
+        kept = sum(size - round(sparsity * size) for size in sizes)
+        # Of four weights, two or fewer may be left already.
+        assert again.mask.kept == kept or (scope == "2:4" and again.mask.kept < kept)
+        assert all(bool((again.mask[n] <= first.mask[n]).all()) for n in NAMES)
+        alive = {n: again.model.get_parameter(n) != 0 for n in NAMES}
+        assert all(torch.equal(alive[n], again.mask[n]) for n in NAMES)
+
+
+def test_rounds_start_from_what_is_pruned_already(scored: Scored) -> None:
+    model, data = tiny_classifier(), tiny_task().train
+    first = pai.prune(model, None, "magnitude", 0.2)
+    again = pai.prune(
+        model, data, "ggn_diag", 0.9, rounds=3, schedule="linear", samples=8, within=first.mask
+    )
+    alive = [sum(int(weights[name].count_nonzero()) for name in NAMES) for weights, _ in scored[1:]]
+    assert alive == [
+        first.mask.kept,
+        *(TOTAL - round(s * TOTAL) for s in (0.2 + 0.7 / 3, 0.2 + 1.4 / 3)),
+    ]
+    assert again.mask.kept == TOTAL - round(0.9 * TOTAL)
+
+
+def test_less_than_is_pruned_already_is_refused_and_nothing_more_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = pai.prune(tiny_classifier(), None, "magnitude", 0.6)
+    same = pai.prune(first.model, tiny_task().train, "random", 0, repair="layerwise", samples=8)
+    assert all(torch.equal(same.mask[name], first.mask[name]) for name in NAMES)
+    monkeypatch.setattr(pruning, "score", lambda *_, **__: pytest.fail("scored first"))
+    for model, within in ((first.model, None), (tiny_classifier(), first.mask)):
+        with pytest.raises(ValueError, match=r"sparsity=0\.5 is below .* already, 0\.6003"):
+            pai.prune(model, None, "random", 0.5, within=within)
+    with pytest.raises(ValueError, match=f"within= prunes weights of '{NAMES[1]}'"):
+        pai.prune(tiny_classifier(), None, "random", 0.7, within=first.mask, include="*.0")
+    with pytest.raises(ValueError, match="the mask is for another architecture"):
+        pai.prune(tiny_classifier().backbone, None, "random", 0.7, within=first.mask)
+
+
 def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
