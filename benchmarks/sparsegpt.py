@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pai_utils as pai
 from benchmarks.contenders.inputs import (
@@ -26,6 +26,7 @@ from benchmarks.contenders.inputs import (
 )
 from benchmarks.measuring import timed
 from benchmarks.storing import store
+from pai_utils.curvature.calls import Call
 from pai_utils.data.images import ImageDataset
 from pai_utils.repair import layouts
 from pai_utils.repair.least_squares import solve_layer
@@ -103,12 +104,13 @@ def _inputs(backbone: pai.Backbone, name: str, data: ImageDataset) -> Tensor:
     """Rows ``[R, K]`` of a layer's inputs, in float64, of all its positions in all images."""
     found: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count = len(layouts.channels_last(output, module))
-        found.append(layouts.rows_of(module, inputs[0], torch.arange(count))[0])
+    def keep(_: str, call: Call) -> Tensor:
+        output: Tensor = call.run()
+        count = len(layouts.channels_last(output, layouts.channel_axis(call)))
+        found.append(layouts.rows_of(call, torch.arange(count))[0])
+        return output
 
-    handle = backbone.encoder.get_submodule(name).register_forward_hook(keep)
-    with handle, torch.no_grad():
+    with layouts.watching(backbone.encoder, [f"{name}.weight"], keep), torch.no_grad():
         backbone.eval()(data.batch(torch.arange(len(data)), torch.device("cpu"))[0])
     return found[0].double()
 

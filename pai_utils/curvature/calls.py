@@ -139,6 +139,41 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
+def windows_of(x: Tensor, call: Call, transposed: bool = False) -> Tensor:
+    """What a convolution's kernel meets: a view ``[N, groups, channels, *places, *kernel]``.
+
+    A transposed convolution is one of stride 1, its kernel reversed, over its input with zeros
+    between the entries.
+    """
+    sides = call["weight"].dim() - 2
+
+    def each(name: str) -> tuple[int, ...]:
+        value = call[name]
+        return (value,) * sides if isinstance(value, int) else tuple(value)
+
+    stride, dilation = each("stride"), each("dilation")
+    kernel = call["weight"].shape[2:]
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if call["padding"] == "same":
+        margins = [(r // 2, r - r // 2) for r in reach]
+    else:
+        margins = [
+            (p, p) for p in ((0,) * sides if call["padding"] == "valid" else each("padding"))
+        ]
+    if transposed:
+        spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+        stuffed = x.new_zeros(*x.shape[:2], *spread)
+        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+        ends = zip(reach, margins, each("output_padding"), strict=True)
+        x, stride = stuffed, (1,) * sides
+        margins = [(r - p, r - p + more) for r, (p, _), more in ends]
+    x = F.pad(x, [margin for pair in reversed(margins) for margin in pair])
+    for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, r + 1, s)[..., ::d]
+    windows: Tensor = x.unflatten(1, (call["groups"], -1))
+    return windows
+
+
 class Calls(TorchFunctionMode):
     """Hand the calls that are made inside to their handlers, whose results the model gets.
 

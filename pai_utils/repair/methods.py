@@ -21,12 +21,14 @@ Repairs combine with a plus, as in ``"layerwise+moments"``; ``obs`` comes first.
 through the network repairs layer after layer, each from inputs that earlier repairs made. Where a
 layer's output is added to a residual stream, it is asked for its dense output *and* for what the
 stream has lost on the way to it, so that every sum mends the errors before it
-(:mod:`pai_utils.repair.streams`). Transposed convolutions, convolutions that transform their
-weight, the input projections of ``nn.MultiheadAttention`` and other normalisations are left out,
-and a warning names them.
+(:mod:`pai_utils.repair.streams`). A weight that is used several times is repaired for all its uses
+together, each with the inputs that it has before. Transposed convolutions, convolutions that
+transform their weight, the projections of ``nn.MultiheadAttention``, other normalisations, and
+weights that share a bias or have several are left out, and a warning names them.
 
 **Cost.** ``moments`` and ``layerwise`` take one forward of the dense and one of the pruned network
-on all images at once. ``layerwise`` adds for a layer of K inputs, M outputs and R rows about 2RK²
+on all images at once. Where these do not fit into memory, the pruned network runs once for each
+layer, in batches. ``layerwise`` adds for a layer of K inputs, M outputs and R rows about 2RK²
 operations for the products, and n³/3 in float64 for each output, n the weights that survive or
 those that are gone, whichever are fewer. ``obs`` costs what its blocks cost.
 """
@@ -34,16 +36,17 @@ those that are gone, whichever are fewer. ``obs`` costs what its blocks cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.blocks import check_block_options, fisher_blocks
+from pai_utils.curvature.calls import Call
 from pai_utils.masks import Mask
 from pai_utils.repair import layouts
 from pai_utils.repair.least_squares import solve_layer
@@ -56,7 +59,7 @@ from pai_utils.support.common import (
     logger,
     undisturbed,
 )
-from pai_utils.support.sampling import Draw, Samples, batches
+from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches
 
 REPAIRS = ("moments", "layerwise", "obs")
 """The parts that a repair may have."""
@@ -96,13 +99,15 @@ class Repair:
     """
 
     method: str  #: "none", or parts joined by + of `REPAIRS`
-    samples: int | None = 512  #: images at most; None: all. They run as one batch, but for "obs"
+    samples: int | None = (
+        512  #: images at most; None: all. They run as one batch that fits, but for "obs"
+    )
     damping: float = 0.1
     """Of "layerwise", the ridge towards the dense weights, over the mean square of a layer's
     inputs; of "obs", over a block's mean diagonal."""
     rows: int = 8192
-    """Positions (of images, pixels or tokens) at most that a layer is re-solved on, and no more
-    than 64 for each weight of an output."""
+    """Positions (of images, pixels or tokens) at most of each use of a layer that it is re-solved
+    on, and no more than 64 for each weight of an output."""
     streams: bool = True  #: whether the end of a residual branch restores what its stream lost
     block_size: int = 64  #: of "obs"
 
@@ -175,9 +180,9 @@ def repair_(
     indices = draw.indices(data)
     together = repair.parts != ("obs",)
     size = len(indices) if together else batch_size
-    drawn = batches(data, size, device_of(dense), indices)
+    drawn = batches(data, size, torch.device("cpu"), indices)
     for rows, (images, _) in zip(indices.split(size), drawn, strict=True):
-        broken = ~images.flatten(1).isfinite().all(1).cpu()
+        broken = ~images.flatten(1).isfinite().all(1)
         if broken.any():
             index = int(rows[broken][0])
             raise NonFiniteError(f"image {index} of the data to repair by is not finite")
@@ -209,154 +214,322 @@ def _match_activations_(
     model: nn.Module, dense: nn.Module, mask: Mask, images: Tensor, repair: Repair, seed: int
 ) -> None:
     """Give layers and normalisations what they have in the dense network, one after the other."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    layers = {n: m for n, m in modules.items() if f"{n}.weight" in mask and layouts.is_plain(m)}
-    norms = {n: m for n, m in modules.items() if layouts.is_norm(m)}
-    if others := [name for name in mask if name.removesuffix(".weight") not in layers]:
-        logger.warning(
-            "%s: no weights of plain linear layers or convolutions; not repaired by %s",
-            listed(others),
-            "+".join(part for part in repair.parts if part != "obs"),
-        )
-    places = dict(layers)
-    if "moments" in repair.parts:
-        if unscaled := [name for name, m in modules.items() if layouts.keeps_its_scale(m)]:
-            text = (
-                "no BatchNorm or LayerNorm of channels with scale and shift; moments not restored"
-            )
-            logger.warning("%s: %s", listed(unscaled), text)
-        places |= {name: norm for name, norm in norms.items() if layouts.has_scale_and_shift(norm)}
-    run = _Run(repair, mask, seed, places)
-    if repair.streams:
-        axes = {n: partial(layouts.channel_axis, m) for n, m in (layers | norms).items()}
-        found = find_residuals(dense, axes, images[:_IMAGES_TO_LOOK_AT])
-        run.residuals = {name: residual for name, residual in found.items() if name in places}
-    with undisturbed(dense), torch.no_grad(), ExitStack() as hooks:
-        hooks.enter_context(shown(dense, run.residuals, run.record_stream))
-        for name in places:
-            hook = partial(run.record, name)
-            hooks.enter_context(dense.get_submodule(name).register_forward_hook(hook))
-        dense(images)
-    for name in layers:
-        if name not in run.targets:
-            logger.warning("%s is not called as a layer; its weights are not repaired", name)
-    with undisturbed(model), torch.no_grad(), ExitStack() as hooks:
-        hooks.enter_context(shown(model, run.residuals, run.compare_stream))
-        for name, module in places.items():
-            before = partial(run.before, name, dense.get_parameter(f"{name}.weight"))
-            hooks.enter_context(module.register_forward_pre_hook(before))
-            hooks.enter_context(module.register_forward_hook(partial(run.after, name)))
-        model(images)
+    before = [(p, p.detach().clone()) for p in model.parameters()]
+
+    def compute(batch_size: int) -> list[str]:
+        try:
+            return _Run(model, dense, mask, images.split(batch_size), repair, seed).repair_()
+        except BaseException:  # an interrupt, too, leaves nothing half repaired
+            with torch.no_grad():
+                for parameter, values in before:
+                    parameter.copy_(values)
+            raise
+
+    for warning in fitting_batches(compute, len(images)):
+        logger.warning(warning)
+
+
+class _Enough(BaseException):
+    """Ends a forward that has nothing more to tell. No model catches it."""
+
+
+_Part = tuple[int, Tensor, Tensor]  # how many rows, their mean and variance [channels]
+
+
+@dataclass
+class _Place:
+    """A weight that is repaired, and what the dense network gives where it is used."""
+
+    norm: bool
+    biases: set[str | None] = field(default_factory=set)  #: parameters that are added
+    moments: list[_Part] = field(default_factory=list)
+    """Of a layer's outputs; of what a normalisation multiplies by its scale."""
+    uses: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """For each batch, of each use in it: which rows to re-solve a layer on, and what they are to
+    give ``[rows, channels]``."""
 
 
 @dataclass
 class _Run:
-    """Repairs layer after layer while images run through the pruned network.
+    """Repairs one place after the other while batches run through the pruned network.
 
     The dense network runs first, observed by ``record`` and ``record_stream``, then the pruned one
-    with the three others. Only the first call of a module counts.
+    with ``compare_stream`` and ``mend``. A place is repaired once it was seen in all batches, and
+    before its own output is computed, so that with one batch all follow in one forward.
     """
 
-    repair: Repair
+    model: nn.Module
+    dense: nn.Module
     mask: Mask
+    images: Sequence[Tensor]  #: batches
+    repair: Repair
     seed: int
-    places: dict[str, Any]
-    """Layers and normalisations of the pruned network, by name."""
+    places: dict[str, _Place] = field(default_factory=dict)  #: in the order of their first use
     residuals: dict[str, Residual] = field(default_factory=dict)
-    targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What each is to give: the ``mean [channels]`` of its outputs; of a layer to re-solve also
-    some ``rows [rows, channels]``; of a normalisation the ``std [channels]`` before its scale."""
-    streams: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Mean and rows of the dense residual streams, over the scales of their branches."""
-    chosen: dict[str, Tensor] = field(default_factory=dict)
-    """The rows to re-solve a layer on, the same in both networks."""
+    streams: dict[tuple[str, int], tuple[_Part, Tensor]] = field(default_factory=dict)
+    """Of the dense residual streams in each batch, over the scales of their branches."""
+    lost: dict[str, tuple[_Part, Tensor]] = field(default_factory=dict)
+    """What the pruned network's streams lack of those in this batch."""
+    waiting: list[tuple[str, str]] = field(default_factory=list)
+    """Places that are still to be repaired, each by its ``"inputs"`` and then its ``"outputs"``."""
+    seen: list[Any] = field(default_factory=list)  #: of the first of them, at each use
+    lacking: list[_Part] = field(default_factory=list)  #: by its stream, at each use
+    done: set[int] = field(default_factory=set)  #: batches in which it was seen
+    calls: int = 0  #: uses of it in this batch
+    batch: int = 0
+    orders: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def record(self, name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def repair_(self) -> list[str]:
+        """Repair the model; returns what to warn of."""
+        norms = [name for name, p in self.dense.named_parameters() if p.ndim == 1]
+        device, names = device_of(self.model), [*norms, *self.mask]
+        if self.repair.streams:
+            few = self.images[0][:_IMAGES_TO_LOOK_AT].to(device)
+            found = find_residuals(self.dense, names, few)
+            self.residuals = {n: r for n, r in found.items() if n in self.mask or self._moments}
+        with (
+            undisturbed(self.dense),
+            torch.no_grad(),
+            shown(self.dense, self.residuals, self.record_stream),
+            layouts.watching(self.dense, names, self.record),
+        ):
+            for batch, images in enumerate(self.images):
+                self.batch = batch
+                self.dense(images.to(device))
+        warnings = self._leave_out()
+        for name, place in self.places.items():
+            if place.norm or self._solves(name):
+                self.waiting.append((name, "inputs"))
+            if not place.norm and self._moments and place.biases != {None}:
+                self.waiting.append((name, "outputs"))
+        with undisturbed(self.model), torch.no_grad():
+            while self.waiting:
+                for batch, images in enumerate(self.images):
+                    self.batch = batch
+                    if self.waiting and batch not in self.done:
+                        warnings += self._forward(names, images.to(device))
+        return warnings
+
+    def _forward(self, names: Sequence[str], images: Tensor) -> list[str]:
+        """One batch through the pruned network; returns what to warn of."""
+        self.calls = 0
+        streams = shown(self.model, self.residuals, self.compare_stream)
+        try:
+            with streams, layouts.watching(self.model, names, self.mend):
+                self.model(images)
+        except _Enough:
+            return []
+        if not self.waiting:
+            return []
+        name, _ = self.waiting[0]
+        self._next()
+        return [f"{name} is not used as often as in the dense network; it is not repaired"]
+
+    @cached_property
+    def _parameters(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.dense.named_parameters()}
+
+    @property
+    def _moments(self) -> bool:
+        return "moments" in self.repair.parts
+
+    def _solves(self, name: str) -> bool:
+        return "layerwise" in self.repair.parts and name in self.mask
+
+    def record(self, name: str, call: Call) -> Tensor:
         """Keep what the dense network gives at one place."""
-        if name in self.targets:
-            return
-        if layouts.is_norm(module):
-            mean, std = _moments(module, inputs[0])
-            mean = module.weight.double() * mean + module.bias.double()
-            self.targets[name] = {"mean": mean, "std": std}
-        else:
-            self.targets[name] = self._summary(name, output)
+        output: Tensor = call.run()
+        bias = self._parameters.get(id(call["bias"]))
+        norm = call.function in layouts.NORMS
+        if norm and (not self._moments or bias is None or call.arguments.get("training")):
+            return output
+        place = self.places.setdefault(name, _Place(norm))
+        place.biases.add(bias)
+        axis = layouts.channel_axis(call)
+        values = layouts.channels_last(_unscaled(call) if norm else output, axis)
+        place.moments.append(_part(values, spread=norm))
+        if bias is None and call["bias"] is not None:
+            values = values - call["bias"]  # which the model computes, and no repair changes
+        chosen = self._chosen(name, values)
+        place.uses.setdefault(self.batch, []).append((chosen, values[chosen]))
+        return output
+
+    def _chosen(self, name: str, values: Tensor) -> Tensor:
+        """Which rows of this batch to re-solve a layer on, the same in both networks."""
+        if not self._solves(name):
+            return torch.zeros(0, dtype=torch.long, device=values.device)
+        sizes = [len(images) for images in self.images]
+        each, rest = divmod(len(values), sizes[self.batch])
+        # As in one batch of all images, one after the other; other rows are the same in each batch.
+        total, first = (
+            (len(values), 0) if rest else (each * sum(sizes), each * sum(sizes[: self.batch]))
+        )
+        most = min(self.repair.rows, _ROWS_AN_UNKNOWN * self.mask[name][0].numel())
+        if (total, most) not in self.orders:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(total, generator=generator)[:most]
+            self.orders[total, most] = order.sort().values
+        order = self.orders[total, most] - first
+        return order[(order >= 0) & (order < len(values))].to(values.device)
+
+    def _leave_out(self) -> list[str]:
+        """Forget what has no repair of its own; returns what to warn of."""
+        owners = Counter(bias for place in self.places.values() for bias in place.biases)
+        owners.pop(None, None)
+        torn = [
+            name
+            for name, place in self.places.items()
+            if len(place.biases) > 1 or any(owners[bias] > 1 for bias in place.biases)
+        ]
+        unused = [name for name in self.mask if name not in self.places]
+        repaired = {id(self.dense.get_parameter(name)) for name in self.places}
+        scales = ((n, m, m._parameters.get("weight")) for n, m in self.dense.named_modules())
+        # Normalisations share no class, and many are timm's own or another package's.
+        norms = [
+            name
+            for name, module, scale in scales
+            if scale is not None and id(scale) not in repaired
+            if isinstance(module, nn.LayerNorm)
+            or (scale.ndim == 1 and "norm" in type(module).__name__.lower())
+        ]
+        self.places = {name: place for name, place in self.places.items() if name not in torn}
+        parts = "+".join(part for part in self.repair.parts if part != "obs")
+        texts = {
+            f"no call of a linear layer or convolution takes them; not repaired by {parts}": unused,
+            f"they share a bias or have several; not repaired by {parts}": torn,
+            "no BatchNorm with running statistics or LayerNorm of channels, with scale and shift; "
+            "moments not restored": norms if self._moments else [],
+        }
+        return [f"{listed(names)}: {text}" for text, names in texts.items() if names]
 
     def record_stream(self, name: str, stream: Tensor) -> None:
         """Keep what the dense network adds the output of a place to."""
-        if name not in self.streams:
-            self.streams[name] = self._over_scale(name, stream)
+        self.streams[name, self.batch] = self._over_scale(name, stream)
 
     def compare_stream(self, name: str, stream: Tensor) -> None:
-        """Ask the end of a branch for what the pruned network's stream lacks of the dense one's."""
-        if dense := self.streams.pop(name, None):
-            target = self.targets[name]
-            for key, now in self._over_scale(name, stream).items():
-                target[key] = target[key] + (dense[key] - now)
+        """Note what the pruned network's stream lacks of the dense one's."""
+        if any(name == other for other, _ in self.waiting):
+            (count, mean, spread), rows = self.streams[name, self.batch]
+            (_, now, _), rows_now = self._over_scale(name, stream)
+            self.lost[name] = (count, mean - now, spread), rows - rows_now
 
-    def before(self, name: str, original: Tensor, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Repair a place before its own output is computed; all later inputs follow from it."""
-        if (target := self.targets.get(name)) is None:
-            return
-        if layouts.is_norm(module):
-            mean, std = _moments(module, inputs[0])
-            # A channel that the pruned network holds constant has no spread to restore.
-            alive = std > 1e-6 * target["std"]
-            rescaled = torch.where(alive, target["std"] / torch.where(alive, std, 1), 1.0)
-            scale = module.weight * rescaled
-            module.weight.copy_(scale)
-            module.bias.copy_(target["mean"] - scale * mean)
-        elif "rows" in target:
-            keep = self.mask[f"{name}.weight"].to(inputs[0].device)
-            solved, bias = solve_layer(
-                layouts.rows_of(module, inputs[0], self.chosen[name]),
-                target["rows"],
-                layouts.by_group(module, original),
-                layouts.by_group(module, keep),
-                # A mean that no bias can carry is left to the normalisation, if that is repaired.
-                centred=module.bias is not None or "moments" in self.repair.parts,
-                damping=self.repair.damping,
-            )
-            module.weight.copy_(solved.reshape(module.weight.shape))
-            if module.bias is not None:
-                module.bias.copy_(bias)
-
-    def after(
-        self, name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        """Shift what a layer gives to the mean that it is to have."""
-        target = self.targets.pop(name, None)
-        if target is None or "moments" not in self.repair.parts:
-            return None
-        if layouts.is_norm(module) or module.bias is None:
-            return None
-        mean = layouts.channels_last(output, module).double().mean(0)
-        shift = (target["mean"] - mean).to(output.dtype)
-        module.bias += shift
-        axis = layouts.channel_axis(module, output)
-        return output + shift.view([-1 if i == axis else 1 for i in range(output.ndim)])
-
-    def _summary(self, name: str, output: Tensor) -> dict[str, Tensor]:
-        module = self.places[name]
-        values = layouts.channels_last(output, module)
-        summary = {"mean": values.double().mean(0)}
-        if "layerwise" in self.repair.parts and not layouts.is_norm(module):
-            if name not in self.chosen:
-                generator = torch.Generator().manual_seed(self.seed)
-                order = torch.randperm(len(values), generator=generator)
-                most = min(self.repair.rows, _ROWS_AN_UNKNOWN * module.weight[0].numel())
-                self.chosen[name] = order[:most].sort().values.to(values.device)
-            summary["rows"] = values[self.chosen[name]]
-        return summary
-
-    def _over_scale(self, name: str, stream: Tensor) -> dict[str, Tensor]:
+    def _over_scale(self, name: str, stream: Tensor) -> tuple[_Part, Tensor]:
         scale = self.residuals[name].scale
         # A channel that the branch does not reach can mend nothing.
         inverse = torch.where(scale == 0, 0, 1 / scale)
-        return {k: v * inverse.to(v.dtype) for k, v in self._summary(name, stream).items()}
+        values = layouts.channels_last(stream, self.residuals[name].axis)
+        count, mean, spread = _part(values, spread=False)
+        rows = values[self._chosen(name, values)]
+        return (count, mean * inverse, spread), rows * inverse.to(rows.dtype)
+
+    def mend(self, name: str, call: Call) -> Tensor:
+        """Repair a place before its own output is computed; all later inputs follow from it."""
+        if self.waiting[:1] == [(name, "inputs")]:
+            if self.places[name].norm:
+                values = layouts.channels_last(_unscaled(call), layouts.channel_axis(call))
+                if self._see(name, _part(values, spread=True)):
+                    self._rescale_(name, call)
+                    self._advance()
+            elif self._see(name, self._equations(name, call)):
+                self._solve_(name, call)
+                self._advance()
+        output: Tensor = call.run()
+        if self.waiting[:1] == [(name, "outputs")]:
+            axis = layouts.channel_axis(call)
+            if self._see(name, _part(layouts.channels_last(output, axis), spread=False)):
+                wanted, _ = _pooled(self.places[name].moments)
+                shift = wanted + self._lacking() - _pooled(self.seen)[0]
+                call["bias"].add_(shift.to(output.dtype))
+                self._advance()
+                output = output + shift.to(output.dtype).view(-1, *(1,) * (-1 - axis))
+        return output
+
+    def _see(self, name: str, what: Any) -> bool:
+        """Note what one use tells; whether it was the last of the last batch."""
+        self.seen.append(what)
+        if name in self.residuals:
+            self.lacking.append(self.lost[name][0])
+        self.calls += 1
+        if self.calls < len(self.places[name].uses[self.batch]):
+            return False
+        self.done.add(self.batch)
+        if len(self.done) < len(self.images):
+            raise _Enough
+        return True
+
+    def _advance(self) -> None:
+        """Go on to the next place, in this forward if nothing in it is out of date."""
+        stale = self.calls > 1
+        self._next()
+        if stale or not self.waiting:
+            raise _Enough
+
+    def _next(self) -> None:
+        name, _ = self.waiting.pop(0)
+        self.seen, self.lacking, self.calls = [], [], 0
+        self.done.clear()
+        if all(name != other for other, _ in self.waiting):
+            del self.places[name]  # its rows take memory
+
+    def _lacking(self) -> Tensor | float:
+        """The mean that the stream lacks of the dense one's, over the scale of its branch."""
+        return _pooled(self.lacking)[0] if self.lacking else 0.0
+
+    def _equations(self, name: str, call: Call) -> tuple[Tensor, Tensor]:
+        """Inputs and wanted outputs of a layer: ``[groups, R, K]`` and ``[R, channels]``."""
+        chosen, wanted = self.places[name].uses[self.batch][self.calls]
+        if name in self.residuals:
+            wanted = wanted + self.lost[name][1]
+        return layouts.rows_of(call, chosen), wanted
+
+    def _solve_(self, name: str, call: Call) -> None:
+        """Re-solve the surviving weights of a layer, and its bias."""
+        inputs, wanted = zip(*self.seen, strict=True)
+        x, biased, weight = torch.cat(inputs, 1), self.places[name].biases != {None}, call["weight"]
+        solved, bias = solve_layer(
+            x,
+            torch.cat(wanted),
+            layouts.by_group(self.dense.get_parameter(name), len(x)),
+            layouts.by_group(self.mask[name], len(x)),
+            # A mean that no bias can carry is left to the normalisation, if that is repaired.
+            centred=biased or self._moments,
+            damping=self.repair.damping,
+        )
+        weight.copy_(solved.reshape(weight.shape))
+        if biased:
+            call["bias"].copy_(bias)
+
+    def _rescale_(self, name: str, call: Call) -> None:
+        """Give a normalisation the mean and standard deviation that it has in the dense network."""
+        mean, std = _pooled(self.seen)
+        dense_mean, dense_std = _pooled(self.places[name].moments)
+        dense = [self.dense.get_parameter(n) for n in (name, *self.places[name].biases) if n]
+        # A channel that the pruned network holds constant has no spread to restore.
+        alive = std > 1e-6 * dense_std
+        scale = call["weight"] * torch.where(alive, dense_std / torch.where(alive, std, 1), 1.0)
+        wanted = dense[0].double() * dense_mean + dense[1].double() + self._lacking()
+        call["weight"].copy_(scale)
+        call["bias"].copy_(wanted - scale * mean)
 
 
-def _moments(module: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what a normalisation multiplies by its scale, by channel."""
-    values = layouts.channels_last(layouts.standardised(module, inputs), module).double()
-    return values.mean(0), values.std(0, correction=0)
+def _unscaled(call: Call) -> Tensor:
+    """What a normalisation multiplies by its scale."""
+    values: Tensor = call.run(weight=None, bias=None)
+    return values
+
+
+def _part(values: Tensor, spread: bool) -> _Part:
+    """Moments of some rows ``[rows, channels]``, in float64; the variance only where asked for."""
+    values = values.double()
+    mean = values.mean(0)
+    return len(values), mean, values.var(0, correction=0) if spread else torch.zeros_like(mean)
+
+
+def _pooled(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[channels]`` of all rows of some parts."""
+    means = torch.stack([mean for _, mean, _ in parts])
+    variances = torch.stack([variance for *_, variance in parts])
+    counts = torch.tensor([count for count, *_ in parts]).to(means)
+    shares = counts / counts.sum()
+    mean = shares @ means
+    return mean, (shares @ (variances + (means - mean).square())).sqrt()

@@ -6,12 +6,13 @@ tensors of one shape. A layer ends a branch if one of them is its output up to a
 channel (a BatchNorm in evaluation mode, a LayerScale, dropout that is off), while the other went
 into or came out of a module. Where two branches meet, the one that is computed last is found,
 since only then the other is known. Outputs that are rearranged before they are added, as in
-windowed attention, are not found.
+windowed attention, are not found, nor are layers and streams that a forward passes several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.calls import Call, Calls
+from pai_utils.repair.layouts import channel_axis, channels_last, watching
 from pai_utils.support.common import undisturbed
 
 _AFFINE = 1e-6  # the share of the operand's variance that rounding may leave unexplained
@@ -28,32 +30,32 @@ _AFFINE = 1e-6  # the share of the operand's variance that rounding may leave un
 
 @dataclass(frozen=True)
 class Residual:
-    """The sum ``stream + scale · output + shift`` that a module's output goes into."""
+    """The sum ``stream + scale · output + shift`` that a layer's output goes into."""
 
     place: str  #: module that the stream passes before the sum
     side: str  #: whether it is the module's ``"input"`` or ``"output"``
     scale: Tensor  #: ``[channels]``; zero for a channel that never varied
+    axis: int  #: of the channels, from the end
 
 
-def find_residuals(
-    model: nn.Module, channel_axes: Mapping[str, Callable[[Tensor], int]], images: Tensor
-) -> dict[str, Residual]:
-    """The modules whose outputs are added to a stream, by name.
+def find_residuals(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, Residual]:
+    """The layers and normalisations whose outputs are added to a stream, by their weights' names.
 
-    ``channel_axes`` names the modules to look at, and says which axis of an output holds its
-    channels. The model is run in evaluation mode on a few images ``[N, 3, H, W]``, and left as it
-    was.
+    ``names`` are the weights to look at. The model is run in evaluation mode on a few images
+    ``[N, 3, H, W]``, and left as it was.
     """
-    search = _Search(channel_axes)
+    search = _Search()
     with undisturbed(model), torch.no_grad(), ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
                 before, after = partial(search.enter, name), partial(search.leave, name)
-                hooks.enter_context(module.register_forward_pre_hook(before))
+                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(after))
         hooks.enter_context(Calls({torch.add: search.add}))
+        hooks.enter_context(watching(model, names, search.visit))
         model(images)
-    return search.found
+    passed = search.passed
+    return {n: r for n, r in search.found.items() if passed[n] == passed[r.place] == 1}
 
 
 @contextmanager
@@ -62,16 +64,23 @@ def shown(
 ) -> Iterator[None]:
     """Show ``observe`` the stream of each residual, under its name, whenever it is seen."""
 
-    def show(name: str, _: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> None:
-        observe(name, *(output or inputs[:1]))
+    def show(name: str, _: nn.Module, inputs: Any, last: Any) -> None:
+        observe(name, last if residuals[name].side == "output" else _first(inputs, last))
 
     with ExitStack() as hooks:
         for name, residual in residuals.items():
             module: Any = model.get_submodule(residual.place)
-            enters = residual.side == "input"
-            register = module.register_forward_pre_hook if enters else module.register_forward_hook
-            hooks.enter_context(register(partial(show, name)))
+            if residual.side == "input":
+                hook = module.register_forward_pre_hook(partial(show, name), with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(partial(show, name))
+            hooks.enter_context(hook)
         yield
+
+
+def _first(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """A module's first argument."""
+    return next(iter((*inputs, *keywords.values())), None)
 
 
 class _Sight(NamedTuple):
@@ -87,24 +96,31 @@ class _Sight(NamedTuple):
 class _Search:
     """Looks at modules and additions while a model runs."""
 
-    def __init__(self, channel_axes: Mapping[str, Callable[[Tensor], int]]) -> None:
+    def __init__(self) -> None:
         self.found: dict[str, Residual] = {}
-        self._channel_axes = channel_axes
+        self.passed: Counter[str] = Counter()  # how often a module or a weight was used
         self._time = 0
         self._started: dict[str, int] = {}
         self._sights: dict[int, list[_Sight]] = {}  # by the tensor's id
-        self._outputs: dict[str, Tensor] = {}  # of modules that are in no sum yet, in order
+        self._outputs: dict[str, tuple[Tensor, int]] = {}  # those that are in no sum yet, in order
 
-    def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, name: str, module: nn.Module, inputs: Any, keywords: Any) -> None:
         """Note what goes into a module."""
-        self._note(name, "input", inputs[0] if inputs else None)
-        self._started[name] = self._time
+        self.passed[name] += 1
+        self._note(name, "input", _first(inputs, keywords))
 
     def leave(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
         """Note what comes out of a module."""
         self._note(name, "output", output)
-        if name in self._channel_axes and isinstance(output, Tensor):
-            self._outputs[name] = output.clone()  # additions in place change it
+
+    def visit(self, name: str, call: Call) -> Tensor:
+        """Keep what a layer gives."""
+        self.passed[name] += 1
+        self._started[name] = self._time
+        output: Tensor = call.run()
+        # A copy: additions in place change it.
+        self._outputs[name] = output.clone(), channel_axis(call)
+        return output
 
     def _note(self, place: str, side: str, tensor: object) -> None:
         if isinstance(tensor, Tensor):
@@ -123,7 +139,7 @@ class _Search:
         return total
 
     def _ends_a_branch(self, branch: Tensor, stream: Tensor) -> bool:
-        """Whether ``branch`` is what the last module gave; if so, note those that end with it."""
+        """Whether ``branch`` is what the last layer gave; if so, note those that end with it."""
         sights = self._sights.get(id(stream), [])
         if not sights or not self._outputs:
             return False
@@ -136,18 +152,17 @@ class _Search:
         # As it was added, and known before the branch's last layer runs.
         at = [s for s in sights if s.version == stream._version and s.time <= begin]
         for name, scale in ending.items():
-            del self._outputs[name]
+            _, axis = self._outputs.pop(name)
             if at:
-                self.found.setdefault(name, Residual(at[-1].place, at[-1].side, scale))
+                self.found.setdefault(name, Residual(at[-1].place, at[-1].side, scale, axis))
         return True
 
     def _scale(self, name: str, branch: Tensor) -> Tensor | None:
-        """The factors that map each channel of a module's output to ``branch``, if there are."""
-        output = self._outputs[name]
+        """The factors that map each channel of a layer's output to ``branch``, if there are."""
+        output, axis = self._outputs[name]
         if output.shape != branch.shape:
             return None
-        axis = self._channel_axes[name](output)
-        y, h = (t.movedim(axis, -1).flatten(0, -2).double() for t in (output, branch))
+        y, h = (channels_last(t, axis).double() for t in (output, branch))
         y, h = y - y.mean(0), h - h.mean(0)
         power = y.square().sum(0)
         scale = torch.where(power > 0, (y * h).sum(0) / torch.where(power > 0, power, 1), 0)

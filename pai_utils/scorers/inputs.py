@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import DAMPING
-from pai_utils.curvature.calls import Call, Calls
+from pai_utils.curvature.calls import Call, Calls, windows_of
 from pai_utils.curvature.persample import chunk_bytes, drawn_batches
 from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.sampling import (
@@ -223,7 +223,7 @@ class _Observer(Calls):
             x = call["input"].to(at_least_single(call["input"]))
             x = x[None] if x.dim() == weight.dim() - 1 else x
             # The kernel moves over all samples alike, so that their squares are summed before it.
-            windows = _windows(_summed_squares(x) if self._diagonal else x, call, transposed)
+            windows = windows_of(_summed_squares(x) if self._diagonal else x, call, transposed)
             places = range(3, 3 + weight.dim() - 2)
             groups, positions = windows.shape[1], math.prod(windows.shape[axis] for axis in places)
             size = windows[0, 0].numel() // positions
@@ -277,38 +277,3 @@ def _summed_squares(x: Tensor) -> Tensor:
     for each in x.split(1):
         total.addcmul_(each, each)
     return total
-
-
-def _windows(x: Tensor, call: Call, transposed: bool) -> Tensor:
-    """What a convolution's kernel meets: a view ``[N, groups, channels, *places, *kernel]``.
-
-    A transposed convolution is one of stride 1, its kernel reversed, over its input with zeros
-    between the entries.
-    """
-    sides = call["weight"].dim() - 2
-
-    def each(name: str) -> tuple[int, ...]:
-        value = call[name]
-        return (value,) * sides if isinstance(value, int) else tuple(value)
-
-    stride, dilation = each("stride"), each("dilation")
-    kernel = call["weight"].shape[2:]
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if call["padding"] == "same":
-        margins = [(r // 2, r - r // 2) for r in reach]
-    else:
-        margins = [
-            (p, p) for p in ((0,) * sides if call["padding"] == "valid" else each("padding"))
-        ]
-    if transposed:
-        spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-        stuffed = x.new_zeros(*x.shape[:2], *spread)
-        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
-        ends = zip(reach, margins, each("output_padding"), strict=True)
-        x, stride = stuffed, (1,) * sides
-        margins = [(r - p, r - p + more) for r, (p, _), more in ends]
-    x = F.pad(x, [margin for pair in reversed(margins) for margin in pair])
-    for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
-        x = x.unfold(axis, r + 1, s)[..., ::d]
-    windows: Tensor = x.unflatten(1, (call["groups"], -1))
-    return windows

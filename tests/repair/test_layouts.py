@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from torch import nn
+from torch import Tensor, nn
 
-from pai_utils.repair.layouts import by_group, channels_last, rows_of
+from pai_utils.curvature.calls import Call
+from pai_utils.repair.layouts import by_group, channel_axis, channels_last, rows_of, watching
 
 
+@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize(
     "layer",
     [
@@ -24,11 +26,24 @@ from pai_utils.repair.layouts import by_group, channels_last, rows_of
     ],
     ids=str,
 )
-def test_rows_times_weights_are_the_layers_outputs(layer: Any) -> None:
+def test_rows_times_weights_are_the_layers_outputs(layer: Any, batched: bool) -> None:
     shape = {nn.Linear: (2, 3, 5), nn.Conv1d: (2, 4, 9), nn.Conv3d: (2, 4, 3, 5, 4)}
     inputs = torch.randn(shape.get(type(layer), (2, 4, 7, 8)), dtype=torch.float64)
-    wanted = channels_last(layer.double()(inputs), layer)
-    chosen = torch.tensor([0, 2, len(wanted) - 1])
-    x, weight = rows_of(layer, inputs, chosen), by_group(layer, layer.weight)
-    found = torch.einsum("grk,gmk->rgm", x, weight).flatten(1) + layer.bias
-    torch.testing.assert_close(found, wanted[chosen])
+    if not batched and not isinstance(layer, Conv2dSame):  # which takes batches alone
+        inputs = inputs[0]
+    chosen = torch.tensor([0, 2])
+
+    def check(name: str, call: Call) -> Tensor:
+        output: Tensor = call.run()
+        wanted = channels_last(output, channel_axis(call))
+        assert wanted.shape[1] == len(layer.weight)
+        x = rows_of(call, chosen)
+        found = torch.einsum("grk,gmk->rgm", x, by_group(layer.weight, len(x))).flatten(1)
+        torch.testing.assert_close(found + layer.bias, wanted[chosen])
+        seen.append(name)
+        return output
+
+    seen: list[str] = []
+    with watching(layer.double(), ["weight"], check):
+        layer(inputs)
+    assert seen == ["weight"]

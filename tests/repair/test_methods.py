@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.layer_scale import LayerScale
 from timm.layers.norm import LayerNorm2d, RmsNorm
+from timm.layers.norm_act import LayerNormAct2d
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d as TorchvisionNorm
 
 import pai_utils as pai
 from pai_utils.curvature.blocks import fisher_blocks
@@ -19,7 +23,15 @@ from pai_utils.repair.layouts import channels_last
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.support.common import NonFiniteError
 from pai_utils.support.sampling import ALL
-from tests.cases import BatchNorm, Images, Layers, fingerprint, tiny_classifier, torch_attention
+from tests.cases import (
+    BatchNorm,
+    Images,
+    Layers,
+    Limited,
+    fingerprint,
+    tiny_classifier,
+    torch_attention,
+)
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -86,7 +98,9 @@ class Setting:
 
         def keep(module: nn.Module, _: object, output: Tensor) -> None:
             if isinstance(module, kinds):
-                found.append((module, channels_last(output, module)))
+                last = isinstance(module, (nn.Linear, nn.LayerNorm))
+                last = last and not isinstance(module, LayerNorm2d)
+                found.append((module, channels_last(output, -1 if last else 1)))
 
         with torch.no_grad(), torch.nn.modules.module.register_module_forward_hook(keep):
             model(self.data.images)
@@ -172,6 +186,18 @@ def block(hidden: int, normalised: bool = False) -> nn.Module:
     return Layers(call, **layers, norm=norm, gain=gain)
 
 
+def block_of_tokens() -> nn.Module:
+    """A residual block over tokens."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 4, 4), nn.Flatten(2),
+        Layers(
+            lambda m, x: x + m.down(m.norm(m.up(x)).tanh()),
+            up=nn.Linear(4, 7), norm=nn.LayerNorm(7), down=nn.Linear(7, 4),
+        ),
+        nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+
+
 def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).detach().abs().max())
 
@@ -235,17 +261,206 @@ def twice() -> nn.Module:
     return Layers(lambda m, x: m.layer(m.layer(x.flatten(1)[:, :6]).relu()), layer=nn.Linear(6, 6))
 
 
-def test_a_layer_that_is_called_twice_is_shifted_once() -> None:
+def exact(x: Tensor, y: Tensor, setting: Setting, name: str, damping: float) -> Tensor:
+    """The surviving weights of a layer, for its inputs ``[R, K]`` and wanted outputs ``[R, M]``.
+
+    A dense least-squares problem for each output, with the ridge and the mean as further rows.
+    """
+    start = setting.dense.get_parameter(name).detach().flatten(1)
+    keep = setting.mask[name].flatten(1)
+    x, y = x - x.mean(0), y - y.mean(0)
+    found = torch.zeros_like(start)
+    ridge = (len(x) * damping * x.square().mean()).sqrt()
+    for output, alive in enumerate(keep):
+        rows = torch.cat([x[:, alive], ridge * torch.eye(int(alive.sum())).double()])
+        wanted = torch.cat([y[:, output], ridge * start[output, alive]])
+        found[output, alive] = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
+    return found
+
+
+def test_a_layer_that_is_called_twice_is_solved_over_both_uses() -> None:
     setting = Setting(twice)
-    inputs = setting.data.images.flatten(1)[:, :6]
-    found, wanted = (m.layer(inputs).mean(0) for m in (setting.repair("moments"), setting.dense))
-    torch.testing.assert_close(found, wanted)
+    x = setting.data.images.flatten(1)[:, :6]
+    with torch.no_grad():
+        inputs, wanted = (
+            torch.cat([x, m.layer(x).relu()]) for m in (setting.pruned, setting.dense)
+        )
+        wanted = setting.dense.layer(wanted)
+        repaired = setting.repair("layerwise", damping=0.01).layer
+        weight = exact(inputs, wanted, setting, "layer.weight", 0.01)
+        torch.testing.assert_close(repaired.weight, weight)
+        torch.testing.assert_close(repaired(inputs).mean(0), wanted.mean(0))
+        shifted = setting.repair("moments").layer
+        lost = (wanted - setting.pruned.layer(inputs)).mean(0)
+        torch.testing.assert_close(shifted.bias, setting.dense.layer.bias + lost)
+
+
+def tied(bias: bool) -> nn.Module:
+    one, two = nn.Linear(6, 6, bias=bias), nn.Linear(6, 6, bias=bias)
+    two.weight = one.weight
+    return Layers(lambda m, x: m.two(m.one(x.flatten(1)[:, :6]).tanh()), one=one, two=two)
+
+
+def test_layers_that_share_a_weight_are_solved_together() -> None:
+    setting = Setting(lambda: tied(bias=False))
+    x = setting.data.images.flatten(1)[:, :6]
+    with torch.no_grad():
+        inputs, wanted = (torch.cat([x, m.one(x).tanh()]) for m in (setting.pruned, setting.dense))
+        # So that the means of both are zero, which no bias carries.
+        inputs, wanted = (
+            torch.cat([inputs, -inputs]),
+            setting.dense.one(torch.cat([wanted, -wanted])),
+        )
+    weight = exact(inputs, wanted, setting, "one.weight", 0.01)
+    repaired = setting.repair("layerwise", damping=0.01)
+    assert repaired.two.weight is repaired.one.weight
+    torch.testing.assert_close(repaired.one.weight.detach(), weight)
+
+
+class ByKeyword(nn.Module):
+    """Calls a module with its input by keyword."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        called: Tensor = self.module(input=x)
+        return called
+
+
+class OneByOne(nn.Module):
+    """Calls a module without a batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.module(each) for each in x])
+
+
+@pytest.mark.parametrize("wrapper", [nn.Sequential, ByKeyword, OneByOne])
+@pytest.mark.parametrize("method", ["layerwise", "moments", "layerwise+moments"])
+def test_layers_are_repaired_however_they_are_called(
+    wrapper: Callable[[nn.Module], nn.Module], method: str
+) -> None:
+    def make(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        norm = nn.Sequential(BatchNorm(6)) if wrap is OneByOne else wrap(BatchNorm(6))
+        return nn.Sequential(
+            wrap(nn.Conv2d(3, 6, 3)), norm, nn.ReLU(),
+            wrap(nn.Conv2d(6, 6, 3, padding=1, groups=2)), nn.Flatten(), wrap(nn.Linear(216, 4)),
+        )  # fmt: skip
+
+    plain, setting = Setting(lambda: make(nn.Sequential)), Setting(lambda: make(wrapper))
+    repaired = setting.repair(method, rows=10**6)
+    wanted = plain.repair(method, rows=10**6).parameters()
+    for found, expected in zip(repaired.parameters(), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    if method == "layerwise":
+        first = next(setting.dense.children())
+        x = nn.functional.unfold(setting.data.images, 3).mT.flatten(0, 1)
+        y = first(setting.data.images).detach().flatten(2).mT.flatten(0, 1)
+        name, parameter = next(repaired.named_parameters())
+        found, expected = parameter.detach().flatten(1), exact(x, y, setting, name, 0.1)
+        torch.testing.assert_close(found, expected)
+
+
+class Permuting(nn.LayerNorm):
+    """Over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "norm", [LayerNorm2d, partial(LayerNormAct2d, apply_act=False), TorchvisionNorm, Permuting]
+)
+@pytest.mark.parametrize("channels", [6, 5])  # the first as many as an image is wide
+def test_moments_finds_the_channels_of_a_layer_norm_of_images(
+    norm: Callable[[int], nn.Module], channels: int
+) -> None:
+    setting = Setting(lambda: nn.Sequential(nn.Conv2d(3, channels, 3, bias=False), norm(channels)))
+    found, wanted = (m(setting.data.images) for m in (setting.repair("moments"), setting.dense))
+    axes = (0, 2, 3)
+    torch.testing.assert_close(found.mean(axes), wanted.mean(axes))
+    torch.testing.assert_close(found.std(axes), wanted.std(axes))
+
+
+def test_a_batch_norm_of_the_batch_is_left_and_layers_beside_it_are_solved(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    norm = nn.BatchNorm1d(5, track_running_stats=False)
+    layers = nn.Flatten(), nn.Linear(192, 5), norm, nn.Linear(5, 5), nn.Linear(5, 4)
+    setting = Setting(lambda: nn.Sequential(*layers))
+    kept = [norm.weight.clone(), norm.bias.clone()]
+    repaired = setting.repair("layerwise+moments", damping=0.01)
+    assert caplog.messages == [f"2: {NO_NORM}"]
+    torch.testing.assert_close(list(repaired[2].parameters()), kept)
+    with torch.no_grad():
+        x, y = repaired[:3](setting.data.images), setting.dense[:4](setting.data.images)
+    found, expected = repaired[3].weight.detach(), exact(x, y, setting, "3.weight", 0.01)
+    torch.testing.assert_close(found, expected)
+
+
+def residual() -> nn.Module:
+    """A convolution, then one that adds to it, and one that runs twice."""
+    return Layers(
+        lambda m, x: m.last(m.last((y := m.stem(x)) + m.branch(m.norm(y).tanh())).tanh()),
+        stem=nn.Conv2d(3, 4, 3), branch=nn.Conv2d(4, 4, 1), norm=BatchNorm(4),
+        last=nn.Conv2d(4, 4, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [convolutional, tokens, residual, block_of_tokens])
+@pytest.mark.parametrize("method", ["layerwise", "moments", "layerwise+moments"])
+@pytest.mark.parametrize("limit", [1, 4])
+def test_repair_is_the_same_in_batches_that_fit_into_memory(
+    make: Callable[[], nn.Module], method: str, limit: int
+) -> None:
+    def limited(largest: int) -> Setting:
+        return Setting(lambda: Limited(make(), largest))
+
+    setting = limited(limit)
+    found, wanted = (s.repair(method, rows=40) for s in (setting, limited(10)))
+    assert setting.dense.sizes[0] > limit
+    for parameter, expected in zip(found.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_that_never_fits_is_left_as_it_was() -> None:
+    # The dense network fits, the pruned one runs out in the middle.
+    setting = Setting(convolutional)
+    memory = [torch.OutOfMemoryError("full")] * 99
+    setting.pruned[7].forward = Mock(side_effect=memory)
+    before = fingerprint(setting.pruned)
+    repair = Repair("layerwise", samples=None)
+    with pytest.raises(torch.OutOfMemoryError):
+        repair_(setting.pruned, setting.dense, setting.mask, setting.data, repair)
+    assert fingerprint(setting.pruned) == before
+    assert setting.pruned[7].forward.call_count > 1
+
+
+def test_a_layer_that_the_pruned_network_uses_less_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x.flatten(1))
+        return m.second(x) if m.first.weight.all() else x
+
+    setting = Setting(lambda: Layers(call, first=nn.Linear(192, 4), second=nn.Linear(4, 4)))
+    repaired = setting.repair("layerwise", damping=0.01)
+    assert caplog.messages == [
+        "second.weight is not used as often as in the dense network; it is not repaired"
+    ]
+    assert torch.equal(repaired.second.weight, setting.pruned.second.weight)
+    assert not torch.equal(repaired.first.weight, setting.pruned.first.weight)
 
 
 def functional() -> nn.Module:
     """A layer whose weight alone is used."""
     return Layers(
-        lambda m, x: nn.functional.linear(m.used(x.flatten(1)), m.aside.weight),
+        lambda m, x: m.used(x.flatten(1)) @ m.aside.weight.T,
         used=nn.Linear(192, 4),
         aside=nn.Linear(4, 4),
     )
@@ -256,7 +471,11 @@ def summed(layer: nn.Module) -> nn.Module:
     return Layers(lambda m, x: x + m.layer(x), layer=layer)
 
 
-PLAIN = "no weights of plain linear layers or convolutions; not repaired by layerwise+moments"
+PLAIN = "no call of a linear layer or convolution takes them; not repaired by layerwise+moments"
+NO_NORM = (
+    "no BatchNorm with running statistics or LayerNorm of channels, with scale and shift; "
+    "moments not restored"
+)
 
 
 @pytest.mark.parametrize(
@@ -269,16 +488,18 @@ PLAIN = "no weights of plain linear layers or convolutions; not repaired by laye
         ),
         (
             [nn.ConvTranspose2d(3, 6, 2), nn.Flatten(2), nn.Linear(81, 6), torch_attention()],
-            [f"0.weight, 3.attention.in_proj_weight: {PLAIN}",
-             "3.attention.out_proj is not called as a layer; its weights are not repaired"],
+            [f"0.weight, 3.attention.in_proj_weight, 3.attention.out_proj.weight: {PLAIN}"],
         ),
         (
             [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(2),
              nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36)],
-            ["1, 5, 6, 8: no BatchNorm or LayerNorm of channels with scale and shift; moments "
-             "not restored"],
+            [f"1, 5, 6, 8: {NO_NORM}"],
         ),
-        ([functional()], ["0.aside is not called as a layer; its weights are not repaired"]),
+        ([functional()], [f"0.aside.weight: {PLAIN}"]),
+        (
+            [tied(bias=True)],
+            ["0.one.weight: they share a bias or have several; not repaired by layerwise+moments"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_not_repaired_is_named_and_left(

@@ -1,6 +1,5 @@
 """Residual streams: which layers end a branch, and where the stream is seen."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -40,20 +39,16 @@ def meeting(second_first: bool) -> Any:
     )  # fmt: skip
 
 
-def axes_of(model: nn.Module) -> Mapping[str, Callable[[Tensor], int]]:
-    last = (nn.Linear, nn.LayerNorm)
-    return {
-        name: (lambda output: output.ndim - 1) if isinstance(module, last) else (lambda output: 1)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d))
-    }
+def weights_of(model: nn.Module) -> list[str]:
+    kinds = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d)
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def found_in(model: nn.Module, images: Tensor) -> dict[str, Residual]:
     before = fingerprint(model)
-    found = find_residuals(model, axes_of(model), images)
+    found = find_residuals(model, weights_of(model), images)
     assert fingerprint(model) == before
-    return found
+    return {name.removesuffix(".weight"): residual for name, residual in found.items()}
 
 
 def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
