@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pai_utils.models.checkpoints import differences
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.models.loading import load_backbone, resolve_device
 from pai_utils.support.common import check_names, listed, package_folder, undisturbed
+from pai_utils.support.sampling import fitting_batches
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
 FORMATS = ("compressed", "dense", "onnx")
@@ -186,7 +187,7 @@ def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> flo
         "import sys; library, path, threads = sys.argv[1:]; sys.path.insert(0, library); "
         "import torch; from safetensors.torch import load; from pai_utils import export; "
         "torch.set_num_threads(int(threads)); data = load(sys.stdin.buffer.read()); "
-        "logits = export.load_classifier(path, 'cpu')(data['images']); "
+        "logits = export._logits(export.load_classifier(path, 'cpu'), data['images']); "
         "print(float((logits - data['logits']).abs().max()))"
     )
     library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
@@ -259,8 +260,12 @@ def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
-    difference = float((torch.from_numpy(found) - _logits(model, images)).abs().max())
+    name = session.get_inputs()[0].name
+
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+
+    difference = float((_in_batches(run, images) - _logits(model, images)).abs().max())
     if not difference <= _TOLERANCE:
         raise ValueError(f"logits of {path} differ from the model's by {difference:.3g}")
     return difference
@@ -438,8 +443,14 @@ def _image_size(model: nn.Module) -> int | None:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in evaluation mode on the CPU, by a copy of the model."""
-    logits: Tensor = copy.deepcopy(model).cpu().eval()(images.cpu())
-    return logits
+    return _in_batches(copy.deepcopy(model).cpu().eval(), images)
+
+
+@torch.no_grad()
+def _in_batches(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What ``run`` gives for images, on the CPU, as many at a time as fit into memory."""
+    images = images.cpu()
+    return fitting_batches(lambda size: torch.cat([*map(run, images.split(size))]), len(images))
 
 
 def _short(value: Tensor) -> str:

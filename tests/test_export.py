@@ -1,6 +1,7 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -272,6 +273,38 @@ def test_a_file_alone_makes_the_classifier_in_a_fresh_process(
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     with pytest.raises(ValueError, match=r"a fresh process cannot load .*none: .*[Ss]yntax"):
         check_compressed(model, tmp_path / "none", images)
+
+
+def test_files_are_compared_in_batches_that_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript")
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    model, images = of_timm(), torch.randn(5, 3, 32, 32)
+    mask, run = pruned(model), session.run
+    expected = write_formats(model, mask, tmp_path, images).difference
+
+    def limited(_: object, given: tuple[Tensor]) -> None:
+        if len(given[0]) > 2:
+            raise torch.OutOfMemoryError
+
+    def limited_run(self: Any, outputs: object, feed: dict[str, Any]) -> Any:
+        if len(feed["images"]) > 1:
+            raise Exception("Failed to allocate memory for requested buffer of size 9")
+        return run(self, outputs, feed)
+
+    model.register_forward_pre_hook(limited)
+    monkeypatch.setattr(session, "run", limited_run)
+    found = write_formats(model, mask, tmp_path, images, ["compressed", "dense"]).difference
+    assert list(found) == list(expected[:2]) == [0, 0]
+    assert check_compressed(model, tmp_path / "pruned.compressed.safetensors", images) < 1e-5
+    assert check_onnx(model, tmp_path / "pruned.onnx", images) < 1e-5
+    with torch.no_grad():
+        list(model.parameters())[-1].add_(1)
+    with pytest.raises(ValueError, match=r"differ from the model's by 1\b"):
+        check_onnx(model, tmp_path / "pruned.onnx", images)
+    halved = [message[-1] for message in caplog.messages if "out of memory" in message]
+    assert "".join(halved) == "2222212212"
 
 
 def test_a_file_that_does_not_say_how_to_make_its_model_is_refused(tmp_path: Path) -> None:

@@ -166,15 +166,17 @@ def fitting_batches(compute: Callable[[int], T], batch_size: int) -> T:
     ``compute`` must give the same result for every batch size and have no effect when it fails.
 
     Raises:
-        torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``).
+        torch.OutOfMemoryError: if even single samples do not fit (on a CPU a ``RuntimeError``,
+            or what another library raises).
     """
     while True:
         try:
             return compute(batch_size)
-        except RuntimeError as error:
-            # The CPU's allocator has no exception class of its own.
-            full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-            if batch_size == 1 or not full:
+        except Exception as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            # The allocators of torch's CPU and of ONNX Runtime have no class of their own.
+            said = ("DefaultCPUAllocator", "Failed to allocate memory")
+            if batch_size == 1 or not (full or any(words in str(error) for words in said)):
                 raise
             batch_size //= 2
         # Outside the handler: the traceback would keep the failed batch's tensors alive.

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,8 +97,9 @@ def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> 
         assert fitting_batches(compute, 64) == "done with 4"
     assert tried == [64, 32, 16, 8, 4]
     assert caplog.messages[-1] == "out of memory; starting again with batches of 4"
-    # The CPU's own lack of memory counts too.
+    # The CPU's own lack of memory counts too, and that of numpy.
     assert fitting_batches(lambda size: len(torch.empty((size - 1) << 50)), 2) == 0
+    assert fitting_batches(lambda size: len(np.empty((size - 1) << 50)), 2) == 0
 
 
 def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
