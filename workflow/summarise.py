@@ -515,7 +515,9 @@ def _larger(results: Path) -> pd.DataFrame:
         table = pd.read_csv(path / "held_out.csv")
         label = ENCODERS[path.name.partition("-")[2]]
         parts += [
-            retention_verdict(table, name, threshold=KEPT).assign(method=in_full(name), encoder=label)
+            retention_verdict(table, name, threshold=KEPT).assign(
+                method=in_full(name), encoder=label
+            )
             for name in ("ggn_diag", "magnitude", "magnitude@layer", "random@ggn_diag")
         ]
     return pd.concat(parts, ignore_index=True)
