@@ -30,10 +30,10 @@ from .models.clip import zero_shot_head as zero_shot_head
 from .models.encoders import Backbone as Backbone
 from .models.encoders import Classifier as Classifier
 from .models.encoders import prunable_parameters as prunable_parameters
+from .models.encoders import select_parameters as select_parameters
 from .models.loading import load_backbone as load_backbone
 from .pruning import Pruned as Pruned
 from .pruning import prune as prune
-from .pruning import select_parameters as select_parameters
 from .scorers import SCORERS as SCORERS
 from .scorers import Scores as Scores
 from .scorers import find_scorer as find_scorer

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.models.encoders import Backbone, Classifier, check_masks_hold
 from pai_utils.scorers.registry import Scores
 from pai_utils.support.common import hash_tensors, listed
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
@@ -121,16 +121,18 @@ class Mask(Mapping[str, Tensor]):
     def check(self, model: nn.Module, *, strict: bool = True) -> None:
         """Refuse a model that the mask was not made for.
 
-        Names and shapes must fit, and unless ``strict`` is false also the encoder's name and the
-        weights' checksum, where the metadata has them (:func:`describe_weights`). A model whose
-        pruned weights are all zero passes without its checksum: it was pruned by this mask, and
-        perhaps repaired or fine-tuned since.
+        Names and shapes must fit, layers apply zeros where their weights are zero, and unless
+        ``strict`` is false the encoder's name and the weights' checksum must fit, where the
+        metadata has them (:func:`describe_weights`). A model whose pruned weights are all zero
+        passes without its checksum: it was pruned by this mask, and perhaps repaired or fine-tuned
+        since.
 
         Raises:
             ValueError: what does not fit.
         """
         parameters = dict(model.named_parameters())
         self._check(parameters, "the model")
+        check_masks_hold(model, [n for n, entry in self.items() if self._kept[n] < entry.numel()])
         if not strict:
             return
         encoder = describe_weights(model, ())["encoder"]

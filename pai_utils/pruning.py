@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
-from pai_utils.models.encoders import prunable_parameters
+from pai_utils.models.encoders import check_masks_hold, prunable_parameters
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
 from pai_utils.support.common import check_names, device_of, logger
@@ -148,8 +146,9 @@ def prune(
 
     Raises:
         ValueError: for an unknown scorer, scope, schedule, option or repair, an impossible
-            sparsity, a pattern without a match, fewer rounds than one, or more with a scope that
-            prunes at once; or if more is pruned already than asked for.
+            sparsity, a pattern without a match, a weight that no mask holds in, fewer rounds than
+            one, or more with a scope that prunes at once; or if more is pruned already than asked
+            for.
 
     Examples:
         >>> import torch
@@ -202,7 +201,8 @@ def follow(
     if repair.parts and images is None:
         raise ValueError(f"repair {recipe.repair!r} needs samples of the source task")
     start = time.perf_counter()
-    names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
+    names = prunable_parameters(model, recipe.include, recipe.exclude)
+    check_masks_hold(model, names)
     metadata = recipe.metadata(draw, source)
     pruned, mask, before = copy.deepcopy(model), _surviving(model, names, within), 0.0
     if mask is not None:
@@ -252,46 +252,3 @@ def _surviving(model: nn.Module, names: Sequence[str], within: Mask | None) -> M
     if within is not None:
         alive |= {name: alive[name] & within[name] for name in names if name in within}
     return None if all(entry.all() for entry in alive.values()) else Mask(alive)
-
-
-def select_parameters(
-    names: Sequence[str],
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-) -> list[str]:
-    """Choose parameters by patterns of their names, as of files in a shell (``fnmatch``).
-
-    A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and so
-    all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
-    character and ``[01]`` one of those listed. One of ``include`` must match (``None``: all do),
-    and none of ``exclude``; each is one pattern or several.
-
-    Raises:
-        ValueError: if a pattern matches none of the names, or no name is left.
-
-    Examples:
-        >>> import pai_utils as pai
-        >>> names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.weight"]
-        >>> pai.select_parameters(names, include="*.mlp", exclude="blocks.1")
-        ['blocks.0.mlp.fc1.weight']
-    """
-    chosen = set(names) if include is None else _matching(names, include)
-    chosen -= _matching(names, exclude)
-    if names and not chosen:
-        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to prune")
-    return [name for name in names if name in chosen]
-
-
-def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> set[str]:
-    matched = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # What matches a module's name matches the start of its weights' names.
-        found = {n for n in names if any(fnmatchcase(n, p) for p in (pattern, f"{pattern}.*"))}
-        if not found:
-            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
-            raise ValueError(
-                f"no prunable weight or module matches {pattern!r}; names near it: "
-                + ", ".join(near or names[:3])
-            )
-        matched |= found
-    return matched

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.std_conv import StdConv2d
 
 import pai_utils as pai
 from pai_utils import pruning
@@ -255,6 +256,24 @@ def test_sparsity_is_that_of_the_weights_that_are_left_in_and_only_they_are_scor
     assert [list(scores) for _, scores in scored] == [NAMES[1:]] * 4
 
 
+def test_no_mask_is_made_or_applied_where_it_would_not_hold(scored: Scored) -> None:
+    layers = StdConv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, torch.nn.LazyLinear(3)).eval()
+    model(torch.zeros(1, 3, 8, 8))
+    data = tiny_task().train
+    for layer in (model, torch.nn.Sequential(model)):
+        with pytest.raises(ValueError, match=r"no mask holds in '(0\.)?0\.weight': what StdConv2d"):
+            pai.prune(layer, data, "ggn_diag", 0.5, samples=8)
+    assert not scored
+    mask = make_mask(score("ggn_diag", model, data, samples=8), 0.5)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"no mask holds in '0\.weight'"):
+        mask.apply_(model, strict=False)
+    assert fingerprint(model) == before
+    kept = pai.prune(model, data, "ggn_diag", 0.5, samples=8, exclude="0").mask
+    assert list(kept) == ["2.weight", "4.weight"]
+
+
 @pytest.mark.parametrize(
     ("include", "exclude", "chosen"),
     [
@@ -270,4 +289,4 @@ def test_patterns_choose_weights_and_whole_modules(
     include: Any, exclude: Any, chosen: list[str]
 ) -> None:
     names = ["stem.weight", "blocks.1.fc.weight", "blocks.10.fc.weight"]
-    assert pruning.select_parameters(names, include, exclude) == chosen
+    assert pai.select_parameters(names, include, exclude) == chosen

@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
 # Parameters of functions written in C++, which Python cannot read. Of a function that is neither
 # here nor written in Python only the first parameter has a name, "input".
 _LAYER = "input weight bias=None stride=1 padding=0"
 _PARAMETERS: dict[Any, str] = {
     F.linear: "input weight bias=None",
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), f"{_LAYER} dilation=1 groups=1"),
-    **dict.fromkeys(
-        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-        f"{_LAYER} output_padding=0 groups=1 dilation=1",
-    ),
+    **dict.fromkeys(CONVOLUTIONS, f"{_LAYER} dilation=1 groups=1"),
+    **dict.fromkeys(TRANSPOSED, f"{_LAYER} output_padding=0 groups=1 dilation=1"),
     F.scaled_dot_product_attention: "query key value attn_mask=None dropout_p=0.0 is_causal=False "
     "scale=None enable_gqa=False",
     F.max_pool2d: "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False "

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import CheckpointReport
 
@@ -115,17 +124,23 @@ def frozen_head(weight: Tensor, bias: Tensor) -> nn.Linear:
     return head.requires_grad_(False).eval()
 
 
-def prunable_parameters(model: nn.Module) -> list[str]:
+def prunable_parameters(
+    model: nn.Module,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> list[str]:
     """Names of the weights that may be pruned, in the order of `model.named_parameters()`.
 
     These are the weights of convolutions (any dimension, transposed too) and linear layers,
     with the input projections of `nn.MultiheadAttention`. Biases, normalisations and embeddings
     never are. Of a `Classifier` the head is left out; any other module counts whole. A weight
-    shared by two layers is listed once.
+    shared by two layers is listed once. `include` and `exclude` choose among them, as in
+    `select_parameters`.
 
     Raises:
-        ValueError: a layer's weight is not a plain parameter (for example under a
-            parametrisation), so that no mask could be applied to it.
+        ValueError: a chosen layer computes its weight from other parameters (under a
+            parametrisation, weight normalisation or `torch.nn.utils.prune`), so that no mask could
+            be applied to it, or as `select_parameters`.
 
     Examples:
         >>> from torch import nn
@@ -135,17 +150,115 @@ def prunable_parameters(model: nn.Module) -> list[str]:
         ['0.weight', '3.weight']
     """
     own, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
-    names: set[str] = set()
-    for path, module in own.named_modules():
+    plain: set[str] = set()
+    computed: list[str] = []
+    for path, module in own.named_modules(prefix=prefix.rstrip(".")):
         kinds: tuple[str, ...] = ()
         if isinstance(module, (_ConvNd, nn.Linear)):
             kinds = ("weight",)
-            if module._parameters.get("weight") is None:
-                raise ValueError(
-                    f"the weight of {path or 'the model'} is not a plain parameter; remove its "
-                    "parametrisation first"
-                )
         elif isinstance(module, nn.MultiheadAttention):
             kinds = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        names |= {f"{prefix}{path}.{kind}" if path else prefix + kind for kind in kinds}
-    return [name for name, _ in model.named_parameters() if name in names]
+        for kind in kinds:
+            name = f"{path}.{kind}" if path else kind
+            if kind in module._parameters:
+                plain.add(name)
+            else:
+                computed.append(name)
+    listed = [name for name, _ in model.named_parameters() if name in plain]
+    chosen = select_parameters([*listed, *computed], include, exclude)
+    for name in set(computed).intersection(chosen):
+        raise ValueError(
+            f"{name!r} is computed from other parameters, so that no mask can be applied to it: "
+            "leave it out (exclude=), or make it a parameter again (torch.nn.utils.prune.remove, "
+            "remove_weight_norm, parametrize.remove_parametrizations)"
+        )
+    return chosen
+
+
+def check_masks_hold(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse weights of layers that apply something else, not zero where the weight is.
+
+    Convolutions that standardise their weights do, and adapters that add to them. Layers of torch
+    itself are known to apply their weights; others are tried on one input.
+
+    Raises:
+        ValueError: the weight, and the class of its layer.
+    """
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        layer = model.get_submodule(path)
+        known = type(layer).__module__.startswith("torch.nn.modules.")
+        if kind == "weight" and not known and not _applies_zeros(layer):
+            raise ValueError(
+                f"no mask holds in {name!r}: what {type(layer).__name__} applies is computed from "
+                "this weight, and not zero where it is zero (standardised, say); leave it out "
+                "(exclude=), or put a plain layer in its place"
+            )
+
+
+def _applies_zeros(layer: Any) -> bool:
+    """Whether a layer hands zeros to torch where its weight has them, as far as a try can tell."""
+    trial = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    trial = trial.where(trial > 0.5, 0).to(layer.weight.device)
+    applied: list[Tensor] = []
+
+    def look(call: Call) -> Any:
+        applied.append(call["weight"])
+        return call.run()
+
+    # Of a layer of another kind, or of several inputs, it cannot tell.
+    handlers = dict.fromkeys((F.linear, *CONVOLUTIONS, *TRANSPOSED), look)
+    with suppress(Exception), torch.no_grad(), Calls(handlers):
+        tried = copy.deepcopy(layer).float()
+        tried.weight.copy_(trial)
+        if isinstance(layer, nn.Linear):
+            shape = [layer.in_features]
+        else:
+            sides = zip(layer.kernel_size, layer.dilation, strict=True)
+            shape = [layer.in_channels, *(kernel * dilation for kernel, dilation in sides)]
+        tried.forward(trial.new_ones(1, *shape))
+    alike = (weight for weight in applied if weight.shape == trial.shape)
+    return not any(weight[trial == 0].any() for weight in alike)
+
+
+def select_parameters(
+    names: Sequence[str],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> list[str]:
+    """Choose parameters by patterns of their names, as of files in a shell (``fnmatch``).
+
+    A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and so
+    all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
+    character and ``[01]`` one of those listed. One of ``include`` must match (``None``: all do),
+    and none of ``exclude``; each is one pattern or several.
+
+    Raises:
+        ValueError: if a pattern matches none of the names, or no name is left.
+
+    Examples:
+        >>> import pai_utils as pai
+        >>> names = ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.weight"]
+        >>> pai.select_parameters(names, include="*.mlp", exclude="blocks.1")
+        ['blocks.0.mlp.fc1.weight']
+    """
+    chosen = set(names) if include is None else _matching(names, include)
+    chosen -= _matching(names, exclude)
+    if names and not chosen:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to prune")
+    return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], patterns: str | Sequence[str]) -> set[str]:
+    matched = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # What matches a module's name matches the start of its weights' names.
+        found = {n for n in names if any(fnmatchcase(n, p) for p in (pattern, f"{pattern}.*"))}
+        if not found:
+            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
+            raise ValueError(
+                f"no prunable weight or module matches {pattern!r}; names near it: "
+                + ", ".join(near or names[:3])
+            )
+        matched |= found
+    return matched

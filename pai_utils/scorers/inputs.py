@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import DAMPING
-from pai_utils.curvature.calls import Call, Calls, windows_of
+from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls, windows_of
 from pai_utils.curvature.persample import chunk_bytes, drawn_batches
 from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.sampling import (
@@ -34,9 +34,6 @@ from pai_utils.support.sampling import (
     fitting_batches,
     sum_over_processes_,
 )
-
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
@@ -184,8 +181,8 @@ class _Observer(Calls):
         handlers: dict[Any, Callable[[Call], Any]] = {
             F.linear: self._linear,
             F.multi_head_attention_forward: self._attention,
-            **dict.fromkeys(_CONVOLUTIONS, self._convolution),
-            **dict.fromkeys(_TRANSPOSED, partial(self._convolution, transposed=True)),
+            **dict.fromkeys(CONVOLUTIONS, self._convolution),
+            **dict.fromkeys(TRANSPOSED, partial(self._convolution, transposed=True)),
         }
         super().__init__(handlers)
         self.found: dict[str, _Moments] = {}

@@ -22,7 +22,7 @@ from pai_utils.heads import fit_head, make_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.models.loading import load_backbone
-from pai_utils.pruning import Recipe, follow, select_parameters
+from pai_utils.pruning import Recipe, follow
 from pai_utils.repair.methods import parse_repair
 from pai_utils.scorers import Scores, find_scorer, score
 from pai_utils.studies.parameters import EncoderParameters
@@ -155,7 +155,7 @@ class Suite:
         has; the others look at all parts. One that looks at no data needs no source.
         """
         model, images, draw = self._seen(recipe, source, draw)
-        names = select_parameters(prunable_parameters(model), recipe.include, recipe.exclude)
+        names = prunable_parameters(model, recipe.include, recipe.exclude)
         return score(recipe.scorer, model, images, names=names, **asdict(draw), **recipe.options)
 
     def prune(

@@ -1,9 +1,20 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
+from pai_utils.models.encoders import (
+    Backbone,
+    Classifier,
+    check_masks_hold,
+    prunable_parameters,
+)
 from pai_utils.models.loading import load_backbone
+from tests.cases import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +99,71 @@ def test_a_shared_weight_is_listed_once() -> None:
     assert prunable_parameters(nn.Sequential(first, second)) == ["0.weight"]
 
 
-def test_a_parametrised_weight_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match="the weight of 1 is not a plain parameter"):
-        prunable_parameters(model)
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+        lambda layer: nn.utils.spectral_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_a_weight_that_is_computed_is_refused_unless_it_is_left_out(
+    compute: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), compute(nn.Linear(4, 4)))
+    for chosen in ({}, {"include": "2"}, {"exclude": "0"}):
+        with pytest.raises(ValueError, match=r"'2\.weight' is computed.*prune\.remove"):
+            prunable_parameters(model, **chosen)
+    assert prunable_parameters(model, include="0") == ["0.weight"]
+    assert prunable_parameters(model, exclude="2") == ["0.weight"]
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        standardised = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(input, standardised, bias)  # type: ignore[no-any-return]
+
+
+class Adapted(nn.Linear):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.up, self.down = (nn.Parameter(torch.randn(n, 1)) for n in (outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + self.up @ self.down.mT, self.bias)
+
+
+class Masked(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        quantised = weight.round(decimals=2).tril()
+        return super()._conv_forward(input, quantised, bias)  # type: ignore[no-any-return]
+
+
+class Guided(nn.Linear):
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * guide)
+
+
+@pytest.mark.parametrize(
+    ("layer", "holds"),
+    [
+        (StdConv2d(4, 4, 3, padding=1), False),
+        (ScaledStdConv2dSame(4, 8, 1, stride=2, bias=False), False),
+        (Standardised(4, 8, 3, groups=2, padding="same", padding_mode="circular"), False),
+        (Adapted(4, 3).half(), False),
+        (Conv2dSame(4, 8, 3, stride=2), True),
+        (Masked(4, 8, (1, 3), dilation=2), True),
+        (Guided(4, 4), True),
+        (nn.ConvTranspose2d(4, 8, 2), True),
+    ],
+)
+def test_a_mask_must_hold_in_the_weight_that_a_layer_applies(layer: nn.Module, holds: bool) -> None:
+    model = nn.Sequential(layer)
+    before = fingerprint(model)
+    if holds:
+        check_masks_hold(model, ["0.weight"])
+    else:
+        with pytest.raises(ValueError, match=rf"'0\.weight': what {type(layer).__name__} applies"):
+            check_masks_hold(model, ["0.weight"])
+    assert fingerprint(model) == before
