@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import pai_utils as pai
 from pai_utils.curvature.blocks import DAMPING
-from tests.cases import Images, Limited, build, relative_error, tiny_classifier, tiny_task
+from tests.cases import Images, Layers, Limited, build, relative_error, tiny_classifier, tiny_task
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (5,)),
@@ -142,6 +142,16 @@ def test_a_weight_used_twice_has_the_rows_of_both_uses() -> None:
     rows = torch.cat([x.flatten(0, 1) for x in seen])
     found = pai.score("wanda", case.model, case.data, samples=None)["1.linear.weight"]
     expected = layer.linear.weight.detach().abs() * rows.square().mean(0).sqrt()
+    assert relative_error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("scorer", ["wanda", "obs_inputs"])
+@pytest.mark.parametrize("name", ["linear over tokens", "conv2d, grouped", "transposed 3d"])
+def test_how_a_layer_is_called_changes_no_score(name: str, scorer: str) -> None:
+    layer, data = alone(name)
+    expected = pai.score(scorer, layer, data, samples=None)["weight"]
+    model = Layers(lambda m, x: torch.stack([m.layer(input=each) for each in x]), layer=layer)
+    found = pai.score(scorer, model, data, samples=None)["layer.weight"]
     assert relative_error(found, expected) <= 1e-12
 
 
