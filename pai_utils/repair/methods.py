@@ -424,7 +424,7 @@ class _Run:
 
     def mend(self, name: str, call: Call) -> Tensor:
         """Repair a place before its own output is computed; all later inputs follow from it."""
-        if self.waiting[:1] == [(name, "inputs")]:
+        if self._is_next(name, "inputs"):
             if self.places[name].norm:
                 values = layouts.channels_last(_unscaled(call), layouts.channel_axis(call))
                 if self._see(name, _part(values, spread=True)):
@@ -434,7 +434,7 @@ class _Run:
                 self._solve_(name, call)
                 self._advance()
         output: Tensor = call.run()
-        if self.waiting[:1] == [(name, "outputs")]:
+        if self._is_next(name, "outputs"):
             axis = layouts.channel_axis(call)
             if self._see(name, _part(layouts.channels_last(output, axis), spread=False)):
                 wanted, _ = _pooled(self.places[name].moments)
@@ -443,6 +443,10 @@ class _Run:
                 self._advance()
                 output = output + shift.to(output.dtype).view(-1, *(1,) * (-1 - axis))
         return output
+
+    def _is_next(self, name: str, side: str) -> bool:
+        uses = self.places[name].uses if self.waiting[:1] == [(name, side)] else {}
+        return self.calls < len(uses.get(self.batch, ()))
 
     def _see(self, name: str, what: Any) -> bool:
         """Note what one use tells; whether it was the last of the last batch."""

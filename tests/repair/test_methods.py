@@ -441,20 +441,33 @@ def test_a_model_that_never_fits_is_left_as_it_was() -> None:
     assert setting.pruned[7].forward.call_count > 1
 
 
-def test_a_layer_that_the_pruned_network_uses_less_is_left(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def call(m: Any, x: Tensor) -> Tensor:
-        x = m.first(x.flatten(1))
-        return m.second(x) if m.first.weight.all() else x
+def dropped(m: Any, x: Tensor) -> Tensor:
+    """The second layer is used by the dense network alone."""
+    y: Tensor = m.first(x.flatten(1))
+    return m.second(y) if m.first.weight.all() else y
 
-    setting = Setting(lambda: Layers(call, first=nn.Linear(192, 4), second=nn.Linear(4, 4)))
-    repaired = setting.repair("layerwise", damping=0.01)
-    assert caplog.messages == [
-        "second.weight is not used as often as in the dense network; it is not repaired"
-    ]
-    assert torch.equal(repaired.second.weight, setting.pruned.second.weight)
-    assert not torch.equal(repaired.first.weight, setting.pruned.first.weight)
+
+def added(m: Any, x: Tensor) -> Tensor:
+    """The dense network uses the second layer for the batch of the first image alone."""
+    y: Tensor = m.first(x.flatten(1))
+    return y if m.first.weight.all() and x.max() < 100 else m.second(y)
+
+
+@pytest.mark.parametrize("call", [dropped, added])
+def test_a_layer_that_the_pruned_network_uses_less_or_more_often_is_left(
+    call: Callable[[Any, Tensor], Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    def make() -> nn.Module:
+        return Limited(Layers(call, first=nn.Linear(192, 4), second=nn.Linear(4, 4)), 5)
+
+    setting = Setting(make)
+    setting.data.images[0, 0, 0, 0] = 200
+    repaired = setting.repair("layerwise", damping=0.01).model
+    assert caplog.messages[-1] == (
+        "model.second.weight is not used as often as in the dense network; it is not repaired"
+    )
+    assert torch.equal(repaired.second.weight, setting.pruned.model.second.weight)
+    assert not torch.equal(repaired.first.weight, setting.pruned.model.first.weight)
 
 
 def functional() -> nn.Module:
