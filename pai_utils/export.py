@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -21,9 +20,16 @@ from torch import Tensor, nn
 
 from pai_utils.masks import Mask, describe_weights, make_mask
 from pai_utils.models.checkpoints import differences
-from pai_utils.models.encoders import Backbone, Classifier
+from pai_utils.models.encoders import Backbone, Classifier, image_shape
 from pai_utils.models.loading import load_backbone, resolve_device
-from pai_utils.support.common import check_names, listed, package_folder, undisturbed
+from pai_utils.support.common import (
+    check_names,
+    copied,
+    forget,
+    listed,
+    package_folder,
+    undisturbed,
+)
 from pai_utils.support.sampling import fitting_batches
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
@@ -143,6 +149,7 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
         raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
     for name, value in target.items():
         value.copy_(state[name])
+    forget(model)
     return mask
 
 
@@ -213,24 +220,23 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     write_atomically(path, save(_pruned_state(model, mask), metadata={"format": "pt"}))
 
 
-def export_onnx(model: nn.Module, path: str | Path, image_size: int | None = None) -> None:
-    """Write the model in evaluation mode as ONNX: ``images`` [N, 3, S, S] to ``logits``, any N.
+def export_onnx(
+    model: nn.Module, path: str | Path, image_size: int | Sequence[int] | None = None
+) -> None:
+    """Write the model in evaluation mode as ONNX: ``images`` [N, C, H, W] to ``logits``, any N.
 
-    One file with the weights inside, written whole or not at all. The model keeps its mode; S is
-    ``image_size`` in pixels, by default that of the model's backbone.
+    One file with the weights inside, written whole or not at all. The model keeps its mode; C, H
+    and W are as :func:`~pai_utils.models.encoders.image_shape` says.
 
     Raises:
         ModuleNotFoundError: if the extra ``export`` is not installed.
         ValueError: if there is no image size, or it is not positive.
     """
     package_folder("onnxscript", "pai-utils[export]", "ONNX files are written")
-    image_size = _image_size(model) if image_size is None else image_size
-    if image_size is None or image_size < 1:
-        raise ValueError(f"image_size={image_size} must be a positive number of pixels")
     like = next(model.parameters())
-    images = torch.zeros(2, 3, image_size, image_size, dtype=like.dtype, device=like.device)
+    images = like.new_zeros(2, *image_shape(model, image_size))
     program = torch.onnx.export(
-        copy.deepcopy(model).eval(),
+        copied(model).eval(),
         (images,),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -301,7 +307,7 @@ def write_formats(
         ModuleNotFoundError: as :func:`export_onnx`.
     """
     check_names("format", formats, FORMATS)
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     expected = _logits(model, images)
     dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
@@ -347,7 +353,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
     whole = make_mask({name: entry.float() for name, entry in mask.items()}, 0.5, "2:4")
     if wrong := [name for name, entry in mask.items() if (entry & ~whole[name]).any()]:
         raise ValueError(f"the mask is not 2:4 along the input of {listed(wrong)}")
-    sparse = copy.deepcopy(model).requires_grad_(False)
+    sparse = copied(model).requires_grad_(False)
     dense = []
     for name, entry in mask.items():
         value = sparse.get_parameter(name)
@@ -443,7 +449,7 @@ def _image_size(model: nn.Module) -> int | None:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in evaluation mode on the CPU, by a copy of the model."""
-    return _in_batches(copy.deepcopy(model).cpu().eval(), images)
+    return _in_batches(copied(model).cpu().eval(), images)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ and replacing H by the Gauss-Newton matrix G, or by parts of G, drops what the s
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
@@ -30,7 +29,7 @@ from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, prunable_parameters
-from pai_utils.support.common import NonFiniteError, progress
+from pai_utils.support.common import NonFiniteError, copied, forget, progress
 from pai_utils.support.sampling import Draw, Samples
 
 Direction = Mapping[str, Tensor]  #: a step of the weights, by parameter name
@@ -228,7 +227,7 @@ def losses_on_path(
             f"a path needs two stations and a point, got {len(stations)} and points={points}"
         )
     names, (first, *others) = list(stations), stations.values()
-    origin = copy.deepcopy(first)
+    origin = copied(first)
     directions = [difference(origin, station) for station in others]
     positions = np.arange(points * len(others) + 1) / points
     # Each station has weight one at its own position and none at the others.
@@ -390,6 +389,7 @@ def _at_each(
             for share, direction in zip(row, directions, strict=True):
                 if share and name in direction:
                     parameters[name].add_(direction[name], alpha=share)
+        forget(model)
 
     try:
         for row in progress(coordinates, "points of the landscape", len(coordinates)):

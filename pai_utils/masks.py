@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pai_utils.models.encoders import Backbone, Classifier, check_masks_hold
 from pai_utils.scorers.registry import Scores
-from pai_utils.support.common import hash_tensors, listed
+from pai_utils.support.common import forget, hash_tensors, listed
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
 _FORMAT = "pai_utils.Mask/2"
@@ -164,6 +164,7 @@ class Mask(Mapping[str, Tensor]):
             parameter = model.get_parameter(name)
             # Not a product: a pruned weight that is not finite becomes zero as well.
             parameter.masked_fill_(~entry.to(parameter.device), 0)
+        forget(model)
 
     def save(self, path: str | Path) -> None:
         """Write the mask as safetensors, with its metadata and a checksum, and a report.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from pai_utils.masks import Mask, check_sparsity, describe_weights, make_mask
 from pai_utils.models.encoders import check_masks_hold, prunable_parameters
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
-from pai_utils.support.common import check_names, device_of, logger
+from pai_utils.support.common import check_names, copied, device_of, logger
 from pai_utils.support.sampling import Draw, Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -204,7 +203,7 @@ def follow(
     names = prunable_parameters(model, recipe.include, recipe.exclude)
     check_masks_hold(model, names)
     metadata = recipe.metadata(draw, source)
-    pruned, mask, before = copy.deepcopy(model), _surviving(model, names, within), 0.0
+    pruned, mask, before = copied(model), _surviving(model, names, within), 0.0
     if mask is not None:
         check_sparsity(recipe.sparsity, recipe.scope, mask)
         mask.apply_(pruned, strict=False)
@@ -216,7 +215,7 @@ def follow(
         share = recipe.pruned_after(step, before)
         mask = make_mask(scores, share, recipe.scope, within=mask, metadata=metadata)
         if repair.parts and step > 1:
-            pruned = copy.deepcopy(model)  # a weight has its dense value, not its last repair's
+            pruned = copied(model)  # a weight has its dense value, not its last repair's
         # Not strict: these are the weights it was made for, some of them removed by now.
         mask.apply_(pruned, strict=False)
         if images is not None:

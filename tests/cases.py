@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import UserList
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from timm.layers.create_conv2d import create_conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from pai_utils.data.images import ImageDataset, ImageTransform
@@ -409,13 +411,20 @@ def largest_error(values: dict[str, Tensor], references: dict[str, Tensor]) -> f
 
 
 def fingerprint(model: nn.Module) -> list[object]:
-    """All that must be as before: values bit for bit, flags, gradients by identity, modes."""
-    parameters = list(model.named_parameters())
+    """All that must be as before, under every name: values bit for bit, which objects, flags."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    modules = list(model.named_modules(remove_duplicate=False))
+    # Tensors that are no part of the state, and whatever else a module keeps beside it.
+    registered = ("_parameters", "_buffers", "_modules")
+    others = [{k: v for k, v in vars(m).items() if k not in registered} for _, m in modules]
+    held = [t for t in tree_leaves(others) if isinstance(t, Tensor)]
+    state = [*parameters, *model.named_buffers(remove_duplicate=False)]
     return [
-        [(n, p.detach().numpy().tobytes()) for n, p in parameters],
-        [(n, b.numpy().tobytes()) for n, b in model.named_buffers()],
-        [(n, p.requires_grad, id(p.grad)) for n, p in parameters],
-        [(n, m.training) for n, m in model.named_modules()],
+        [(n, id(t), t.detach().numpy().tobytes()) for n, t in state],
+        [t.detach().numpy().tobytes() for t in held],
+        [(n, type(p), p.requires_grad, id(p.grad)) for n, p in parameters],
+        [(n, id(m), m.training) for n, m in modules],
+        [{k: repr(v) for k, v in each.items()} for each in others],
     ]
 
 
@@ -426,7 +435,7 @@ class Limited(nn.Module):
         super().__init__()
         self.model = model
         self.limit = limit
-        self.sizes: list[int] = []
+        self.sizes: UserList[int] = UserList()  # a list would be put back
 
     def forward(self, images: Tensor) -> Tensor:
         self.sizes.append(len(images))

@@ -194,6 +194,17 @@ def test_onnx_gives_the_same_logits_for_any_batch(network: str, tmp_path: Path) 
         check_onnx(model, path, torch.randn(2, 3, SIDE, SIDE))
 
 
+@pytest.mark.parametrize("size", [(6, 9), (1, 6, 9)])
+def test_onnx_takes_rectangles_and_as_many_channels_as_the_model(
+    size: tuple[int, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(84, 3))
+    export_onnx(model, tmp_path / "m.onnx", size)
+    assert check_onnx(model, tmp_path / "m.onnx", torch.randn(3, 1, 6, 9)) <= 1e-4
+
+
 def test_onnx_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.zeros(1, 3, SIDE, SIDE)
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import CheckpointReport
+from pai_utils.support.common import copied
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,29 @@ class Classifier(nn.Module):
         return logits
 
 
+def image_shape(model: nn.Module, size: int | Sequence[int] | None = None) -> list[int]:
+    """Channels, height and width of the images that a model takes.
+
+    ``size`` is their side, (height, width) or all three, by default the model's or its backbone's
+    ``image_size``. Channels that are not told are those of the first convolution, or else three.
+
+    Raises:
+        ValueError: if no size is known, or it is not positive.
+    """
+    if size is None:
+        size = getattr(getattr(model, "backbone", model), "image_size", None)
+    sizes = list(size) if isinstance(size, Sequence) else [size or 0] * 2
+    if len(sizes) == 2:
+        first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+        sizes.insert(0, 3 if first is None else first.in_channels)
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ValueError(
+            f"image_size={size} must be a side, (height, width) or (channels, height, width), in "
+            "pixels; a model that has no image_size of its own needs it"
+        )
+    return sizes
+
+
 def frozen_head(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A head on the CPU with copies of a weight [classes, features] and a bias [classes]."""
     classes, features = weight.shape
@@ -209,7 +232,7 @@ def _applies_zeros(layer: Any) -> bool:
     # Of a layer of another kind, or of several inputs, it cannot tell.
     handlers = dict.fromkeys((F.linear, *CONVOLUTIONS, *TRANSPOSED), look)
     with suppress(Exception), torch.no_grad(), Calls(handlers):
-        tried = copy.deepcopy(layer).float()
+        tried = copied(layer).float()
         tried.weight.copy_(trial)
         if isinstance(layer, nn.Linear):
             shape = [layer.in_features]

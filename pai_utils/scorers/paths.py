@@ -56,6 +56,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pai_utils.curvature.calls import Call, Calls
 from pai_utils.curvature.persample import drawn_batches
+from pai_utils.models.encoders import image_shape
 from pai_utils.support.common import at_least_single, device_of, replica, undisturbed, unknown_name
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
 
@@ -75,7 +76,7 @@ def synflow(
     data: Samples | None,
     draw: Draw,
     *,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """``|w ⊙ ∂R/∂w| / R``, R the sum of the logits of an image of ones with weights ``|w|``.
 
@@ -84,15 +85,15 @@ def synflow(
     divide by R; the order is the same.) What a path is in networks with attention, gates and
     normalisation says :mod:`pai_utils.scorers.paths`; that definition is ours.
 
-    No sample is looked at. ``image_size`` is the side of the image; by default that of the data,
-    or of the model.
+    No sample is looked at. ``image_size`` is that of the image, by default of the data's, and as
+    :func:`~pai_utils.models.encoders.image_shape` takes it.
 
     Source: Tanaka, Kunin, Yamins & Ganguli (2020), "Pruning neural networks without any data by
     iteratively conserving synaptic flow". They prune in 100 rounds: in one round, whole layers
     vanish at high sparsity.
 
     Raises:
-        ValueError: if no side is known, or the model calls a function without a rule.
+        ValueError: if no size is known, or the model calls a function without a rule.
     """
     shape = _image_shape(model, data, image_size)
     network = _Network(model, names, 1, shape)
@@ -169,19 +170,13 @@ def px(
     return _shares(model, network, flow)
 
 
-def _image_shape(model: nn.Module, data: Samples | None, image_size: int | None) -> tuple[int, ...]:
+def _image_shape(
+    model: nn.Module, data: Samples | None, image_size: int | Sequence[int] | None
+) -> Sequence[int]:
     if image_size is None and data is not None:
         images, _ = next(batches(data, 1, torch.device("cpu"), torch.tensor([0])))
-        return tuple(images.shape[1:])
-    if image_size is None:
-        image_size = getattr(getattr(model, "backbone", model), "image_size", None)
-    if not isinstance(image_size, int):
-        raise ValueError(
-            "the size of an image is not known: pass image_size, or data to take it from"
-        )
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size}: at least one pixel is needed")
-    return 3, image_size, image_size
+        return images.shape[1:]
+    return image_shape(model, image_size)
 
 
 def _flow(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ from pai_utils.pruning import Recipe
 from pai_utils.scorers import find_scorer, shuffled
 from pai_utils.studies.parameters import Positive, Rate, RepairedMasks, ScorerName, Seeds, one_of
 from pai_utils.studies.suite import Suite
-from pai_utils.support.common import NonFiniteError, logger, progress
+from pai_utils.support.common import NonFiniteError, copied, logger, progress
 from pai_utils.support.sampling import Draw
 
 _SETTINGS = ["start", "sparsity", "penalty", "learning_rate"]  # of a run, as columns
@@ -118,7 +117,7 @@ def _fine_tune(
     """Fine-tune a copy of an encoder on the source; the rows of what was evaluated on the way."""
     rows: list[dict[str, object]] = []
     task = suite.tasks[config.source]
-    tuned = Classifier(copy.deepcopy(encoder), suite.heads[config.source])
+    tuned = Classifier(copied(encoder), suite.heads[config.source])
 
     def record(
         step: int, heads: Mapping[str, nn.Linear], split: str = "test", head: str = "frozen"

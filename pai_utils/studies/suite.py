@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from pai_utils.pruning import Recipe, follow
 from pai_utils.repair.methods import parse_repair
 from pai_utils.scorers import Scores, find_scorer, score
 from pai_utils.studies.parameters import EncoderParameters
-from pai_utils.support.common import device_of, progress
+from pai_utils.support.common import copied, device_of, progress
 from pai_utils.support.sampling import Draw
 
 
@@ -98,7 +97,7 @@ class Suite:
 
         ``how`` are further keywords of :func:`~pai_utils.finetuning.finetune`.
         """
-        model = Classifier(copy.deepcopy(encoder), self.heads[task])
+        model = Classifier(copied(encoder), self.heads[task])
         data = self.tasks[task].train
         finetune(model, data, mask, optimiser="adam", schedule="linear", **how)
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +19,7 @@ from pai_utils.masks import make_mask
 from pai_utils.models.encoders import Backbone, Classifier
 from pai_utils.scorers import score
 from pai_utils.studies.parameters import Fraction, Positive, RunParameters
-from pai_utils.support.common import device_of, progress, undisturbed
+from pai_utils.support.common import copied, device_of, progress, undisturbed
 from pai_utils.support.sampling import Draw, batches
 
 
@@ -117,7 +116,7 @@ def damping_curve(
     for damping in progress(dampings, "dampings", len(dampings)):
         scores = score("ggn_diag", model, tasks[source].train, samples=samples, damping=damping)
         for sparsity in sparsities:
-            pruned = copy.deepcopy(model)
+            pruned = copied(model)
             make_mask(scores, sparsity).apply_(pruned)
             loss = evaluate(pruned, tasks[source].validation).loss
             for name, after in evaluate_heads(pruned.backbone, heads, tests).items():

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger("pai_utils")
 
 
@@ -40,41 +41,86 @@ def at_least_single(values: Tensor) -> torch.dtype:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model`` inside; on leaving, it is as it was but for values of parameters.
 
-    That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and caches
-    that it keeps in attributes. Whoever changes *values* of parameters inside restores them.
+    That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and its
+    other attributes, but for what :func:`forget` drops, here before each forward and on leaving.
+    Whoever changes *values* of parameters inside restores them.
     """
-    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
-    # Dictionaries are filled in place.
-    held = [(d, dict(d)) for _, saved in modules for d in saved.values() if isinstance(d, dict)]
+    held = [value for module in model.modules() for value in _held(vars(module), {}).values()]
+    # Dictionaries and lists are filled in place.
+    dictionaries = [(v, dict(v)) for v in held if isinstance(v, dict)]
+    lists = [(v, list(v)) for v in held if isinstance(v, list)]
+    tensors = [t for t in held if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    values = [tensor.detach().clone() for tensor in tensors]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     model.eval()
+    model.register_forward_pre_hook(lambda module, _: forget(module))
     try:
         yield
     finally:
-        for current, saved in [*modules, *held]:
-            current.clear()
-            current.update(saved)
+        for attributes, before in dictionaries:
+            attributes.clear()
+            attributes.update(before)
+        for items, earlier in lists:
+            items[:] = earlier
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            for tensor, value in zip(tensors, values, strict=True):
+                if not torch.equal(tensor, value):  # a graph of the caller's may need it untouched
+                    tensor.copy_(value)
+        forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Let modules drop, or make anew, what they computed from their weights for evaluation.
+
+    Attention biases, say, or fused weights, which are out of date once a weight changes. Modules
+    that keep such tensors drop them in training mode, by a method of their own; modes stay.
+    """
+    for module in model.modules():
+        if type(module).train is nn.Module.train or module.training:
+            continue
+        others = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers")}
+        # Others, such as adapters that merge weights, do something else in training mode.
+        if any(isinstance(value, Tensor) for value in _held(others, {}).values()):
+            modes = [(inner, inner.training) for inner in module.modules()]
+            with torch.inference_mode(False), torch.enable_grad():  # as the caller made them
+                module.train()
+                module.eval()
+            for inner, training in modes:
+                inner.training = training
+
+
+def _held(value: Any, found: dict[int, Any]) -> dict[int, Any]:
+    """The dictionaries, lists, tuples and tensors that a value is made of, added by their ids."""
+    if isinstance(value, dict | list | tuple | Tensor) and id(value) not in found:
+        found[id(value)] = value
+        if not isinstance(value, Tensor):
+            for inner in value.values() if isinstance(value, dict) else value:
+                _held(inner, found)
+    return found
+
+
+def copied(model: Module) -> Module:
+    """A deep copy, also of a model that keeps what it computed from its weights, with a graph."""
+    forget(model)
+    held = [value for module in model.modules() for value in _held(vars(module), {}).values()]
+    # Weights that a hook computes cannot be copied.
+    computed = [v for v in held if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def replica(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in float64 and in evaluation mode; no parameter asks for a gradient.
 
     Unlike a functional call of the model itself, running the copy with other weights leaves nothing
-    behind in caches that modules keep beside their state.
+    behind in what modules keep beside their state.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    # Weights that a hook computes cannot be copied.
-    computed = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
-    copied = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in computed})
-    # In training mode modules drop what they keep for evaluation.
-    return copied.train().eval().requires_grad_(False).double()
+    other = copied(model).double().requires_grad_(False)
+    other.eval()
+    other.register_forward_pre_hook(lambda module, _: forget(module))
+    return other
 
 
 def clock(device: torch.device) -> float:

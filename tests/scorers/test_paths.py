@@ -481,5 +481,15 @@ def test_the_size_of_the_image_comes_from_option_data_or_backbone() -> None:
     assert torch.equal(flattened(pai.score("synflow", model, image_size=8)), own)
     seen = pai.score("synflow", model, Images(2, dtype=torch.float32))
     assert torch.equal(flattened(seen), own)
-    with pytest.raises(ValueError, match="pass image_size, or data"):
+    with pytest.raises(ValueError, match="image_size=None must be a side"):
         pai.score("synflow", mlp())
+
+
+@pytest.mark.parametrize("size", [(6, 9), (2, 6, 9)])
+def test_synflow_takes_rectangles_and_as_many_channels_as_the_model(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(84, 3)).double()
+    scores = pai.score("synflow", model, image_size=size)
+    weights = [model.get_parameter(n).detach().abs().requires_grad_() for n in scores]
+    ones = torch.ones(1, 2, 6, 9, dtype=torch.float64)
+    assert_shares(scores, (F.conv2d(ones, weights[0]).flatten(1) @ weights[1].T).sum(), weights)

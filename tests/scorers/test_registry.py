@@ -1,13 +1,10 @@
-import contextlib
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pai_utils as pai
 from tests.cases import (
     CASES,
-    Images,
     build,
     fingerprint,
     relative_error,
@@ -166,51 +163,6 @@ def test_images_that_are_not_finite_are_refused(name: str) -> None:
 def test_labels_beyond_the_head_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="label 2 but the model's classes are 0 to 1"):
         pai.score(name, tiny_classifier(2), tiny_task().train, samples=None)
-
-
-class Siamese(nn.Module):
-    """One layer under two names, and a table kept for evaluation as timm's LeViT keeps its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.Linear(6, 6)
-        self.stem = nn.Conv2d(3, 6, 4, 4)
-        self.layers = nn.ModuleList([layer, layer])
-        self.bias = nn.Parameter(torch.randn(6))
-        self.kept: dict[str, Tensor] = {}
-        self.head = nn.Linear(6, 4)
-
-    def train(self, mode: bool = True) -> "Siamese":
-        super().train(mode)
-        if mode:
-            self.kept.clear()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).flatten(2).mT
-        if self.training:
-            self.kept.clear()
-        bias = self.kept.setdefault("bias", self.bias * 2)
-        for layer in self.layers:
-            x = torch.relu(layer(x + bias))
-        logits: Tensor = self.head(x.mean(1))
-        return logits
-
-
-@pytest.mark.parametrize("name", pai.SCORERS)
-def test_modules_under_two_names_and_caches_are_as_they_were(name: str) -> None:
-    model, data = Siamese().eval(), Images(6, dtype=torch.float32)
-    layer, weight = model.layers[0], model.layers[0].weight
-    before, logits = fingerprint(model), model(data.images).detach()
-    model.kept.clear()
-    refused = [ValueError] if name == "hessian_diag" else []  # the logits bend in the weight
-    with contextlib.suppress(*refused):
-        pai.score(name, model, data, samples=None)
-    assert fingerprint(model) == before
-    assert model.layers[0] is model.layers[1] is layer
-    assert layer.weight is weight
-    assert not model.kept
-    assert torch.equal(model(data.images), logits)
 
 
 def test_scores_of_a_model_carry_its_weights() -> None:
