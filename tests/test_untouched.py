@@ -101,6 +101,26 @@ class Keeping(nn.Module):
         return F.linear(x, weight, bias)
 
 
+class Merging(nn.Linear):
+    """An adapter of low rank that evaluation mode merges into the weight, as loralib's."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.up, self.down = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(1, 6))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
 def keeping(how: str) -> nn.Module:
     return build(lambda: nn.Sequential(Tokens(), Keeping(how), nn.ReLU(), Head(6)))
 
@@ -125,6 +145,8 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "kept in a dictionary": lambda: keeping("dictionary"),
     "kept as an attribute": lambda: keeping("attribute"),
     "partly trained": partly_trained,
+    "adapter to merge": lambda: build(lambda: nn.Sequential(Tokens(), Merging(), Head(6))).train(),
+    "adapter merged": lambda: build(lambda: nn.Sequential(Tokens(), Merging(), Head(6))),
 }
 each_model = pytest.mark.parametrize("model", AWKWARD)
 each_keeping = pytest.mark.parametrize("how", ["dictionary", "attribute"])
@@ -217,3 +239,19 @@ def test_a_graph_of_the_callers_outlives_an_evaluation() -> None:
     pai.evaluate(model, DATA)
     loss.backward()
     assert model.get_parameter("0.weight").grad is not None
+
+
+def test_an_adapter_is_scored_and_trained_as_it_computes_while_it_is_not_merged() -> None:
+    model = AWKWARD["adapter to merge"]()
+    names = ["0.patches.weight", "1.weight", "1.up"]
+    gradients = torch.autograd.grad(
+        F.cross_entropy(model(DATA.images), DATA.labels), list(map(model.get_parameter, names))
+    )
+    scores = pai.score("snip", model, DATA, names=names, samples=None)
+    for name, gradient in zip(names, gradients, strict=True):
+        expected = (gradient * model.get_parameter(name).detach()).abs()
+        assert relative_error(scores[name], expected) <= 1e-12
+    before = model.get_parameter("1.up").detach().clone()
+    pai.finetune(model, DATA, steps=1, batch_size=6, learning_rate=0.1)
+    step = before - 0.1 * gradients[2]
+    assert relative_error(model.get_parameter("1.up").detach(), step) <= 1e-12

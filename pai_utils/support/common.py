@@ -52,7 +52,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     tensors = [t for t in held if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
     values = [tensor.detach().clone() for tensor in tensors]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    model.eval()
+    _evaluate(model)
     model.register_forward_pre_hook(lambda module, _: forget(module))
     try:
         yield
@@ -70,6 +70,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(tensor, value):  # a graph of the caller's may need it untouched
                     tensor.copy_(value)
         forget(model)
+
+
+def _evaluate(model: nn.Module) -> None:
+    """Evaluation mode, in which an adapter that would merge its weights stays as it is."""
+    switched = [
+        (module, dict(vars(module)), [(p, p.detach().clone()) for p in module.parameters(False)])
+        for module in model.modules()
+        if module.training and type(module).train is not nn.Module.train
+    ]
+    model.eval()
+    for module, attributes, weights in switched:
+        if not all(torch.equal(now, before) for now, before in weights):
+            for now, before in weights:
+                now.data.copy_(before)
+            vars(module).update(attributes, training=False)
 
 
 def forget(model: nn.Module) -> None:
