@@ -185,8 +185,9 @@ ACTIONS: dict[str, Callable[[nn.Module], object]] = {
 def test_the_model_is_exactly_as_it_was(model: str, action: str) -> None:
     one, other = AWKWARD[model](), AWKWARD[model]()
     before = fingerprint(one)
-    refused = [ValueError] if action in ("hessian_diag", "wanda", "obs_inputs") else []
-    with contextlib.suppress(*refused):
+    scorers = ("hessian_diag", "wanda", "obs_inputs")  # which refuse some of these models
+    refused = action in scorers or (action == "prune and repair" and "adapter" in model)
+    with contextlib.suppress(*[ValueError] * refused):
         ACTIONS[action](one)
     assert fingerprint(one) == before
     with evaluating(other):
