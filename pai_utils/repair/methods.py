@@ -495,8 +495,8 @@ class _Run:
             torch.cat(wanted),
             layouts.by_group(self.dense.get_parameter(name), len(x)),
             layouts.by_group(self.mask[name], len(x)),
-            # A mean that no bias can carry is left to the normalisation, if that is repaired.
-            centred=biased or self._moments,
+            # Where there is no bias, the mean is left to the normalisation, if that is repaired.
+            centred=biased or (self._moments and call["bias"] is None),
             damping=self.repair.damping,
         )
         weight.copy_(solved.reshape(weight.shape))

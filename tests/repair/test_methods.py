@@ -317,6 +317,21 @@ def test_layers_that_share_a_weight_are_solved_together() -> None:
     torch.testing.assert_close(repaired.one.weight.detach(), weight)
 
 
+@pytest.mark.parametrize("method", ["layerwise", "layerwise+moments"])
+def test_a_bias_that_the_model_computes_is_kept(method: str) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.flatten(1)[:, :6], m.layer.weight, 2 * m.layer.bias)
+
+    setting = Setting(lambda: Layers(call, layer=nn.Linear(6, 4)))
+    x = setting.data.images.flatten(1)[:, :6]
+    inputs = torch.cat([x, -x])  # of mean zero
+    wanted = inputs @ setting.dense.layer.weight.detach().T
+    weight = exact(inputs, wanted, setting, "layer.weight", 0.01)
+    layer = setting.repair(method, damping=0.01).layer
+    torch.testing.assert_close(layer.weight.detach(), weight)
+    assert torch.equal(layer.bias, setting.dense.layer.bias)
+
+
 class ByKeyword(nn.Module):
     """Calls a module with its input by keyword."""
 
