@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.std_conv import StdConv2d
+from torch.nn.utils import prune
 
 import pai_utils as pai
 from pai_utils import pruning
@@ -272,6 +273,29 @@ def test_no_mask_is_made_or_applied_where_it_would_not_hold(scored: Scored) -> N
     assert fingerprint(model) == before
     kept = pai.prune(model, data, "ggn_diag", 0.5, samples=8, exclude="0").mask
     assert list(kept) == ["2.weight", "4.weight"]
+
+
+def test_layers_with_computed_tensors_are_left_out_or_keep_them() -> None:
+    data, names = tiny_task().train, ["0.weight", "3.weight"]
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4)
+    bare: Any = torch.nn.Sequential(*layers, torch.nn.Linear(4, 3))
+    with torch.no_grad():
+        bare[0].bias[:2] = 0
+    model = copy.deepcopy(bare)
+    prune.custom_from_mask(model[0], "bias", torch.tensor([0, 0, 1, 1]))
+    prune.identity(model[4], "weight")
+    images, _ = data.batch(range(len(data)))
+    model(images)  # now both tensors have a graph
+    how: dict[str, Any] = {"samples": 8, "exclude": "4"}
+    found, wanted = (pai.prune(m, data, "ggn_diag", 0.5, rounds=2, **how) for m in (model, bare))
+    assert list(found.mask) == names
+    assert all(torch.equal(found.mask[name], wanted.mask[name]) for name in names)
+    torch.testing.assert_close(found.model(images), wanted.model(images))
+    repaired = pai.prune(model, data, "ggn_diag", 0.5, repair="layerwise", **how).model
+    errors = [float((m(images) - bare(images)).detach().norm()) for m in (repaired, wanted.model)]
+    assert errors[0] < 0.7 * errors[1]
+    # What a hook would overwrite is no repair's to change.
+    assert torch.equal(repaired.get_parameter("0.bias_orig"), bare[0].bias)
 
 
 @pytest.mark.parametrize(
