@@ -393,7 +393,9 @@ def check_sparsity(
     """Refuse what :func:`make_mask` cannot serve; return N and M of the scope ``"N:M"``."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
-    if within and sparsity and within.kept < within.total - round(sparsity * within.total):
+    sizes = [] if within is None else [kept.numel() for kept in within.values()]
+    groups = sizes if scope == "layer" else [sum(sizes)]  # each is rounded by itself
+    if within and sparsity and within.kept < sum(n - round(sparsity * n) for n in groups):
         raise ValueError(
             f"sparsity={sparsity} is below that of what is pruned already, {within.sparsity:.4f}; "
             "a pruned weight never comes back: ask for more, or start from a denser model"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -88,6 +88,7 @@ def test_patterns_keep_the_n_highest_of_every_m_along_the_input(
     second=SPARSITIES,
     scope=st.sampled_from(["global", "layer", "erk"]),
 )
+@example({name: torch.ones(1) for name in "abc"}, 0.75, 0.75, "layer")  # rounded layer by layer
 def test_a_pruned_weight_never_comes_back(
     scores: dict[str, Tensor], first: float, second: float, scope: str
 ) -> None:
