@@ -394,8 +394,9 @@ def check_sparsity(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in [0, 1): the fraction of weights to prune")
     sizes = [] if within is None else [kept.numel() for kept in within.values()]
-    groups = sizes if scope == "layer" else [sum(sizes)]  # each is rounded by itself
-    if within and sparsity and within.kept < sum(n - round(sparsity * n) for n in groups):
+    # A mask by layer is rounded in each, any other once.
+    counts = (sum(n - round(sparsity * n) for n in groups) for groups in (sizes, [sum(sizes)]))
+    if within and sparsity and within.kept < min(counts):
         raise ValueError(
             f"sparsity={sparsity} is below that of what is pruned already, {within.sparsity:.4f}; "
             "a pruned weight never comes back: ask for more, or start from a denser model"
