@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
 
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.support.common import unknown_name
+from pai_utils.support.contract import WholeBatches
 
 CLASSES = 1000
 LAYOUTS = ("contiguous", "channels-last images", "channels-last images and weights")
@@ -48,7 +48,7 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(WholeBatches):
     """Images and labels in memory, read in whole batches."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -60,9 +60,9 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images ``[B, 3, H, W]`` and labels ``[B]`` of these rows."""
-        return self.images[rows], self.labels[rows]
+    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images ``[B, 3, H, W]`` and labels ``[B]`` at these positions."""
+        return self.images[indices], self.labels[indices]
 
 
 @dataclass(frozen=True)

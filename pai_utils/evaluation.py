@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.heads import features
 from pai_utils.support.common import NonFiniteError, check_names
-from pai_utils.support.sampling import Samples, check_labels
+from pai_utils.support.contract import check_labels
+from pai_utils.support.sampling import Samples
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pai_utils.support.common import (
     package_folder,
     undisturbed,
 )
+from pai_utils.support.contract import hold_, unwrapped
 from pai_utils.support.sampling import fitting_batches
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
@@ -236,7 +237,7 @@ def export_onnx(
     like = next(model.parameters())
     images = like.new_zeros(2, *image_shape(model, image_size))
     program = torch.onnx.export(
-        copied(model).eval(),
+        copied(unwrapped(model)).eval(),
         (images,),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -307,7 +308,7 @@ def write_formats(
         ModuleNotFoundError: as :func:`export_onnx`.
     """
     check_names("format", formats, FORMATS)
-    plain = copied(model)
+    plain = copied(unwrapped(model))
     expected = _logits(model, images)
     dense = sum(value.nbytes for value in model.state_dict().values())
     rows = []
@@ -353,7 +354,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
     whole = make_mask({name: entry.float() for name, entry in mask.items()}, 0.5, "2:4")
     if wrong := [name for name, entry in mask.items() if (entry & ~whole[name]).any()]:
         raise ValueError(f"the mask is not 2:4 along the input of {listed(wrong)}")
-    sparse = copied(model).requires_grad_(False)
+    sparse = copied(unwrapped(model)).requires_grad_(False)
     dense = []
     for name, entry in mask.items():
         value = sparse.get_parameter(name)
@@ -411,7 +412,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    state: dict[str, Any] = model.state_dict()
+    state: dict[str, Any] = unwrapped(model).state_dict()
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise ValueError(f"state that is no tensor cannot be stored or loaded: {listed(other)}")
@@ -426,6 +427,7 @@ def _pruned_state(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
 
 def _check_pruned(model: nn.Module, mask: Mask) -> None:
     mask.check(model, strict=False)
+    model = unwrapped(model)
     wrong = [n for n, entry in mask.items() if model.get_parameter(n).detach().cpu()[~entry].any()]
     if wrong:
         raise ValueError(
@@ -436,20 +438,21 @@ def _check_pruned(model: nn.Module, mask: Mask) -> None:
 
 def _aliases(model: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
     """Further names of tensors with several, and the first of each; ``first`` go before others."""
-    state = model.state_dict(keep_vars=True)
+    state = unwrapped(model).state_dict(keep_vars=True)
     owners = {id(state[name]): name for name in reversed([*first, *state])}
     every = {name: owners[id(value)] for name, value in state.items()}
     return {name: owner for name, owner in every.items() if name != owner}
 
 
 def _image_size(model: nn.Module) -> int | None:
+    model = unwrapped(model)
     backbone = model.backbone if isinstance(model, Classifier) else model
     return backbone.image_size if isinstance(backbone, Backbone) else None
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in evaluation mode on the CPU, by a copy of the model."""
-    return _in_batches(copied(model).cpu().eval(), images)
+    return _in_batches(hold_(copied(unwrapped(model)).cpu().eval()), images)
 
 
 @torch.no_grad()

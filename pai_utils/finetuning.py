@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Classifier
 from pai_utils.support.common import NonFiniteError, check_names, device_of, undisturbed
-from pai_utils.support.sampling import Samples, batches, check_batch_size, check_labels, paired
+from pai_utils.support.contract import check_labels, count_items, hold_, unwrapped
+from pai_utils.support.sampling import Samples, batches, check_batch_size, paired
 
 
 def _sgd(
@@ -105,7 +106,7 @@ class FeaturePenalty:
         _check_strength(self.strength)
         if not isinstance(model, Classifier):
             raise ValueError("a FeaturePenalty needs a Classifier, whose backbone gives features")
-        expected = [len(cast(Sized, self.images)), model.backbone.feature_dim]
+        expected = [count_items(self.images), model.backbone.feature_dim]
         if list(self.targets.shape) != expected:
             raise ValueError(
                 f"the penalty's targets have shape {list(self.targets.shape)}, expected "
@@ -202,6 +203,7 @@ def finetune(
         raise ValueError(f"steps={steps} must not be negative")
     if learning_rate <= 0:
         raise ValueError(f"learning_rate={learning_rate} must be positive")
+    model = unwrapped(model)
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     if not trained:
@@ -217,6 +219,8 @@ def finetune(
     sound = [p.detach().clone() for p in trained]
     losses: list[float] = []
     with undisturbed(model):
+        if isinstance(penalty, FeaturePenalty):
+            hold_(cast(Classifier, model).backbone)
         on_step(0)
         try:
             for images, labels in _updates(data, steps, batch_size, device_of(model), seed):
@@ -262,7 +266,7 @@ def _updates(
     step = 0
     while step < steps:
         generator = torch.Generator().manual_seed(_seed_at(seed, step))
-        order = torch.randperm(len(cast(Sized, data)), generator=generator)
+        order = torch.randperm(count_items(data), generator=generator)
         epoch = itertools.islice(batches(data, batch_size, device, order), steps - step)
         for images, labels in epoch:
             yield paired(images), paired(labels)

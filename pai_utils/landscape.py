@@ -30,6 +30,7 @@ from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, prunable_parameters
 from pai_utils.support.common import NonFiniteError, copied, forget, progress
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import Draw, Samples
 
 Direction = Mapping[str, Tensor]  #: a step of the weights, by parameter name
@@ -39,6 +40,7 @@ T = TypeVar("T")
 def pruning_direction(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """δ = (m − 1) ⊙ θ: the step from a model's dense weights to the pruned ones."""
     mask.check(model, strict=False)
+    model = unwrapped(model)
     weights = {name: model.get_parameter(name).detach() for name in mask}
     return {n: w.masked_fill(mask[n].to(w.device), 0).neg() for n, w in weights.items()}
 
@@ -294,7 +296,7 @@ def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -
     for _ in range(2):
         direction = {}
         for name in prunable_parameters(model):
-            weight = model.get_parameter(name).detach()
+            weight = unwrapped(model).get_parameter(name).detach()
             drawn = torch.randn(weight.shape, generator=generator).to(weight)
             if mask is not None and name in mask:
                 drawn.masked_fill_(~mask[name].to(weight.device), 0)
@@ -378,7 +380,7 @@ def _at_each(
     """
     for direction in directions:
         check_directions(model, [direction])
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     origin = {n: parameters[n].detach().clone() for n in dict.fromkeys(chain(*directions))}
     results = []
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pai_utils.models.encoders import Backbone, Classifier, check_masks_hold
 from pai_utils.scorers.registry import Scores
 from pai_utils.support.common import forget, hash_tensors, listed
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
 
 _FORMAT = "pai_utils.Mask/2"
@@ -130,6 +131,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: what does not fit.
         """
+        model = unwrapped(model)
         parameters = dict(model.named_parameters())
         self._check(parameters, "the model")
         check_masks_hold(model, [n for n, entry in self.items() if self._kept[n] < entry.numel()])
@@ -161,7 +163,7 @@ class Mask(Mapping[str, Tensor]):
         """
         self.check(model, strict=strict)
         for name, entry in self.items():
-            parameter = model.get_parameter(name)
+            parameter = unwrapped(model).get_parameter(name)
             # Not a product: a pruned weight that is not finite becomes zero as well.
             parameter.masked_fill_(~entry.to(parameter.device), 0)
         forget(model)
@@ -426,6 +428,7 @@ def describe_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     of a backbone's weights, and ``weights`` the SHA-256 of the named weights with their names,
     shapes and type.
     """
+    model = unwrapped(model)
     backbone = model.backbone if isinstance(model, Classifier) else model
     described = {"encoder": type(backbone).__name__}
     if isinstance(backbone, Backbone):

@@ -14,6 +14,7 @@ from pai_utils.models.encoders import check_masks_hold, prunable_parameters
 from pai_utils.repair.methods import Repair, repair_
 from pai_utils.scorers import Scores, check_options, score
 from pai_utils.support.common import check_names, copied, device_of, logger
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import Draw, Samples
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -195,6 +196,7 @@ def follow(
     :func:`~pai_utils.masks.describe_weights` does.
     """
     recipe.check()
+    model = unwrapped(model)
     repair = Repair.of(recipe.repair, recipe.repair_options)
     images = data if repair_data is None else repair_data
     if repair.parts and images is None:

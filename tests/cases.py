@@ -15,20 +15,20 @@ from timm.layers.create_conv2d import create_conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset
 
 from pai_utils.data.images import ImageDataset, ImageTransform
 from pai_utils.data.tasks import Task
 from pai_utils.heads import fit_head
 from pai_utils.models.encoders import Backbone, Classifier, Provenance
 from pai_utils.studies.suite import Suite
+from pai_utils.support.contract import WholeBatches
 
 CLASSES = 4
 SIDE = 8
 TRANSFORM = ImageTransform(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(WholeBatches):
     """Random images and labels, read in whole batches."""
 
     def __init__(
@@ -50,8 +50,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
-    def batch(self, rows: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        return self.images[rows].to(device), self.labels[rows].to(device)
+    def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        return self.images[indices].to(device), self.labels[indices].to(device)
 
 
 class Head(nn.Module):

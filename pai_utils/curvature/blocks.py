@@ -43,6 +43,7 @@ from pai_utils.curvature.persample import (
     sum_squared_gradients,
 )
 from pai_utils.support.common import at_least_single, check_names, device_of, logger, undisturbed
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import (
     ALL,
     Draw,
@@ -215,7 +216,7 @@ def fisher_blocks(
     """
     check_block_options(block_size, damping)
     check_names("estimator", [estimator], FISHER_ESTIMATORS)
-    indices = draw.indices(data)
+    indices, model = draw.indices(data), unwrapped(model)
     weights = {name: model.get_parameter(name).detach() for name in names}
     passes = _plan(weights, block_size, len(indices), memory_budget)
     logger.info(

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
 from pai_utils.support.common import check_names, device_of, undisturbed
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import (
     ALL,
     Draw,
@@ -237,6 +238,7 @@ def _mean_squares(
     sums: Callable[..., dict[str, Tensor]] = sum_squared_gradients,
 ) -> dict[str, Tensor]:
     """Mean over the samples; under ``torchrun`` each process takes its share of them."""
+    model = unwrapped(model)
     device, indices = device_of(model), draw.indices(data)
     chosen = cotangents(len(indices))
 

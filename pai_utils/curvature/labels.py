@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pai_utils.support.sampling import check_labels
+from pai_utils.support.contract import check_labels
 
 
 def true_labels(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:

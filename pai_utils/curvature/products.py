@@ -35,12 +35,12 @@ from pai_utils.support.common import (
     progress,
     undisturbed,
 )
+from pai_utils.support.contract import check_labels, unwrapped
 from pai_utils.support.sampling import (
     ALL,
     Draw,
     Samples,
     batches,
-    check_labels,
     fitting_batches,
     paired,
     share_of_work,
@@ -74,9 +74,9 @@ class CurvatureOperator(ABC):
     other batches are run anew. When memory runs out batches are halved, and nothing is kept.
 
     Raises:
-        ValueError: if a name is no parameter of the model or comes twice, or ``memory`` is
-            negative; at the first product, if the loss is not finite or a label goes beyond the
-            model's classes.
+        ValueError: if a name is no parameter of the model or comes twice, a parameter has fewer
+            digits than float32, or ``memory`` is negative; at the first product, if the loss is not
+            finite or a label goes beyond the model's classes.
     """
 
     _differentiated: tuple[str, ...]
@@ -95,12 +95,19 @@ class CurvatureOperator(ABC):
     ) -> None:
         if memory < 0:
             raise ValueError(f"memory={memory}: the bytes to keep graphs in cannot be negative")
+        model = unwrapped(model)
         self._originals = dict(model.named_parameters())
         _check_names(self._originals, names)
         self._versions = {name: p._version for name, p in self._originals.items()}
         self._values = {name: p.detach() for name, p in self._originals.items()}
         # The only leaves that ask for a gradient; storage is shared.
         self._weights = {name: self._values[name].detach().requires_grad_() for name in names}
+        for name, weight in self._weights.items():
+            if weight.dtype != at_least_single(weight):
+                raise ValueError(
+                    f"{name!r} is {weight.dtype}, in which second derivatives are mostly rounding; "
+                    "take model.float()"
+                )
         self._model, self._data = model, data
         drawn = draw.indices(data)
         self.count = len(drawn)  # samples that sums are means over
@@ -428,7 +435,7 @@ def check_directions(model: nn.Module, directions: Sequence[Vector]) -> None:
     """Refuse directions that do not all fit the same parameters of the model."""
     if not directions:
         raise ValueError("at least one direction is needed")
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     _check_names(parameters, list(directions[0]))
     for direction in directions:
         check_vector(direction, {name: parameters[name] for name in directions[0]})

@@ -26,6 +26,7 @@ from pai_utils.curvature.labels import DrawnLabels
 from pai_utils.curvature.persample import Gradients, drawn_batches, receive_gradients
 from pai_utils.curvature.products import check_directions
 from pai_utils.support.common import device_of, undisturbed
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 
@@ -68,7 +69,7 @@ def partial_terms(
     for name, value in {"block_size": block_size, "draws": draws}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: at least one is needed")
-    indices = draw.indices(data)
+    indices, model = draw.indices(data), unwrapped(model)
     device = device_of(model)
     flat = {  # [D, P], one row a direction
         name: torch.stack([v[name].detach().to(device).flatten() for v in directions])

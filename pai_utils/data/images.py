@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pai_utils.support.common import hash_tensors, unknown_name
+from pai_utils.support.contract import WholeBatches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,7 +164,7 @@ Transform = ImageTransform | Callable[[Any], Tensor]
 """What is applied to images: an encoder's, or any callable from PIL to a float [3, H, W]."""
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(WholeBatches):
     """Labelled images kept decoded: in memory, or in a memory-mapped file.
 
     ``images`` are uint8 [N, 3, S, S], with an `ImageTransform` of its size, so that only the

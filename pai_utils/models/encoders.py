@@ -18,6 +18,7 @@ from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import CheckpointReport
 from pai_utils.support.common import copied
+from pai_utils.support.contract import unwrapped
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ def prunable_parameters(
         >>> pai.prunable_parameters(nn.Sequential(*layers))
         ['0.weight', '3.weight']
     """
+    model = unwrapped(model)
     own, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
     plain: set[str] = set()
     computed: list[str] = []

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self, cast
@@ -59,6 +59,7 @@ from pai_utils.support.common import (
     logger,
     undisturbed,
 )
+from pai_utils.support.contract import count_items, unwrapped
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches
 
 REPAIRS = ("moments", "layerwise", "obs")
@@ -176,7 +177,8 @@ def repair_(
     """
     if not repair.parts:
         return
-    draw = Draw(repair.samples, batch_size, seed).at_most(len(cast(Sized, data)))
+    model, dense = unwrapped(model), unwrapped(dense)
+    draw = Draw(repair.samples, batch_size, seed).at_most(count_items(data))
     indices = draw.indices(data)
     together = repair.parts != ("obs",)
     size = len(indices) if together else batch_size
@@ -288,7 +290,7 @@ class _Run:
             found = find_residuals(self.dense, names, few)
             self.residuals = {n: r for n, r in found.items() if n in self.mask or self._moments}
         with (
-            undisturbed(self.dense),
+            undisturbed(self.dense, any_output=True),
             torch.no_grad(),
             shown(self.dense, self.residuals, self.record_stream),
             layouts.watching(self.dense, names, self.record),
@@ -302,7 +304,7 @@ class _Run:
                 self.waiting.append((name, "inputs"))
             if not place.norm and self._moments and place.biases != {None}:
                 self.waiting.append((name, "outputs"))
-        with undisturbed(self.model), torch.no_grad():
+        with undisturbed(self.model, any_output=True), torch.no_grad():
             while self.waiting:
                 for batch, images in enumerate(self.images):
                     self.batch = batch

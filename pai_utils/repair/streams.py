@@ -45,7 +45,7 @@ def find_residuals(model: nn.Module, names: Sequence[str], images: Tensor) -> di
     ``[N, 3, H, W]``, and left as it was.
     """
     search = _Search()
-    with undisturbed(model), torch.no_grad(), ExitStack() as hooks:
+    with undisturbed(model, any_output=True), torch.no_grad(), ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
                 before, after = partial(search.enter, name), partial(search.leave, name)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from pai_utils.curvature.persample import drawn_batches
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.support.common import at_least_single, device_of, undisturbed
+from pai_utils.support.contract import check_labels
 from pai_utils.support.sampling import (
     Draw,
     Samples,
-    check_labels,
     fitting_batches,
     paired,
     sum_over_processes,

@@ -153,7 +153,7 @@ def _moments(
                 moments.rows.zero_()
         return observer
 
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model, any_output=True), torch.no_grad():
         observer = fitting_batches(compute, draw.batch_size)
     for moments in observer.found.values():
         sum_over_processes_(moments.sums)

@@ -30,6 +30,7 @@ from pai_utils.scorers.second_order import (
 )
 from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import check_names, clock, device_of, logger
+from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import Draw, Samples
 
 LAYER = "layer"
@@ -204,7 +205,7 @@ def score(
         >>> pai.score("snip", model, data, samples=2).left_out
         []
     """
-    scorer = check_options(name, options)
+    scorer, model = check_options(name, options), unwrapped(model)
     if scorer.parts:
         each = partial(score, names=names, samples=samples, batch_size=batch_size, seed=seed)
         scored = {

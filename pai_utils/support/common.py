@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pai_utils.support.contract import hold_
+
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger("pai_utils")
@@ -38,8 +40,10 @@ def at_least_single(values: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate ``model`` inside; on leaving, it is as it was but for values of parameters.
+def undisturbed(model: nn.Module, *, any_output: bool = False) -> Iterator[None]:
+    """Evaluate ``model`` inside, held to the contract of :mod:`pai_utils.support.contract`.
+
+    On leaving, it is as it was but for values of parameters.
 
     That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and its
     other attributes, but for what :func:`forget` drops, here before each forward and on leaving.
@@ -53,6 +57,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     values = [tensor.detach().clone() for tensor in tensors]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     _evaluate(model)
+    hold_(model, any_output=any_output)
     model.register_forward_pre_hook(lambda module, _: forget(module))
     try:
         yield
@@ -127,7 +132,9 @@ def copied(model: Module) -> Module:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in float64 and in evaluation mode; no parameter asks for a gradient.
+    """A copy of ``model`` in float64, in evaluation mode and held to the contract.
+
+    No parameter of it asks for a gradient.
 
     Unlike a functional call of the model itself, running the copy with other weights leaves nothing
     behind in what modules keep beside their state.
@@ -135,7 +142,7 @@ def replica(model: nn.Module) -> nn.Module:
     other = copied(model).double().requires_grad_(False)
     other.eval()
     other.register_forward_pre_hook(lambda module, _: forget(module))
-    return other
+    return hold_(other)
 
 
 def clock(device: torch.device) -> float:

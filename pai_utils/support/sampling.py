@@ -6,16 +6,17 @@ functions, so that a seed, a batch split or an out-of-memory retry means the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from pai_utils.support.common import check_names, logger
+from pai_utils.support.contract import WholeBatches, count_items, read_items
 
 Samples = Dataset[tuple[Tensor, int]]
 """A map-style dataset of ``(image [3, H, W], class index)``."""
@@ -48,11 +49,9 @@ class Draw:
         The global random state is not touched.
 
         Raises:
-            ValueError: if ``data`` is empty, or holds fewer than are to be drawn.
+            ValueError: if ``data`` is empty or of another kind, or holds fewer than are drawn.
         """
-        available = len(cast(Sized, data))
-        if available < 1:
-            raise ValueError("the dataset is empty; at least one sample is needed")
+        available = count_items(data)
         if self.samples is None:
             return torch.arange(available)
         if self.samples > available:
@@ -69,23 +68,19 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ``(images [B, 3, H, W], labels [B])`` on ``device``, in the order of ``indices``.
 
-    A dataset with a ``batch(indices, device)`` method is asked for whole batches; any other
+    :class:`~pai_utils.support.contract.WholeBatches` are asked for whole batches; any other
     map-style dataset is read item by item.
 
     Raises:
-        ValueError: if ``batch_size`` is below one or there is no sample.
+        ValueError: if ``batch_size`` is below one, there is no sample, or one is of another kind.
     """
     check_batch_size(batch_size)
-    if indices is None:
-        indices = torch.arange(len(cast(Sized, data)))
-    if len(indices) == 0:
-        raise ValueError("the dataset is empty; at least one sample is needed")
-    whole = getattr(data, "batch", None)
-    for rows in indices.split(batch_size):
-        if whole is not None:
-            images, labels = whole(rows, device)
+    available = count_items(data)
+    for rows in (torch.arange(available) if indices is None else indices).split(batch_size):
+        if isinstance(data, WholeBatches):
+            images, labels = data.batch(rows, device)
         else:
-            images, labels = default_collate([data[int(row)] for row in rows])
+            images, labels = read_items(data, rows.tolist())
         if images.dim() == 4 and len(images) > 1:
             # Convolutions run up to twice as fast so; see `paired` for why not for one image.
             images = images.contiguous(memory_format=torch.channels_last)
@@ -139,16 +134,6 @@ def sum_over_processes_(tensor: Tensor) -> None:
     """Sum one contiguous tensor over the processes of ``torchrun``, where it is."""
     if this_process()[1] > 1:
         torch.distributed.all_reduce(tensor)
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that a model with so many classes cannot give."""
-    lowest, highest = (int(bound) for bound in torch.aminmax(labels))
-    if lowest < 0 or highest >= classes:
-        raise ValueError(
-            f"the data has a label {lowest if lowest < 0 else highest} but the model's classes are "
-            f"0 to {classes - 1}; the head was made for another task"
-        )
 
 
 def paired(batch: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pai_utils.support.common import progress, undisturbed, unknown_name, watched
-from pai_utils.support.sampling import Draw, batches, check_labels, fitting_batches
+from pai_utils.support.contract import check_labels
+from pai_utils.support.sampling import Draw, batches, fitting_batches
 from tests.cases import Case, Images, fingerprint
 
 CPU = torch.device("cpu")
