@@ -125,7 +125,8 @@ def prune(
     every repair, and rounds start from them.
 
     Args:
-        model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`.
+        model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`. Of a
+            wrapper, such as what ``torch.compile`` gives, the module inside is copied and pruned.
         data: samples of the source task.
         scorer: one that :func:`~pai_utils.scorers.registry.find_scorer` knows, joint or not.
         sparsity: fraction s to remove, in [0, 1), of the weights that ``include`` and ``exclude``

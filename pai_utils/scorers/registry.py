@@ -171,7 +171,8 @@ def score(
         name: a key of :data:`SCORERS`, or a joint scorer as :func:`find_scorer` reads it.
         model: images ``[N, 3, H, W]`` to logits ``[N, C]``, with mean cross-entropy as the loss.
             Scored in evaluation mode and left exactly as it was. Of a
-            :class:`~pai_utils.models.encoders.Classifier` the head is left out.
+            :class:`~pai_utils.models.encoders.Classifier` the head is left out. What else it and
+            the data must be says :mod:`pai_utils.support.contract`.
         data: samples of the source task; ``random``, ``magnitude`` and ``synflow`` need none.
         names: the parameters to score, of any kind; by default the prunable ones.
             ``grasp`` and ``ntk_sap`` vary these parameters only, so that a score depends on the

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import Compose, Lambda, ToTensor
 
 import pai_utils as pai
 from pai_utils.data.images import ImageDataset, ImageTransform
@@ -116,9 +117,10 @@ def _hooked() -> nn.Module:
         _Subclass(_data().images, _data().labels, TRANSFORM),
         TensorDataset(torch.ones(2)),
         _data(transform=lambda image: torch.ones(3, 8, 8)),
+        _data(transform=Compose([ToTensor(), Lambda(torch.square)])),
         partial(max, lambda: 3),
     ],
-    ids=["class", "hook", "paths", "subclass", "others", "lambda", "partial"],
+    ids=["class", "hook", "paths", "subclass", "others", "lambda", "torchvision", "partial"],
 )
 def test_what_cannot_be_told_apart_is_not_kept(
     times: Callable[..., int], folder: Path, part: object
