@@ -31,15 +31,26 @@ _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class ImageTower(nn.Module):
-    """Images [N, 3, S, S] to embeddings [N, D] of unit length, in which CLIP compares."""
+    """Images [N, 3, S, S] to embeddings [N, D] of unit length, in which CLIP compares.
+
+    A transformer's last matrix, a bare parameter [width, D], becomes a linear layer, so that it is
+    scored, pruned and repaired as other matrices are; it is taken out of ``visual``.
+    """
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual, self.proj = visual, nn.Identity()
+        if isinstance(matrix := getattr(visual, "proj", None), nn.Parameter):
+            self.proj = nn.utils.skip_init(nn.Linear, *matrix.shape, bias=False)
+            self.proj.weight = nn.Parameter(matrix.detach().T.contiguous())
+            visual.register_parameter("proj", None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed float images."""
-        return F.normalize(self.visual(images), dim=-1)
+        pooled = self.visual(images)
+        # CoCa's towers give their tokens as well.
+        pooled = pooled[0] if isinstance(pooled, tuple) else pooled
+        return F.normalize(self.proj(pooled), dim=-1)
 
 
 def load_towers(

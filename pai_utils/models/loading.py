@@ -211,9 +211,8 @@ def _build(architecture: str, image_size: int, seed: int, weights: Path | None) 
                 **options,
             )
         except DAMAGE as error:
-            if weights is None:
-                raise
-            raise ValueError(f"{architecture} cannot be loaded from {weights}: {error}") from error
+            what = f"loaded from {weights}" if weights else f"built for {image_size} pixels"
+            raise ValueError(f"{architecture} cannot be {what}: {error}") from error
     return encoder
 
 

@@ -186,6 +186,7 @@ def test_a_vision_transformer_takes_another_image_size() -> None:
         ("vit_small_saliency", 64, "64 is not a multiple of the patch size 14.*sizes: 56 and 70"),
         ("vit_small_saliency", 10, "sizes: 14$"),
         ("test_vit", 100, "patch size 16 of test_vit; the nearest valid sizes: 96 and 112"),
+        ("xcit_nano_12_p16_224", 100, "cannot be built for 100 pixels: .*divide image dimensions"),
         ("test_resnet", 32.0, r"image_size must be a positive integer, got 32\.0"),
         ("test_resnet", True, "image_size must be a positive integer, got True"),
     ],
