@@ -70,13 +70,13 @@ lint: $(READY) ## ruff and mypy
 unit: $(READY) ## unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadgroup tests --ignore=tests/notebooks --ignore=tests/book --ignore=tests/cluster
 
-notebooks: $(READY) ## run the notebooks as they are under nbval, and check their form
+notebooks: $(READY) ## run the notebooks at small sizes under nbval, and check their form
 	@mkdir -p build
 	@cksum notebooks/*.ipynb > build/notebooks.cksum
 	OMP_NUM_THREADS=1 PAI_CACHE="$(CURDIR)/build/cache" $(PY) -m pytest --numprocesses=2 --dist=loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests/notebooks notebooks
 	@cksum notebooks/*.ipynb | cmp -s build/notebooks.cksum - || { \
 	  echo "make notebooks: running the notebooks changed them" >&2; exit 1; }
-	@echo "The notebooks ran as they are: 0 modified"
+	@echo "The notebooks ran: 0 modified"
 
 smoke: $(READY) ## run the smoke grid and render it to build/smoke
 	$(PY) workflow/build.py smoke

@@ -170,7 +170,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write to the folder {out}: {error.strerror}") from error
     try:
-        execute(path, partial, parameters, progress_bar=sys.stderr.isatty())
+        execute(path, partial, parameters, watched=sys.stderr.isatty())
     except (PapermillExecutionError, DeadKernelError) as error:
         what = str(error)
         if isinstance(error, PapermillExecutionError):  # whose text is the whole traceback

@@ -205,6 +205,28 @@ def test_onnx_takes_rectangles_and_as_many_channels_as_the_model(
     assert check_onnx(model, tmp_path / "m.onnx", torch.randn(3, 1, 6, 9)) <= 1e-4
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_onnx_is_judged_by_the_scale_of_the_logits(scale: float, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, path, images = tied(), tmp_path / "m.onnx", torch.randn(4, 3, SIDE, SIDE)
+    with torch.no_grad():
+        model.get_parameter("1.bias").mul_(scale)
+        model.get_parameter("3.bias").mul_(scale)
+        images *= scale
+        largest = float(model(images).abs().max())
+    export_onnx(model, path, SIDE)
+    for change, right in ((2e-5, True), (5e-4, False)):
+        altered = copy.deepcopy(model)
+        altered.get_parameter("3.bias").data.add_(change * largest)
+        if right:
+            found = check_onnx(altered, path, images)
+            assert found == pytest.approx(change * largest, rel=0.1)
+        else:
+            with pytest.raises(ValueError, match=r"more than 0\.0001 of the largest"):
+                check_onnx(altered, path, images)
+
+
 def test_onnx_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.zeros(1, 3, SIDE, SIDE)
     with monkeypatch.context() as patch:
@@ -331,6 +353,8 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     model = of_timm()
     mask = pruned(model)
     before = copied(model)
@@ -338,9 +362,9 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     with pytest.raises(ValueError, match=r"unknown format 'onxx'; did you mean 'onnx'"):
         write_formats(model, mask, tmp_path, images, ["compressed", "onxx"])
     assert not list(tmp_path.iterdir())
-    formats = ["compressed", "dense"] if export.missing_for_onnx() else export.FORMATS
-    table = write_formats(model, mask, "~", images, formats).set_index("format")
+    table = write_formats(model, mask, "~", images).set_index("format")
     assert same(copied(model), before)
+    assert table.problem.isna().all()
     assert (table.difference.drop("onnx", errors="ignore") == 0).all()
     assert table.difference.between(0, 1e-4).all()
     for row in table.itertuples():
@@ -349,3 +373,27 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     assert compressed.bytes == pytest.approx(compressed.promised, rel=0.05)
     assert compressed.of_dense == pytest.approx(0.3 + 1 / 32, rel=0.1)
     assert table.loc["dense"].of_dense == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("step", ["export_onnx", "check_onnx", "save_dense"])
+def test_a_format_that_fails_is_reported_and_leaves_the_others(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such operator\nmore")
+
+    model, images = of_timm(), torch.randn(2, 3, 32, 32)
+    mask = pruned(model)
+    monkeypatch.setattr(export, step, fail)
+    table = write_formats(model, mask, tmp_path, images).set_index("format")
+    failed = "onnx" if "onnx" in step else "dense"
+    assert table.problem[failed] == "RuntimeError: no such operator"
+    assert f"{table.file[failed]} is not written: RuntimeError: no such operator" in caplog.text
+    assert table.problem.drop(failed).isna().all()
+    assert {path.name for path in tmp_path.iterdir()} == set(table.file.drop(failed))
+    assert table.drop(failed)[["bytes", "of_dense", "difference"]].notna().all(axis=None)
+    with pytest.raises(ValueError, match="are not zero"):
+        write_formats(of_timm(), mask, tmp_path, images)

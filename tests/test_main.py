@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,26 @@ def test_a_notebook_runs_and_its_copy_lies_with_the_results(
     copy = json.loads((tmp_path / "o" / path.name).read_text())
     assert "".join(copy["cells"][-1]["outputs"][0]["text"]) == "[0.3] o\n"
     assert path.read_bytes() == before
+
+
+def test_a_person_at_a_terminal_sees_what_the_cells_print_and_their_bars(
+    notebook: Written, tmp_path: Path
+) -> None:
+    code = "import pai_utils.support.common as c; print('so far'); list(c.progress([1], 'masks'))"
+    path = notebook(code)
+    command = [sys.executable, "-m", "pai_utils", "run", path.name]
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, stderr=theirs, check=True, cwd=tmp_path, env=environment)
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # at its end
+        while part := os.read(ours, 4096):
+            seen += part
+    os.close(ours)
+    assert b"so far" in seen
+    assert b"masks:   0%" in seen
+    assert b"Warning" not in seen
 
 
 def test_a_notebook_that_fails_says_with_what_and_leaves_its_copy(

@@ -111,10 +111,6 @@ class Work:
         most = len(parts) * (min(MOST_POOLED, *found, *found) if found else UNLABELLED_IMAGES)
         if found and (labelled or len(parts) == 1):
             most = found[0]
-        if samples is not None and samples > most and len(parts) == 1:
-            raise ValueError(
-                f"samples={samples} is more than the {most} images that {source} trains on"
-            )
         return min(samples or most, most)
 
     def masks(self, recipes: Iterable[Recipe], seeds: int = 1) -> int:

@@ -90,7 +90,7 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
             encoder, mask = suite.encoder, None
             if start != "dense":
                 recipe = config.recipe(start, sparsity)
-                encoder, mask = suite.prune(recipe, pool, draw.at_most(len(pool.images)))
+                encoder, mask = suite.prune(recipe, pool, draw)
             elif sparsity != config.sparsities[0]:
                 continue
             first = (start, sparsity) == (config.starts[0], config.sparsities[0])

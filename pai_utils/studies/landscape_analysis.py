@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -76,6 +76,7 @@ QUANTITIES = {
 class Parameters(OneSource):
     """Parameters of the notebook ``landscape_analysis``."""
 
+    samples: Positive | None = 64  #: images a score, a loss and a product
     scorers: list[ScorerName] = Field(min_length=1)  #: the first one is looked at closely
     sparsities: list[Sparsity] = Field(min_length=1)  #: as is the last
     fractions: list[Fraction] = Field(min_length=2)  #: of the pruning step
@@ -143,7 +144,7 @@ def measure(
     def observe(step: SweepMask) -> None:
         masks[step.source, step.recipe.scorer, step.recipe.sparsity] = step.mask
 
-    draw = config.draw
+    draw = config.draw.at_most(min(len(task.train) for task in suite.tasks.values()))
     kept = summarise_retention(sweep(suite, list(suite.tasks), recipes, draw, observe=observe))
     dense = suite.classifier(config.source)
     directions = {str(i): pruning_direction(dense, mask) for i, mask in enumerate(masks.values())}
@@ -339,6 +340,7 @@ def spectra(
     """
     summary, found = [], {}
     draw, probes = replace(config.draw, samples=config.spectrum_samples), config.probes
+    draw = draw.at_most(len(cast(Sized, data)))
     for name, model in progress(models.items(), "spectra", len(models)):
         operator = HessianOperator(model, prunable_parameters(model), data, draw)
         steps = config.lanczos_steps

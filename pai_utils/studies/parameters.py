@@ -133,7 +133,7 @@ class EncoderParameters(RunParameters):
     pretrained: bool = True
     train_size: Positive | None = None  #: images a task; None: all
     test_size: Positive | None = None
-    samples: Positive | None = 256  #: images a score; None: all
+    samples: Positive | None = 256  #: images a score, as far as there are; None: all
     batch_size: Positive = 64
 
     @property

@@ -118,4 +118,4 @@ def compare_stages(
 def _prune(suite: Suite, config: Parameters, scorer: str, sparsity: float) -> tuple[Backbone, Mask]:
     pool = suite.source(config.pool, seed=config.seed)
     recipe = replace(config.recipes[0], scorer=scorer, sparsity=sparsity)
-    return suite.prune(recipe, pool, config.draw.at_most(len(pool.images)))
+    return suite.prune(recipe, pool, config.draw)

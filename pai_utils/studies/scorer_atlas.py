@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -208,7 +208,7 @@ def forward_backward_seconds(model: nn.Module, data: Samples, draw: Draw) -> flo
 
     The faster of two, with gradients for the prunable weights, as plain training has them.
     """
-    indices, device = draw.indices(data), device_of(model)
+    indices, device = draw.at_most(len(cast(Sized, data))).indices(data), device_of(model)
     names = set(prunable_parameters(model))
     found = []
     with undisturbed(model), torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,7 +23,7 @@ from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.models.loading import load_backbone
 from pai_utils.pruning import Recipe, follow
-from pai_utils.repair.methods import parse_repair
+from pai_utils.repair.methods import REPAIR_SAMPLES, parse_repair
 from pai_utils.scorers import Scores, find_scorer, score
 from pai_utils.studies.parameters import EncoderParameters
 from pai_utils.support.common import copied, device_of, progress
@@ -181,9 +182,7 @@ class Suite:
         if source is None:
             return Classifier(self.encoder, any_head), None, draw
         images = source.part(alone=find_scorer(recipe.scorer).needs_head)
-        if images is not source.images:
-            draw = draw.at_most(len(images))
-        return Classifier(self.encoder, source.head or any_head), images, draw
+        return Classifier(self.encoder, source.head or any_head), images, draw.at_most(len(images))
 
 
 @dataclass(frozen=True)
@@ -244,8 +243,12 @@ def sweep(
     def evaluated(encoder: Backbone) -> dict[str, Evaluation]:
         return suite.evaluate(encoder, batch_size=draw.batch_size, precision=precision)
 
-    table = suite.rows(evaluated(suite.encoder))
-    for group, source, seed in progress(cells, "retention", total=len(cells)):
+    begin = time.perf_counter()
+    dense = evaluated(suite.encoder)
+    table, tested = suite.rows(dense), sum(found.count for found in dense.values())
+    seconds = sum(_forwards(group, draw, tested) for group, _, _ in cells)
+    seconds *= (time.perf_counter() - begin) / tested
+    for group, source, seed in progress(cells, f"masks, some {seconds / 60:.0f} min", len(cells)):
         drawn = replace((draws or {}).get(group[0].scorer, draw), seed=seed)
         scores = suite.score(group[0], loaded(source, seed), drawn)
         for recipe in group:
@@ -257,6 +260,17 @@ def sweep(
                 made = {"source": place, "scorer": recipe.label, "sparsity": recipe.sparsity}
                 table += suite.rows(evaluated(encoder), **made, seed=seed)
     return pd.DataFrame(table)
+
+
+def _forwards(group: Sequence[Recipe], draw: Draw, tested: int) -> float:
+    """Forwards of an image that recipes of one scorer take; a backward counts as two."""
+    scored = 3 * find_scorer(group[0].scorer).cost(group[0].options) * (draw.samples or tested)
+    repaired = [
+        r.rounds * (r.repair_options.get("samples") or REPAIR_SAMPLES)
+        for r in group
+        if r.repair != "none"
+    ]
+    return scored + 2 * sum(repaired) + len(group) * tested
 
 
 def _check_needs_no_task(recipe: Recipe, source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,9 +11,11 @@ from typing import Any
 
 
 def execute(
-    notebook: Path, copy: Path, parameters: Mapping[str, Any], *, progress_bar: bool = False
+    notebook: Path, copy: Path, parameters: Mapping[str, Any], *, watched: bool = False
 ) -> None:
     """Execute a notebook through papermill, cell by cell, into its copy.
+
+    What a person watches on stderr is a bar of cells, and what these print, with their own bars.
 
     A port would be open to every user of the computer, and two kernels that start together may be
     given the same one: the channel to the kernel is a socket in a folder of its own.
@@ -25,6 +28,7 @@ def execute(
     from traitlets.config import Config
 
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences the kernel's debugger notice
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # and tqdm's, of widgets
     with TemporaryDirectory(prefix="kernel-", dir="/tmp") as folder:  # a socket's path is short
         settings = {
             "KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"},
@@ -35,6 +39,8 @@ def execute(
             str(notebook),
             str(copy),
             parameters=dict(parameters),
-            progress_bar=progress_bar,
+            progress_bar=watched,
+            stdout_file=sys.stderr if watched else None,
+            stderr_file=sys.stderr if watched else None,
             config=Config(settings),
         )

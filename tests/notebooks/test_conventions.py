@@ -1,11 +1,16 @@
 """The form that every notebook has, so that papermill, nbval and a reader can rely on it."""
 
 import ast
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
+from grids import read_grid
+
+from pai_utils.studies.parameters import read_parameters, schema_of
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -53,6 +58,17 @@ def test_parameters_are_plain_values_and_name_the_out_folder_and_the_encoder(pat
     assert ("backbone" in names) == loads
 
 
+def test_sizes_that_are_stored_are_those_of_the_schema(path: Path) -> None:
+    stored = read_parameters(path, {}).model_dump()
+    fields = schema_of(path.stem).model_fields
+    numbers = {
+        name: field.default
+        for name, field in fields.items()
+        if not field.is_required() and isinstance(field.default, (int, float, type(None)))
+    }
+    assert {name: stored[name] for name in numbers} == numbers
+
+
 def test_second_code_cell_checks_the_parameters_before_anything_else(path: Path) -> None:
     statements = ast.parse(_code(path)[1].source).body
     first = next(s for s in statements if not isinstance(s, ast.Import | ast.ImportFrom))
@@ -77,3 +93,18 @@ def test_a_cell_that_shows_a_figure_says_what_it_shows(path: Path) -> None:
     for cell in _code(path):
         if cell.source.splitlines()[-1] == "figure":
             assert len(cell.metadata.mystnb.image.alt) > 40
+
+
+def test_nbval_runs_the_small_sizes_of_the_grid_of_the_tests(path: Path) -> None:
+    cells = read_grid(path.parents[1] / "workflow" / "grids" / "smoke.yaml")
+    small = cells.get(f"{path.stem}-efficientnet_lite0") or cells[path.stem]
+    item = SimpleNamespace(path=path, cell=_code(path)[0])
+    other = SimpleNamespace(path=path, cell=_code(path)[1])
+    conftest = runpy.run_path(str(path.parent / "conftest.py"))
+    conftest["pytest_collection_modifyitems"]([item, other, SimpleNamespace(path=path)])
+    found: dict[str, Any] = {}
+    exec(item.cell.source, found)
+    expected = read_parameters(path, small.parameters)
+    assert schema_of(path.stem).from_notebook(found) == expected
+    assert expected.model_dump()["train_size"] == 60
+    assert other.cell.source == _code(path)[1].source

@@ -72,7 +72,6 @@ def test_data_sets_to_fetch_are_named_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 101}, "samples=101 is more than the 100 images that digits trains on"),
         (
             {"train_size": 1000},
             "train_size must be between 1 and 988, the number of train items of digits",

@@ -11,7 +11,6 @@ import torch
 import pai_utils as pai
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import EncoderParameters, read_parameters
-from pai_utils.support.sampling import Draw
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def test_processes_of_torchrun_keep_the_scores_that_a_cell_asks_for(
     suite = pai.Suite.load(config)
 
     def digits() -> pai.Scores:
-        return suite.score(Recipe("fisher_diag"), suite.source("digits"), Draw(10, 32, 0))
+        return suite.score(Recipe("fisher_diag"), suite.source("digits"), config.draw)
 
     read = digits()
     assert set(tmp_path.glob("cache/scores-*.safetensors")) == kept
