@@ -25,6 +25,7 @@ from benchmarks.storing import store
 from pai_utils.export import check_onnx
 from pai_utils.models.encoders import Backbone
 from pai_utils.support.common import progress
+from pai_utils.support.stored import write_atomically
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = 60
@@ -138,7 +139,29 @@ def main() -> None:
     given = parser.parse_args()
     modules = given.only or most_published(FAMILIES)
     rows = [all_the_way(module) for module in progress(modules, "families", len(modules))]
-    store(pd.DataFrame(rows), given.out, "families", timm=timm.__version__, sparsity=SPARSITY)
+    table = pd.DataFrame(rows)
+    store(table, given.out, "families", timm=timm.__version__, sparsity=SPARSITY)
+    write_atomically(given.out / "page.csv", shown(table).to_csv(index=False).encode())
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a family, with the steps that fail and the first reason why."""
+    steps = ["load", "ggn_diag", "snip", "synflow", "repair", "evaluate", "compressed", "onnx"]
+    rows = []
+    for _, row in table.iterrows():
+        steps_tried = {step: row[step] for step in steps if isinstance(row.get(step), str)}
+        failing = {step: why for step, why in steps_tried.items() if why != "yes"}
+        _, _, why = next(iter(failing.values()), "").partition(": ")
+        rows.append(
+            {
+                "family": row.family,
+                "member": row.member,
+                "pixels": row.pixels,
+                "all but": ", ".join(failing) or "–",
+                "because": why.partition(", which the model")[0][:100],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
