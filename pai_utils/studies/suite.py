@@ -248,7 +248,9 @@ def sweep(
     table, tested = suite.rows(dense), sum(found.count for found in dense.values())
     seconds = sum(_forwards(group, draw, tested) for group, _, _ in cells)
     seconds *= (time.perf_counter() - begin) / tested
-    for group, source, seed in progress(cells, f"masks, some {seconds / 60:.0f} min", len(cells)):
+    # What a repair solves is not counted, and may take several times as long.
+    about = f"masks, {seconds / 60:.0f} min or more"
+    for group, source, seed in progress(cells, about, len(cells)):
         drawn = replace((draws or {}).get(group[0].scorer, draw), seed=seed)
         scores = suite.score(group[0], loaded(source, seed), drawn)
         for recipe in group:
