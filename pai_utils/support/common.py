@@ -46,7 +46,8 @@ def undisturbed(model: nn.Module, *, any_output: bool = False) -> Iterator[None]
     On leaving, it is as it was but for values of parameters.
 
     That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and its
-    other attributes, but for what :func:`forget` drops, here before each forward and on leaving.
+    other attributes, but for what :func:`~pai_utils.support.common.forget` drops, before each
+    forward in here and on leaving.
     Whoever changes *values* of parameters inside restores them.
     """
     held = [value for module in model.modules() for value in _held(vars(module), {}).values()]
