@@ -22,7 +22,6 @@ import torch
 
 import pai_utils as pai
 from benchmarks.storing import store
-from pai_utils.export import check_onnx
 from pai_utils.models.encoders import Backbone
 from pai_utils.support.common import progress
 from pai_utils.support.stored import write_atomically
@@ -122,13 +121,7 @@ def _take_home(
             with torch.no_grad():
                 assert torch.equal(pai.load_classifier(path)(images), model(images))
 
-        def onnx() -> None:
-            path = Path(folder) / "pruned.onnx"
-            pai.export_onnx(model, path)
-            check_onnx(model, path, images)
-
         tried(row, "compressed", compressed)
-        tried(row, "onnx", onnx)
 
 
 def main() -> None:
@@ -146,7 +139,7 @@ def main() -> None:
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """One row a family, with the steps that fail and the first reason why."""
-    steps = ["load", "ggn_diag", "snip", "synflow", "repair", "evaluate", "compressed", "onnx"]
+    steps = ["load", "ggn_diag", "snip", "synflow", "repair", "evaluate", "compressed"]
     rows = []
     for _, row in table.iterrows():
         steps_tried = {step: row[step] for step in steps if isinstance(row.get(step), str)}
