@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -154,7 +155,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
                 "member": row.member,
                 "pixels": row.pixels,
                 "all but": ", ".join(failing) or "–",
-                "because": why.partition(", which the model")[0][:100],
+                "because": textwrap.shorten(why, 140, placeholder=" …"),
             }
         )
     return pd.DataFrame(rows)
