@@ -127,7 +127,8 @@ def image_shape(model: nn.Module, size: int | Sequence[int] | None = None) -> li
         ValueError: if no size is known, or it is not positive.
     """
     if size is None:
-        size = getattr(getattr(model, "backbone", model), "image_size", None)
+        inner = unwrapped(model)
+        size = getattr(getattr(inner, "backbone", inner), "image_size", None)
     sizes = list(size) if isinstance(size, Sequence) else [size or 0] * 2
     if len(sizes) == 2:
         first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
