@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-# What Pillow raises for files that are truncated, altered or no image.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-_ORIENTATION = 0x0112  # of EXIF; what brings pixels upright, by its values from 2 on:
-_TURNS = (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM",
-    "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
-)  # fmt: skip
 
 
 def open_image(path: Path) -> Image:
@@ -41,7 +32,7 @@ def open_image(path: Path) -> Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has many, for files that are altered or no image
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -54,15 +45,14 @@ def to_rgb(image: Image) -> Image:
     Raises:
         ValueError: 32-bit integers or floats, whose range is not known.
     """
-    from PIL.Image import Transpose
+    from PIL import ExifTags, ImageOps
 
-    upright, orientation = _as_stored(image), 1
-    with suppress(*_UNREADABLE, TypeError):  # damaged EXIF does not damage the pixels
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    if orientation in range(2, 9):
-        upright = upright.transpose(Transpose[_TURNS[orientation - 2]])
-    upright.info.clear()  # or it would be turned again
-    return upright
+    pixels = _as_stored(image)
+    pixels.info.clear()  # or it would be turned again
+    with suppress(Exception):  # damaged EXIF does not damage the pixels
+        orientation = ExifTags.Base.Orientation
+        pixels.getexif()[orientation] = image.getexif().get(orientation, 1)
+    return ImageOps.exif_transpose(pixels)
 
 
 def _as_stored(image: Image) -> Image:
