@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -28,14 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pai_utils.data.images import ImageTransform, Transform, open_image
-from pai_utils.support.common import logger, progress
-from pai_utils.support.stored import digest_of, write_atomically
+from pai_utils.support.common import listed, progress
 
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
-OnError = Literal["raise", "skip"]
 _CHUNK = 64  # images held at once between reading and their place among the result
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 # All tasks share the machine's memory.
 _IN_USE: WeakValueDictionary[int, Pixels] = WeakValueDictionary()
 
@@ -146,30 +143,20 @@ def _memory_limit() -> int:
 
 
 def decode(
-    source: Source,
-    positions: Positions,
-    transform: Transform,
-    *,
-    name: str,
-    cache: Path,
-    on_error: OnError = "raise",
-) -> tuple[Tensor, Positions]:
-    """Decode and resize the chosen images of a source, each of them once.
+    source: Source, positions: Positions, transform: Transform, *, name: str, cache: Path
+) -> Tensor:
+    """Decode and resize the chosen images of a source, each once, to uint8 [n, 3, S, S].
 
     ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are. Pixels that
     do not fit the budget lie in memory-mapped files in the folder ``cache``.
 
-    Returns:
-        The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
-
     Raises:
-        ValueError: a file cannot be read, and `on_error` is "raise"; or files, of any size, come
-            with another transform.
+        ValueError: files cannot be read, or come with another transform.
         OSError: the pixels fit neither the budget nor the disk.
     """
     if not isinstance(transform, ImageTransform):
         if isinstance(source, ImageArrays):
-            return source.raw(positions).contiguous(), positions
+            return source.raw(positions).contiguous()
         raise ValueError(
             f"the images of {name} are files of any size, which an ImageTransform brings to one; "
             "pass backbone.transform"
@@ -177,44 +164,37 @@ def decode(
     side = transform.image_size
     shape = (len(positions), 3, side, side)
 
-    def fill(out: Pixels) -> Positions:
-        """Write the images that can be read into `out`; gives their positions."""
-        kept: list[int] = []
+    def fill(out: Pixels) -> None:
         images = source.resized(positions, transform)
-        bar = progress(images, f"decoding {name}", len(positions))
-        for position, image in zip(positions.tolist(), bar, strict=True):
+        problems = []
+        for place, image in zip(out, progress(images, f"decoding {name}", len(out)), strict=True):
             if isinstance(image, Tensor):
-                out[len(kept)] = image.numpy()
-                kept.append(position)
-            elif on_error == "raise":
-                raise ValueError(
-                    f'{image}; restore the file, or pass on_error="skip" to leave it out'
-                ) from image
-        return np.array(kept, dtype=np.int64)
+                place[...] = image.numpy()
+            else:
+                problems.append(image)
+        if problems:
+            raise ValueError(
+                f"{len(problems)} images of {name} cannot be read; restore or delete them: "
+                f"{listed(problems)}"
+            )
 
     pixels = allocate(shape)
     if pixels is not None:
-        kept = fill(pixels)
-        return torch.from_numpy(pixels[: len(kept)]), kept
+        fill(pixels)
+        return torch.from_numpy(pixels)
     versions = version("pillow"), version("torchvision")
     facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
     digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
     digest.update(np.ascontiguousarray(positions).data)
     stem = re.sub(r"\W+", "-", name)[-60:].strip("-")
     path = cache / f"{stem}-{side}-{digest.hexdigest()[:32]}.npy"
-    left_out = _left_out(path)
-    # Files that were left out make an incomplete cache when they are an error now.
-    if left_out is None or (on_error == "raise" and left_out):
-        left_out = _write_cache(path, positions, shape, fill)
-    kept = np.setdiff1d(positions, left_out)
+    if not path.exists() or path.stat().st_size < math.prod(shape):
+        _write_cache(path, shape, fill)
     # Copy-on-write: whoever changes the images does not change the file.
-    mapped = np.load(path, mmap_mode="c", allow_pickle=False)
-    return torch.from_numpy(mapped)[: len(kept)], kept
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
-def _write_cache(
-    path: Path, positions: Positions, shape: tuple[int, ...], fill: Callable[[Pixels], Positions]
-) -> list[int]:
+def _write_cache(path: Path, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> None:
     """Decode into a file beside `path` that takes its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A full disk would end the process while it writes to mapped memory.
@@ -226,29 +206,9 @@ def _write_cache(
             "room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
             str(path.parent),
         )
-    record = path.with_suffix(".json")
-    record.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        left_out: list[int] = np.setdiff1d(positions, fill(out)).tolist()
+        fill(out)
         out.flush()
         temporary.replace(path)
-    # Written last: without it the pixels are not used.
-    facts = {"sha256": digest_of(path), "left_out": left_out}
-    write_atomically(record, json.dumps(facts).encode())
-    return left_out
-
-
-def _left_out(path: Path) -> list[int] | None:
-    """Positions that a whole cache lacks; `None` if there is no whole cache."""
-    try:
-        facts = json.loads(path.with_suffix(".json").read_bytes())
-        if facts["sha256"] == digest_of(path):
-            return list(facts["left_out"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        pass
-    logger.warning("%s is corrupt and is decoded again", path)
-    return None
