@@ -1,7 +1,7 @@
 """Files of weights: finding, fetching and checking them, and loading the encoder they hold.
 
 Published files differ in what they wrap around an encoder's tensors. These layouts are read as
-they are, and a `CheckpointReport` says which one it was and what was left out:
+they are, and `Backbone.checkpoint` says which one it was and what was left out:
 
 - a plain state dict, of timm, of torchvision or of DINO's backbone files;
 - one under the key `state_dict` or `model`, beside an optimizer's state, an epoch, arguments;
@@ -20,18 +20,14 @@ import math
 import os
 import pickle
 import re
-import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pai_utils.support.common import listed, logger, package_folder, watched
@@ -41,27 +37,6 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """Endings of the files that can be read."""
 HUB, PACKAGE = "hub:", "package:"
 """Starts of addresses: `hub:<model>/<file>` (Hugging Face), `package:<distribution>/<path>`."""
-# What reading altered bytes can end in: a pickle's opcodes then act on the wrong operands.
-DAMAGE = (
-    SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error,
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
-    OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What a file held, and what of it an encoder did not take."""
-
-    file: str  #: its name, without the folder
-    layout: str  #: how the encoder's tensors lay in it
-    head: tuple[str, ...]  #: tensors left out as those of a classifier or a projection head
-    other: tuple[str, ...]  #: further entries left out: another network's, a training's state
-
-    def __str__(self) -> str:
-        parts = (("the head's", self.head), ("other", self.other))
-        left = [f"{len(names)} {what}: {listed(names)}" for what, names in parts if names]
-        return f"{self.file} is {self.layout}; left out: {'; '.join(left) or 'nothing'}"
 
 
 def weights_root() -> Path:
@@ -184,8 +159,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return _find_state(path)[0]
 
 
-def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> CheckpointReport:
-    """Load the encoder that a file holds in any of the published layouts.
+def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> str:
+    """Load the encoder that a file holds in a published layout; say which, and what was left out.
 
     The head's tensors are left out, by the name timm has for the classifier; all others must fit
     as `load_state` says. The counters of BatchNorm, which older files lack and no output depends
@@ -217,9 +192,11 @@ def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> Checkp
     counters = {name: v for name, v in expected.items() if name.endswith(".num_batches_tracked")}
     taken = {name: value for name, value in state.items() if name not in head}
     load_state(encoder, counters | taken, path.name, architecture)
-    report = CheckpointReport(path.name, layout, tuple(head), tuple(other))
-    logger.info("%s", report)
-    return report
+    parts = {"the head's": head, "other": other}
+    left = [f"{len(names)} {what}: {listed(names)}" for what, names in parts.items() if names]
+    said = f"{path.name} is {layout}; left out: {'; '.join(left) or 'nothing'}"
+    logger.info("%s", said)
+    return said
 
 
 def load_state(
@@ -282,7 +259,7 @@ def _read(path: Path) -> object:
             "code; fetch it again, or ask its publisher for a file of the state dict alone, best "
             "as .safetensors"
         ) from error
-    except DAMAGE as error:
+    except Exception as error:  # altered opcodes of a pickle act on the wrong operands
         raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.data.images import ImageTransform
-from pai_utils.models.checkpoints import DAMAGE, HUB, obtain_weights
+from pai_utils.models.checkpoints import HUB, obtain_weights
 from pai_utils.models.encoders import Backbone, Provenance, frozen_head
 from pai_utils.support.common import device_of, may_download, package_folder, unknown_name
 from pai_utils.support.stored import digest_of, located
@@ -106,7 +106,7 @@ def load_towers(
                 weights_only=True,
                 **options,
             )
-        except DAMAGE as error:
+        except Exception as error:
             raise ValueError(
                 f"{name} cannot be loaded{f' from {path}' if path else ''}: {error}"
             ) from error

@@ -16,7 +16,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls
 from pai_utils.data.images import ImageTransform
-from pai_utils.models.checkpoints import CheckpointReport
 from pai_utils.support.common import copied
 from pai_utils.support.contract import unwrapped
 
@@ -51,7 +50,7 @@ class Backbone(nn.Module):
         feature_dim: int,
         transform: ImageTransform,
         provenance: Provenance,
-        checkpoint: CheckpointReport | None = None,
+        checkpoint: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder

@@ -14,7 +14,6 @@ from torch import nn
 
 from pai_utils.data.images import ImageTransform
 from pai_utils.models.checkpoints import (
-    CheckpointReport,
     load_checkpoint,
     load_state,
     obtain_weights,
@@ -24,8 +23,8 @@ from pai_utils.models.checkpoints import (
 from pai_utils.models.encoders import Provenance
 from pai_utils.support.stored import digest_of
 
-Fill = Callable[[nn.Module, Path, str], CheckpointReport | None]
-"""Loads a file into an encoder of an architecture."""
+Fill = Callable[[nn.Module, Path, str], str | None]
+"""Loads a file into an encoder of an architecture; may say what the file held."""
 
 
 @dataclass(frozen=True)
