@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pai_utils.masks import Mask, describe_weights, make_mask
 from pai_utils.models.checkpoints import differences
-from pai_utils.models.encoders import Backbone, Classifier, image_shape
+from pai_utils.models.encoders import Classifier, image_shape
 from pai_utils.models.loading import load_backbone, resolve_device
 from pai_utils.support.common import (
     check_names,
@@ -97,6 +97,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
         tensor([[ 1., -2.,  0.],
                 [ 0.,  3.,  0.]])
     """
+    model = unwrapped(model)
     state = _pruned_state(model, mask)
     aliases = _aliases(model, mask)
     kept: dict[str, list[Tensor]] = {}
@@ -110,7 +111,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
     text = json.dumps(
         {
             "encoder": describe_weights(model, ())["encoder"],
-            "image_size": _image_size(model),
+            "image_size": model.backbone.image_size if isinstance(model, Classifier) else None,
             "mask": mask.metadata,
             "masked": {n: [_short(state[n]), list(entry.shape)] for n, entry in mask.items()},
             "aliases": aliases,
@@ -455,12 +456,6 @@ def _aliases(model: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
     owners = {id(state[name]): name for name in reversed([*first, *state])}
     every = {name: owners[id(value)] for name, value in state.items()}
     return {name: owner for name, owner in every.items() if name != owner}
-
-
-def _image_size(model: nn.Module) -> int | None:
-    model = unwrapped(model)
-    backbone = model.backbone if isinstance(model, Classifier) else model
-    return backbone.image_size if isinstance(backbone, Backbone) else None
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

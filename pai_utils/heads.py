@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pai_utils.models.clip import zero_shot_head
 from pai_utils.models.encoders import Backbone, frozen_head
 from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import at_least_single, check_names, device_of, undisturbed
-from pai_utils.support.sampling import Samples, batches, fitting_batches, in_precision
+from pai_utils.support.sampling import PRECISIONS, Samples, batches, fitting_batches
 
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
@@ -29,15 +30,18 @@ def features(
     Features are float32 at least, in whichever of `pai_utils.support.sampling.PRECISIONS` the
     forward computes its products.
     """
-    device = device_of(backbone)
+    check_names("precision", [precision], PRECISIONS)
+    device, dtype = device_of(backbone), PRECISIONS[precision]
+    # A caller's own autocast stays in force unless another precision is asked for.
+    mixed = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
     def compute(size: int) -> tuple[Tensor, Tensor]:
         pairs = [(backbone(x).cpu(), y.cpu()) for x, y in batches(data, size, device)]
         return torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
 
-    with undisturbed(backbone), torch.inference_mode(), in_precision(device, precision):
+    with undisturbed(backbone), torch.inference_mode(), mixed:
         values, labels = fitting_batches(compute, batch_size)
-    values = values.to(at_least_single(values)) if precision != "float32" else values
+    values = values if dtype is None else values.to(at_least_single(values))
     return values.clone(), labels.clone()
 
 

@@ -7,7 +7,6 @@ functions, so that a seed, a batch split or an out-of-memory retry means the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pai_utils.support.common import check_names, logger
+from pai_utils.support.common import logger
 from pai_utils.support.contract import WholeBatches, count_items, read_items
 
 Samples = Dataset[tuple[Tensor, int]]
@@ -85,14 +84,6 @@ def batches(
             # Convolutions run up to twice as fast so; see `paired` for why not for one image.
             images = images.contiguous(memory_format=torch.channels_last)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision inside: products in ``precision``, sums and normalisations in float32."""
-    check_names("precision", [precision], PRECISIONS)
-    dtype = PRECISIONS[precision]
-    # A caller's own autocast stays in force unless another precision is asked for.
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def this_process() -> tuple[int, int]:

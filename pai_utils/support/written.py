@@ -8,27 +8,18 @@ from typing import Any
 import yaml
 
 _TAG = "tag:yaml.org,2002:"
-# As in YAML 1.2, and Python's None. PyYAML follows YAML 1.1, where 1e-5 is text, 2:4 is 124, 010 is
-# 8, and a day is no text.
-_PLAIN = {
-    "int": ("[-+]?[0-9][0-9_]*", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    "null": ("None", "N"),
-}
-_REPLACED = {"int", "float", "timestamp"}
-# What YAML 1.1 takes for text: a number with an exponent, but without a point or a sign.
-_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*\Z")
+_FLOAT = re.compile(
+    r"([-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
+)
 
 
 class _Loader(yaml.SafeLoader):
     """Numbers of YAML 1.2, days as text, and no key twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if pair[0].removeprefix(_TAG) not in _REPLACED]
+        first: [pair for pair in pairs if not pair[0].endswith((":int", ":float", ":timestamp"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -43,8 +34,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _kind, (_pattern, _first) in _PLAIN.items():
-    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(rf"({_pattern})\Z"), list(_first))
+# As in YAML 1.2, and Python's None. PyYAML follows YAML 1.1, where 1e-5 is text, 2:4 is 124, 010 is
+# 8, and a day is no text.
+_Loader.add_implicit_resolver(_TAG + "int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"None\Z"), ["N"])
 _Loader.add_constructor(_TAG + "int", lambda _, node: int(node.value))
 
 
@@ -77,4 +71,5 @@ def read_exponents(value: Any) -> Any:
         return [read_exponents(each) for each in value]
     if isinstance(value, dict):
         return {key: read_exponents(each) for key, each in value.items()}
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+    exponent = isinstance(value, str) and "e" in value.casefold() and _FLOAT.match(value)
+    return float(value) if exponent else value
