@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -28,9 +29,11 @@ from torch import Tensor
 
 from pai_utils.data.images import ImageTransform, Transform, open_image
 from pai_utils.support.common import listed, progress
+from pai_utils.support.stored import write_atomically
 
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
+OnError = Literal["raise", "skip"]
 _CHUNK = 64  # images held at once between reading and their place among the result
 _CACHE_FORMAT = 4
 # All tasks share the machine's memory.
@@ -143,20 +146,30 @@ def _memory_limit() -> int:
 
 
 def decode(
-    source: Source, positions: Positions, transform: Transform, *, name: str, cache: Path
-) -> Tensor:
-    """Decode and resize the chosen images of a source, each once, to uint8 [n, 3, S, S].
+    source: Source,
+    positions: Positions,
+    transform: Transform,
+    *,
+    name: str,
+    cache: Path,
+    on_error: OnError = "raise",
+) -> tuple[Tensor, Positions]:
+    """Decode and resize the chosen images of a source, each of them once.
 
     ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are. Pixels that
     do not fit the budget lie in memory-mapped files in the folder ``cache``.
 
+    Returns:
+        The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
+
     Raises:
-        ValueError: files cannot be read, or come with another transform.
+        ValueError: files cannot be read, and `on_error` is "raise"; or files, of any size, come
+            with another transform.
         OSError: the pixels fit neither the budget nor the disk.
     """
     if not isinstance(transform, ImageTransform):
         if isinstance(source, ImageArrays):
-            return source.raw(positions).contiguous()
+            return source.raw(positions).contiguous(), positions
         raise ValueError(
             f"the images of {name} are files of any size, which an ImageTransform brings to one; "
             "pass backbone.transform"
@@ -164,37 +177,49 @@ def decode(
     side = transform.image_size
     shape = (len(positions), 3, side, side)
 
-    def fill(out: Pixels) -> None:
+    def fill(out: Pixels) -> Positions:
+        """Write the images that can be read into `out`; gives their positions."""
+        kept, problems = list[int](), []
         images = source.resized(positions, transform)
-        problems = []
-        for place, image in zip(out, progress(images, f"decoding {name}", len(out)), strict=True):
+        bar = progress(images, f"decoding {name}", len(positions))
+        for position, image in zip(positions.tolist(), bar, strict=True):
             if isinstance(image, Tensor):
-                place[...] = image.numpy()
+                out[len(kept)] = image.numpy()
+                kept.append(position)
             else:
                 problems.append(image)
-        if problems:
+        if problems and on_error == "raise":
             raise ValueError(
-                f"{len(problems)} images of {name} cannot be read; restore or delete them: "
-                f"{listed(problems)}"
+                f"{len(problems)} images of {name} cannot be read; restore them, or pass on_error="
+                f'"skip" to leave them out: {listed(problems)}'
             )
+        return np.array(kept, dtype=np.int64)
 
     pixels = allocate(shape)
     if pixels is not None:
-        fill(pixels)
-        return torch.from_numpy(pixels)
+        kept = fill(pixels)
+        return torch.from_numpy(pixels[: len(kept)]), kept
     versions = version("pillow"), version("torchvision")
     facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
     digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
     digest.update(np.ascontiguousarray(positions).data)
     stem = re.sub(r"\W+", "-", name)[-60:].strip("-")
     path = cache / f"{stem}-{side}-{digest.hexdigest()[:32]}.npy"
-    if not path.exists() or path.stat().st_size < math.prod(shape):
-        _write_cache(path, shape, fill)
+    record = path.with_suffix(".json")  # what the pixels lack, written once they are whole
+    left_out = json.loads(record.read_bytes()) if record.exists() and path.exists() else None
+    # Files that were left out make an incomplete cache when they are an error now.
+    if left_out is None or (left_out and on_error == "raise"):
+        left_out = np.setdiff1d(positions, _write_cache(path, shape, fill)).tolist()
+        write_atomically(record, json.dumps(left_out).encode())
+    kept = np.setdiff1d(positions, left_out)
     # Copy-on-write: whoever changes the images does not change the file.
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+    return torch.from_numpy(mapped)[: len(kept)], kept
 
 
-def _write_cache(path: Path, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> None:
+def _write_cache(
+    path: Path, shape: tuple[int, ...], fill: Callable[[Pixels], Positions]
+) -> Positions:
     """Decode into a file beside `path` that takes its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A full disk would end the process while it writes to mapped memory.
@@ -209,6 +234,7 @@ def _write_cache(path: Path, shape: tuple[int, ...], fill: Callable[[Pixels], No
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        fill(out)
+        kept = fill(out)
         out.flush()
         temporary.replace(path)
+    return kept

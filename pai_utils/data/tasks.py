@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pai_utils.data.datasets import DATASETS, FOLDER, open_dataset
-from pai_utils.data.decoding import ImageFiles, Positions, decode
+from pai_utils.data.decoding import ImageFiles, OnError, Positions, decode
 from pai_utils.data.embedded import FRACTIONS, SPLITS, cut, stratified_order
 from pai_utils.data.images import ImageDataset, Transform
-from pai_utils.support.common import listed, logger
+from pai_utils.support.common import check_names, listed, logger
 from pai_utils.support.sampling import check_seed
 
 
@@ -34,6 +35,7 @@ class Task:
     train: ImageDataset  #: fits heads, scores weights, fine-tunes
     validation: ImageDataset  #: chooses hyper-parameters
     test: ImageDataset  #: read once, for the reported number
+    skipped: tuple[str, ...] = ()  #: files that could not be read and were left out
 
     @property
     def chance(self) -> float:
@@ -50,6 +52,7 @@ def load_task(
     test_size: int | None = None,
     seed: int = 0,
     download: bool | None = None,
+    on_error: OnError = "raise",
     validation_size: int | None = None,
     balanced: bool = False,
 ) -> Task:
@@ -75,6 +78,8 @@ def load_task(
         test_size: the same for the test items.
         seed: of these choices.
         download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
+        on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
+            of its part, logged, and listed in `Task.skipped`.
         validation_size: as `train_size`, for the validation items.
         balanced: let smaller sizes hold equally many items of each class, as far as there are.
 
@@ -100,6 +105,7 @@ def load_task(
     if not callable(transform):
         raise ValueError(f"transform must be callable, got {transform!r}; pass backbone.transform")
     check_seed(seed)
+    check_names("on_error", [on_error], get_args(OnError))
     opened = open_dataset(name, root, download=download)
     sizes = {"train": train_size, "validation": validation_size, "test": test_size}
     chosen = {}
@@ -121,17 +127,29 @@ def load_task(
             order = stratified_order(labels, generator, balanced=balanced)
             positions = positions[np.sort(order[:size])]
         chosen[split] = source, positions
-    datasets, files = {}, {}
+    datasets, files, skipped = {}, {}, list[str]()
     for split, (source, positions) in chosen.items():
         what = f"{name} {split}"
-        images = decode(source, positions, transform, name=what, cache=opened.cache)
-        classes = torch.from_numpy(source.labels[positions])
-        datasets[split] = ImageDataset(images, classes, transform)
+        images, kept = decode(
+            source, positions, transform, name=what, cache=opened.cache, on_error=on_error
+        )
+        labels = source.labels[kept]
+        if lost := set(source.labels[positions].tolist()) - set(labels.tolist()):
+            raise ValueError(
+                f"no image of the class {opened.class_names[min(lost)]!r} in the {split} part of "
+                f"{name} can be read"
+            )
+        datasets[split] = ImageDataset(images, torch.from_numpy(labels), transform)
         if isinstance(source, ImageFiles):
-            files[split] = [source.paths[i] for i in positions]
+            files[split] = [source.paths[i] for i in kept]
+            skipped += [str(source.paths[i]) for i in np.setdiff1d(positions, kept)]
+    if skipped:
+        logger.warning(
+            "%s: %d images cannot be read and are left out: %s", name, len(skipped), listed(skipped)
+        )
     if name.startswith(FOLDER):  # published sets are what they are
         _warn_of_copies(name, datasets, files)
-    return Task(name, opened.class_names, **datasets)
+    return Task(name, opened.class_names, **datasets, skipped=tuple(skipped))
 
 
 def _warn_of_copies(

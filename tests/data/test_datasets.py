@@ -355,6 +355,7 @@ def test_a_data_set_is_read_from_its_own_layout(name: str, root: Path, write: Wr
     assert_labels_belong_to_images(task)
     for part in (task.train, task.test):
         assert set(part.labels.tolist()) == set(range(len(task.class_names)))
+    assert task.skipped == ()
     names = NAMES.get(name, ())
     assert task.class_names[: len(names)] == names
 

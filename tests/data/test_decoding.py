@@ -85,7 +85,8 @@ def test_files_and_arrays_of_the_same_pixels_decode_alike(folder: Path, tmp_path
     positions = np.arange(3, 40, 2)
     expected = torch.stack([TRANSFORM.resize(Image.fromarray(image)) for image in pixels[3::2]])
     for source in (ImageFiles(paths, labels), ImageArrays(pixels, labels)):
-        images = decode(source, positions, TRANSFORM, name="x", cache=tmp_path)
+        images, kept = decode(source, positions, TRANSFORM, name="x", cache=tmp_path)
+        assert kept.tolist() == positions.tolist()
         assert torch.equal(images, expected)
 
 
@@ -109,7 +110,7 @@ def test_decoding_takes_hardly_more_memory_than_its_result(
     source = kind(given, np.zeros(500, dtype=np.int64))
     decode(source, np.arange(2), transform, name="imports", cache=tmp_path)
     tracemalloc.start()
-    images = decode(source, np.arange(500), transform, name="x", cache=tmp_path)
+    images, _ = decode(source, np.arange(500), transform, name="x", cache=tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert images.shape == (500, 3, 48, 48)
@@ -166,7 +167,7 @@ def test_a_cache_holds_the_same_images_and_spares_decoding(
     assert torch.equal(images_of(first), images_of(again))
     again.train.images.zero_()  # which changes neither the cache nor other tasks
     assert torch.equal(first.test.labels, again.test.labels)
-    assert [path.suffix for path in cache.iterdir()] == [".npy"] * 3
+    assert Counter(path.suffix for path in cache.iterdir()) == {".npy": 3, ".json": 3}
     assert all(path.stat().st_mode & 0o044 for path in cache.iterdir())
     monkeypatch.setenv("PAI_DATA_MEMORY", "1G")
     assert torch.equal(images_of(first), images_of(load(folder)))
@@ -197,17 +198,20 @@ def test_other_files_sizes_choices_and_filters_have_other_caches(
 def test_arrays_are_told_apart_by_their_pixels(tmp_path: Path) -> None:
     for level in (10, 200):
         source = ImageArrays(np.full((3, 8, 8), level, np.uint8), np.zeros(3, dtype=np.int64))
-        images = decode(source, np.arange(3), TRANSFORM, name="x", cache=tmp_path)
+        images, _ = decode(source, np.arange(3), TRANSFORM, name="x", cache=tmp_path)
         assert int(images.max()) == int(images.min()) == level
 
 
-def test_a_cache_that_was_cut_is_never_used(
-    folder: Path, cache: Path, opened: Counter[str]
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_cache_that_is_not_whole_is_decoded_again(
+    suffix: str, folder: Path, cache: Path, opened: Counter[str]
 ) -> None:
     first = images_of(load(folder))
-    for path in cache.glob("*.npy"):
-        path.write_bytes(path.read_bytes()[:-200])
+    for path in cache.glob(f"*{suffix}"):
+        path.unlink()
     assert torch.equal(first, images_of(load(folder)))
+    assert opened.total() == 80
+    load(folder)
     assert opened.total() == 80
 
 
@@ -236,15 +240,31 @@ def test_a_disk_without_room_is_told_before_decoding(
 
 
 @pytest.mark.parametrize("memory", ["1G", "0"])
-def test_unreadable_images_are_all_named_and_nothing_is_kept(
-    memory: str, folder: Path, monkeypatch: Patch
+def test_unreadable_images_are_an_error_or_left_out_and_logged_on_request(
+    memory: str, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("PAI_DATA_MEMORY", memory)
-    for path in (folder / "c0").iterdir():
+    assert load(folder).skipped == ()
+    broken = [folder / f"c0/{index:02d}.png" for index in (3, 4)]
+    for path in broken:
         path.write_bytes(path.read_bytes()[:60])
-    message = (
-        r"^11 images of folder:.* train cannot be read; restore or delete them: .*/c0/\d+\.png"
-    )
-    with pytest.raises(ValueError, match=f"{message}.* and 6 more"):
+    for _ in range(2):
+        caplog.clear()
+        task = load(folder, on_error="skip")
+        assert sorted(task.skipped) == list(map(str, broken))
+        assert "2 images cannot be read and are left out" in caplog.text
+        assert all(str(path) in caplog.text for path in broken)
+        parts = (task.train, task.validation, task.test)
+        assert sum(len(part) for part in parts) == 38
+        for part in parts:  # those kept still have their labels
+            assert part.images[:, :2, 0, 0].tolist() == [list(COLOURS[n]) for n in part.labels]
+    # What is left out on request is an error otherwise, whatever the cache holds.
+    with pytest.raises(ValueError, match=r"2 images of .* on_error=.skip.*c0/0[34]\.png cannot be"):
         load(folder)
-    assert not list(folder.glob(".decoded/*"))
+
+
+def test_a_class_without_readable_images_is_an_error(folder: Path) -> None:
+    for path in (folder / "c1").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no image of the class 'c1' in the train part"):
+        load(folder, on_error="skip")

@@ -112,6 +112,7 @@ def test_a_callable_transform_is_given_the_raw_images() -> None:
         ({"train_size": True}, "got True"),
         ({"seed": -1}, "seed must be an integer"),
         ({"transform": None}, r"transform must be callable.*backbone\.transform"),
+        ({"on_error": "ignore"}, "unknown on_error 'ignore'"),
     ],
 )
 def test_impossible_arguments_are_refused(options: dict[str, Any], message: str) -> None:
