@@ -73,8 +73,7 @@ def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
 
     The bits of all masks make one tensor (row-major, most significant first), the surviving
     values one for each type of number; all other parameters and buffers are stored whole, and a
-    tensor with two names once. A pruned zero comes back as +0, whichever its sign. The file is
-    written whole or not at all.
+    tensor with two names once. A pruned zero comes back as +0, whichever its sign.
 
     Raises:
         ValueError: if the mask is for another model, or a weight that it prunes is not zero.
@@ -216,7 +215,7 @@ def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
     """Write the pruned model's state dict with its zeros, as plain safetensors.
 
     ``safetensors.torch.load_file`` and ``load_state_dict`` read it; a tensor with two names is
-    stored under both. The file is written whole or not at all.
+    stored under both.
 
     Raises:
         ValueError: as :func:`save_compressed`.
@@ -229,8 +228,7 @@ def export_onnx(
 ) -> None:
     """Write the model in evaluation mode as ONNX: ``images`` [N, C, H, W] to ``logits``, any N.
 
-    One file with the weights inside, written whole or not at all. The model keeps its mode; C, H
-    and W are as :func:`~pai_utils.models.encoders.image_shape` says.
+    The weights are inside. C, H and W are as :func:`~pai_utils.models.encoders.image_shape` says.
 
     Raises:
         ModuleNotFoundError: if the extra ``export`` is not installed.
@@ -256,7 +254,7 @@ def export_onnx(
 def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
-    The model, in float32 or float64, is compared in evaluation mode on images [N, 3, S, S].
+    The model is in float32 or float64; images are [N, 3, S, S].
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -351,8 +349,7 @@ def _write_format(
 def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:
     """A copy of the model whose 2:4 linear layers run on the sparse tensor cores of CUDA.
 
-    The model is on CUDA, in float16 or bfloat16; the mask keeps at most two of every four weights
-    along the input of each layer.
+    The model is on CUDA, in float16 or bfloat16.
 
     Returns:
         The copy, for inference, and the names of the weights that stay dense. These are weights of
@@ -390,11 +387,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
 
 @torch.inference_mode()
 def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Speedup:
-    """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in turns.
-
-    All are on one device. Each model has ten turns, of three passes that are timed together after
-    two others.
-    """
+    """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in ten turns."""
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()

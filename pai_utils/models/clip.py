@@ -63,9 +63,7 @@ def load_towers(
 ) -> tuple[nn.Module, ImageTransform, Provenance]:
     """Build both towers of `clip:<model>@<weights>`, on the CPU, in evaluation mode.
 
-    `<model>` is one of open_clip's; `<weights>` one of its tags for it, or the path of a local
-    checkpoint. Without pre-training `clip:<model>` is enough. Arguments and errors are otherwise
-    those of `load_backbone`.
+    Arguments and errors are those of `load_backbone`.
 
     Returns:
         The whole model, what its images need, and where its weights come from.

@@ -1,8 +1,4 @@
-"""Pre-trained image encoders, by the name of their weights.
-
-Wherever the weights come from, a `Backbone` maps images [N, 3, S, S] to features [N, feature_dim],
-knows the preprocessing that its weights expect, and says where they come from.
-"""
+"""Pre-trained image encoders, by the name of their weights."""
 
 from __future__ import annotations
 
@@ -53,8 +49,8 @@ def load_backbone(
             needs a multiple of its patch size; its position embedding is interpolated to the new
             grid.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
-        pretrained: `False` gives the same architecture at random weights.
-        seed: of the random weights; the global random state is left as it was.
+        pretrained: `False` gives random weights, from `seed`.
+        seed: the global random state is left as it was.
         download: fetch weights that are not on this computer; `None` does so if the environment
             says `PAI_DOWNLOAD=1`.
 

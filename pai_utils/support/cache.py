@@ -58,9 +58,8 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
     """What is kept of this computation, or else what ``compute`` gives, which is then kept.
 
     ``kind`` begins the file's name. ``parts`` are all that the result follows from: modules, data
-    sets, plain values, and the functions that compute, which stand for their modules and all
-    that these import. What is read is on the CPU. Under ``torchrun`` every process must call it;
-    the first one looks and keeps.
+    sets, plain values, and functions, which stand for their modules and all that these import. What
+    is read is on the CPU. Under ``torchrun`` every process must call it.
     """
     folder = os.environ.get(FOLDER)
     # Inside `torch.autocast` results are those of a precision that no part names.

@@ -43,12 +43,9 @@ def at_least_single(values: Tensor) -> torch.dtype:
 def undisturbed(model: nn.Module, *, any_output: bool = False) -> Iterator[None]:
     """Evaluate ``model`` inside, held to the contract of :mod:`pai_utils.support.contract`.
 
-    On leaving, it is as it was but for values of parameters.
-
-    That is modes, buffers, ``grad``, ``requires_grad``, which parameters a module has, and its
-    other attributes, but for what :func:`~pai_utils.support.common.forget` drops, before each
-    forward in here and on leaving.
-    Whoever changes *values* of parameters inside restores them.
+    On leaving, its modes, buffers, ``grad``, ``requires_grad``, parameters and other attributes are
+    as they were, but for what :func:`~pai_utils.support.common.forget` drops, before each forward
+    in here and on leaving. Whoever changes *values* of parameters inside restores them.
     """
     held = [value for module in model.modules() for value in _held(vars(module), {}).values()]
     # Dictionaries and lists are filled in place.
@@ -133,11 +130,9 @@ def copied(model: Module) -> Module:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in float64, in evaluation mode and held to the contract.
+    """A copy of ``model`` in float64, in evaluation mode, frozen and held to the contract.
 
-    No parameter of it asks for a gradient.
-
-    Unlike a functional call of the model itself, running the copy with other weights leaves nothing
+    Unlike a functional call of the model itself, running it with other weights leaves nothing
     behind in what modules keep beside their state.
     """
     other = copied(model).double().requires_grad_(False)
@@ -159,11 +154,7 @@ def clock(device: torch.device) -> float:
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Wrap ``items`` in a progress bar on stderr, where a person may watch: terminal or notebook.
-
-    The bar is text that is wiped at the end, and the book drops what notebooks write to stderr, so
-    a rendered page holds no trace of it. ``PAI_PROGRESS=0`` turns it off.
-    """
+    """Wrap ``items`` in a progress bar on stderr, where a person may watch; wiped at the end."""
     from tqdm import tqdm
 
     return tqdm(items, desc=description, total=total, leave=False, disable=not watched())

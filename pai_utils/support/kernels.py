@@ -15,10 +15,8 @@ def execute(
 ) -> None:
     """Execute a notebook through papermill, cell by cell, into its copy.
 
-    What a person watches on stderr is a bar of cells, and what these print, with their own bars.
-
-    A port would be open to every user of the computer, and two kernels that start together may be
-    given the same one: the channel to the kernel is a socket in a folder of its own.
+    ``watched`` shows a bar of cells on stderr, and what these print. A port would be open to every
+    user of the computer: the channel to the kernel is a socket in a folder of its own.
 
     Raises:
         papermill.PapermillExecutionError: a cell failed; the copy shows it.

@@ -1,8 +1,4 @@
-"""How data runs through a model: seeded draws, batches, devices, memory, and leaving no trace.
-
-Everything that loops over samples (heads, scores, evaluation, fine-tuning) uses these few
-functions, so that a seed, a batch split or an out-of-memory retry means the same everywhere.
-"""
+"""How data runs through a model: seeded draws, batches, processes, and too little memory."""
 
 from __future__ import annotations
 
@@ -44,8 +40,6 @@ class Draw:
 
     def indices(self, data: Samples) -> Tensor:
         """Positions of the samples in ``data``: long ``[samples]``, on the CPU.
-
-        The global random state is not touched.
 
         Raises:
             ValueError: if ``data`` is empty or of another kind, or holds fewer than are drawn.
