@@ -53,9 +53,8 @@ _STYLE: Any = {
 def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> Figure:
     """Retention on held-out tasks against sparsity, one panel a source, with intervals.
 
-    The table is as from :func:`~pai_utils.evaluation.held_out_retention`; further scorers, such as
-    one for an encoder without pre-training, are further lines. The source takes the place of the
-    braces in ``title``.
+    The table is as from :func:`~pai_utils.evaluation.held_out_retention`. The source takes the
+    place of the braces in ``title``.
     """
     looks = _looks(held_out.scorer)
 
@@ -82,16 +81,10 @@ def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float
     """
     figure = retention_curves(candidates.assign(source="validation part"), title="{}")
     (axes,) = figure.axes
+    least = 1 - tolerance
     axes.set_ylabel("retention")
-    axes.axhline(1 - tolerance, color="0.2", linewidth=1.2, linestyle="--")
-    axes.annotate(
-        f"kept at least: {1 - tolerance:g}",
-        (axes.get_xlim()[0], 1 - tolerance),
-        xytext=(3, -3),
-        textcoords="offset points",
-        va="top",
-        fontsize="small",
-    )
+    axes.axhline(least, color="0.2", linewidth=1.2, linestyle="--")
+    axes.text(axes.get_xlim()[0], least, f" kept at least: {least:g}", va="top", fontsize="small")
     axes.plot(choice.sparsity, choice.retention, "s", markersize=14, color="0.1", fillstyle="none")
     return figure
 
@@ -141,8 +134,8 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
 def recovery_arrows(gains: pd.DataFrame) -> Figure:
     """What fine-tuning changed, from each start: a line from retention before to after.
 
-    The table is as from `recovery_gains` of the study of recovery, one row a start, sparsity and
-    penalty. One panel a sparsity.
+    The table is as from :func:`~pai_utils.studies.finetune_recovery.chosen_on_validation`. One
+    panel a sparsity.
     """
     penalised = gains.start + ", penalty: " + gains.penalty
     rows = pd.concat(
@@ -164,8 +157,8 @@ def recovery_arrows(gains: pd.DataFrame) -> Figure:
 def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: str) -> Figure:
     """Accuracy over fine-tuning steps, one panel a learning rate, one line a task.
 
-    The table is as from the study of recovery, of one start and penalty. Hollow marks are those of
-    refitted heads; dense accuracies are at the right edge, and the source's line is thicker.
+    The table is as from :func:`pai_utils.studies.finetune_recovery.run`, of one start and penalty.
+    Hollow marks are those of refitted heads, and dense accuracies are at the right edge.
     """
     table = recovery[recovery.split == "test"].sort_values("learning_rate", kind="stable")
     table = table.assign(
@@ -253,10 +246,8 @@ def spectra(density: pd.DataFrame) -> Figure:
     The table is the second of :func:`~pai_utils.studies.landscape_analysis.spectra`.
     """
     looks = _looks(density.name, linewidth=1.1)
-    for index, (name, look) in enumerate(looks.items()):
-        # A few marks a line, which stand apart from those of the next line.
-        places = np.linspace(0, (density.name == name).sum() - 1, 14).astype(int)
-        look["markevery"] = places[index % 2 :: 2].tolist()
+    for index, look in enumerate(looks.values()):  # few marks, apart from those of the next line
+        look["markevery"] = (0.1 * (index % 2), 0.2)
     visible = density.density[density.density > 1e-12]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -272,7 +263,7 @@ def spectra(density: pd.DataFrame) -> Figure:
 def path_losses(path: pd.DataFrame, source: str) -> Figure:
     """Loss and accuracy of every task along the straight lines between networks.
 
-    The table is as from :func:`~pai_utils.landscape.losses_on_path`; the source's line is thicker.
+    The table is as from :func:`~pai_utils.landscape.losses_on_path`.
     """
     path = path.assign(task=_with_source(path.task, source))
     looks = _looks(path.task)
@@ -348,17 +339,16 @@ def pre_activations(table: pd.DataFrame, alone: float) -> Figure:
 
     The table is as from :func:`~pai_utils.studies.worked_examples.pre_activations`.
     """
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 2.9), layout="constrained")
-        sns.histplot(table, x="value", hue="task", stat="density", common_norm=False, ax=axes)
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        sns.histplot(rows, x="value", hue="task", stat="density", common_norm=False, ax=axes)
         axes.axvline(alone, color="0.1", linestyle="--")
         axes.annotate("without its weights ", (alone, 0.9 * axes.get_ylim()[1]), ha="right")
         left = axes.get_xlim()[0]
         axes.axvspan(left, 0, color="0.9", zorder=0)
-        axes.set_xlim(left=left)
-        axes.set(xlabel="what ReLU6 is given (grey: it gives zero)")
-    plt.close(figure)
-    return figure
+        axes.set(xlim=(left, None), xlabel="what ReLU6 is given (grey: it gives zero)")
+
+    return _panels({"": table}, draw, size=(5.5, 2.5))
 
 
 def damping_curve(table: pd.DataFrame) -> Figure:
@@ -379,10 +369,7 @@ def damping_curve(table: pd.DataFrame) -> Figure:
 
 
 def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> Figure:
-    """Overlap (intersection over union of kept weights) of pairs of masks as a labelled matrix.
-
-    The overlap by chance, of the same form, is written below each value in brackets.
-    """
+    """Overlaps of pairs of masks as a matrix, and those by chance in brackets below."""
     labels = overlap.map("{:.2f}".format)
     if chance is not None:
         labels += chance.map("\n({:.2f})".format)
@@ -396,28 +383,22 @@ def error_parts(parts: pd.DataFrame) -> Figure:
     The table is as from :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a column
     ``panel``.
     """
-    names = list(dict.fromkeys(parts.part))
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         hatches = ["///" if part == "diagonal" else "" for part in rows.part]
-        places = rows.part.map(names.index)
-        bars = axes.barh(places, rows.nats, hatch=hatches, color="0.75", edgecolor="black")
+        bars = axes.barh(rows.part, rows.nats, hatch=hatches, color="0.75", edgecolor="black")
         labels = [f"{value:+.2g}" if value else "0" for value in rows.nats]
         axes.bar_label(bars, labels, padding=3, fontsize=7)
         axes.margins(x=0.3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), names)
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="nats")
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="nats")  # the first part on top
 
-    size = (3.6, 1.0 + 0.28 * len(names))
+    size = (3.6, 1.0 + 0.28 * parts.part.nunique())
     return _panels(_groups(parts), draw, size=size, share=True)
 
 
 def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure:
-    """Distribution of each scorer's positive scores, with the threshold at a sparsity.
-
-    ``scores`` are flat tensors by scorer.
-    """
+    """Distribution of each scorer's positive scores (flat), with the threshold at a sparsity."""
     panels = {}
     for name, tensor in scores.items():
         values = tensor.double().cpu().numpy()
@@ -465,16 +446,16 @@ def plane_contours(
     return _panels(panels, draw, looks, size=(3.6, 3.2))
 
 
-def sample_images(tasks: Mapping[str, Task], columns: int = 8) -> Figure:
+def sample_images(tasks: Mapping[str, Task]) -> Figure:
     """The first test images of each task, one row a task."""
     from torchvision.utils import make_grid
 
     def draw(axes: Axes, task: Task) -> None:
-        strip = make_grid(task.test.images[:columns], nrow=columns, pad_value=255)
+        strip = make_grid(task.test.images[:8], pad_value=255)
         axes.imshow(strip.permute(1, 2, 0).numpy())
         axes.set_axis_off()
 
-    return _panels(tasks, draw, size=(columns * 0.95, 1.2), most=1)
+    return _panels(tasks, draw, size=(7.6, 1.2), most=1)
 
 
 def _groups(table: pd.DataFrame, column: str = "panel") -> dict[str, pd.DataFrame]:
@@ -491,21 +472,16 @@ def _with_source(tasks: pd.Series[str], source: str) -> pd.Series[str]:
 
 
 def _wrapped(text: str) -> str:
-    """A title over several lines, which mixtures need; lines end at a space or after a ``+``."""
+    """A title over several lines, which end at a space or after the ``+`` of a mixture."""
     parts = re.sub(r"\+(?=\S)", "+\t", text)
-    lines = textwrap.wrap(
+    wrapped = textwrap.fill(
         parts, 32, expand_tabs=False, replace_whitespace=False, break_long_words=False
     )
-    return "\n".join(lines).replace("\t", "")
+    return wrapped.replace("\t", "")
 
 
 def _looks(names: Iterable[str], **same: Any) -> Looks:
-    """How each series is drawn.
-
-    Colour and marker are those of the scorer that a name begins with, or of the stage; fill and
-    dashes are those of what follows, such as a repair. Other series are told apart by their order.
-    The source, as :func:`_with_source` calls it, has a thicker line.
-    """
+    """How each series is drawn: a scorer by its name, then its repair; a stage; others by order."""
     palette = sns.color_palette("colorblind")
     looks: Looks = {}
     endings: dict[str, int] = {}
@@ -548,11 +524,7 @@ def _panels(
     share: bool = False,
     most: int = 3,
 ) -> Figure:
-    """A figure with one panel a title, ``most`` in a row, and one legend for all below them.
-
-    ``draw`` draws what a panel shows; ``size`` is that of a panel, in inches; with ``share``, all
-    have the same vertical axis.
-    """
+    """One panel a title, of a size in inches, ``most`` in a row, and one legend below them."""
     columns = 2 if len(panels) == 4 and most > 2 else min(most, len(panels))
     rows = -(-len(panels) // columns)
     size = (size[0] * columns, size[1] * rows + 0.4)
@@ -596,10 +568,9 @@ def _intervals(
     width: float = 3.4,
     start: str = "",
 ) -> Figure:
-    """Points with horizontal intervals, the first row on top.
+    """Points ``value`` from ``low`` to ``high``, one ``panel`` and ``row`` each, the first on top.
 
-    The table has columns ``panel, row, value, low, high`` and one of the series. ``lines`` are
-    vertical ones, with their style; ``start`` is a marker at the lower ends.
+    ``lines`` are vertical ones, with their style; ``start`` is a marker at the lower ends.
     """
     names = list(dict.fromkeys(table.row))
     looks = {name: look | {"linestyle": "-", "linewidth": 1} for name, look in looks.items()}

@@ -138,7 +138,7 @@ def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
     assert np.asarray(square.get_xydata()).tolist() == [[0.2, 0.8]]
     heights = {str(line.get_linestyle()): np.unique(line.get_ydata()) for line in axes.lines}
     assert heights["--"].tolist() == [0.75]
-    assert [text.get_text() for text in axes.texts] == ["kept at least: 0.75"]
+    assert [text.get_text().strip() for text in axes.texts] == ["kept at least: 0.75"]
 
 
 def test_stages_stand_in_one_row_a_task_the_source_on_top() -> None:
