@@ -58,12 +58,11 @@ def predicted_and_measured(
     """Loss increase along directions: predicted by quadratic models, and measured.
 
     ``directions`` are δ by name, as from :func:`pruning_direction`, and ``fractions`` values of α.
-    All quantities are over the same samples. The terms of the gradient, H and G are exact up to
-    rounding; those of the diagonal, blocks and tensors of G are Monte Carlo estimates with
-    ``draws`` labels a sample (:func:`~pai_utils.curvature.quadratic.partial_terms`). These are
-    noisy where the model is sure of its labels, and too low along a direction that a score chose
-    by the same labels, as ``ggn_diag`` does with the same draw. Costs about five forward and
-    backward passes, two more for each direction, and one forward for each direction and fraction.
+    All quantities are over the same samples. The terms of the gradient, H and G are exact; those of
+    the diagonal, blocks and tensors of G are Monte Carlo estimates with ``draws`` labels a sample
+    (:func:`~pai_utils.curvature.quadratic.partial_terms`). These are noisy where the model is sure
+    of its labels, and too low along a direction that a score chose by the same labels, as
+    ``ggn_diag`` does with the same draw.
 
     Returns:
         One row a direction and α, with ``direction, fraction``; ½ α² δᵀAδ for ``diagonal, blocks,
@@ -106,32 +105,6 @@ def predicted_and_measured(
     return pd.DataFrame(rows)
 
 
-def principal_angles(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-    """Principal angles between two subspaces of weights, in radians, the smallest first.
-
-    Both are given by orthonormal vectors ``[k, *shape]`` by parameter name, as
-    :class:`~pai_utils.curvature.spectra.Eigenpairs` holds them. Angles come from their cosines,
-    which loses half of the digits near zero. Between top eigenspaces of Hessians: Gur-Ari et al.
-    (2018), "Gradient descent happens in a tiny subspace".
-
-    Returns:
-        ``[k]`` of the smaller one, float64.
-
-    Examples:
-        >>> import torch
-        >>> from pai_utils.landscape import principal_angles
-        >>> left = {"weight": torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])}
-        >>> right = {"weight": torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])}
-        >>> principal_angles(left, right).rad2deg()
-        tensor([ 0., 90.], dtype=torch.float64)
-    """
-    if set(left) != set(right):
-        raise ValueError("the vectors are of different parameters")
-    products = [left[n].flatten(1).double() @ right[n].flatten(1).double().T for n in left]
-    angles: Tensor = torch.linalg.svdvals(torch.stack(products).sum(0)).clamp(0, 1).acos()
-    return angles
-
-
 def task_alignment(
     diagonals: Mapping[str, Direction],
     eigenpairs: Mapping[str, Eigenpairs],
@@ -143,10 +116,10 @@ def task_alignment(
 
     Returns:
         One row an ordered pair of different tasks, with ``source, target, eigenspace_overlap``
-        (mean squared cosine of the principal angles), ``chance`` (that of random subspaces, the
-        larger number of eigenvectors over that of weights), ``smallest_angle, largest_angle``
-        (degrees), ``rank_correlation`` (Spearman, of the diagonals) and ``weighted_correlation``
-        (Pearson, of the diagonals, each weight counted by its square).
+        (mean squared cosine of the principal angles between top eigenspaces, as Gur-Ari et al.
+        2018, "Gradient descent happens in a tiny subspace"), ``chance`` (that of random
+        subspaces), ``rank_correlation`` (Spearman, of the diagonals) and
+        ``weighted_correlation`` (Pearson, of the diagonals, each weight counted by its square).
     """
 
     def flat(tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
@@ -158,13 +131,12 @@ def task_alignment(
     ranks = {task: rankdata(each) for task, each in values.items()}
     rows = []
     for one, other in combinations(diagonals, 2):
-        pairs = eigenpairs[one], eigenpairs[other]
-        angles = principal_angles(pairs[0].vectors, pairs[1].vectors)
+        left, right = eigenpairs[one].vectors, eigenpairs[other].vectors
+        inner = [left[n].flatten(1).double() @ right[n].flatten(1).double().T for n in weights]
+        products = torch.stack(inner).sum(0)  # their singular values are the cosines
         row = {
-            "eigenspace_overlap": float(angles.cos().square().mean()),
-            "chance": max(len(pair.values) for pair in pairs) / len(importance),
-            "smallest_angle": math.degrees(float(angles.min())),
-            "largest_angle": math.degrees(float(angles.max())),
+            "eigenspace_overlap": float(products.square().sum()) / min(products.shape),
+            "chance": max(products.shape) / len(importance),
             "rank_correlation": _correlation(ranks[one], ranks[other]),
             "weighted_correlation": _correlation(values[one], values[other], importance),
         }
@@ -212,8 +184,7 @@ def losses_on_path(
 ) -> pd.DataFrame:
     """Loss and accuracy of every task along the straight lines from station to station.
 
-    ``stations`` are encoders by name, in order, and a line has ``points`` steps. Costs a forward
-    over all data for each of them; the stations' weights stay as they are.
+    ``stations`` are encoders by name, in order, and a line has ``points`` steps.
 
     Returns:
         One row a point and task, with ``position`` (0 at the first station, 1 at the second, …),
@@ -255,10 +226,9 @@ class Plane:
 def plane_through(origin: nn.Module, others: Mapping[str, nn.Module]) -> Plane:
     """The plane through the weights of the dense network, at (0, 0), and of two others.
 
-    The first direction leads from the origin to the first of the others, and the second is
-    perpendicular to it (Gram–Schmidt, as Garipov et al. 2018, "Loss surfaces, mode connectivity,
-    and fast ensembling of DNNs"). Both have norm one, so that distances on the plane are distances
-    of weights.
+    The first direction leads to the first of the others, and the second is perpendicular to it
+    (Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast ensembling of DNNs"). Both
+    have norm one, so that distances on the plane are distances of weights.
 
     Raises:
         ValueError: if the three lie on one line, or as :func:`difference`.
@@ -284,8 +254,7 @@ def plane_through(origin: nn.Module, others: Mapping[str, nn.Module]) -> Plane:
 def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -> Plane:
     """A plane through a network along two Gaussian directions, normalised filter by filter.
 
-    Each output channel of a direction has the norm of that channel's weights, so that one unit
-    moves every filter as far as it is long, at whatever scale its layer is (Li et al. 2018,
+    Each output channel of a direction has the norm of that channel's weights (Li et al. 2018,
     "Visualizing the loss landscape of neural nets"). Only prunable weights move, and of a mask the
     pruned ones stay zero. A seed gives the same directions on every device.
     """
@@ -320,8 +289,8 @@ def losses_on_plane(
     """Loss and accuracy of every task on a grid over the plane.
 
     A side of the grid has ``points`` points. It reaches beyond the plane's own by ``margin``, a
-    share of their extent, or in the plane's units around a single one. Costs ``points²`` forwards
-    over all data; the weights of ``backbone``, the network at (0, 0), return bit for bit.
+    share of their extent, or in the plane's units around a single one. The weights of ``backbone``,
+    the network at (0, 0), return bit for bit.
 
     Returns:
         One row a point and task, with ``task, loss, accuracy, count`` as in :func:`losses_on_path`,
