@@ -107,9 +107,8 @@ class Mask(Mapping[str, Tensor]):
         """The overlap by chance: of masks that keep as many weights of each layer, but at random.
 
         Of a layer of n weights, two random masks that keep k and l share k l / n on average. With I
-        the sum of these means, this is I / (Σk + Σl − I); the mean of the ratio itself exceeds it
-        by a relative error of the order of 1 / (number of weights). Two masks that keep a fraction
-        d of every layer overlap by d / (2 − d).
+        the sum of these means, this is I / (Σk + Σl − I). Two masks that keep a fraction d of every
+        layer overlap by d / (2 − d).
         """
         self._check(other, "the other mask", alike=True)
         both = sum(self._kept[n] * other._kept[n] / entry.numel() for n, entry in self.items())
@@ -122,11 +121,10 @@ class Mask(Mapping[str, Tensor]):
     def check(self, model: nn.Module, *, strict: bool = True) -> None:
         """Refuse a model that the mask was not made for.
 
-        Names and shapes must fit, layers apply zeros where their weights are zero, and unless
-        ``strict`` is false the encoder's name and the weights' checksum must fit, where the
-        metadata has them (:func:`describe_weights`). A model whose pruned weights are all zero
-        passes without its checksum: it was pruned by this mask, and perhaps repaired or fine-tuned
-        since.
+        Names and shapes must fit, and unless ``strict`` is false also the encoder's name and the
+        weights' checksum, where the metadata has them (:func:`describe_weights`). A model whose
+        pruned weights are all zero passes without its checksum: it was pruned by this mask, and
+        perhaps repaired or fine-tuned since.
 
         Raises:
             ValueError: what does not fit.
@@ -173,7 +171,6 @@ class Mask(Mapping[str, Tensor]):
 
         The report, for a reader, goes to the same path with the suffix ``.json``: the file's
         SHA-256, the metadata, and numbers of weights and sparsity, overall and of each layer.
-        Nothing reads it back. Each file is written whole or not at all.
 
         Raises:
             ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
@@ -219,18 +216,6 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is truncated, altered, or not a mask, or ``model`` is another.
-
-        Examples:
-            >>> import tempfile
-            >>> from pathlib import Path
-            >>> import torch
-            >>> import pai_utils as pai
-            >>> mask = pai.Mask({"weight": torch.tensor([True, False])}, {"scorer": "magnitude"})
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     mask.save(Path(folder) / "mask.safetensors")
-            ...     found = pai.Mask.load(Path(folder) / "mask.safetensors")
-            >>> found["weight"], found.metadata
-            (tensor([ True, False]), {'scorer': 'magnitude'})
         """
         entries, text = read_tensors(path, _FORMAT, what="mask file")
         mask = cls(entries, json.loads(text))
@@ -265,10 +250,10 @@ def make_mask(
     """Keep the weights with the highest scores.
 
     The number of pruned weights is exactly ``round(sparsity * n)`` of each group of n weights that
-    are compared, also when scores tie. Among equal scores (−0 and 0 are) the smallest weights are
-    pruned first, as they are now, if these are the :class:`~pai_utils.scorers.registry.Scores` of a
-    model; among equal weights the first in order. ``ties`` of the mask counts the weights that only
-    this rule parted. All is computed on the CPU, so that no mask depends on a device.
+    are compared, also when scores tie. Among equal scores the smallest weights are pruned first, if
+    these are the :class:`~pai_utils.scorers.registry.Scores` of a model; among equal weights the
+    first in order. ``ties`` of the mask counts the weights that only this rule parted. All is
+    computed on the CPU, so that no mask depends on a device.
 
     Args:
         scores: one tensor a parameter name, higher means keep.
@@ -277,15 +262,13 @@ def make_mask(
 
             - ``"global"``: all of them.
             - ``"layer"``: those of one parameter; every layer gets the same sparsity. One that is
-              sparser already stays so, and the others keep as many more, to the same count.
-            - ``"erk"``: those of one parameter, with the layers' densities by :func:`erk_budget`
-              and the exact count overall.
+              sparser already stays so, and the others keep more instead.
+            - ``"erk"``: those of one parameter, with the layers' densities by :func:`erk_budget`.
             - ``"N:M"`` (such as ``"2:4"``): every M consecutive weights along dimension 1, of
-              which the N highest stay. That is the input dimension of linear layers
-              ``[out, in]`` and of convolutions ``[out, in / groups, ...]``, there at each place
-              of the kernel; of transposed convolutions it is the output. A last group of fewer
-              than M keeps its N highest, so that depthwise convolutions (one input a group) lose
-              nothing.
+              which the N highest stay. That is the input of linear layers ``[out, in]`` and of
+              convolutions ``[out, in / groups, ...]``, at each place of the kernel; of transposed
+              convolutions it is the output. A last group of fewer than M keeps its N highest, so
+              that depthwise convolutions lose nothing.
         within: an earlier mask; what it prunes stays pruned, and counts.
         metadata: kept with the mask.
 
@@ -325,14 +308,14 @@ def make_mask(
     kept: dict[str, Tensor] = {}
     ties = 0
     for group in groups:
-        layers = [values[name] for name in group]
-        sizes_of_weights = [weights[name].abs() for name in group if name in weights]
         if pattern is not None:
-            found, tied = _keep_n_of_m(layers[0], sizes_of_weights, *pattern)
+            (name,) = group
+            kept[name], tied = _keep_n_of_m(values[name], weights.get(name), *pattern)
         else:
-            gone = sum(sizes[name] for name in group) - budget[group[0]]
-            found, tied = _keep_highest(layers, gone, sizes_of_weights)
-        kept.update(zip(group, found, strict=True))
+            pool, tie_breaks = _flat(values, group), _flat(weights, group) if weights else None
+            found, tied = _keep_highest(pool, len(pool) - budget[group[0]], tie_breaks)
+            for name, entry in zip(group, found.split([sizes[n] for n in group]), strict=True):
+                kept[name] = entry.view_as(values[name])
         ties += tied
     if within is not None:  # a group of M may have lost more than M - N already
         kept = {name: entry & within[name] for name, entry in kept.items()}
@@ -346,21 +329,13 @@ def erk_budget(
 ) -> dict[str, int]:
     """Number of weights to keep in each layer, by the Erdős–Rényi-kernel rule.
 
-    The density of a layer is proportional to (Σ of its dimensions) / (∏ of its dimensions), which
-    keeps more of small layers (Evci et al., "Rigging the Lottery", ICML 2020). A layer whose share
-    exceeds its size, or the weights that are ``left`` of it, keeps all, and the others share the
-    rest. Shares are rounded so that their sum is ``kept``, and so that no layer's number falls when
-    ``kept`` grows (Webster's method): budgets of successive rounds are nested.
+    The density of a layer is proportional to (Σ of its dimensions) / (∏ of its dimensions) (Evci et
+    al., "Rigging the Lottery", ICML 2020). A layer whose share exceeds its size, or the weights
+    that are ``left`` of it, keeps all, and the others share the rest. Shares are rounded so that
+    their sum is ``kept``, and no layer's number falls when ``kept`` grows (Webster's method).
 
     Raises:
         ValueError: if fewer weights than ``kept`` are left.
-
-    Examples:
-        >>> import torch
-        >>> from pai_utils.masks import erk_budget
-        >>> shapes = {"conv": torch.Size([8, 3, 3, 3]), "linear": torch.Size([10, 40])}
-        >>> erk_budget(shapes, kept=200)
-        {'conv': 51, 'linear': 149}
     """
     left = {name: shape.numel() for name, shape in shapes.items()} if left is None else left
     if not 0 <= kept <= sum(left.values()):
@@ -424,9 +399,8 @@ def check_sparsity(
 def describe_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Metadata that ties a mask to the weights it is made for.
 
-    ``encoder`` is the backbone's name (of other modules that of their class), ``provenance`` that
-    of a backbone's weights, and ``weights`` the SHA-256 of the named weights with their names,
-    shapes and type.
+    ``encoder`` is the backbone's name or the module's class, ``provenance`` that of a backbone's
+    weights, and ``weights`` the SHA-256 of the named weights.
     """
     model = unwrapped(model)
     backbone = model.backbone if isinstance(model, Classifier) else model
@@ -462,60 +436,43 @@ def _comparable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: v.detach().to("cpu", dtype).contiguous() for n, v in tensors.items()}
 
 
-def _keep_highest(
-    layers: list[Tensor], pruned: int, magnitudes: list[Tensor]
-) -> tuple[list[Tensor], int]:
-    """Boolean tensors, false at the ``pruned`` lowest of all values, and the number of ties.
+def _flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in names])
 
-    Of ties the smallest of ``magnitudes`` go, if there are any, and then the first.
-    """
+
+def _keep_highest(values: Tensor, pruned: int, weights: Tensor | None) -> tuple[Tensor, int]:
+    """False at the ``pruned`` lowest values, of ties at the smallest weights; how many tied."""
     if pruned == 0:
-        return [torch.ones_like(values, dtype=torch.bool) for values in layers], 0
-    pool = torch.cat([values.flatten() for values in layers])
-    # In place and several times as fast as torch's kthvalue, which also returns an index.
-    pool.numpy().partition(pruned - 1)
-    threshold = pool[pruned - 1].item()
-    kept = [values > threshold for values in layers]
-    room = len(pool) - pruned - sum(int(keep.count_nonzero()) for keep in kept)
-    del pool
+        return torch.ones_like(values, dtype=torch.bool), 0
+    # Several times as fast as torch's kthvalue, which also returns an index.
+    threshold = float(np.partition(values.numpy(), pruned - 1)[pruned - 1])
+    kept, tied = values > threshold, values == threshold
+    room, count = len(values) - pruned - int(kept.count_nonzero()), int(tied.count_nonzero())
     if room == 0:
         return kept, 0
-    equal = [values == threshold for values in layers]
-    count = sum(int(each.count_nonzero()) for each in equal)
-    if magnitudes:
-        tied = [size[each] for size, each in zip(magnitudes, equal, strict=True)]
-        chosen, _ = _keep_highest(tied, count - room, [])
+    if weights is None:
+        kept[tied] = torch.arange(count) >= count - room
     else:
-        stays = (torch.arange(count) >= count - room).split([int(e.count_nonzero()) for e in equal])
-        chosen = list(stays)
-    for keep, each, stay in zip(kept, equal, chosen, strict=True):
-        keep[each] = stay
+        kept[tied], _ = _keep_highest(weights[tied].abs(), count - room, None)
     return kept, count
 
 
-def _keep_n_of_m(
-    values: Tensor, magnitudes: list[Tensor], n: int, m: int
-) -> tuple[list[Tensor], int]:
+def _keep_n_of_m(values: Tensor, weights: Tensor | None, n: int, m: int) -> tuple[Tensor, int]:
     """Keep the n highest of every m entries along dimension 1 (the input); ties as above."""
-    # Sorting makes several arrays, one of them of 8-byte indices: less is done at a time.
-    rows = max(1, 2**19 // values[0].numel())
-    stacked = torch.stack([values, *magnitudes]).movedim(2, -1)
-    parts, ties = [], 0
-    for part in stacked.split(rows, dim=1):
-        padded = nn.functional.pad(part, (0, -part.shape[-1] % m), value=-torch.inf)
-        groups = padded.unflatten(-1, (-1, m))
-        # In a stable order the first of equal scores goes first; padding, last of all, is cut off.
-        order = groups[-1].argsort(dim=-1, stable=True)
-        if magnitudes:
-            order = order.gather(-1, groups[0].gather(-1, order).argsort(dim=-1, stable=True))
-        ranked = groups[0].gather(-1, order)
-        keep = torch.ones_like(ranked, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
-        if n < m:
-            cut = ranked[..., m - n - 1 : m - n]
-            tied = (ranked == cut) & (cut == ranked[..., m - n : m - n + 1]) & cut.isfinite()
-            ties += int(tied.count_nonzero())
-        parts.append(keep.flatten(-2)[..., : part.shape[-1]])
-    return [torch.cat(parts).movedim(-1, 1)], ties
+    columns = values.shape[1]
+    if n == m:
+        return torch.ones_like(values, dtype=torch.bool), 0
+    keys = [values] if weights is None else [weights.abs(), values]  # the last one counts first
+    padded = [
+        nn.functional.pad(key.movedim(1, -1), (0, -columns % m), value=-torch.inf) for key in keys
+    ]
+    groups = [key.unflatten(-1, (-1, m)) for key in padded]
+    order = torch.from_numpy(np.lexsort(groups))
+    ranked = groups[-1].gather(-1, order)
+    keep = torch.ones_like(ranked, dtype=torch.bool).scatter_(-1, order[..., : m - n], False)
+    highest_gone, lowest_kept = ranked[..., m - n - 1, None], ranked[..., m - n, None]
+    tied = (ranked == highest_gone) & (highest_gone == lowest_kept) & highest_gone.isfinite()
+    return keep.flatten(-2)[..., :columns].movedim(-1, 1), int(tied.count_nonzero())
 
 
 def _is_report(path: Path) -> bool:
