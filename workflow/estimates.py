@@ -77,9 +77,7 @@ def recipes_of(config: Any) -> list[Recipe]:
     if hasattr(config, "starts"):
         starts = [start for start in config.starts if start != "dense"]
         return [config.recipe(start, s) for start in starts for s in config.sparsities]
-    if hasattr(config, "recipes"):
-        return list(config.recipes)
-    return [Recipe(scorer, config.sparsity) for scorer in config.scorers]
+    return list(config.recipes)
 
 
 def sources_of(config: Any) -> list[str]:
@@ -121,10 +119,9 @@ class Work:
             draws = seeds if scorer.seeded else 1
             # Their first round is the same.
             times = draws * (1 + sum(recipe.rounds - 1 for recipe in alike))
-            draw = getattr(self.config, "draws", {}).get(name, self.config.draw)
             for source in sources if scorer.needs_data else []:
                 passes = scorer.cost(alike[0].options)
-                images = passes * self.looked_at(source, draw.samples, scorer.needs_head)
+                images = passes * self.looked_at(source, self.config.samples, scorer.needs_head)
                 self.longest = max(self.longest, 3 * images)
                 self.steps(times * images)
             for recipe in alike:
@@ -145,7 +142,7 @@ def count_work(notebook: str, work: Work, config: Any) -> None:
     masks = work.masks(recipes, len(getattr(config, "seeds", [0])))
     if notebook == "prune_per_task":
         work.kept = masks
-        work.forwards += masks * work.test / len(work.images)
+        work.forwards += masks * work.test
     elif notebook == "scorer_atlas":
         work.forwards += masks * work.test
     elif notebook == "zero_shot_retention":  # and the encoder without pre-training

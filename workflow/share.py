@@ -29,10 +29,10 @@ def scores(config: Any) -> list[str]:
     suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
     done = []
     for name, recipe in {recipe.scorer: recipe for recipe in recipes_of(config)}.items():
-        draw = getattr(config, "draws", {}).get(name, config.draw)
         for source in sources_of(config) if find_scorer(name).needs_data else []:
             for seed in getattr(config, "seeds", [config.seed]):
-                suite.score(recipe, suite.source(source, seed=seed), replace(draw, seed=seed))
+                draw = replace(config.draw, seed=seed)
+                suite.score(recipe, suite.source(source, seed=seed), draw)
                 done.append(f"{name} {source} {seed}")
     return done
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from pydantic import Field, field_validator
 
-from pai_utils.evaluation import Evaluation, evaluate, summarise_retention
-from pai_utils.masks import Mask, describe_weights
-from pai_utils.models.encoders import Classifier
+from pai_utils.evaluation import summarise_retention
+from pai_utils.masks import describe_weights
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import SCORERS, Scores, find_scorer
-from pai_utils.studies.parameters import ScorerName, SeveralSources, Sparsity
-from pai_utils.studies.suite import Suite
+from pai_utils.scorers import SCORERS, find_scorer
+from pai_utils.studies.parameters import ScorerName, SeveralSources, Sparsity, combine
+from pai_utils.studies.suite import Suite, SweepMask, sweep
 
 
 class Parameters(SeveralSources):
@@ -31,48 +30,36 @@ class Parameters(SeveralSources):
             raise ValueError(f"none of {', '.join(scorers)} looks at a task; add one of: {valid}")
         return scorers
 
-
-@dataclass(frozen=True)
-class TaskMask:
-    """A mask of one task, and what is left of the accuracy on it."""
-
-    scorer: str
-    task: str  #: the first one for a scorer that looks at none
-    scores: Scores
-    mask: Mask  #: of a classifier
-    left: Evaluation
-
     @property
-    def source(self) -> str:
-        """The task, or ``"none"`` for a scorer that looks at none."""
-        return self.task if find_scorer(self.scorer).needs_data else "none"
+    def recipes(self) -> list[Recipe]:
+        """How masks are made: by every scorer."""
+        return combine(self.scorers, [self.sparsity])
 
 
-def run(suite: Suite, config: Parameters) -> list[TaskMask]:
-    """A mask of every scorer and task, evaluated on that task."""
-    made = []
-    for scorer in config.scorers:
-        recipe = Recipe(scorer, config.sparsity)
-        for name in config.sources if find_scorer(scorer).needs_data else config.sources[:1]:
-            source = suite.source(name, seed=config.seed)
-            scores = suite.score(recipe, source, config.draw)
-            encoder, mask = suite.prune(recipe, source, config.draw, scores=scores)
-            mask.metadata.update(describe_weights(suite.classifier(name), mask))
-            left = evaluate(Classifier(encoder, suite.heads[name]), suite.tests[name])
-            made.append(TaskMask(scorer, name, scores, mask, left))
-    return made
+def run(suite: Suite, config: Parameters) -> tuple[list[SweepMask], pd.DataFrame]:
+    """A mask of every scorer and task, and what it leaves of the task that it looked at.
+
+    The table is as from :func:`~pai_utils.evaluation.summarise_retention`; masks that looked at no
+    task have a row for each.
+    """
+    made: list[SweepMask] = []
+    table = sweep(suite, config.sources, config.recipes, config.draw, observe=made.append)
+    model = suite.classifier(config.sources[0])
+    for each in made:
+        each.mask.metadata.update(describe_weights(model, each.mask))
+    own = (table.source == "none") | (table.source == table.target)
+    return made, summarise_retention(table[own])
 
 
-def summary_table(made: Sequence[TaskMask], dense: Mapping[str, Evaluation]) -> pd.DataFrame:
-    """One row a mask: what it removes, and the accuracy with and without it."""
+def summary_table(made: Sequence[SweepMask], retained: pd.DataFrame) -> pd.DataFrame:
+    """One row a mask: what it removes, and what it leaves of its own tasks, in the mean."""
+    means = retained.groupby(["scorer", "source"])[["dense_accuracy", "accuracy", "retention"]]
+    left: Any = means.mean().rename(columns={"dense_accuracy": "dense accuracy"}).to_dict("index")
     return pd.DataFrame(
         {
-            "scorer": each.scorer,
-            "source": each.task,
-            "dense accuracy": dense[each.task].accuracy,
-            "accuracy": each.left.accuracy,
-            "from": each.left.interval[0],
-            "to": each.left.interval[1],
+            "scorer": each.recipe.scorer,
+            "source": each.source,
+            **left[each.recipe.scorer, each.source],
             "scores exactly zero": sum(int((v == 0).sum()) for v in each.scores.values())
             / each.mask.total,
             "sparsity": each.mask.sparsity,
@@ -82,14 +69,3 @@ def summary_table(made: Sequence[TaskMask], dense: Mapping[str, Evaluation]) -> 
         }
         for each in made
     )
-
-
-def retained(
-    made: Sequence[TaskMask], suite: Suite, config: Parameters, dense: Mapping[str, Evaluation]
-) -> pd.DataFrame:
-    """What masks leave of their own tasks (:func:`~pai_utils.evaluation.summarise_retention`)."""
-    rows = suite.rows(dense)
-    for each in made:
-        place = {"source": each.source, "scorer": each.scorer, "seed": config.seed}
-        rows += suite.rows({each.task: each.left}, sparsity=config.sparsity, **place)
-    return summarise_retention(pd.DataFrame(rows))

@@ -26,7 +26,6 @@ from pai_utils.support.common import check_names, clock, device_of, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches
 
 _MOST_SCORES = 200_000  # of a distribution that are kept: enough for its histogram
-_DRAWS = ("samples", "batch_size")  # of a scorer's options, what is its draw's
 
 
 class Parameters(SeveralSources):
@@ -35,14 +34,13 @@ class Parameters(SeveralSources):
     scorers: list[ScorerName] = Field(min_length=2)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: Seeds
-    #: A scorer's own keywords, or its samples.
-    options: dict[ScorerName, dict[str, Any]] = Field(default={})
+    options: dict[ScorerName, dict[str, Any]] = Field(default={})  #: scorers' own keywords
 
     @model_validator(mode="after")
     def _known_options(self) -> Self:
         check_names("scorer of options", self.options, self.scorers)
         for scorer, options in self.options.items():
-            check_names(f"option of {scorer}", options, [*find_scorer(scorer).options, *_DRAWS])
+            check_names(f"option of {scorer}", options, find_scorer(scorer).options)
         return self
 
     @property
@@ -54,25 +52,13 @@ class Parameters(SeveralSources):
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity."""
         every = combine(self.scorers, self.sparsities)
-        return [replace(r, options=self._options(r.scorer, of_draw=False)) for r in every]
-
-    @property
-    def draws(self) -> dict[str, Draw]:
-        """What scorers look at that have options of their own for it."""
-        return {s: replace(self.draw, **self._options(s, of_draw=True)) for s in self.options}
-
-    def _options(self, scorer: str, *, of_draw: bool) -> dict[str, Any]:
-        given = self.options.get(scorer, {})
-        return {name: value for name, value in given.items() if (name in _DRAWS) == of_draw}
+        return [replace(r, options=self.options.get(r.scorer, {})) for r in every]
 
 
 def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
     """The accuracies of a :func:`~pai_utils.studies.suite.sweep`, and its masks."""
-    atlas = Atlas(config.middle)
-    recipes, draws = config.recipes, config.draws
-    table = sweep(
-        suite, config.sources, recipes, config.draw, seeds=config.seeds, draws=draws, observe=atlas
-    )
+    atlas, seeds = Atlas(config.middle), config.seeds
+    table = sweep(suite, config.sources, config.recipes, config.draw, seeds=seeds, observe=atlas)
     return table, atlas
 
 
@@ -85,7 +71,7 @@ class Atlas:
 
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
-        self.masks: dict[tuple[str, str, int], Mask] = {}  # scorer, source, seed
+        self.masks: dict[tuple[str, str, int], Mask] = {}  # by scorer, source and seed
         self.distributions: dict[str, Tensor] = {}  # scores of the first mask of each scorer
         self._first: dict[str, tuple[str, int]] = {}  # source and seed met first, by scorer
         self._seconds: dict[tuple[str, str, int], float] = {}

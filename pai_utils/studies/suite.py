@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Self, cast
 
 import pandas as pd
@@ -23,7 +22,7 @@ from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, Classifier, prunable_parameters
 from pai_utils.models.loading import load_backbone
 from pai_utils.pruning import Recipe, follow
-from pai_utils.repair.methods import REPAIR_SAMPLES, parse_repair
+from pai_utils.repair.methods import parse_repair
 from pai_utils.scorers import Scores, find_scorer, score
 from pai_utils.studies.parameters import EncoderParameters
 from pai_utils.support.common import copied, device_of, progress
@@ -104,7 +103,7 @@ class Suite:
         return model
 
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
-        """Test accuracy of every task, as by :func:`~pai_utils.evaluation.evaluate_heads`."""
+        """Test accuracy of every task, by :func:`~pai_utils.evaluation.evaluate_heads`."""
         return evaluate_heads(encoder or self.encoder, self.heads, self.tests, **how)
 
     def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
@@ -127,10 +126,9 @@ class Suite:
         return pd.concat(parts, ignore_index=True)
 
     def source(self, name: str, *, seed: int = 0) -> Source:
-        """The images of a source (:mod:`pai_utils.data.mixtures`) and their head.
+        """The training images of a source (:mod:`pai_utils.data.mixtures`), and their head.
 
-        Of tasks only the training parts are used. The seed is that of the images of no task, of
-        random labels, and of what is drawn from larger parts.
+        The seed is that of all that is drawn: images of no task, random labels, equal parts.
         """
         parts = mixtures.source_parts(name, self.tasks)
         first = next((part for part in parts if part not in mixtures.IMAGE_SETS), None)
@@ -151,8 +149,8 @@ class Suite:
     def score(self, recipe: Recipe, source: Source | None, draw: Draw) -> Scores:
         """Score the dense encoder's weights, as a recipe's first round does.
 
-        A scorer that needs a head looks at the first task of the source, at no more images than it
-        has; the others look at all parts. One that looks at no data needs no source.
+        A scorer that needs a head looks at the first task of the source, the others at all parts.
+        One that looks at no data needs no source.
         """
         model, images, draw = self._seen(recipe, source, draw)
         names = prunable_parameters(model, recipe.include, recipe.exclude)
@@ -163,8 +161,8 @@ class Suite:
     ) -> tuple[Backbone, Mask]:
         """Prune a copy of the encoder by the images of a source; its mask is one of a classifier.
 
-        Scores look at what :meth:`score` describes, or are given, where they are known already. A
-        repair looks at all parts, but ``obs`` at the first task among them.
+        Scores are as from :meth:`score`, by default computed here. A repair looks at all parts of
+        the source, but ``obs`` at the first task among them.
         """
         model, images, draw = self._seen(recipe, source, draw)
         whence: dict[str, Any] = {}
@@ -203,18 +201,16 @@ def sweep(
     draw: Draw,
     *,
     seeds: Sequence[int] | None = None,
-    draws: Mapping[str, Draw] | None = None,
     precision: str = "float32",
     observe: Callable[[SweepMask], None] | None = None,
 ) -> pd.DataFrame:
     """Prune on every source, evaluate on every task with its frozen head.
 
-    A mask depends on its source alone (:mod:`pai_utils.data.mixtures`), of tasks on the training
-    part. Recipes that begin with the same scores stand next to each other and share them, computed
-    once a source and seed. A scorer that looks at no data runs once, under the source ``"none"``,
-    but its masks are repaired on every source; one that draws nothing runs with the first seed
-    alone. Scorers may have ``draws`` of their own. The ``precision`` is that of the forwards that
-    measure accuracy. ``observe`` is given every mask before it is evaluated.
+    Recipes that begin with the same scores stand next to each other and share them, computed once a
+    source and seed. A scorer that looks at no data runs once, under the source ``"none"``, but its
+    masks are repaired on every source; one that draws nothing runs with the first seed alone. The
+    ``precision`` is that of the forwards that measure accuracy. ``observe`` is given every mask
+    before it is evaluated.
 
     Returns:
         Columns ``target, source, scorer, sparsity, seed, accuracy, loss, count, chance, correct``
@@ -229,57 +225,40 @@ def sweep(
     seeds = [draw.seed] if seeds is None else seeds
     alike = itertools.groupby(recipes, lambda r: (r.scorer, r.options, r.include, r.exclude))
     groups = [list(group) for _, group in alike]
-    cells = [
-        (group, source, seed)
-        for group in groups
+    masks = [
+        (number, source, seed, recipe, place)
+        for number, group in enumerate(groups)
         for source in (sources if find_scorer(group[0].scorer).needs_data else ["none"])
         for seed in (seeds if find_scorer(group[0].scorer).seeded else seeds[:1])
+        for recipe in group
+        for place in (sources if source == "none" and recipe.repair != "none" else [source])
     ]
 
     @cache
     def loaded(name: str, seed: int) -> Source | None:
         return None if name == "none" else suite.source(name, seed=seed)
 
+    @lru_cache(maxsize=1)  # masks of the same scores stand next to each other
+    def scored(number: int, source: str, seed: int) -> Scores:
+        return suite.score(groups[number][0], loaded(source, seed), replace(draw, seed=seed))
+
     def evaluated(encoder: Backbone) -> dict[str, Evaluation]:
         return suite.evaluate(encoder, batch_size=draw.batch_size, precision=precision)
 
-    begin = time.perf_counter()
-    dense = evaluated(suite.encoder)
-    table, tested = suite.rows(dense), sum(found.count for found in dense.values())
-    seconds = sum(_forwards(group, draw, tested) for group, _, _ in cells)
-    seconds *= (time.perf_counter() - begin) / tested
-    # What a repair solves is not counted, and may take several times as long.
-    about = f"masks, {seconds / 60:.0f} min or more"
-    for group, source, seed in progress(cells, about, len(cells)):
-        drawn = replace((draws or {}).get(group[0].scorer, draw), seed=seed)
-        scores = suite.score(group[0], loaded(source, seed), drawn)
-        for recipe in group:
-            blind_repair = source == "none" and recipe.repair != "none"
-            for place in sources if blind_repair else [source]:
-                encoder, mask = suite.prune(recipe, loaded(place, seed), drawn, scores=scores)
-                if observe is not None:
-                    observe(SweepMask(recipe, place, seed, scores, mask))
-                made = {"source": place, "scorer": recipe.label, "sparsity": recipe.sparsity}
-                table += suite.rows(evaluated(encoder), **made, seed=seed)
+    table = suite.rows(evaluated(suite.encoder))
+    for number, source, seed, recipe, place in progress(masks, "masks", len(masks)):
+        scores, drawn = scored(number, source, seed), replace(draw, seed=seed)
+        encoder, mask = suite.prune(recipe, loaded(place, seed), drawn, scores=scores)
+        if observe is not None:
+            observe(SweepMask(recipe, place, seed, scores, mask))
+        made = {"source": place, "scorer": recipe.label, "sparsity": recipe.sparsity}
+        table += suite.rows(evaluated(encoder), **made, seed=seed)
     return pd.DataFrame(table)
 
 
-def _forwards(group: Sequence[Recipe], draw: Draw, tested: int) -> float:
-    """Forwards of an image that recipes of one scorer take; a backward counts as two."""
-    scored = 3 * find_scorer(group[0].scorer).cost(group[0].options) * (draw.samples or tested)
-    repaired = [
-        r.rounds * (r.repair_options.get("samples") or REPAIR_SAMPLES)
-        for r in group
-        if r.repair != "none"
-    ]
-    return scored + 2 * sum(repaired) + len(group) * tested
-
-
 def _check_needs_no_task(recipe: Recipe, source: str) -> None:
-    scorer, add = (
-        find_scorer(recipe.scorer),
-        f"source {source!r} has none; add a task to it with a +",
-    )
+    add = f"source {source!r} has none; add a task to it with a +"
+    scorer = find_scorer(recipe.scorer)
     if scorer.needs_data and scorer.needs_head:
         raise ValueError(
             f"scorer {recipe.scorer!r} needs a task's head, and {add}, or use feature_ggn_diag"

@@ -1,4 +1,3 @@
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -108,25 +107,6 @@ def test_a_draw_of_more_images_than_a_source_has_is_all_of_them(
         for samples in (1_000_000, len(source.images))
     )
     assert all(torch.equal(most[name], values) for name, values in all_of_it.items())
-
-
-def test_a_sweep_says_before_its_masks_how_long_their_forwards_take(
-    suite: pai.Suite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = []
-
-    def progress(cells: list[Any], description: str, total: int) -> list[Any]:
-        said.append((description, total))
-        return cells
-
-    clock = itertools.count(0, 600)  # seconds that the dense encoder takes for all test images
-    monkeypatch.setattr("pai_utils.studies.suite.progress", progress)
-    monkeypatch.setattr("pai_utils.studies.suite.time.perf_counter", lambda: next(clock))
-    tested = sum(map(len, suite.tests.values()))
-    recipes = combine(["magnitude", "snip"], [0.3, 0.5], ["moments"], repair_options={"samples": 7})
-    sweep(suite, ["first"], recipes, Draw(10))
-    forwards = 4 * (2 * 7 + tested) + 3 * 10  # repairs and tests, and one score that takes data
-    assert said == [(f"masks, {10 * forwards / tested:.0f} min or more", 2)]
 
 
 def test_a_sweep_has_a_row_for_each_cell_and_leaves_encoder_and_heads(suite: pai.Suite) -> None:
