@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -123,10 +123,9 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
 def doctor() -> None:
     """Check versions, the device, and that the weights and data are found."""
     complete = True
-    for check in itertools.chain(_packages(), _files()):
-        complete &= check.found or check.optional
-        mark = "ok" if check.found else "absent" if check.optional else "missing"
-        click.echo(f"{mark:<8} {check.name}: {check.text}")
+    for mark, name, text in itertools.chain(_packages(), _files()):
+        complete &= mark != "missing"
+        click.echo(f"{mark:<8} {name}: {text}")
     if not complete:
         raise click.ClickException("something is missing; the lines above say what to do")
 
@@ -157,7 +156,7 @@ def _read_value(text: str) -> Any:
 
 
 def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
-    """Execute a notebook cell by cell; its copy takes its name in ``out`` once all of it ran."""
+    """Execute a notebook; its copy takes its name in ``out`` once all of it ran."""
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
 
@@ -183,17 +182,11 @@ def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     return copy
 
 
-class _Check(NamedTuple):
-    name: str
-    found: bool
-    text: str  # what was found, or what to do
-    optional: bool = False
-
-
-def _packages() -> Iterator[_Check]:
+def _packages() -> Iterator[tuple[str, str, str]]:
+    """For each: "ok", "absent" or "missing", its name, and what was found, or what to do."""
     from pai_utils.support.code import version_of
 
-    yield _Check("Python", True, f"{platform.python_version()} at {sys.executable}")
+    yield "ok", "Python", f"{platform.python_version()} at {sys.executable}"
     requirements = []
     with suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires("pai-utils") or []
@@ -201,12 +194,14 @@ def _packages() -> Iterator[_Check]:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
         if extra is None or extra[1] == "book":
-            todo = f"only notebooks need it; {_INSTALL_BOOK}" if extra else _INSTALL
+            absent = ("missing", name, _INSTALL)
+            if extra:
+                absent = ("absent", name, f"only notebooks need it; {_INSTALL_BOOK}")
             found = version_of(name)
-            yield _Check(name, found is not None, found or todo, optional=extra is not None)
+            yield ("ok", name, found) if found else absent
 
 
-def _files() -> Iterator[_Check]:
+def _files() -> Iterator[tuple[str, str, str]]:
     """The device, weights, whose checksums are compared, and data."""
     if not all(importlib.util.find_spec(module) for module in ("torch", "timm")):
         return
@@ -220,27 +215,25 @@ def _files() -> Iterator[_Check]:
     if torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         text = f"cuda, {torch.cuda.get_device_name()} with {gib:.0f} GiB"
-    yield _Check("device", True, text)
+    yield "ok", "device", text
     for name, spec in (BACKBONES | PRESETS).items():
         try:
-            path = spec.obtain(name, download=False)
-            yield _Check(f"weights {name}", True, f"{path}, intact")
+            yield "ok", f"weights {name}", f"{spec.obtain(name, download=False)}, intact"
         except FileNotFoundError:  # no package ships it
-            todo = "fetched by load_backbone(name, download=True)"
-            yield _Check(f"weights {name}", False, todo, optional=True)
+            yield "absent", f"weights {name}", "fetched by load_backbone(name, download=True)"
         except (ImportError, OSError, ValueError) as error:
-            yield _Check(f"weights {name}", False, str(error))
+            yield "missing", f"weights {name}", str(error)
     for name, task in TASKS.items():
         try:
             images = sum(len(part.labels) for part in task.read().values())
-            yield _Check(f"data {name}", True, f"{images:,} images")
+            yield "ok", f"data {name}", f"{images:,} images"
         except (ImportError, OSError, ValueError, EOFError, zlib.error) as error:
-            yield _Check(f"data {name}", False, f"{error}; {_INSTALL}")
+            yield "missing", f"data {name}", f"{error}; {_INSTALL}"
     there = [name for name, spec in DATASETS.items() if (data_root() / spec.place).exists()]
     by_hand = [name for name, spec in DATASETS.items() if spec.by_hand]
     text = f"{', '.join(there) or 'none'} found in {data_root()} (PAI_DATA_ROOT); others are "
     text += f"fetched by load_task(..., download=True), {', '.join(by_hand)} by hand"
-    yield _Check("data sets", True, text)
+    yield "ok", "data sets", text
 
 
 if __name__ == "__main__":
