@@ -133,10 +133,8 @@ def retention_replicates(
 
     For each task, ``pruned [seeds, items]`` and ``dense [items]`` say whether a model was right. An
     item is drawn for all seeds and for the dense model together, since it is the same one; a seed
-    for all tasks together, since it stands for one mask.
-
-    Returns:
-        ``[resamples]``; not a number where a dense model is not above chance.
+    for all tasks together, since it stands for one mask. Replicates ``[resamples]`` are not a
+    number where a dense model is not above chance.
     """
     random = np.random.default_rng(seed)
     seeds = len(pruned[0])
@@ -177,12 +175,6 @@ def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[floa
     """Percentile interval of bootstrap replicates; undefined ones are left out.
 
     Its bounds are not a number where more than a fraction ``1 - level`` is undefined.
-
-    Examples:
-        >>> import numpy as np
-        >>> from pai_utils.evaluation import interval
-        >>> interval(np.arange(101) / 100, level=0.5)
-        (0.25, 0.75)
     """
     defined = replicates[~np.isnan(replicates)]
     if len(defined) < level * len(replicates):

@@ -46,14 +46,11 @@ class Penalty:
     """A quadratic pull of trained parameters to an anchor: ½ λ Σ c_i (w_i − a_i)².
 
     With c the diagonal of a curvature this is elastic weight consolidation (Kirkpatrick et al.
-    2017, "Overcoming catastrophic forgetting in neural networks"): of the feature curvature of
-    :func:`~pai_utils.curvature.diagonals.output_diagonal` it bounds, to second order, how far the
-    features move. Without c it is L2-SP (Li et al. 2018, "Explicit inductive bias for transfer
-    learning with convolutional networks").
+    2017, "Overcoming catastrophic forgetting in neural networks"); without c it is L2-SP (Li et al.
+    2018, "Explicit inductive bias for transfer learning with convolutional networks").
     """
 
-    anchor: Mapping[str, Tensor]
-    """a, by parameter name; parameters without an entry are free, frozen ones stay as they are."""
+    anchor: Mapping[str, Tensor]  #: a, by parameter name; parameters without an entry are free
     strength: float  #: λ
     curvature: Mapping[str, Tensor] | None = None  #: c ≥ 0, by parameter name; None: 1 everywhere
 
@@ -90,11 +87,10 @@ class FeaturePenalty:
     """A pull of a classifier's features to given ones: ½ λ E ‖φ(x; w) − φ₀(x)‖² / V.
 
     V is the total variance of φ₀, so that the expectation is the share of it that is lost. The
-    images x need no labels and no head, so they may belong to no task. To second order at the
-    dense weights this is ½ λ δᵀGδ / V, G the whole Gauss-Newton matrix whose diagonal is
-    :func:`~pai_utils.curvature.diagonals.output_diagonal`: what :class:`Penalty` approximates by
-    that diagonal, here with all of its terms and of every order (Benjamin et al. 2019, "Measuring
-    and regularizing networks in function space"; as distillation: Romero et al. 2015, "FitNets").
+    images x may belong to no task. To second order at the dense weights this is ½ λ δᵀGδ / V, G the
+    Gauss-Newton matrix whose diagonal is
+    :func:`~pai_utils.curvature.diagonals.output_diagonal` (Benjamin et al. 2019, "Measuring and
+    regularizing networks in function space"; as distillation: Romero et al. 2015, "FitNets").
     """
 
     images: Samples  #: x
@@ -151,9 +147,9 @@ def finetune(
 ) -> list[float]:
     """Train ``model`` in place on the mean cross-entropy; pruned weights stay exactly zero.
 
-    The model is kept in evaluation mode (frozen BatchNorm statistics, no dropout), since
-    re-estimated statistics on one task destroy the others. Parameters that do not require a
-    gradient, such as a :class:`~pai_utils.models.encoders.Classifier`'s head, stay as they are.
+    The model is kept in evaluation mode, since BatchNorm statistics of one task destroy the others.
+    Parameters that do not require a gradient, such as the head of a
+    :class:`~pai_utils.models.encoders.Classifier`, stay as they are.
 
     Args:
         model: images to logits.
@@ -163,8 +159,7 @@ def finetune(
         steps: number of updates.
         learning_rate: of the first update.
         batch_size: samples an update (not changed when memory runs out: it is part of the result).
-        optimiser: a key of :data:`OPTIMISERS`. Frozen heads on standardised features are sharp:
-            plain SGD then needs rates far below those that suit the rest of the network.
+        optimiser: a key of :data:`OPTIMISERS`. Frozen heads need low rates of plain SGD.
         schedule: a key of :data:`SCHEDULES`: what the rate is later.
         seed: seed of the order of samples.
         penalty: a pull to weights, as a proximal step after each update, or to features, on

@@ -119,10 +119,9 @@ def prune(
 
     Each round scores the network pruned so far, repaired if a repair is named, and prunes it
     further; a pruned weight never comes back. After round r of R the fraction of weights that is
-    left is (1 − s)^(r/R) with ``schedule="exponential"``, as in iterative pruning to a constant
-    ratio a round (Tanaka et al. 2020), and 1 − s r/R with ``"linear"``. One round is one-shot
-    pruning. Weights that are zero in ``model`` are pruned already: they count, stay zero through
-    every repair, and rounds start from them.
+    left is (1 − s)^(r/R) with ``schedule="exponential"`` (Tanaka et al. 2020), and 1 − s r/R with
+    ``"linear"``. Weights that are zero in ``model`` are pruned already: they count, stay zero
+    through every repair, and rounds start from them.
 
     Args:
         model: images to logits, usually a :class:`~pai_utils.models.encoders.Classifier`. Of a
@@ -192,8 +191,7 @@ def follow(
     """Prune a copy of ``model`` by a recipe, as :func:`prune` describes it.
 
     ``scores`` are those of the dense model by this recipe and draw, where they are known already.
-    Unlike there, the mask's metadata do not identify the weights that it was made for, since
-    hashing them takes longer than pruning by known scores:
+    The mask's metadata do not identify the weights that it was made for, which takes long:
     :func:`~pai_utils.masks.describe_weights` does.
     """
     recipe.check()

@@ -169,12 +169,11 @@ class Run:
         self._write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
 
     def write_results(self, table: pd.DataFrame) -> None:
-        """Write ``results.csv``, checked by :func:`check_results`.
+        """Write ``results.csv`` from a table of retention, checked by :func:`check_results`.
 
-        The table has one row a source, target, scorer and sparsity, as from
-        :func:`pai_utils.evaluation.summarise_retention`; rows of the dense encoder are left out,
-        and so are columns that no result has. Without a column ``stage`` nothing was done after
-        pruning.
+        The table is as from :func:`pai_utils.evaluation.summarise_retention`; the dense encoder's
+        rows are left out, and so are columns that no result has. Without a column ``stage``
+        nothing was done after pruning.
 
         Raises:
             ValueError: as :func:`check_results`, or for a notebook that loads no encoder.
@@ -187,7 +186,7 @@ class Run:
             notebook=self.name,
             backbone=self.config.backbone,
             held_out=[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)],
-            **({} if "stage" in rows else {"stage": "pruned"}),
+            stage=rows.get("stage", "pruned"),
         )
         self.write_table("results", check_results(rows[rows.columns.intersection(_COLUMNS)]))
 
@@ -240,16 +239,13 @@ class Run:
 
 
 def surroundings(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a record says of the place a run happened in, by the device asked for, or ``"auto"``.
-
-    Versions are those of ``packages`` too.
-    """
+    """What a record says of where a run happened: on a device or ``"auto"``, with what packages."""
     commit, clean = _commit()
-    gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+    name = platform.processor() or platform.machine()
+    if torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
+        name = torch.cuda.get_device_name(None if device == "auto" else device)
     return {
-        "device": torch.cuda.get_device_name(None if device == "auto" else device)
-        if gpu
-        else platform.processor() or platform.machine(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -71,9 +71,8 @@ class Parameters(RepairedMasks):
 def run(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Fine-tune from every start, at every sparsity and with every seed; the dense one once a seed.
 
-    Heads stay frozen. At the last step new ones are fitted too, which tells lost features (a new
-    head does not help) from drifted ones (it does). A run that diverges ends with its last finite
-    rows.
+    Heads stay frozen; at the last step new ones are fitted too. A run that diverges ends with its
+    last finite rows.
 
     Returns:
         Columns ``penalty, learning_rate, step, target, split, head ("frozen" or "refitted"), seed,
@@ -146,10 +145,9 @@ def make_penalty(
 ) -> Penalty | FeaturePenalty | None:
     """A penalty that holds prunable weights, or features, to those of the dense encoder.
 
-    ``name`` is one of :data:`PENALTIES`; ``images`` are the ``"source"``'s own and the mixture's,
-    the ``"pool"``. A curvature is the diagonal of the features' Gauss-Newton matrix
-    (:func:`~pai_utils.curvature.diagonals.output_diagonal`), divided by its mean over all weights,
-    so that one strength means as much pull on average with it as without.
+    ``name`` is one of :data:`PENALTIES`; ``images`` are those of ``"source"`` and ``"pool"``. A
+    curvature (:func:`~pai_utils.curvature.diagonals.output_diagonal`) is divided by its mean over
+    all weights, so that one strength means as much pull on average with it as without.
     """
     if name == "none":
         return None
@@ -169,9 +167,8 @@ def make_penalty(
 def recovery_results(
     recovery: pd.DataFrame, suite: Suite, dense: Mapping[str, Evaluation], config: Parameters
 ) -> pd.DataFrame:
-    """Retention with frozen heads before and after fine-tuning, as rows of ``results.csv``.
+    """Retention with frozen heads before (at step 0) and after fine-tuning, for ``results.csv``.
 
-    A run that diverged has no row of its end. Before fine-tuning is step 0, if it was evaluated.
     The column ``stage`` names the start and what it was fine-tuned by.
     """
     frozen = recovery[(recovery["split"] == "test") & (recovery["head"] == "frozen")]
@@ -192,10 +189,10 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
     """Gain in accuracy over a fine-tuning :func:`run`, with frozen heads, averaged over seeds.
 
     Columns ``start, sparsity, penalty, learning_rate, seeds`` (how many came to the last step;
-    others are left out), ``validation`` (the source's validation accuracy then, which chooses a
-    rate without a look at any test) and, for each part ``source`` and ``held_out`` (the mean over
-    other tasks), ``<part>, <part>_gain, <part>_low, <part>_high``, in accuracy with bootstrap
-    intervals over test items, and ``<part>_retention, <part>_retention_before``.
+    others are left out), ``validation`` (the source's validation accuracy then) and, for each part
+    ``source`` and ``held_out`` (the mean over other tasks), ``<part>, <part>_gain, <part>_low,
+    <part>_high``, in accuracy with bootstrap intervals over test items, and ``<part>_retention,
+    <part>_retention_before``.
     """
     frozen = recovery[recovery["head"] == "frozen"]
     gains = []

@@ -135,20 +135,16 @@ def measure(
 ) -> Landscape:
     """Predict and measure what each task's mask does to each task, and how alike the tasks are.
 
-    Losses are on training images, accuracies on test images. A task's scores and predictions use
-    the same images and drawn labels. Needs memory for two copies of the prunable weights for each
-    mask, and for each task's eigenvectors.
+    Losses are on training images, those that scores look at; accuracies are on test images. Needs
+    memory for two copies of the prunable weights for each mask, and for each task's eigenvectors.
     """
-    masks: dict[tuple[str, str, float], Mask] = {}
-
-    def observe(step: SweepMask) -> None:
-        masks[step.source, step.recipe.scorer, step.recipe.sparsity] = step.mask
-
+    made: list[SweepMask] = []
     draw = config.draw.at_most(min(len(task.train) for task in suite.tasks.values()))
-    kept = summarise_retention(sweep(suite, list(suite.tasks), recipes, draw, observe=observe))
+    kept = summarise_retention(sweep(suite, list(suite.tasks), recipes, draw, observe=made.append))
+    masks = {(each.source, each.recipe.scorer, each.recipe.sparsity): each.mask for each in made}
     dense = suite.classifier(config.source)
     directions = {str(i): pruning_direction(dense, mask) for i, mask in enumerate(masks.values())}
-    made = pd.DataFrame(list(masks), columns=["source", "scorer", "sparsity"])
+    places = pd.DataFrame(list(masks), columns=["source", "scorer", "sparsity"])
     weights = {name: dense.get_parameter(name) for name in prunable_parameters(dense)}
     parts, diagonals, eigenpairs, rows = [], {}, {}, []
     for target, task in progress(suite.tasks.items(), "tasks", len(suite.tasks)):
@@ -156,7 +152,7 @@ def measure(
         found = predicted_and_measured(
             model, directions, task.train, draw, fractions=fractions, block_size=config.block_size
         )
-        place = made.loc[found.direction.astype(int)].reset_index(drop=True)
+        place = places.loc[found.direction.astype(int)].reset_index(drop=True)
         parts.append(place.assign(target=target).join(found.drop(columns="direction")))
         diagonals[target] = ggn_diagonal(model, list(weights), task.train, draw)
         operator = GGNOperator(model, list(weights), task.train, draw)
@@ -258,10 +254,9 @@ def transfer_correlations(
 
     Intervals (95 %) are from a bootstrap over pairs of source and target, with all cells of a pair.
     A ``pooled`` correlation says mostly that both fall with sparsity; ``within`` compares cells of
-    one scorer and sparsity, that is, pairs of tasks (the mean, weighted by a group's cells).
-
-    Columns ``predictor`` (each of :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within,
-    within_low, within_high, cells, pairs``; not a number for fewer than three cells.
+    one scorer and sparsity (the mean, weighted by a group's cells). Columns ``predictor`` (each of
+    :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within, within_low, within_high, cells,
+    pairs``; not a number for fewer than three cells.
     """
     held = cells[cells.held_out]
     rows = []
@@ -332,18 +327,15 @@ def spectra(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectrum of the Hessian of the mean cross-entropy for several weights of one network.
 
-    Stochastic Lanczos quadrature (:func:`~pai_utils.curvature.spectra.spectral_density`) over the
-    prunable weights, pruned ones among them. The same probes give the trace, with its standard
-    error over probes, and the extreme Ritz values, which bound the largest and smallest eigenvalue
-    from inside. Two tables: ``name, largest, smallest, trace, trace_standard_error``, and ``name,
-    eigenvalue, density``.
+    By :func:`~pai_utils.curvature.spectra.spectral_density` over the prunable weights, pruned ones
+    among them. Two tables: ``name, largest, smallest`` (Ritz values, which bound the eigenvalues
+    from inside), ``trace, trace_standard_error`` (over probes); and ``name, eigenvalue, density``.
     """
     summary, found = [], {}
-    draw, probes = replace(config.draw, samples=config.spectrum_samples), config.probes
-    draw = draw.at_most(len(cast(Sized, data)))
+    draw = replace(config.draw, samples=config.spectrum_samples)
+    draw, probes, steps = draw.at_most(len(cast(Sized, data))), config.probes, config.lanczos_steps
     for name, model in progress(models.items(), "spectra", len(models)):
         operator = HessianOperator(model, prunable_parameters(model), data, draw)
-        steps = config.lanczos_steps
         here = found[name] = spectral_density(operator, probes=probes, steps=steps, seed=draw.seed)
         size = sum(values.numel() for values in operator.parameters.values())
         traces = size * (here.weights * here.nodes).sum(1)
