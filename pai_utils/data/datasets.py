@@ -82,11 +82,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
 
 def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
-    """Refuse what names no task; ``unlisted`` says what else may have been meant.
-
-    Raises:
-        ValueError: it is no key of `TASKS` or `DATASETS` and does not begin with `folder:`.
-    """
+    """Refuse what names no task; ``unlisted`` says what else may have been meant."""
     if name not in TASKS and name not in DATASETS and not name.startswith(FOLDER):
         raise unknown_name("task", name, TASKS, unlisted=[*DATASETS, *unlisted])
 
@@ -94,19 +90,7 @@ def check_task_name(name: str, *, unlisted: Iterable[str] = ()) -> None:
 def open_dataset(
     name: str, root: str | Path | None = None, *, download: bool | None = None
 ) -> OpenDataset:
-    """Find a data set and list its images.
-
-    ``name`` is a key of `TASKS` or `DATASETS`, or `folder:<path>`, looked for in the working
-    directory and then in the folder of data sets, ``root``. With ``download``, by default if
-    `PAI_DOWNLOAD` is 1, what is missing is fetched.
-
-    Raises:
-        FileNotFoundError: the data is not there; the message says what fetches it.
-        ValueError: an unknown name, or a set that is incomplete, corrupt, or not of at least two
-            classes with images each.
-        ConnectionError: it was to be fetched and its publisher cannot be reached.
-        ModuleNotFoundError: the package that ships the images is not installed.
-    """
+    """Find a data set and list its images; arguments and errors are those of `load_task`."""
     check_task_name(name)
     home = data_root(root)
     if name in TASKS:
@@ -247,10 +231,7 @@ def _check_classes(names: Sequence[str], parts: Mapping[str, Source], name: str)
 
 
 def _read_folder(path: Path, name: str) -> Mapping[str, Part]:
-    """The parts of a folder of class folders, or of folders for parts with such.
-
-    Without a test, the validation part is the test.
-    """
+    """The parts of a folder of class folders, or of folders for parts with such."""
     if name == FOLDER:
         raise ValueError("a folder task needs a path, as in 'folder:path/to/images'")
     if not path.is_dir():
@@ -265,7 +246,7 @@ def _read_folder(path: Path, name: str) -> Mapping[str, Part]:
     if "train" in parts and len(parts) > 1:
         if len(parts) < len(named):
             raise ValueError(f"{has}, two of which are one part; keep one of them")
-        if "test" not in parts:
+        if "test" not in parts:  # then the validation part is the test
             parts["test"] = parts.pop("validation")
     elif named and len(named) == len(folders):
         raise ValueError(f"{has} only; give train/ and test/, or train/ and val/")

@@ -42,11 +42,7 @@ _IN_USE: WeakValueDictionary[int, Pixels] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class ImageArrays:
-    """Images of one size that lie in one array.
-
-    Raises:
-        ValueError: images and labels of different counts.
-    """
+    """Images of one size that lie in one array."""
 
     pixels: Pixels  #: [N, H, W] or [N, H, W, 3]
     labels: NDArray[np.int64]  #: [N]
@@ -117,11 +113,7 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
 
 
 def allocate(shape: tuple[int, ...]) -> Pixels | None:
-    """An array for pixels, or `None` if it does not fit the memory beside those in use.
-
-    Raises:
-        ValueError: `PAI_DATA_MEMORY` is no amount of memory.
-    """
+    """An array for pixels, or `None` if it does not fit the memory beside those in use."""
     taken = sum(pixels.nbytes for pixels in _IN_USE.values())
     if taken + math.prod(shape) > _memory_limit():
         return None

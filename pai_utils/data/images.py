@@ -22,11 +22,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def open_image(path: Path) -> Image:
-    """Read an image file as RGB.
-
-    Raises:
-        ValueError: the file is missing, truncated, no image, or of a mode without a known range.
-    """
+    """Read an image file as RGB; a ValueError names one that cannot be read."""
     from PIL import Image
 
     try:
@@ -40,10 +36,8 @@ def to_rgb(image: Image) -> Image:
     """Convert a PIL image of any mode to RGB, as a viewer shows it.
 
     It is turned by its EXIF orientation. Sixteen-bit grey values are scaled to eight bits.
-    Transparent images are laid on white: the colour under full transparency is arbitrary.
-
-    Raises:
-        ValueError: 32-bit integers or floats, whose range is not known.
+    Transparent images are laid on white: the colour under full transparency is arbitrary. A
+    ValueError refuses 32-bit integers and floats, whose range is not known.
     """
     from PIL import ExifTags, ImageOps
 

@@ -73,11 +73,7 @@ def find_weights(address: str) -> Path | None:
 def obtain_weights(what: str, *addresses: str, download: bool, digest: str | None = None) -> Path:
     """Find and check a file, or one of several with the same weights, or fetch it.
 
-    Raises:
-        ModuleNotFoundError: the package that ships the file is not installed, or not whole.
-        FileNotFoundError: the file is not there, and `download` does not allow to fetch it.
-        ConnectionError: it cannot be fetched.
-        ValueError: its `digest` is another, as `check_digest` says.
+    Errors are those of `load_backbone`; ``what`` is what they call the file.
     """
     if not addresses:
         raise ValueError(f"{what} are not published; pass pretrained=False for random ones")
@@ -128,12 +124,9 @@ def _fetch(address: str, digest: str | None) -> Path:
 
 
 def check_digest(path: Path, expected: str | None, advice: str) -> None:
-    """Compare a file with the digits of its SHA-256, or of its MD5 after `md5:`, if they are known.
+    """Compare a file with the known first digits of its SHA-256, or of its MD5 after `md5:`.
 
-    As many of the first digits are compared as are known. `advice` says what to do if they differ.
-
-    Raises:
-        ValueError: they differ.
+    `advice` says in the ValueError what to do if they differ.
     """
     if expected is None:
         return
@@ -165,9 +158,6 @@ def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> str:
     The head's tensors are left out, by the name timm has for the classifier; all others must fit
     as `load_state` says. The counters of BatchNorm, which older files lack and no output depends
     on, may be missing.
-
-    Raises:
-        ValueError: the file cannot be read, or its names or shapes are not the encoder's.
     """
     from timm.models import clean_state_dict
 

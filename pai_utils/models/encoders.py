@@ -205,9 +205,6 @@ def check_masks_hold(model: nn.Module, names: Iterable[str]) -> None:
 
     Convolutions that standardise their weights do, and adapters that add to them. Layers of torch
     itself are known to apply their weights; others are tried on one input.
-
-    Raises:
-        ValueError: the weight, and the class of its layer.
     """
     for name in names:
         path, _, kind = name.rpartition(".")

@@ -168,10 +168,7 @@ def _split_file_name(name: str) -> tuple[str, str]:
 
 
 def _build(architecture: str, image_size: int, seed: int, weights: Path | None) -> nn.Module:
-    """Create a timm encoder without classifier on the CPU.
-
-    Its weights are those of a file that timm published; without one, random from a seed.
-    """
+    """A timm encoder without classifier: of a file that timm published, or random from a seed."""
     import timm
 
     # Only models whose parameters depend on the resolution take it as an argument.

@@ -38,11 +38,7 @@ def facts_of(path: Path) -> str:
 
 
 def syntax(source: str) -> ast.Module:
-    """The syntax tree of source code, without docstrings.
-
-    Raises:
-        SyntaxError: if it is no Python.
-    """
+    """The syntax tree of source code, without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -202,12 +202,9 @@ def unknown_name(
 
 
 def package_folder(module: str, package: str, use: str) -> Path:
-    """Folder of an installed package, found without importing it.
+    """Folder of an installed package, found without importing it, for a ``use``.
 
-    ``use`` says what for, as in ``"the images come"``.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
+    A ModuleNotFoundError says that "the images come" with it, and to install it.
     """
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:

@@ -36,11 +36,7 @@ class WholeBatches(Dataset[tuple[Tensor, int]]):
 
 
 def count_items(data: Any) -> int:
-    """How many items data has.
-
-    Raises:
-        ValueError: if it is no collection of numbered items, or empty.
-    """
+    """How many items data has; refuses what is no collection of numbered items, or empty."""
     listed = isinstance(data, Sized) and hasattr(data, "__getitem__")
     if not listed or isinstance(data, (IterableDataset, Mapping)):
         inside = "; pass its .dataset" if hasattr(data, "dataset") else ""
@@ -51,11 +47,7 @@ def count_items(data: Any) -> int:
 
 
 def read_items(data: Any, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Images ``[B, ...]`` and int64 labels ``[B]`` of items, read one by one.
-
-    Raises:
-        ValueError: if one is no pair of an image and an integer.
-    """
+    """Images ``[B, ...]`` and int64 labels ``[B]`` of items that are pairs, read one by one."""
     images, labels = [], []
     for index in indices:
         item = data[index]

@@ -65,11 +65,8 @@ def write_tensors(
 def read_tensors(path: str | Path, format: str, *, what: str) -> tuple[dict[str, Tensor], str]:
     """The tensors on the CPU, and the text, of a file of :func:`write_tensors` in one format.
 
-    ``what`` is what errors call such a file.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is truncated, of another format, or does not match its checksum.
+    ``what`` is what errors call such a file. A ValueError refuses one that is truncated, of another
+    format, or does not match its checksum.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -49,11 +49,6 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         ValueError: it is no YAML, or a mapping has a key twice; the message names line and column.
-
-    Examples:
-        >>> from pai_utils.support.written import read_yaml
-        >>> read_yaml("{rates: [1e-5, .5], scope: 2:4, out: 2026-01-31, size: ~}")
-        {'rates': [1e-05, 0.5], 'scope': '2:4', 'out': '2026-01-31', 'size': None}
     """
     try:
         return yaml.load(text, _Loader)
