@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,29 +184,13 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
 def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between a classifier and its file, on the CPU.
 
-    A fresh process reads the file by :func:`load_classifier` and encodes the images [N, 3, S, S].
-    It has this one's number of threads, on which rounding depends.
+    The file alone makes the other model, by :func:`load_classifier`; images are [N, 3, S, S].
 
     Raises:
-        ValueError: if the process fails, with its last words.
+        FileNotFoundError, ValueError: as :func:`load_classifier`.
     """
-    # The library may be run from its folder, which the other process would not know.
-    code = (
-        "import sys; library, path, threads = sys.argv[1:]; sys.path.insert(0, library); "
-        "import torch; from safetensors.torch import load; from pai_utils import export; "
-        "torch.set_num_threads(int(threads)); data = load(sys.stdin.buffer.read()); "
-        "logits = export._logits(export.load_classifier(path, 'cpu'), data['images']); "
-        "print(float((logits - data['logits']).abs().max()))"
-    )
-    library, threads = Path(__file__).resolve().parents[1], torch.get_num_threads()
-    command = [sys.executable, "-c", code, str(library), str(path), str(threads)]
-    images = images.cpu().contiguous()  # as the other process gets them: layouts choose kernels
-    data = save({"images": images, "logits": _logits(model, images).contiguous()})
-    process = subprocess.run(command, input=data, capture_output=True)
-    if process.returncode:
-        said = process.stderr.decode().strip() or f"exit status {process.returncode}"
-        raise ValueError(f"a fresh process cannot load {path}: {said.splitlines()[-1]}")
-    return float(process.stdout.split()[-1])
+    found = _logits(load_classifier(path, "cpu"), images)
+    return float((found - _logits(model, images)).abs().max())
 
 
 def save_dense(model: nn.Module, mask: Mask, path: str | Path) -> None:
