@@ -7,7 +7,7 @@ from collections import UserList
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -135,7 +135,8 @@ class _Hidden(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient @ weight, gradient.flatten(0, 1).T @ x.flatten(0, 1)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return gradient @ weight, rows.T @ x.reshape(-1, x.shape[-1])
 
 
 def _in_windows(layers: Any, x: Tensor) -> Tensor:
@@ -273,6 +274,7 @@ class Case:
     model: nn.Module
     names: list[str]
     data: Images
+    name: str = ""
 
 
 def build(name: str) -> Case:
@@ -282,7 +284,7 @@ def build(name: str) -> Case:
         model = MODELS[name]().double()
     # In training mode, as users may have it: curvature is that of evaluation mode all the same.
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
-    return Case(model.train(), names, Images())
+    return Case(model.train(), names, Images(), name)
 
 
 CASES: dict[str, Callable[[], Case]] = {name: partial(build, name) for name in MODELS}
@@ -356,7 +358,7 @@ def _mean_squares(case: Case, cotangents: Sequence[Tensor]) -> dict[str, Tensor]
 
 
 def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tensor:
-    """Hessian of the mean cross-entropy over the named weights, ``[P, P]``, row by row."""
+    """Hessian of the mean cross-entropy over the named weights, ``[P, P]``."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
     math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -366,20 +368,29 @@ def dense_hessian(model: nn.Module, names: Sequence[str], data: Images) -> Tenso
         loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
     )
     flat = torch.cat([g.flatten() for g in gradients])
+    units = torch.eye(len(flat), dtype=flat.dtype)
+    found = torch.autograd.grad(flat, weights, units, allow_unused=True, is_grads_batched=True)
     rows = [
-        torch.cat(
-            [
-                h.flatten()
-                for h in torch.autograd.grad(
-                    entry, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            ]
-        )
-        if entry.requires_grad
-        else torch.zeros_like(flat)
-        for entry in flat
+        flat.new_zeros(len(flat), weight.numel()) if part is None else part.flatten(1)
+        for part, weight in zip(found, weights, strict=True)
     ]
-    return torch.stack(rows).detach()
+    return torch.cat(rows, 1).detach()
+
+
+def hessian_of(case: Case, names: Sequence[str]) -> Tensor:
+    """The dense Hessian of a case's own network over some of its parameters."""
+    numbers = torch.arange(sum(p.numel() for p in case.model.parameters()))
+    sizes = {name: p.numel() for name, p in case.model.named_parameters()}
+    parts = dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))
+    chosen = torch.cat([parts[name] for name in names])
+    return _whole_hessian(case.name)[chosen][:, chosen]
+
+
+@cache
+def _whole_hessian(name: str) -> Tensor:
+    """Computed once, since it is the slowest of the references."""
+    case = build(name)
+    return dense_hessian(case.model, [n for n, _ in case.model.named_parameters()], case.data)
 
 
 def vector_for(case: Case, seed: int = 2) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 import copy
+import importlib
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,10 @@ def tied() -> nn.Sequential:
 NETWORKS = {name: MODELS[name] for name in ("eval BatchNorm", "nn.MultiheadAttention")}
 NETWORKS |= {"grouped conv": MODELS["grouped conv"], "tied": tied}
 of_all = pytest.mark.parametrize("network", NETWORKS)
+needs_onnx = pytest.mark.skipif(
+    find_spec("onnxscript") is None or find_spec("onnxruntime") is None,
+    reason="the extra export is not installed",
+)
 
 
 def pruned(model: nn.Module, sparsity: float = 0.7, scope: str = "global") -> Mask:
@@ -178,37 +185,39 @@ def test_a_dense_file_needs_nothing_but_safetensors(network: str, tmp_path: Path
     assert same(copied(other), copied(model))
 
 
-@of_all
-def test_onnx_gives_the_same_logits_for_any_batch(network: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    model, path = NETWORKS[network]().train(), tmp_path / "m.onnx"
-    export_onnx(model, path, SIDE)
+def narrow() -> nn.Sequential:
+    """Of rectangles with one channel."""
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(84, 3))
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("make", "size", "shape"),
+    [
+        *((make, SIDE, (3, SIDE, SIDE)) for make in NETWORKS.values()),
+        (narrow, (6, 9), (1, 6, 9)),
+        (narrow, (1, 6, 9), (1, 6, 9)),
+    ],
+    ids=[*NETWORKS, "rectangle", "channel"],
+)
+def test_onnx_gives_the_same_logits_for_any_batch(
+    make: Callable[[], nn.Module], size: Any, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    model, path = make().train(), tmp_path / "m.onnx"
+    export_onnx(model, path, size)
     assert model.training
     assert list(tmp_path.iterdir()) == [path]
     for count in (1, 2, 7):
-        assert check_onnx(model, path, torch.randn(count, 3, SIDE, SIDE)) <= 1e-4
+        assert check_onnx(model, path, torch.randn(count, *shape)) <= 1e-4
     with torch.no_grad():
         list(model.parameters())[-1].add_(1)
     with pytest.raises(ValueError, match="differ from the model's by"):
-        check_onnx(model, path, torch.randn(2, 3, SIDE, SIDE))
+        check_onnx(model, path, torch.randn(2, *shape))
 
 
-@pytest.mark.parametrize("size", [(6, 9), (1, 6, 9)])
-def test_onnx_takes_rectangles_and_as_many_channels_as_the_model(
-    size: tuple[int, ...], tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(84, 3))
-    export_onnx(model, tmp_path / "m.onnx", size)
-    assert check_onnx(model, tmp_path / "m.onnx", torch.randn(3, 1, 6, 9)) <= 1e-4
-
-
+@needs_onnx
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_onnx_is_judged_by_the_scale_of_the_logits(scale: float, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     model, path, images = tied(), tmp_path / "m.onnx", torch.randn(4, 3, SIDE, SIDE)
     with torch.no_grad():
         model.get_parameter("1.bias").mul_(scale)
@@ -306,11 +315,11 @@ def test_a_file_alone_makes_the_classifier(tmp_path: Path) -> None:
     assert check_compressed(model, tmp_path / "m", images) == pytest.approx(1, abs=1e-5)
 
 
+@needs_onnx
 def test_files_are_compared_in_batches_that_fit_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("onnxscript")
-    session = pytest.importorskip("onnxruntime").InferenceSession
+    session = importlib.import_module("onnxruntime").InferenceSession
     model, images = of_timm(), torch.randn(5, 3, 32, 32)
     mask, run = pruned(model), session.run
     expected = write_formats(model, mask, tmp_path, images).difference
@@ -347,12 +356,11 @@ def test_a_file_that_does_not_say_how_to_make_its_model_is_refused(tmp_path: Pat
             load_classifier(tmp_path / "m")
 
 
+@needs_onnx
 def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     model = of_timm()
     mask = pruned(model)
     before = copied(model)
@@ -373,12 +381,11 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     assert table.loc["dense"].of_dense == pytest.approx(1, rel=0.05)
 
 
+@needs_onnx
 @pytest.mark.parametrize("step", ["export_onnx", "check_onnx", "save_dense"])
 def test_a_format_that_fails_is_reported_and_leaves_the_others(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
 
     def fail(*_: object) -> None:
         raise RuntimeError("no such operator\nmore")

@@ -40,17 +40,6 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(command_line.main, arguments)
 
 
-def as_module(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pai_utils", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
 def refusal(*arguments: str) -> str:
     """The one line that a refused call writes, without a traceback."""
     result = call(*arguments)
@@ -213,46 +202,41 @@ def test_a_library_that_notebooks_need_is_named_with_how_to_install_it(
     assert "'pai-utils[book]'" in result.stderr
 
 
-def test_a_notebook_runs_and_its_copy_lies_with_the_results(
+def test_a_notebook_runs_and_a_person_at_a_terminal_sees_what_its_cells_print_and_their_bars(
     notebook: Written, tmp_path: Path
 ) -> None:
-    path = notebook("print(sparsities, out)")
+    code = "import pai_utils.support.common as c; print(sparsities, out); "
+    path = notebook(code + "list(c.progress([1], 'masks'))")
     before = path.read_bytes()
-    result = as_module("run", path.name, "-p", "sparsities", "[0.3]", "-o", "o", folder=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"o/{NAME}.ipynb and its results are in o\n"
-    assert [file.name for file in (tmp_path / "o").iterdir()] == [f"{NAME}.ipynb"]
-    copy = json.loads((tmp_path / "o" / path.name).read_text())
-    assert "".join(copy["cells"][-1]["outputs"][0]["text"]) == "[0.3] o\n"
-    assert path.read_bytes() == before
-
-
-def test_a_person_at_a_terminal_sees_what_the_cells_print_and_their_bars(
-    notebook: Written, tmp_path: Path
-) -> None:
-    code = "import pai_utils.support.common as c; print('so far'); list(c.progress([1], 'masks'))"
-    path = notebook(code)
     command = [sys.executable, "-m", "pai_utils", "run", path.name]
+    command += ["-p", "sparsities", "[0.3]", "-o", "o"]
     ours, theirs = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, stderr=theirs, check=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=theirs, check=True, cwd=tmp_path, env=environment
+    )
     os.close(theirs)
     seen = b""
     with suppress(OSError):  # at its end
         while part := os.read(ours, 4096):
             seen += part
     os.close(ours)
-    assert b"so far" in seen
+    assert b"[0.3] o" in seen
     assert b"masks:   0%" in seen
     assert b"Warning" not in seen
+    assert done.stdout.decode() == f"o/{NAME}.ipynb and its results are in o\n"
+    assert [file.name for file in (tmp_path / "o").iterdir()] == [f"{NAME}.ipynb"]
+    copy = json.loads((tmp_path / "o" / path.name).read_text())
+    assert "".join(copy["cells"][-1]["outputs"][0]["text"]) == "[0.3] o\n"
+    assert path.read_bytes() == before
 
 
 def test_a_notebook_that_fails_says_with_what_and_leaves_its_copy(
     notebook: Written, tmp_path: Path
 ) -> None:
     notebook("raise ValueError('no such\\nluck')")
-    result = as_module("run", f"{NAME}.ipynb", folder=tmp_path)
-    assert result.returncode == 1
+    result = call("run", f"{NAME}.ipynb")
+    assert result.exit_code == 1
     assert result.stderr == (
         f"Error: {NAME}.ipynb failed with ValueError: no such luck; the copy up to there is "
         f"results/{NAME}.partial.ipynb\n"

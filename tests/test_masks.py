@@ -81,23 +81,24 @@ def test_patterns_keep_the_n_highest_of_every_m_along_the_input(
             assert keep.tolist() == [k for g in groups for k in highest(g, max(0, len(g) - n))]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 @given(
     scores=some_scores(),
     first=SPARSITIES,
     second=SPARSITIES,
     scope=st.sampled_from(["global", "layer", "erk"]),
+    same=st.booleans(),
 )
-@example({name: torch.ones(1) for name in "abc"}, 0.75, 0.75, "layer")  # rounded layer by layer
+@example({name: torch.ones(1) for name in "abc"}, 0.75, 0.75, "layer", True)  # rounded by layer
 def test_a_pruned_weight_never_comes_back(
-    scores: dict[str, Tensor], first: float, second: float, scope: str
+    scores: dict[str, Tensor], first: float, second: float, scope: str, same: bool
 ) -> None:
     first, second = sorted((first, second))
-    early = make_mask(scores, first, scope)
+    early = make_mask(scores, first, scope if same else "global")
     inverted = {name: -values for name, values in scores.items()}
     late = make_mask(inverted, second, scope, within=early)
     assert all(bool((late[n] <= early[n]).all()) for n in scores)
-    assert late.kept == make_mask(scores, second, scope).kept
+    assert late.kept == min(make_mask(scores, second, scope).kept, early.kept)
 
 
 def test_a_pattern_keeps_what_an_earlier_mask_pruned_and_no_mask_may_prune_less() -> None:
@@ -111,36 +112,7 @@ def test_a_pattern_keeps_what_an_earlier_mask_pruned_and_no_mask_may_prune_less(
             make_mask(scores, 0.5, scope, within=early)
     for scope in ("global", "layer", "erk"):
         assert torch.equal(make_mask(scores, 0, scope, within=early)["w"], early["w"])
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    scores=some_scores(),
-    first=SPARSITIES,
-    second=SPARSITIES,
-    scope=st.sampled_from(["layer", "erk"]),
-)
-def test_what_a_mask_of_another_scope_left_is_shared_to_the_exact_count(
-    scores: dict[str, Tensor], first: float, second: float, scope: str
-) -> None:
-    first, second = sorted((first, second))
-    early = make_mask(scores, first)
-    inverted = {name: -values for name, values in scores.items()}
-    late = make_mask(inverted, second, scope, within=early)
-    assert all(bool((late[n] <= early[n]).all()) for n in scores)
-    asked = make_mask(scores, second, scope)
-    assert late.kept == min(asked.kept, early.kept)
-    # One rate for all layers, but for those that have less left.
-    claims = {n: e.numel() if scope == "layer" else sum(e.shape) for n, e in early.items()}
-    low, high = 0.0, float(early.total)
-    for _ in range(80):
-        rate = (low + high) / 2
-        shares = {n: min(float(early[n].sum()), rate * claims[n]) for n in scores}
-        low, high = (low, rate) if sum(shares.values()) > late.kept else (rate, high)
-    assert all(abs(int(late[n].sum()) - shares[n]) <= len(scores) for n in scores)
-
-
-def test_a_pattern_keeps_at_most_n_where_more_is_gone_already() -> None:
+    # Where more is gone already, a pattern keeps at most N.
     scores = {"w": torch.tensor([[4.0, 3, 2, 1, 9, 8, 7, 6]])}
     early = Mask({"w": torch.tensor([[1, 0, 0, 0, 1, 1, 1, 1]])})
     late = make_mask(scores, 0.5, "2:4", within=early)
@@ -386,12 +358,6 @@ def test_chance_overlap_is_that_of_random_masks_of_the_same_layer_densities() ->
     shared = 50 * 25 / 100 + 20 * 5 / 20
     expected = shared / (50 + 20 + 25 + 5 - shared)
     assert one.expected_overlap(other) == other.expected_overlap(one) == pytest.approx(expected)
-    drawn = [
-        one.overlap(Mask({n: e[torch.randperm(len(e))] for n, e in other.items()}))
-        for _ in range(1000)
-    ]
-    # Over 1,000 draws the standard error is 0.001; the bound of the mean ratio is as small.
-    assert sum(drawn) / len(drawn) == pytest.approx(expected, abs=0.004)
 
 
 @pytest.mark.parametrize(

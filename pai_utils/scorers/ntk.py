@@ -75,13 +75,11 @@ def ntk_sap(
                 pair = paired(images)
                 with torch.enable_grad():
                     change = (plain(pair) - other(pair)).square().sum()
+                    change = change * (len(images) / len(pair))
                 if not change.requires_grad:
                     continue
                 gradients = torch.autograd.grad(
-                    change * (len(images) / len(pair)),
-                    leaves,
-                    allow_unused=True,
-                    materialize_grads=True,
+                    change, leaves, allow_unused=True, materialize_grads=True
                 )
                 # Both networks are masked: ∂/∂m = θ ∂/∂θ + (θ + Δθ) ∂/∂(θ + Δθ).
                 for name, leaf, gradient in zip([*weights, *moved], leaves, gradients, strict=True):

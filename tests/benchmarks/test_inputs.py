@@ -47,24 +47,6 @@ def test_a_given_mask_is_repaired_by_the_surgeons_update_of_later_columns(
     assert relative_error(found, surgeon(weight, matrix, keep)) <= 1e-10
 
 
-def test_each_block_loses_its_least_salient_weights_exactly(layer: tuple[Tensor, Tensor]) -> None:
-    weight, inputs = layer
-    matrix = second_moment(inputs, DAMPING)
-    found, keep = sparsegpt(weight, matrix, sparsity=0.7, block_size=8)
-    counts = [int((~part).sum()) for part in keep.split(8, 1)]
-    assert counts == [34, 34, 17]  # 70 % of 48, 48 and 24, the last blocks' columns being fewer
-    assert (found[~keep] == 0).all()
-    assert (found[keep] != 0).all()
-    assert relative_error(found, surgeon(weight, matrix, keep)) <= 1e-10
-    # The second block chooses among weights that the first has moved.
-    first = torch.cat([keep[:, :8], torch.ones(6, 12, dtype=torch.bool)], 1)
-    moved = surgeon(weight, matrix, first)[:, 8:16]
-    variances = [torch.linalg.inv(matrix[i:, i:])[0, 0] for i in range(8, 16)]
-    saliency = moved.square() / torch.stack(variances)
-    chosen = keep[:, 8:16]
-    assert saliency[~chosen].max() <= saliency[chosen].min()
-
-
 def test_the_exact_solve_leaves_no_more_error_than_the_recursion(
     layer: tuple[Tensor, Tensor],
 ) -> None:
@@ -88,8 +70,3 @@ def test_the_scorer_gives_the_saliencies_of_the_reference() -> None:
     found = CONTENDERS["obs_inputs"].prepare(layer)["whole"]()
     expected = REFERENCES["saliency"](layer)
     assert relative_error(found["saliency"], expected["saliency"]) <= 1e-10
-
-
-def test_either_a_sparsity_or_a_mask_is_needed() -> None:
-    with pytest.raises(ValueError, match="either a sparsity or a mask"):
-        sparsegpt(torch.ones(1, 1), torch.ones(1, 1))

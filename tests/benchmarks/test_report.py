@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from benchmarks.report import failures, fastest_correct_peer, pivot, targets, write_report
+from benchmarks.report import failures, fastest_correct_peer, targets, write_report
 from benchmarks.results import Row, read, table
 
 OURS = Row(
@@ -29,13 +28,6 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_measurements_come_back_from_their_file(tmp_path: Path) -> None:
-    path = tmp_path / "measurements.csv"
-    table(ROWS).to_csv(path, index=False)
-    pd.testing.assert_frame_equal(read(path), table(ROWS), check_dtype=False)
-    assert list(read(path).columns) == list(Row.__dataclass_fields__)
-
-
 def test_a_file_with_other_columns_or_statuses_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "measurements.csv"
     table(ROWS).drop(columns="fb").to_csv(path, index=False)
@@ -44,12 +36,6 @@ def test_a_file_with_other_columns_or_statuses_is_refused(tmp_path: Path) -> Non
     table([replace(OURS, status="fine")]).to_csv(path, index=False)
     with pytest.raises(ValueError, match=r"unknown status \['fine'\]"):
         read(path)
-
-
-def test_a_table_shows_ours_first_and_failures_as_words() -> None:
-    shown = pivot(table([PEER, FAILED, WRONG, OURS]), "diagonal", "whole", lambda row: row.status)
-    assert list(shown.contender) == ["**ggn_diagonal**", "hooks", "broken", "loop"]
-    assert list(shown.resnet18) == ["ok", "ok", "failed", "wrong"]
 
 
 def test_failing_peers_are_listed_with_their_message() -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
-from light_pages import characters, reduce_image, trim_font, trim_styles, words
+from light_pages import characters, reduce_image, trim_font, trim_styles
 from PIL import Image
 
 USED = {"used", "here", "nav"}
@@ -59,15 +59,6 @@ def test_of_several_selectors_those_in_use_are_kept() -> None:
     assert trim_styles(".absent,.used,p:is(a,b){margin:0}", USED) == ".used,p:is(a,b){margin:0}"
 
 
-def test_words_are_those_of_pages_and_scripts(tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text('<p class="fa-solid used">text</p>')
-    (tmp_path / "script.js").write_text("element.classList.add('pst-open')")
-    (tmp_path / "style.css").write_text(".absent{}")
-    found = words(tmp_path)
-    assert {"fa-solid", "used", "pst-open"} <= found
-    assert "absent" not in found
-
-
 def test_a_font_keeps_only_the_characters_that_styles_name(tmp_path: Path) -> None:
     path = tmp_path / "font.ttf"
     path.write_bytes(
@@ -92,9 +83,3 @@ def test_a_reduced_figure_keeps_its_size_and_its_colours() -> None:
     after = Image.open(io.BytesIO(reduce_image(content.getvalue())))
     assert after.mode == "P"
     assert np.abs(np.asarray(after.convert("RGB"), dtype=int) - before).max() <= 4
-
-
-def test_a_picture_that_lets_the_page_through_stays_as_it_is() -> None:
-    content = io.BytesIO()
-    Image.new("RGBA", (64, 64), (10, 20, 30, 128)).save(content, "PNG")
-    assert reduce_image(content.getvalue()) == content.getvalue()

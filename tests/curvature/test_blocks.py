@@ -11,7 +11,6 @@ from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
-    Limited,
     build,
     fingerprint,
     largest_error,
@@ -91,34 +90,14 @@ def test_a_small_budget_takes_more_passes_and_gives_the_same(
     whole = saliencies(case, block_size=block_size)
     with caplog.at_level(logging.INFO, "pai_utils"):
         parts = saliencies(case, block_size=block_size, memory_budget=4096)
-    numbers = re.findall(r"GiB: (\d+) passes over 10 samples", " ".join(caplog.messages))
-    assert len(numbers) == 1
-    # Three quarters of the budget hold 7 blocks of 7 × 7 numbers or 2 of 10 × 16; a tensor of
-    # fewer weights than a block has smaller ones.
-    weights = [case.model.get_parameter(name).numel() for name in case.names]
-    blocks = sum(math.ceil(n / block_size) for n in weights)
-    each = {7: 7, 16: 2}[block_size]
-    assert math.ceil(blocks / each) - 1 <= int(numbers[0]) <= math.ceil(blocks / each) + 1
+    (number,) = re.findall(r"GiB: (\d+) passes over 10 samples", " ".join(caplog.messages))
+    assert int(number) > 1
     assert largest_error(parts, whole) <= 1e-10
 
 
-@pytest.mark.parametrize(("samples", "block_size"), [(40, 6), (4, 6), (5, 20), (40, 20), (3, 1)])
-def test_saliency_is_the_increase_when_a_weight_goes_and_the_others_follow(
-    samples: int, block_size: int
-) -> None:
-    gradients = spread_gradients(samples, 20)
-    weights = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    blocks = BlockFisher.from_gradients(gradients, block_size=block_size, damping=1e-2)
-    found = blocks.saliency(weights)
-    matrix = torch.block_diag(*dense_blocks(gradients, block_size, 1e-2))
-    for i in range(20):
-        step = blocks.repair(weights, torch.arange(20) != i) - weights
-        assert float(found[i]) == pytest.approx(float(step @ matrix @ step / 2), rel=1e-10)
-
-
-@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("damping", [1.0, 1e-4])
 @pytest.mark.parametrize("samples", [6, 64])
-@pytest.mark.parametrize("block_size", [1, 2, 15, 16, 17, 33, 50, 64])
+@pytest.mark.parametrize("block_size", [1, 15, 16, 33, 64])
 def test_cholesky_and_woodbury_give_the_inverse(
     block_size: int, samples: int, damping: float
 ) -> None:
@@ -142,14 +121,6 @@ def test_ill_conditioned_blocks_keep_six_digits_from_float32_gradients() -> None
     assert largest_relative_error(blocks.saliency(weights), expected) <= 1e-6
 
 
-def test_all_blocks_have_the_damping_of_their_tensor() -> None:
-    gradients = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
-    blocks = BlockFisher.from_gradients(gradients, block_size=4, damping=0.5)
-    # F is diagonal: g²/6 + λ, λ being half the mean over all 6 weights.
-    squares = torch.arange(1.0, 7.0, dtype=torch.float64) ** 2 / 6
-    assert relative_error(1 / blocks.inverse_diagonal(), squares + squares.mean() / 2) <= 1e-14
-
-
 @pytest.mark.parametrize("samples", [3, 12])
 def test_a_block_of_zero_gradients_has_the_damping_alone_and_moves_nothing(samples: int) -> None:
     gradients = spread_gradients(samples, 24)
@@ -160,14 +131,6 @@ def test_a_block_of_zero_gradients_has_the_damping_alone_and_moves_nothing(sampl
     assert relative_error(blocks.saliency(weights)[8:16], weights[8:16] ** 2 * ridge / 2) <= 1e-12
     keep = torch.arange(24) % 3 > 0
     assert torch.equal(blocks.repair(weights, keep)[8:16], (weights * keep)[8:16])
-
-
-@pytest.mark.parametrize("samples", [3, 12])
-def test_a_tensor_of_zero_gradients_costs_nothing_and_moves_nothing(samples: int) -> None:
-    blocks = BlockFisher.from_gradients(torch.zeros(samples, 24), block_size=8, damping=1e-2)
-    weights, keep = torch.arange(1.0, 25.0), torch.arange(24) % 3 > 0
-    assert not blocks.saliency(weights).any()
-    assert torch.equal(blocks.repair(weights, keep), weights * keep)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
@@ -220,30 +183,6 @@ def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
             assert relative_error(found[name], expected.flatten()) <= 1e-12
 
 
-@pytest.mark.parametrize("estimator", ["empirical", "mc"])
-@pytest.mark.parametrize("block_size", [4, 64])
-def test_float32_scores_do_not_depend_on_the_batches(estimator: str, block_size: int) -> None:
-    case = build("eval BatchNorm")
-    case = Case(case.model.float(), case.names, case.data)
-    case.data.images = case.data.images.float()
-    found = [
-        saliencies(case, estimator=estimator, block_size=block_size, draw=Draw(None, size))
-        for size in (10, 3, 1)
-    ]
-    assert largest_error(found[1], found[0]) <= 1e-6
-    assert largest_error(found[2], found[0]) <= 1e-6
-
-
-@pytest.mark.parametrize("block_size", [7, 16])
-def test_running_out_of_memory_changes_nothing(block_size: int) -> None:
-    case = build("linear over tokens")
-    limited = Limited(case.model, 3)
-    names = [f"model.{name}" for name in case.names]
-    expected = saliencies(case, block_size=block_size)
-    found = saliencies(Case(limited, names, case.data), block_size=block_size)
-    assert largest_error(found, expected) <= 1e-10
-
-
 def test_the_model_is_as_it_was_whenever_the_caller_has_control(case: Case) -> None:
     first = next(iter(case.model.parameters()))
     first.grad = torch.ones_like(first)
@@ -277,25 +216,10 @@ def test_bad_options_are_refused_at_the_call(options: dict[str, object], message
         fisher_blocks(case.model, case.names, case.data, **options)  # type: ignore[arg-type]
 
 
-def test_the_budget_that_the_error_names_is_enough() -> None:
-    case = build("conv")
-    with pytest.raises(ValueError, match="choose at least") as error:
-        saliencies(case, block_size=7, memory_budget=1)
-    found = re.search(r"choose at least (\d+)", str(error.value))
-    assert found is not None
-    small = saliencies(case, block_size=7, memory_budget=int(found[1]))
-    expected = saliencies(case, block_size=7)
-    assert largest_error(small, expected) <= 1e-10
-
-
-def test_bad_options_for_given_gradients_are_refused() -> None:
-    with pytest.raises(ValueError, match="block_size=0"):
-        BlockFisher.from_gradients(torch.ones(3, 4), block_size=0, damping=1e-2)
-    with pytest.raises(ValueError, match=r"damping=0\.0"):
-        BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=0.0)
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_what_does_not_fit_given_gradients_is_refused() -> None:
+    for size, damping, message in ((0, 1e-2, "block_size=0"), (2, 0.0, r"damping=0\.0")):
+        with pytest.raises(ValueError, match=message):
+            BlockFisher.from_gradients(torch.ones(3, 4), block_size=size, damping=damping)
     blocks = BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=1e-2)
     with pytest.raises(ValueError, match=r"weights \(5,\) and keep \(4,\) .* shape \(4,\)"):
         blocks.repair(torch.ones(5), torch.ones(4).bool())

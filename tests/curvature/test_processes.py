@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+import pai_utils as pai
 from pai_utils.curvature.blocks import fisher_blocks
 from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator, directional_terms
@@ -36,6 +37,8 @@ def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
         yield f"{operator.__name__} again", flattened(products(vector))
         yield f"{operator.__name__}, eigenvalues", top_eigenpairs(products, 2).values
     (terms,) = directional_terms(case.model, [vector], case.data, Draw(samples, 2))
+    for scorer in ("snip", "grasp", "px", "ntk_sap"):
+        yield scorer, flattened(pai.score(scorer, case.model, case.data, samples=samples))
     yield "terms", torch.tensor(astuple(terms), dtype=torch.float64)
 
 

@@ -39,7 +39,8 @@ def test_terms_are_those_of_the_operators(case: Case) -> None:
         assert all(close(one, other) for one, other in zip(terms, expected, strict=True))
 
 
-def test_directions_do_not_disturb_each_other(case: Case) -> None:
+def test_directions_do_not_disturb_each_other() -> None:
+    case = build("fused attention")
     v = vector_for(case)
     other = {name: part.cos() for name, part in v.items()}
     both = directional_terms(case.model, [v, other, v], case.data, Draw(None, 4))

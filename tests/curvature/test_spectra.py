@@ -13,7 +13,7 @@ from pai_utils.curvature.spectra import (
     top_eigenpairs,
 )
 from pai_utils.support.common import NonFiniteError
-from tests.cases import Case, dense_hessian
+from tests.cases import Case, hessian_of
 from tests.matrices import MatrixOperator, symmetric
 
 
@@ -25,7 +25,7 @@ def rows(pairs: Eigenpairs) -> Tensor:
 def test_eigenpairs_of_the_hessian_equal_those_of_the_dense_matrix(case: Case) -> None:
     operator = HessianOperator(case.model, case.names, case.data)
     pairs = top_eigenpairs(operator, 3, tolerance=1e-10, products=1000)
-    dense = dense_hessian(case.model, case.names, case.data)
+    dense = hessian_of(case, case.names)
     exact = torch.linalg.eigvalsh(dense).flip(0)[:3]
     scale = torch.linalg.eigvalsh(dense).abs().max()
     assert pairs.converged
@@ -110,25 +110,9 @@ def test_an_eigenvector_of_two_weights_is_found_from_every_start() -> None:
     torch.testing.assert_close(torch.cat(found), torch.full((8,), 2.0, dtype=torch.float64))
 
 
-def test_eigenvalues_in_float32_are_right_to_its_precision() -> None:
-    values = torch.linspace(1, 50, 300, dtype=torch.float64).square()
-    matrix = symmetric(300, values)
-    pairs = top_eigenpairs(MatrixOperator(matrix.float()), 5, tolerance=1e-5, products=300)
-    torch.testing.assert_close(pairs.values, values.flip(0)[:5], rtol=1e-5, atol=0)
-    assert pairs.vectors["a"].dtype == torch.float32
-
-
 def gaussian_mixture(grid: Tensor, values: Tensor, width: float) -> Tensor:
     exponents = ((grid[:, None] - values) / width).square() / 2
     return exponents.neg().exp().mean(1) / (width * math.sqrt(2 * math.pi))
-
-
-def test_density_of_all_steps_and_many_probes_is_the_smoothed_spectrum() -> None:
-    values = torch.linspace(-1, 4, 60, dtype=torch.float64) ** 3
-    matrix = symmetric(60, values)
-    found = spectral_density(MatrixOperator(matrix), probes=100, steps=60, width=3.0)
-    expected = gaussian_mixture(found.grid, values, 3.0)
-    assert (found.density - expected).abs().max() <= 0.1 * expected.max()
 
 
 def test_density_is_exact_for_each_probe_when_eigenvectors_are_axes() -> None:

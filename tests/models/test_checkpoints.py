@@ -146,17 +146,6 @@ def test_dinos_teacher_is_taken_from_a_training_file_without_its_head(
     )
 
 
-def test_timm_names_the_tensors_of_a_vision_transformer_as_dinos_code_does() -> None:
-    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-    modules = ["patch_embed.proj", *(f"blocks.{i}.{x}" for i in range(12) for x in layers), "norm"]
-    expected = ["cls_token", "pos_embed"]
-    expected += [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
-    for name in ("vit_small.dino", "vit_base.dino"):
-        with torch.device("meta"):
-            model = timm.create_model(PRESETS[name].architecture, num_classes=0)
-        assert list(model.state_dict()) == expected
-
-
 @pytest.mark.parametrize(
     ("wrap", "file", "layout"),
     [
@@ -471,17 +460,6 @@ def test_an_unreachable_hub_says_what_to_do_instead(
         load_backbone(name)
     with pytest.raises(ConnectionError, match=r"file:<path>@<timm model>.*pretrained=False"):
         load_backbone(name, download=True)
-
-
-def test_a_file_of_the_hub_is_compared_with_its_digest_when_it_comes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = saved({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda folder, file: str(path))
-    address = "hub:someone/model/model.safetensors"
-    assert obtain_weights("weights", address, download=True, digest=digest_of(path)) == path
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not the expected"):
-        obtain_weights("weights", address, download=True, digest="0" * 64)
 
 
 def test_where_one_address_breaks_off_or_ends_short_the_next_is_tried(

@@ -59,19 +59,6 @@ def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
     torch.testing.assert_close(residual.scale, block.scale.gamma.detach())
 
 
-def test_a_stream_is_found_and_shown_where_modules_are_called_by_keyword() -> None:
-    block = Layers(
-        lambda m, x: x + m.down(input=torch.tanh(m.norm(input=x))),
-        norm=nn.LayerNorm(6), down=nn.Linear(6, 6),
-    )  # fmt: skip
-    images, streams = torch.randn(3, 5, 6), []
-    found = found_in(block, images)
-    assert {name: (r.place, r.side) for name, r in found.items()} == {"down": ("norm", "input")}
-    with shown(block, found, lambda _, stream: streams.append(stream)):
-        block(images)
-    assert [stream is images for stream in streams] == [True]
-
-
 def test_a_layer_that_is_used_twice_ends_no_branch() -> None:
     block = tokens()
     again = Layers(lambda m, x: m.block(m.block(x)), block=block)

@@ -1,20 +1,16 @@
-from pathlib import Path
-
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import pai_utils as pai
 from tests.cases import (
     Case,
     Layers,
-    Limited,
     build,
     dense_hessian,
     fingerprint,
     flattened,
+    hessian_of,
     relative_error,
     tiny_classifier,
     tiny_task,
@@ -49,7 +45,7 @@ def test_grasp_is_the_weight_times_the_hessian_times_the_gradient(case: Case) ->
     assert fingerprint(case.model) == before
     names = list(scores)
     gradient = dense_gradient(case.model, names, case.data.images, case.data.labels)
-    hessian = dense_hessian(case.model, names, case.data)
+    hessian = hessian_of(case, names)
     expected = weights_of(case, names) * (hessian @ gradient)
     assert relative_error(flattened(dict(scores)), expected) <= 1e-10
 
@@ -77,40 +73,6 @@ def test_autocast_reaches_the_gradient_of_snip_but_not_the_product_of_grasp() ->
         for n, values in scores.items():
             assert inside[n].dtype == torch.float32
             assert relative_error(inside[n], values) <= 0.1
-
-
-@pytest.mark.parametrize("name", ["snip", "grasp"])
-def test_running_out_of_memory_halves_the_batch_and_changes_nothing(name: str) -> None:
-    case = build("conv")
-    expected = pai.score(name, case.model, case.data, samples=None)
-    limited = Limited(case.model, 3)
-    found = pai.score(name, limited, case.data, samples=None, batch_size=8)
-    assert relative_error(flattened(dict(found)), flattened(dict(expected))) <= 1e-10
-
-
-NAMES = ("snip", "grasp", "px", "ntk_sap")
-
-
-def _scores_of_a_process(rank: int, file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
-    )
-    case = build("conv")
-    for name in NAMES:
-        scores = pai.score(name, case.model, case.data, samples=7, batch_size=2)
-        torch.save(flattened(dict(scores)), f"{out}-{name}-{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
-    spawn(_scores_of_a_process, (str(tmp_path / "store"), str(tmp_path / "scores")), nprocs=2)
-    case = build("conv")
-    for name in NAMES:
-        alone = flattened(dict(pai.score(name, case.model, case.data, samples=7)))
-        for rank in (0, 1):
-            found = torch.load(tmp_path / f"scores-{name}-{rank}", weights_only=True)
-            assert relative_error(found, alone) <= 1e-10, name
 
 
 PRUNED = ["backbone.encoder.0.weight", "backbone.encoder.3.weight"]

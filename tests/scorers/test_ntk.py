@@ -1,11 +1,8 @@
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import pai_utils as pai
-from pai_utils.scorers.ntk import ntk_sap
-from pai_utils.support.sampling import Draw
 from tests.cases import Case, Images, build, fingerprint, flattened, relative_error
 
 
@@ -56,30 +53,6 @@ def test_scores_are_the_masks_derivative_at_the_models_own_weights(case: Case) -
     assert fingerprint(case.model) == before
     expected = masked_change(case.model, names, case.data.images, steps)
     assert relative_error(flattened(dict(scores)), flattened(expected)) <= 1e-10
-
-
-@pytest.mark.parametrize("inputs", ["data", "noise"])
-def test_scores_do_not_depend_on_the_batches_to_double_precision(inputs: str) -> None:
-    case = build("conv")
-    whole, parts = (
-        flattened(
-            pai.score("ntk_sap", case.model, case.data, samples=8, batch_size=b, inputs=inputs)
-        )
-        for b in (64, 3)
-    )
-    assert relative_error(parts, whole) <= 1e-10
-
-
-def test_the_change_is_the_kernels_trace_for_small_perturbations() -> None:
-    # f = W x has the kernel xᵀx I: its trace over outputs, as a function of the mask of column j,
-    # is Σ_k m_kj² x_j², with the derivative 2 x_j² at one.
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    data = Images(6, classes=3, side=2)
-    draw = Draw(None, batch_size=6)
-    scores = ntk_sap(model, ["1.weight"], data, draw, epsilon=1e-3, perturbations=3000)["1.weight"]
-    second = 2 * data.images.flatten(1).square().mean(0)
-    error = (scores / 1e-6 - second).abs().max() / second.max()
-    assert error <= 0.15
 
 
 def test_a_smaller_perturbation_changes_the_scores_by_its_square() -> None:

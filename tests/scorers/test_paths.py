@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pai_utils as pai
-from pai_utils.scorers.paths import px
-from pai_utils.support.sampling import Draw
 from tests.cases import (
     CASES,
     BatchNorm,
@@ -134,35 +132,6 @@ def test_px_is_the_sum_over_all_paths_of_a_relu_network(
         assert relative_error(found[name] * whole, values) <= 1e-10, name
 
 
-def test_the_bound_is_one_on_the_trace_of_the_tangent_kernel() -> None:
-    model, data = mlp(), Images(5, classes=3, side=2)
-    shares = px(model, pai.prunable_parameters(model), data, Draw(None))
-    whole = by_definition(model, data.images, "bound")["1.weight"].sum()
-    weights = [model.get_parameter(name) for name in shares]
-    pairs = zip(shares.values(), weights, strict=True)
-    bound = sum(float((whole * share / w.detach().square()).sum()) for share, w in pairs)
-    trace = 0.0
-    for image in data.images.split(1):
-        # Without biases, whose paths have no input, but with the gates of the network with them.
-        logits = linear_map(model, weights, image, gates_of(model, image))
-        for k in range(3):
-            for g in torch.autograd.grad(logits[0, k], weights, retain_graph=True):
-                trace += float(g.square().sum())
-    assert 0 < trace <= bound
-
-
-def test_below_a_dense_last_layer_the_papers_bound_does_not_see_the_data() -> None:
-    model = mlp()
-    one, other = Images(5, classes=3, side=2), Images(5, classes=3, side=2, seed=1)
-    for estimator, differs in (("bound", False), ("gated", True)):
-        first, second = (
-            flattened(pai.score("px", model, d, samples=None, estimator=estimator))
-            for d in (one, other)
-        )
-        assert (relative_error(second, first) > 0.01) == differs
-        assert differs or relative_error(second, first) <= 1e-10
-
-
 @each_score
 def test_a_folded_batch_norm_gives_the_same_scores(scorer: str, options: dict[str, str]) -> None:
     # Squaring scale, shift and statistics of BatchNorm one by one, as public code does, would not.
@@ -177,14 +146,6 @@ def test_a_folded_batch_norm_gives_the_same_scores(scorer: str, options: dict[st
     fused = pai.score(scorer, nn.Sequential(*layers), data, samples=None, **options)  # type: ignore[arg-type]
     for one, same in zip(plain.values(), fused.values(), strict=True):
         assert relative_error(same, one) <= 1e-10
-
-
-def test_synflow_is_the_product_of_absolute_weights() -> None:
-    model = mlp()
-    scores = pai.score("synflow", model, image_size=2)
-    weights = [model.get_parameter(n).detach().abs().requires_grad_() for n in scores]
-    first, second, third = weights
-    assert_shares(scores, (third @ second @ first).sum(), weights)
 
 
 def test_synflow_conserves_the_flow_of_every_neuron_and_channel() -> None:
@@ -239,18 +200,6 @@ def test_attention_has_the_scores_of_its_formula(
     found = pai.score(scorer, case.model, case.data, samples=None, **options)  # type: ignore[arg-type]
     for one, values in zip(found.values(), expected.values(), strict=True):
         assert relative_error(one, values) <= 1e-12
-
-
-@each_score
-def test_queries_and_keys_carry_a_quarter_each_and_values_a_half(
-    scorer: str, options: dict[str, str]
-) -> None:
-    case = build("fused attention")
-    scores = pai.score(scorer, case.model, case.data, samples=None, **options)  # type: ignore[arg-type]
-    q, k, v = scores["1.qkv.weight"].chunk(3)
-    assert [float(part.sum()) for part in (q, k, v)] == pytest.approx([0.25, 0.25, 0.5], rel=1e-12)
-    others = [values for name, values in scores.items() if "qkv" not in name]
-    assert [float(values.sum()) for values in others] == pytest.approx([1, 1, 1], rel=1e-12)
 
 
 def test_gates_of_attention_are_the_pattern_on_the_data() -> None:

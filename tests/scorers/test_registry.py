@@ -3,8 +3,11 @@ import torch
 from torch import nn
 
 import pai_utils as pai
+from pai_utils.support.sampling import Draw
 from tests.cases import (
     CASES,
+    Layers,
+    Limited,
     build,
     fingerprint,
     relative_error,
@@ -64,17 +67,25 @@ def test_every_scorer_leaves_the_model_as_it_was(name: str, training: bool) -> N
     scores = pai.score(name, model, tiny_task().train, samples=8, batch_size=3)
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), state)
-    again = pai.score(name, model.eval(), tiny_task().train, samples=8, batch_size=3)
+    with torch.no_grad():
+        again = pai.score(name, model.eval(), tiny_task().train, samples=8, batch_size=3)
     assert all(torch.equal(scores[n], again[n]) for n in PRUNED)
 
 
 @pytest.mark.parametrize("name", pai.SCORERS)
-def test_no_score_depends_on_the_batches(name: str) -> None:
-    model, data = tiny_classifier(), tiny_task().train
-    whole, parts = (pai.score(name, model, data, samples=10, batch_size=b) for b in (64, 3))
+def test_no_score_depends_on_the_batches_or_on_the_memory_there_is(name: str) -> None:
+    inner, data = tiny_classifier(), tiny_task().train
+    model = Layers(lambda m, x: m.model(x), model=inner)
+    names = [f"model.{n}" for n in PRUNED]
+    whole, parts, limited = (
+        pai.score(name, each, data, names=names, samples=10, batch_size=size)
+        for each, size in ((model, 64), (model, 3), (Limited(inner, 3), 64))
+    )
     # An inverse enlarges the rounding of float32 sums.
     limit = 1e-5 if name == "obs_inputs" else 1e-6
-    assert all(relative_error(parts[n], whole[n]) <= limit for n in PRUNED)
+    for n in names:
+        assert relative_error(parts[n], whole[n]) <= limit
+        assert relative_error(limited[n], whole[n]) <= limit
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,13 +101,17 @@ def test_every_scorer_scores_every_way_of_using_a_weight(name: str) -> None:
         assert set(scores) | set(scores.left_out) == {n for n, _ in case.model.named_parameters()}
 
 
-def test_one_seed_draws_one_set_of_samples_and_labels() -> None:
+@pytest.mark.parametrize("name", pai.SCORERS)
+def test_a_seed_draws_its_samples_and_labels_and_others_are_not_looked_at(name: str) -> None:
     model, data = tiny_classifier(), tiny_task().train
-    first, again, other = (
-        pai.score("ggn_diag", model, data, samples=8, seed=s)[PRUNED[0]] for s in (1, 1, 2)
+    drawn = data.subset(Draw(8, seed=1).indices(data))
+    found, alone, other = (
+        pai.score(name, model, each, samples=samples, seed=seed)[PRUNED[0]]
+        for each, samples, seed in ((data, 8, 1), (drawn, None, 1), (data, 8, 2))
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(found, alone)
+    # The bound of px looks at no image where the last layer is dense.
+    assert torch.equal(found, other) == (name in ("magnitude", "lamp", "synflow", "px"))
 
 
 @pytest.mark.parametrize(

@@ -30,43 +30,14 @@ SECOND_ORDER: dict[str, dict[str, Any]] = {
     "feature_ggn_diag": {},
     "block_fisher": {"block_size": 16},
 }
-# Shallow, of the same blocks: depth adds time and nothing else.
+# Small, of the blocks of their families.
 ENCODERS: dict[str, dict[str, Any]] = {
     # Random weights whose last normalisation is zero would have blocks without gradients.
-    "resnet50": {"layers": (1, 1, 1, 1), "zero_init_last": False},
-    "vit_small_patch16_224": {"img_size": 32, "depth": 3},
-    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (24, 48, 96, 192)},
-    "tf_efficientnet_lite0": {},
-    "vit_small_saliency": {},
+    "test_resnet": {"zero_init_last": False},
+    "test_vit": {"img_size": 32, "patch_size": 8},
+    "test_convnext": {},
+    "test_efficientnet": {},
 }
-
-
-@pytest.mark.parametrize("estimator", ["empirical", "mc"])
-def test_blocks_of_one_weight_order_them_as_the_diagonal_does(estimator: str) -> None:
-    model, data = tiny_classifier(), tiny_task().train
-    diagonal = {"empirical": "fisher_diag", "mc": "ggn_diag"}[estimator]
-    expected = pai.score(diagonal, model, data, samples=20, damping=1e-3)
-    found = pai.score(
-        "block_fisher", model, data, samples=20, block_size=1, damping=1e-3, estimator=estimator
-    )
-    for name in expected:
-        assert relative_error(found[name], expected[name]) <= 1e-6
-
-
-def test_the_closed_form_of_a_linear_model_with_one_output_a_block() -> None:
-    # Blocks of 12 weights are the rows of the layer: F_c = 1/m Σ (p − e_y)_c² x xᵀ + λI.
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    data = Images(20, classes=3, side=2)
-    x, p = data.images.flatten(1), logits_of(model, data.images).softmax(1)
-    residual = p - F.one_hot(data.labels, 3)
-    weight = model.get_parameter("1.weight").detach()
-    ridge = DAMPING * torch.einsum("nc,ni->nci", residual, x).square().mean()
-    found = pai.score("block_fisher", model, data, samples=None, block_size=12)["1.weight"]
-    for row in range(3):
-        matrix = torch.einsum("n,ni,nj->ij", residual[:, row] ** 2, x, x) / 20
-        matrix += ridge * torch.eye(12, dtype=torch.float64)
-        expected = weight[row] ** 2 / (2 * torch.linalg.inv(matrix).diagonal())
-        assert relative_error(found[row], expected) <= 1e-10
 
 
 def test_channels_last_weights_get_the_same_scores() -> None:
@@ -76,18 +47,6 @@ def test_channels_last_weights_get_the_same_scores() -> None:
     found = pai.score("block_fisher", model, case.data, samples=None, block_size=8)
     for name in expected:
         assert relative_error(found[name], expected[name]) <= 1e-10
-
-
-def test_half_precision_weights_get_finite_float32_scores() -> None:
-    case = build("linear over tokens")
-    model, data = case.model.float(), case.data
-    data.images = data.images.bfloat16().float()
-    expected = pai.score("block_fisher", model, data, samples=None, block_size=8)
-    data.images = data.images.bfloat16()
-    found = pai.score("block_fisher", model.bfloat16(), data, samples=None, block_size=8)
-    for name in expected:
-        assert found[name].dtype == torch.float32
-        assert relative_error(found[name], expected[name]) <= 0.1
 
 
 def dense_scores(case: Case, names: list[str]) -> torch.Tensor:
@@ -163,20 +122,13 @@ def test_the_closed_form_of_the_diagonals_of_a_linear_model() -> None:
             assert relative_error(scores, weight**2 * (diagonal + ridge) / 2) <= 1e-12
 
 
-def _model(name: str) -> tuple[nn.Module, Images]:
-    side = 28 if name == "vit_small_saliency" else 32
-    data = Images(2, side=side)
-    if name == "vit_small_saliency":
-        backbone = pai.load_backbone(name, image_size=side, device="cpu")
-        return pai.Classifier(backbone, nn.Linear(backbone.feature_dim, 4)).double(), data
-    return timm.create_model(name, num_classes=4, **ENCODERS[name]).double(), data
-
-
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_second_order_score_of_a_whole_encoder(
     encoder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, data = _model(encoder)
+    torch.manual_seed(0)
+    model = timm.create_model(encoder, num_classes=4, **ENCODERS[encoder]).double()
+    data = Images(2, side=32)
     names = pai.prunable_parameters(model)
     before = fingerprint(model)
     for scorer, options in SECOND_ORDER.items():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import pai_utils as pai
 from pai_utils.curvature.diagonals import fisher_diagonal
 from pai_utils.curvature.products import GGNOperator
-from pai_utils.support.contract import hold_, read_items, unwrapped
+from pai_utils.support.contract import hold_, unwrapped
 from tests.cases import CLASSES, Images, tiny_classifier, tiny_dataset
 
 IMAGES = Images(8, dtype=torch.float32)
@@ -231,12 +231,6 @@ def test_data_of_another_kind_is_refused_by_what_it_is(data: Any, message: str) 
 def test_pairs_give_the_same_however_they_are_kept(data: Any) -> None:
     found, expected = (pai.score("fisher_diag", Net(), d, samples=None) for d in (data, IMAGES))
     assert same(found, expected)
-
-
-def test_items_come_in_the_order_asked_for() -> None:
-    images, labels = read_items(IMAGES, [5, 2])
-    assert torch.equal(images, IMAGES.images[[5, 2]])
-    assert labels.tolist() == IMAGES.labels[[5, 2]].tolist()
 
 
 class Output(dict[str, Tensor]):

@@ -3,16 +3,14 @@ import logging
 import sys
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from pai_utils.support.common import progress, undisturbed, unknown_name, watched
-from pai_utils.support.contract import check_labels
+from pai_utils.support.common import progress, watched
 from pai_utils.support.sampling import Draw, batches, fitting_batches
-from tests.cases import Case, Images, fingerprint
+from tests.cases import Images
 
 CPU = torch.device("cpu")
 
@@ -57,34 +55,6 @@ def test_empty_data_and_impossible_batches_are_refused() -> None:
         list(batches(Images(2), 0, CPU))
 
 
-def test_labels_within_the_classes_pass_and_others_do_not() -> None:
-    check_labels(torch.tensor([0, 3]), 4)
-    for wrong in (4, -1):
-        with pytest.raises(ValueError, match=rf"label {wrong} .* 0 to 3"):
-            check_labels(torch.tensor([wrong, 3]), 4)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_model_is_left_undisturbed(case: Case, fails: bool) -> None:
-    parameters = list(case.model.parameters())
-    parameters[0].grad = torch.ones_like(parameters[0])
-    parameters[-1].requires_grad_(False)
-    case.model.get_submodule("0").eval()
-    before = fingerprint(case.model)
-    try:
-        with undisturbed(case.model):
-            assert not any(module.training for module in case.model.modules())
-            case.model.train()
-            case.model(case.data.images).sum().backward()
-            case.model.requires_grad_(False)
-            assert fingerprint(case.model) != before
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert fails
-    assert fingerprint(case.model) == before
-
-
 def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> None:
     tried: list[int] = []
 
@@ -101,12 +71,6 @@ def test_batches_are_halved_until_they_fit(caplog: pytest.LogCaptureFixture) -> 
     # The CPU's own lack of memory counts too, and that of numpy.
     assert fitting_batches(lambda size: len(torch.empty((size - 1) << 50)), 2) == 0
     assert fitting_batches(lambda size: len(np.empty((size - 1) << 50)), 2) == 0
-
-
-def test_single_samples_that_do_not_fit_and_other_errors_are_raised() -> None:
-    for error in (torch.OutOfMemoryError("none left"), RuntimeError("shapes differ")):
-        with pytest.raises(type(error), match=str(error)):
-            fitting_batches(Mock(side_effect=error), 64)
 
 
 def test_progress_yields_the_items_and_writes_nothing_unwatched(
@@ -129,14 +93,3 @@ def test_a_person_may_watch_a_kernel_but_not_a_package_that_lies_about(
     assert watched()
     monkeypatch.setenv("PAI_PROGRESS", "0")
     assert not watched()
-
-
-def test_an_unknown_name_is_told_with_the_nearest_and_all_choices() -> None:
-    error = unknown_name("scorer", "magnitud", ["random", "magnitude"])
-    assert str(error) == (
-        "unknown scorer 'magnitud'; did you mean 'magnitude'? Choose from: random, magnitude"
-    )
-    assert "did you mean" not in str(unknown_name("scorer", "xyz", ["random"]))
-    assert str(unknown_name("model", "vit_smal", ["any"], unlisted=["vit_small", "resnet"])) == (
-        "unknown model 'vit_smal'; did you mean 'vit_small'? Choose from: any"
-    )

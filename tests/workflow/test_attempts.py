@@ -4,32 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-import pytest
 from attempts import attempt, read_attempts
-
-
-def test_an_attempt_says_how_it_ended(tmp_path: Path) -> None:
-    with attempt(tmp_path, "a") as this:
-        (read,) = read_attempts(tmp_path, ["a"])["a"]
-        assert (read["outcome"], read["process"]) == ("running", os.getpid())
-        this["outcome"] = "finished"
-    (read,) = read_attempts(tmp_path, ["a"])["a"]
-    assert (read["outcome"], read["host"]) == ("finished", socket.gethostname())
-    assert read["seconds"] >= 0
-    assert read_attempts(tmp_path, ["b"]) == {"b": []}
-
-
-@pytest.mark.parametrize(
-    ("error", "outcome"), [(OSError("no room"), "failed"), (KeyboardInterrupt(), "stopped")]
-)
-def test_an_exception_ends_it_and_goes_on(
-    tmp_path: Path, error: BaseException, outcome: str
-) -> None:
-    with pytest.raises(type(error)), attempt(tmp_path, "a"):
-        raise error
-    (read,) = read_attempts(tmp_path, ["a"])["a"]
-    assert read["outcome"] == outcome
-    assert read["error"] == f"{type(error).__name__}: {error}".strip(": ")
 
 
 def test_one_that_never_said_was_killed_unless_its_process_may_be_there(tmp_path: Path) -> None:

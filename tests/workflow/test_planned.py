@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cells import Layout
-from planned import minutes, processes, read_plan
+from planned import read_plan
 
 ROOT = Path(__file__).parents[2]
 FEW = {"backbone": "timm:test_resnet", "image_size": 32, "train_size": 60, "test_size": 30}
@@ -76,9 +76,3 @@ def test_notebooks_that_are_no_study_are_run_without_an_estimate(layout: Layout)
     _write({"one": {"notebook": "mine", "parameters": {"x": 1}}})
     entry = read_plan(layout)["one"]
     assert (entry["parameters"], entry["memory_mib"], entry["hours"]) == ('{"x": 1}', 1500, 0)
-
-
-def test_run_times_leave_room_and_long_scores_take_several_gpus() -> None:
-    assert [minutes(*given) for given in ((0, 20), (1, 20), (1, 10))] == [30, 630, 1230]
-    given = [(0.1, 20, 4), (2.5, 20, 4), (2.5, 40, 4), (50, 20, 4), (50, 20, 0)]
-    assert [processes(*each) for each in given] == [1, 3, 2, 4, 1]

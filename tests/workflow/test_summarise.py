@@ -10,8 +10,6 @@ from summarise import (
     gains,
     levers,
     reach,
-    recovery,
-    refitted,
     repaired,
     runs,
     summarise,
@@ -125,47 +123,6 @@ def test_what_to_use_is_the_best_of_all_that_was_measured(results: Path) -> None
         ("ViT-S/14", 0.3): "snip",
         ("ViT-S/14", 0.5): "ggn_diag",
     }
-
-
-def test_heads_are_re_fitted_at_the_largest_rate_of_each_run(tmp_path: Path) -> None:
-    for run, rates, used in (
-        ("recovery", (1e-5, 1e-4), {"starts": ["repaired"]}),
-        ("recovery_real", (1e-6,), {"starts": ["repaired"], "rounds": 4}),
-        ("recovery-unrepaired", (1e-7,), {"starts": ["pruned", "repaired"]}),
-    ):
-        grid, _, variant = run.partition("-")
-        folder = tmp_path / grid / f"finetune_recovery-{ENCODER}{variant}"
-        store_record(folder, parameters=used)
-        columns = "learning_rate target frozen refitted pruned dense"
-        write(folder, "refitted", columns, [[r, "digits", 0.5, 0.75, 0.25, 1.0] for r in rates])
-    table = refitted(tmp_path)
-    assert table[["rate", "rounds", "re-fitted"]].to_numpy().tolist() == [
-        ["1e-04", 1, 0.75],
-        ["1e-06", 4, 0.75],
-    ]
-
-
-def test_recovery_marks_the_rate_that_validation_chose_and_names_strengths(tmp_path: Path) -> None:
-    folder = tmp_path / "recovery" / f"finetune_recovery-{ENCODER}"
-    used = {"penalties": {"none": 0.0, "features": 30.0}, "optimiser": "sgd"}
-    store_record(folder, parameters=used)
-    left = [
-        f"{part}_retention{when}" for part in ("source", "held_out") for when in ("", "_before")
-    ]
-    gained = [*left, "held_out_gain", "held_out_low", "held_out_high", "source_low"]
-    rows = [
-        ["repaired", penalty, 0.7, rate, validation, *[0.25] * len(gained)]
-        for penalty, rate, validation in (
-            ("none", 3e-6, 0.9), ("none", 1e-4, 0.8), ("features", 1e-4, 0.8)
-        )
-    ]  # fmt: skip
-    columns = "start penalty sparsity learning_rate validation " + " ".join(gained)
-    write(folder, "gains", columns, rows)
-    assert recovery(tmp_path)[["penalty", "rate", "chosen"]].to_numpy().tolist() == [
-        ["none", "3e-06", "yes"],
-        ["none", "1e-04", ""],
-        ["features 30", "1e-04", "yes"],
-    ]
 
 
 def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(tmp_path: Path) -> None:
