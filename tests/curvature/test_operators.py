@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -100,11 +101,10 @@ def test_products_on_kept_and_on_rebuilt_graphs_are_the_same(
     size = kept.kept_bytes
     partly = kind(case.model, case.names, case.data, Draw(None, 4), memory=size - 1)
     rebuilt = kind(case.model, case.names, case.data, Draw(None, 4), memory=0)
-    for seed in (2, 3):
-        v = vector_for(case, seed)
-        again = [first] if seed == 2 else []
-        for found in (partly(v), rebuilt(v), *again):
-            assert torch.equal(flattened(found), flattened(kept(v)))
+    v = vector_for(case)
+    again = flattened(kept(v))
+    for found in (first, partly(v), rebuilt(v)):
+        assert torch.equal(flattened(found), again)
     assert kept.kept_bytes == size
     assert 0 < partly.kept_bytes < size
     assert rebuilt.kept_bytes == 0
@@ -143,7 +143,7 @@ def test_batch_is_halved_when_memory_runs_out(kind: type[CurvatureOperator]) -> 
     ("name", "options"), [("test_resnet", {}), ("test_vit", {"img_size": 32, "patch_size": 8})]
 )
 def test_timm_encoders_give_what_plain_autograd_gives(
-    kind: type[CurvatureOperator], name: str, options: dict[str, int]
+    kind: type[CurvatureOperator], name: str, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, **options).double().eval()

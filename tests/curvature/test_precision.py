@@ -64,7 +64,7 @@ def test_many_small_squares_do_not_get_lost() -> None:
         data.labels = case.data.labels[:1].expand(count)
         return flattened(fisher_diagonal(case.model, case.names, data, Draw(None, 2)))
 
-    assert relative_error(repeated(4000), repeated(2)) <= 1e-4
+    assert relative_error(repeated(1000), repeated(2)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

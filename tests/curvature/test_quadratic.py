@@ -10,7 +10,7 @@ from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, fingerprint, logits_of, per_sample_gradients, vector_for
 
 
-@pytest.mark.parametrize(("block_size", "chunk"), [(1, 2**21), (5, 2**21), (4, 16), (10**4, 2**21)])
+@pytest.mark.parametrize(("block_size", "chunk"), [(5, 2**21), (4, 16)])
 def test_forms_are_those_of_dense_gradients_of_the_drawn_labels(
     case: Case, block_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +44,7 @@ def test_of_a_single_tensor_the_form_is_unbiased_for_the_whole_matrix() -> None:
     case = build("linear over vectors")
     name = case.names[0]
     v = {name: vector_for(case)[name]}
-    draws = 400
+    draws = 200
     found = [
         partial_terms(case.model, [v], case.data, Draw(None, seed=seed), draws=draws)[0].tensors
         for seed in range(20)
