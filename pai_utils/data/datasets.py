@@ -148,7 +148,15 @@ def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:
             published = kind(str(root / spec.base), **keywords)
         return _class_names(spec, published), _images(published)
     except Exception as error:  # of torchvision, NumPy and SciPy, at missing or altered files
-        raise _explained(error, name, root, fetched) from error
+        place, cure = root / spec.place, _how_to_fetch(name, root)
+        absent = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        if isinstance(error, URLError) or (absent and fetched):
+            raise ConnectionError(f"{name} could not be fetched: {error}") from error
+        if absent:
+            raise FileNotFoundError(f"{name} is not at {place}. {cure}") from error
+        raise ValueError(
+            f"{name} at {place} is incomplete or corrupt ({error}); delete it. {cure}"
+        ) from error
 
 
 def _class_names(spec: DatasetSpec, published: Any) -> tuple[str, ...]:
@@ -186,18 +194,6 @@ def _images(published: Any) -> Source:
 def _files(items: Iterable[tuple[str | Path, int]]) -> ImageFiles:
     paths, labels = zip(*items, strict=True)
     return ImageFiles(tuple(map(Path, paths)), np.asarray(labels, dtype=np.int64))
-
-
-def _explained(error: Exception, name: str, root: Path, fetched: bool) -> Exception:
-    """The error that says what is missing or corrupt, and what to do."""
-    place, cure = root / DATASETS[name].place, _how_to_fetch(name, root)
-    absent = not place.exists() or (place.is_dir() and not any(place.iterdir()))
-    if isinstance(error, URLError) or (absent and fetched):
-        return ConnectionError(f"{name} could not be fetched: {error}")
-    if absent:
-        return FileNotFoundError(f"{name} is not at {place}. {cure}")
-    text = f"{name} at {place} is incomplete or corrupt ({error}); delete it. {cure}"
-    return (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(text)
 
 
 def _how_to_fetch(name: str, root: Path) -> str:

@@ -112,17 +112,8 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
     return (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
 
 
-def allocate(shape: tuple[int, ...]) -> Pixels | None:
-    """An array for pixels, or `None` if it does not fit the memory beside those in use."""
-    taken = sum(pixels.nbytes for pixels in _IN_USE.values())
-    if taken + math.prod(shape) > _memory_limit():
-        return None
-    pixels: Pixels = np.empty(shape, np.uint8)
-    _IN_USE[id(pixels)] = pixels
-    return pixels
-
-
 def _memory_limit() -> int:
+    """Bytes that `PAI_DATA_MEMORY` allows."""
     text = os.environ.get("PAI_DATA_MEMORY", "").strip()
     if not text:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -184,8 +175,9 @@ def decode(
             )
         return np.array(kept, dtype=np.int64)
 
-    pixels = allocate(shape)
-    if pixels is not None:
+    if sum(pixels.nbytes for pixels in _IN_USE.values()) + math.prod(shape) <= _memory_limit():
+        pixels = np.empty(shape, np.uint8)
+        _IN_USE[id(pixels)] = pixels
         kept = fill(pixels)
         return torch.from_numpy(pixels[: len(kept)]), kept
     versions = version("pillow"), version("torchvision")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pai_utils.data import decoding
-from pai_utils.data.decoding import ImageArrays, ImageFiles, allocate, decode
+from pai_utils.data.decoding import ImageArrays, ImageFiles, decode
 from pai_utils.data.images import ImageTransform, open_image
 from pai_utils.data.tasks import Task, load_task
 
@@ -122,13 +122,14 @@ def test_decoding_takes_hardly_more_memory_than_its_result(
     ("text", "size"),
     [("1000", 1000), ("2K", 2048), ("1.5 MB", 3 * 2**19), ("8m", 2**23), ("0.001GiB", 1073741)],
 )
-def test_the_budget_is_read_from_the_environment(text: str, size: int, monkeypatch: Patch) -> None:
+def test_the_budget_is_read_from_the_environment(
+    text: str, size: int, folder: Path, monkeypatch: Patch
+) -> None:
     monkeypatch.setenv("PAI_DATA_MEMORY", text)
-    assert allocate((size,)) is not None
-    assert allocate((size + 1,)) is None
+    assert decoding._memory_limit() == size
     monkeypatch.setenv("PAI_DATA_MEMORY", "plenty")
     with pytest.raises(ValueError, match="PAI_DATA_MEMORY='plenty' is no amount of memory"):
-        allocate((1,))
+        load(folder)
 
 
 def test_all_tasks_share_one_budget_for_as_long_as_they_are_used(
