@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pai_utils.support.common import hash_tensors, unknown_name
+from pai_utils.support.common import check_names, hash_tensors
 from pai_utils.support.contract import WholeBatches
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class ImageTransform:
         check_image_size(self.image_size)
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
+        check_names("interpolation", [self.interpolation], INTERPOLATIONS)
 
     def __call__(self, images: Image | Tensor) -> Tensor:
         """Resize and normalise an image, or a batch as a tensor: float32 [..., 3, S, S]."""
