@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -20,19 +20,16 @@ from pai_utils.support.contract import check_labels, count_items, hold_, unwrapp
 from pai_utils.support.sampling import Samples, batches, check_batch_size, paired
 
 
-def _sgd(
-    weights: list[nn.Parameter], rate: float, momentum: float = 0.9, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    return torch.optim.SGD(weights, rate, momentum, weight_decay=weight_decay)
-
-
 def _adam(
     weights: list[nn.Parameter], rate: float, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, rate, (momentum, 0.99), weight_decay=weight_decay)
 
 
-OPTIMISERS = {"sgd": _sgd, "adam": _adam}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adam": _adam,
+}
 """By name; Adam with decoupled weight decay, and a second beta for short runs."""
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

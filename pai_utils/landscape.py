@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pai_utils.curvature.products import check_directions, directional_terms, inner_product
 from pai_utils.curvature.quadratic import partial_terms
@@ -269,9 +270,8 @@ def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -
             drawn = torch.randn(weight.shape, generator=generator).to(weight)
             if mask is not None and name in mask:
                 drawn.masked_fill_(~mask[name].to(weight.device), 0)
-            norms = [values.flatten(1).norm(dim=1) for values in (weight, drawn)]
-            scale = torch.where(norms[1] > 0, norms[0] / norms[1].clamp_min(1e-30), 0)
-            direction[name] = drawn * scale.view(-1, *[1] * (weight.dim() - 1))
+            lengths = weight.flatten(1).norm(dim=1, keepdim=True)
+            direction[name] = (F.normalize(drawn.flatten(1)) * lengths).view_as(weight)
         directions.append(direction)
     return Plane((directions[0], directions[1]), {"weights": (0, 0)}, "filter norms")
 

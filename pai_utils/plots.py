@@ -1,8 +1,7 @@
 """Every figure of the book. Each function takes a tidy table and returns a matplotlib figure.
 
 Series differ by marker and line style as well as by colour, so that every figure reads without
-colour. A scorer, or a stage of a network, looks the same in all figures. Backgrounds are white, so
-that figures read in light and dark pages alike.
+colour. A scorer looks the same in all figures.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 # The scorers met most often take the colours that differ most.
 _SCORERS = [*dict.fromkeys(("feature_ggn_diag", "magnitude", "ggn_diag", "random", *SCORERS))]
-_STAGES = ("dense", "pruned", "repaired", "fine-tuned", "shuffled")
 _PREDICTIONS = {name: PREDICTORS[name] for name in ("taylor", "ggn", "blocks", "diagonal")}
 _DENSE_AND_CHANCE = {1.0: "-", 0.0: ":"}  # their retention, and how its line is drawn
 _PANEL = (3.1, 2.9)  # inches
@@ -90,33 +88,22 @@ def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float
 
 
 def stages_compared(table: pd.DataFrame, source: str) -> Figure:
-    """Retention of every task after each stage of a pruning, with intervals; the source is on top.
-
-    The table is as from :func:`~pai_utils.studies.prune_your_own.compare_stages`.
-    """
+    """Retention after each stage, from :func:`~pai_utils.studies.prune_your_own.compare_stages`."""
     rows = table.sort_values("target", key=lambda names: names != source, kind="stable")
     rows = rows.assign(row=_with_source(rows.target, source), value=rows.retention, panel="")
     return _intervals(rows, "stage", _looks(table.stage), "retention on test images", width=4.6)
 
 
 def accuracy_left(table: pd.DataFrame) -> Figure:
-    """Retention of every scorer on source and held-out tasks, one panel a sparsity.
-
-    The table is as from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`.
-    """
-    rows = table.sort_values("sparsity", kind="stable").rename(
-        columns={"scorer": "row", "retention": "value"}
-    )
-    rows = rows.assign(tasks=rows.tasks + " tasks", panel=_sparsities(rows))
+    """Retention of every scorer, from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`."""
+    rows = table.assign(tasks=table.tasks + " tasks", panel=_sparsities(table))
+    rows = rows.assign(row=rows.scorer, value=rows.retention).sort_values("sparsity", kind="stable")
     looks = _black_and_white("source tasks", "held-out tasks")
     return _intervals(rows, "tasks", looks, "retention")
 
 
 def transfer_correlations(table: pd.DataFrame) -> Figure:
-    """Correlation of each predictor with held-out retention, with intervals.
-
-    The table is as from :func:`~pai_utils.studies.landscape_analysis.transfer_correlations`.
-    """
+    """Intervals from :func:`~pai_utils.studies.landscape_analysis.transfer_correlations`."""
     kinds = {"pooled": "all cells", "within": "cells of one scorer and sparsity"}
     rows = pd.concat(
         table.rename(columns={kind: "value", f"{kind}_low": "low", f"{kind}_high": "high"}).assign(
@@ -198,9 +185,9 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
 
 
 def predictions(cells: pd.DataFrame) -> Figure:
-    """Predicted against measured loss increase, one panel a prediction, one marker a scorer.
+    """Predicted against measured loss increase; filled markers are held-out tasks.
 
-    The cells are those of a `Study` of the landscape; filled markers are held-out tasks.
+    The cells are those of a :class:`~pai_utils.studies.landscape_analysis.Landscape`.
     """
     kinds = cells.held_out.map({True: ", held-out task", False: ", own task"})
     cells = cells.assign(kind=cells.scorer + kinds)
@@ -241,10 +228,7 @@ def weights_compared(table: pd.DataFrame) -> Figure:
 
 
 def spectra(density: pd.DataFrame) -> Figure:
-    """Densities of eigenvalues on a logarithmic axis, one line a network.
-
-    The table is the second of :func:`~pai_utils.studies.landscape_analysis.spectra`.
-    """
+    """Densities, the second table of :func:`~pai_utils.studies.landscape_analysis.spectra`."""
     looks = _looks(density.name, linewidth=1.1)
     for index, look in enumerate(looks.values()):  # few marks, apart from those of the next line
         look["markevery"] = (0.1 * (index % 2), 0.2)
@@ -261,10 +245,7 @@ def spectra(density: pd.DataFrame) -> Figure:
 
 
 def path_losses(path: pd.DataFrame, source: str) -> Figure:
-    """Loss and accuracy of every task along the straight lines between networks.
-
-    The table is as from :func:`~pai_utils.landscape.losses_on_path`.
-    """
+    """Losses on lines between networks, from :func:`~pai_utils.landscape.losses_on_path`."""
     path = path.assign(task=_with_source(path.task, source))
     looks = _looks(path.task)
     segments = [segment.split(" → ") for segment in dict.fromkeys(path.segment)]
@@ -320,10 +301,7 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
 
 
 def alignment(table: pd.DataFrame) -> Figure:
-    """How alike the curvature of each two tasks is, one matrix a measure.
-
-    The table is as from :func:`~pai_utils.landscape.task_alignment`.
-    """
+    """How alike tasks are, a matrix a measure, from :func:`~pai_utils.landscape.task_alignment`."""
     tasks = list(dict.fromkeys(table.source))
     matrices = {}
     for measure in ("eigenspace_overlap", "rank_correlation", "weighted_correlation"):
@@ -352,10 +330,7 @@ def pre_activations(table: pd.DataFrame, alone: float) -> Figure:
 
 
 def damping_curve(table: pd.DataFrame) -> Figure:
-    """Retention of every task by the damping, one panel a sparsity.
-
-    The table is as from :func:`~pai_utils.studies.worked_examples.damping_curve`.
-    """
+    """Retention of every task, from :func:`~pai_utils.studies.worked_examples.damping_curve`."""
     looks = _looks(table.task)
     smallest = table.damping[table.damping > 0].min()
 
@@ -378,11 +353,7 @@ def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> 
 
 
 def error_parts(parts: pd.DataFrame) -> Figure:
-    """What the diagonal model drops of the measured increase, part by part.
-
-    The table is as from :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a column
-    ``panel``.
-    """
+    """Bars of :func:`~pai_utils.studies.landscape_analysis.error_parts`, with a ``panel``."""
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         hatches = ["///" if part == "diagonal" else "" for part in rows.part]
@@ -481,7 +452,7 @@ def _wrapped(text: str) -> str:
 
 
 def _looks(names: Iterable[str], **same: Any) -> Looks:
-    """How each series is drawn: a scorer by its name, then its repair; a stage; others by order."""
+    """How each series is drawn: a scorer by its name, then its repair; others by their order."""
     palette = sns.color_palette("colorblind")
     looks: Looks = {}
     endings: dict[str, int] = {}
@@ -491,8 +462,6 @@ def _looks(names: Iterable[str], **same: Any) -> Looks:
         if scorer in _SCORERS:
             index = _SCORERS.index(scorer)
             dashes = endings.setdefault(name.removeprefix(scorer), len(endings))
-        elif name in _STAGES:
-            index = dashes = _STAGES.index(name)
         color = palette[index % len(palette)]
         looks[name] = {
             "color": color,
