@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pai_utils.data.images import ImageDataset
 from pai_utils.data.tasks import Task
-from pai_utils.evaluation import evaluate, evaluate_heads, retention
-from pai_utils.masks import make_mask
-from pai_utils.models.encoders import Backbone, Classifier
-from pai_utils.scorers import score
+from pai_utils.evaluation import summarise_retention
+from pai_utils.models.encoders import Backbone
+from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import Fraction, Positive, RunParameters
-from pai_utils.support.common import copied, device_of, progress, undisturbed
+from pai_utils.studies.suite import Suite, sweep
+from pai_utils.support.common import device_of, undisturbed
 from pai_utils.support.sampling import Draw, batches
 
 
@@ -70,56 +70,38 @@ def _before_activations(
     backbone: Backbone, images: ImageDataset, samples: int
 ) -> list[tuple[str, Any, Tensor]]:
     """Each convolution's weight, the BatchNorm after it, and what that gives its activation."""
-    last, found = [""], []
+    found = []
 
-    def convolved(name: str, *_: object) -> None:
-        last[0] = name
-
-    def normalised(norm: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
-        if isinstance(getattr(norm, "act", None), (nn.ReLU, nn.ReLU6)):
-            given = nn.functional.batch_norm(
-                inputs[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-            )
-            found.append((f"{last[0]}.weight", norm, given))
+    def keep(weight: str, norm: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
+        given = nn.functional.batch_norm(
+            inputs[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+        found.append((weight, norm, given))
 
     chosen = Draw(samples).indices(images)
     batch, _ = next(batches(images, samples, device_of(backbone), chosen))
-    with undisturbed(backbone), torch.no_grad(), ExitStack() as hooks:
-        for name, module in backbone.named_modules():
-            if isinstance(module, nn.Conv2d):
-                hooks.enter_context(module.register_forward_hook(partial(convolved, name)))
-            elif isinstance(module, nn.BatchNorm2d):
-                hooks.enter_context(module.register_forward_hook(normalised))
+    layers = [m for m in backbone.named_modules() if isinstance(m[1], nn.Conv2d | nn.BatchNorm2d)]
+    with undisturbed(backbone), torch.no_grad():
+        for (name, _), (_, norm) in itertools.pairwise(layers):
+            if isinstance(getattr(norm, "act", None), nn.ReLU | nn.ReLU6):
+                norm.register_forward_hook(partial(keep, f"{name}.weight"))
         backbone(batch)
     return found
 
 
 def damping_curve(
-    backbone: Backbone,
-    heads: Mapping[str, nn.Linear],
-    tasks: Mapping[str, Task],
+    suite: Suite,
     source: str,
     *,
     dampings: Sequence[float],
     sparsities: Sequence[float] = (0.1, 0.3, 0.5),
     samples: int = 256,
 ) -> pd.DataFrame:
-    """What masks by ``ggn_diag`` keep, by their damping.
-
-    Columns ``damping, sparsity, task, retention``, and ``loss``, that of the source's validation
-    part, by which a damping may be chosen.
-    """
-    model = Classifier(backbone, heads[source])
-    tests = {name: task.test for name, task in tasks.items()}
-    dense = evaluate_heads(backbone, heads, tests)
-    rows = []
-    for damping in progress(dampings, "dampings", len(dampings)):
-        scores = score("ggn_diag", model, tasks[source].train, samples=samples, damping=damping)
-        for sparsity in sparsities:
-            pruned = copied(model)
-            make_mask(scores, sparsity).apply_(pruned)
-            loss = evaluate(pruned, tasks[source].validation).loss
-            for name, after in evaluate_heads(pruned.backbone, heads, tests).items():
-                kept = retention(after.accuracy, dense[name].accuracy, tasks[name].chance)
-                rows.append((damping, sparsity, name, kept, loss))
-    return pd.DataFrame(rows, columns=["damping", "sparsity", "task", "retention", "loss"])
+    """What masks by ``ggn_diag`` keep: ``damping, sparsity, task, retention``."""
+    parts = []
+    for damping in dampings:
+        recipes = [Recipe("ggn_diag", s, options={"damping": damping}) for s in sparsities]
+        kept = summarise_retention(sweep(suite, [source], recipes, Draw(samples)))
+        parts.append(kept[kept.scorer != "dense"].assign(damping=damping))
+    table = pd.concat(parts, ignore_index=True).rename(columns={"target": "task"})
+    return table[["damping", "sparsity", "task", "retention"]]
