@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pai_utils.data.tasks import Task
-    from pai_utils.studies.prune_your_own import Choice
 
 Data = TypeVar("Data")
 Looks = dict[str, dict[str, Any]]  # properties of a line with markers, by the name of the series
@@ -71,7 +70,7 @@ def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> 
     return _panels(panels, draw, looks, share=True)
 
 
-def validation_choice(candidates: pd.DataFrame, choice: Choice, tolerance: float) -> Figure:
+def validation_choice(candidates: pd.DataFrame, choice: pd.Series, tolerance: float) -> Figure:
     """Retention on the validation part against sparsity; what was chosen is in a square.
 
     Candidates and choice are as from :mod:`pai_utils.studies.prune_your_own`; a dashed line is at

@@ -16,7 +16,6 @@ from pai_utils.plots import (
     transfer_heatmap,
     validation_choice,
 )
-from pai_utils.studies.prune_your_own import Choice
 
 MIXED = "mnist5k+mnist5k:altered+photographs+contours"
 LONG = "feature_ggn_diag + layerwise+moments"
@@ -132,7 +131,7 @@ def test_predictions_tell_held_out_tasks_by_their_fill() -> None:
 
 def test_the_chosen_candidate_and_what_must_be_kept_are_marked() -> None:
     rows = held_out(["photos"], ["snip", "magnitude"], [0.2, 0.4])
-    chosen = Choice("snip", 0.2, 0.8, tried=4)
+    chosen = pd.Series({"sparsity": 0.2, "retention": 0.8})
     (axes,) = validation_choice(rows, chosen, 0.25).axes
     square = next(line for line in axes.lines if line.get_fillstyle() == "none")
     assert np.asarray(square.get_xydata()).tolist() == [[0.2, 0.8]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import pandas as pd
@@ -37,16 +37,6 @@ class Parameters(RepairedMasks):
         return self.combined(self.scorers, [self.repair])
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A scorer and a sparsity, and the retention on the validation part that spoke for them."""
-
-    scorer: str
-    sparsity: float
-    retention: float
-    tried: int  #: candidates: choosing among many flatters the retention
-
-
 def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
     """Retention on the source's validation part, of every scorer and sparsity; no test is read.
 
@@ -67,8 +57,11 @@ def compare_candidates(suite: Suite, config: Parameters) -> pd.DataFrame:
     return summary.assign(scorer=summary.scorer.map(plain)).reset_index(drop=True)
 
 
-def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
-    """The highest sparsity that keeps at least ``1 - tolerance``; of several, what keeps most."""
+def choose(candidates: pd.DataFrame, tolerance: float) -> pd.Series:
+    """The row of the highest sparsity that keeps ``1 - tolerance``; of several, what keeps most.
+
+    Choosing among many candidates flatters its retention.
+    """
     kept = candidates[candidates.retention >= 1 - tolerance]
     if kept.empty:
         best = candidates.sort_values("retention", ascending=False, kind="stable").iloc[0]
@@ -77,12 +70,11 @@ def choose(candidates: pd.DataFrame, tolerance: float) -> Choice:
             f"{best.scorer} at sparsity {best.sparsity:g} keeps {best.retention:.3f}: add lower "
             "sparsities, another repair or more images, or raise the tolerance"
         )
-    best = kept.sort_values(["sparsity", "retention"], ascending=False, kind="stable").iloc[0]
-    return Choice(best.scorer, float(best.sparsity), float(best.retention), len(candidates))
+    return kept.sort_values(["sparsity", "retention"], ascending=False, kind="stable").iloc[0]
 
 
 def prune_as_chosen(
-    choice: Choice, suite: Suite, config: Parameters
+    choice: pd.Series, suite: Suite, config: Parameters
 ) -> tuple[dict[str, Classifier], Mask]:
     """The source's classifier ``"pruned"`` as chosen and perhaps ``"fine-tuned"``, and its mask."""
     dense = suite.classifier(config.source)
@@ -97,7 +89,7 @@ def prune_as_chosen(
 
 
 def compare_stages(
-    stages: Mapping[str, Classifier], suite: Suite, config: Parameters, choice: Choice
+    stages: Mapping[str, Classifier], suite: Suite, config: Parameters, choice: pd.Series
 ) -> pd.DataFrame:
     """Retention after each stage, on every task's test part, with a column ``stage``.
 

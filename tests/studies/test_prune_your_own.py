@@ -52,9 +52,9 @@ def test_the_highest_sparsity_within_the_tolerance_is_chosen() -> None:
         ("snip", 0.7, 0.80), ("snip", 0.2, 0.99), ("magnitude", 0.5, 0.96), ("snip", 0.5, 0.949),
         ("magnitude", 0.2, 1.0),
     )  # fmt: skip
-    assert study.choose(rows, 0.05) == study.Choice("magnitude", 0.5, 0.96, tried=5)
+    assert [*study.choose(rows, 0.05)] == ["magnitude", 0.5, 0.96]
     assert study.choose(rows, 0.2).sparsity == 0.7
-    assert study.choose(rows, 0.0) == study.Choice("magnitude", 0.2, 1.0, tried=5)
+    assert [*study.choose(rows, 0.0)] == ["magnitude", 0.2, 1.0]
     # Of several there, the one that keeps most; of equals the first.
     rows = table(("a", 0.5, 0.96), ("b", 0.5, 0.98), ("c", 0.5, 0.98), ("d", 0.4, 1.0))
     assert study.choose(rows, 0.05).scorer == "b"
@@ -81,7 +81,7 @@ def test_candidates_are_compared_without_a_look_at_test_images() -> None:
     # That a sealed part tells is seen where it is read.
     stages = {"pruned": blind.classifier("digits")}
     with pytest.raises(AssertionError, match="sealed"):
-        study.compare_stages(stages, blind, config, study.Choice("snip", 0.3, 1, 1))
+        study.compare_stages(stages, blind, config, found.iloc[0])
 
 
 @pytest.mark.parametrize("prune_by", [None, "digits+noise", "digits:random_labels"])
@@ -93,13 +93,12 @@ def test_what_is_pruned_is_the_candidate_that_was_chosen(
     suite = tiny_suite(digits=task())
     config = parameters(scorers=[scorer], repair=repair, prune_by=prune_by)
     before = fingerprint(suite.encoder)
-    for row in study.compare_candidates(suite, config).itertuples():
-        choice = study.Choice(scorer, float(str(row.sparsity)), 1, 1)
-        stages, mask = study.prune_as_chosen(choice, suite, config)
+    for _, row in study.compare_candidates(suite, config).iterrows():
+        stages, mask = study.prune_as_chosen(row, suite, config)
         validation = suite.tasks["digits"].validation
         assert pai.evaluate(stages["pruned"], validation).accuracy == row.accuracy
         assert stages["pruned"].head is suite.heads["digits"]
-        assert mask.sparsity == pytest.approx(choice.sparsity, abs=0.01)
+        assert mask.sparsity == pytest.approx(row.sparsity, abs=0.01)
         assert mask.metadata["source"] == (prune_by or "digits")
         mask.check(suite.classifier("digits"))  # by the checksum of the weights
     assert fingerprint(suite.encoder) == before
@@ -119,7 +118,7 @@ def test_stages_are_compared_with_the_dense_encoder_on_test_images() -> None:
     blind = {n: replace(t, validation=sealed(t.validation)) for n, t in suite.tasks.items()}
     suite = replace(suite, tasks=blind)
     config = parameters(scorers=["magnitude"], finetune_steps=2, learning_rate=1e-2)
-    choice = study.Choice("magnitude", 0.6, 0.9, 2)
+    choice = pd.Series({"scorer": "magnitude", "sparsity": 0.6})
     stages, mask = study.prune_as_chosen(choice, suite, config)
     tuned = stages["fine-tuned"]
     assert not any(tuned.get_parameter(name)[~kept].any() for name, kept in mask.items())
