@@ -273,8 +273,7 @@ def transfer_correlations(
         row: dict[str, object] = {"predictor": predictor}
         for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
             whole, *found = _mean_spearman(values, kept, groups, counts)
-            known_to_vary = pairs > 1 and not math.isnan(whole)
-            low, high = interval(np.array(found)) if known_to_vary else (math.nan, math.nan)
+            low, high = interval(np.array(found)) if pairs > 1 else (math.nan, math.nan)
             row |= {kind: float(whole), f"{kind}_low": low, f"{kind}_high": high}
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
