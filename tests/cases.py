@@ -217,6 +217,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "TF-same padded conv": lambda: _conv(create_conv2d(4, 4, 3, stride=2, padding="same")),
     "transposed conv": lambda: _conv(nn.ConvTranspose2d(4, 4, 2)),
     "eval BatchNorm": lambda: _conv(BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), BatchNorm(4)),
+    "plain norms": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4, affine=False),
+        nn.GELU("tanh"),
+        nn.Conv2d(4, 4, 3),
+        nn.LayerNorm((6, 6), elementwise_affine=False),
+        nn.GELU(),
+        Head(4),
+    ),
     "max-pool": lambda: _conv(nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)),
     "in-place activation": lambda: nn.Sequential(
         nn.Conv2d(3, 4, 3),

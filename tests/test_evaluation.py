@@ -148,7 +148,7 @@ def test_bootstrap_intervals_cover_the_truth() -> None:
     random = np.random.default_rng(0)
     covered = {"retention": 0, "gain": 0}
     estimates, widths = [], []
-    for trial in range(200):
+    for trial in range(100):
         items, difficulty = 150, random.random((2, 150))
         # Per task: dense right with 0.8; pruned, on the same items, with 0.6 whatever the seed.
         dense = [row < 0.8 for row in difficulty]
@@ -165,7 +165,7 @@ def test_bootstrap_intervals_cover_the_truth() -> None:
         gains = gain_replicates([p[0] for p in pruned], dense, resamples=200, seed=trial)
         low, high = interval(gains)
         covered["gain"] += low <= 0.2 <= high
-    assert min(covered.values()) >= 180, covered
+    assert min(covered.values()) >= 90, covered
     # Not by being as wide as can be: noise of item and seed counts twice, no more.
     assert np.mean(widths) <= 2 * (2 * 1.96 * np.std(estimates))
 

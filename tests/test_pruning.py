@@ -132,9 +132,9 @@ def test_each_round_scores_the_network_repaired_so_far(scored: Scored) -> None:
     torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("repair", ["none", "layerwise+moments", "obs+layerwise"])
+@pytest.mark.parametrize("repair", ["none", "obs+layerwise+moments"])
 @pytest.mark.parametrize(("scope", "rounds"), [("global", 1), ("layer", 3), ("erk", 2), ("2:4", 1)])
-@pytest.mark.parametrize("scorer", ["random", "grasp", "ggn_diag"])
+@pytest.mark.parametrize("scorer", ["random", "ggn_diag"])
 def test_a_pruned_model_is_pruned_further_to_the_exact_count_and_nothing_comes_back(
     scorer: str, scope: str, rounds: int, repair: str
 ) -> None:

@@ -91,27 +91,6 @@ def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
     assert known.loc["diagonal", ["pooled", "pooled_low", "within"]].isna().all()
 
 
-def test_intervals_are_those_of_a_bootstrap_over_pairs() -> None:
-    random = np.random.default_rng(5)
-    table = cells()
-    noisy = table.retention + 0.3 * random.standard_normal(len(table))
-    table["hessian"] = noisy.round(1)  # ties
-    every = study.transfer_correlations(table, replicates=50, seed=3)
-    found: Any = every.set_index("predictor").loc["hessian"]
-    held = table[table.held_out]
-    pairs = [group for _, group in held.groupby(["source", "target"])]
-    drawn = np.random.default_rng(3).multinomial(12, np.ones(12) / 12, size=50)
-    pooled, within = [], []
-    for counts in drawn:
-        sample = pd.concat([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
-        pooled.append(spearmanr(sample.hessian, sample.retention).statistic)
-        groups = [group for _, group in sample.groupby("sparsity")]
-        within.append(np.mean([spearmanr(g.hessian, g.retention).statistic for g in groups]))
-    for kind, values in {"pooled": pooled, "within": within}.items():
-        low, high = np.quantile(values, [0.025, 0.975])
-        assert (found[f"{kind}_low"], found[f"{kind}_high"]) == pytest.approx((low, high))
-
-
 def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite) -> None:
     config = parameters()
     before = fingerprint(suite.encoder)

@@ -84,8 +84,10 @@ def test_candidates_are_compared_without_a_look_at_test_images() -> None:
         study.compare_stages(stages, blind, config, found.iloc[0])
 
 
-@pytest.mark.parametrize("prune_by", [None, "digits+noise", "digits:random_labels"])
-@pytest.mark.parametrize("repair", ["none", "layerwise+moments", "obs"])
+@pytest.mark.parametrize(
+    ("prune_by", "repair"),
+    [(None, "none"), ("digits+noise", "layerwise+moments"), ("digits:random_labels", "obs")],
+)
 @pytest.mark.parametrize("scorer", ["snip", "feature_ggn_diag", "random"])
 def test_what_is_pruned_is_the_candidate_that_was_chosen(
     scorer: str, repair: str, prune_by: str | None
