@@ -163,22 +163,21 @@ def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> str:
 
     state, keys, other = _find_state(path)
     layout = f"a state dict under {'/'.join(keys)}" if keys else "a plain state dict"
-    head: list[str] = []
     unwrapped: dict[str, Tensor] = clean_state_dict(state)
     if len(unwrapped) == len(state) and unwrapped.keys() != state.keys():
         state, layout = unwrapped, f"{layout}, of a wrapped model"
+    prefix = ""
     if any(name.startswith("encoder_q.") for name in state):
-        layout = "a training file of MoCo, whose query encoder is taken"
-        state, left = _split(state, "encoder_q.", ("encoder_k.", "queue"), path.name)
-        other += left
+        layout, prefix = "a training file of MoCo, whose query encoder is taken", "encoder_q."
     elif keys == ["teacher"] and any(name.startswith("backbone.") for name in state):
-        layout = "a training file of DINO, whose teacher is taken"
-        state, head = _split(state, "backbone.", ("head.",), path.name)
+        layout, prefix = "a training file of DINO, whose teacher is taken", "backbone."
+    other += [name for name in state if not name.startswith(prefix)]
+    state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
     expected = encoder.state_dict()
     named = getattr(encoder, "default_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
-    head += [name for name in state if name not in expected and name.startswith(prefixes)]
+    head = [name for name in state if name not in expected and name.startswith(prefixes)]
     counters = {name: v for name, v in expected.items() if name.endswith(".num_batches_tracked")}
     taken = {name: value for name, value in state.items() if name not in head}
     load_state(encoder, counters | taken, path.name, architecture)
@@ -198,9 +197,18 @@ def load_state(
         ValueError: names are missing, unexpected or of another shape, or values not finite. The
             encoder is as it was.
     """
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
     expected = encoder.state_dict()
     state = {n: v.to(expected[n].dtype) if n in expected else v for n, v in state.items()}
-    _fit_position_embedding(encoder, state, expected.get("pos_embed"))
+    grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
+    own, stored = expected.get("pos_embed"), state.get("pos_embed")
+    if grid and own is not None and stored is not None and own.shape != stored.shape:
+        prefix = own.shape[1] - math.prod(grid)  # class and register tokens
+        with suppress(RuntimeError, ValueError, IndexError):  # no square grid is refused below
+            state["pos_embed"] = resample_abs_pos_embed(
+                stored, new_size=list(grid), num_prefix_tokens=prefix
+            )
     if problems := differences(state, expected):
         raise ValueError(f"{file} does not fit {architecture}: {problems}")
     if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
@@ -268,34 +276,3 @@ def _find_state(path: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise ValueError(f"{path.name} holds an entry that is not a named tensor: {name}")
     return dict(content), keys, other
-
-
-def _split(
-    state: dict[str, Tensor], taken: str, left: tuple[str, ...], file: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Take the tensors under one prefix, without it, and name those under prefixes left out."""
-    strangers = [name for name in state if not name.startswith((taken, *left))]
-    if strangers:
-        raise ValueError(
-            f"{file} holds {len(strangers)} unexpected names beside {taken}*: {listed(strangers)}"
-        )
-    kept = {n.removeprefix(taken): value for n, value in state.items() if n.startswith(taken)}
-    return kept, [name for name in state if name.startswith(left)]
-
-
-def _fit_position_embedding(
-    encoder: nn.Module, state: dict[str, Tensor], own: Tensor | None
-) -> None:
-    """Interpolate the position embedding of a checkpoint made at another image size."""
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    stored = state.get("pos_embed")
-    grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    if grid is None or own is None or stored is None or not stored.ndim == own.ndim == 3:
-        return
-    prefix = own.shape[1] - math.prod(grid)  # class and register tokens
-    patches = stored.shape[1] - prefix
-    if stored.shape[2] == own.shape[2] and patches > 0 and math.isqrt(patches) ** 2 == patches:
-        state["pos_embed"] = resample_abs_pos_embed(
-            stored, new_size=list(grid), num_prefix_tokens=prefix
-        )
