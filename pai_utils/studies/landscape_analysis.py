@@ -228,10 +228,9 @@ def error_parts(table: pd.DataFrame) -> pd.DataFrame:
     For each row of :func:`~pai_utils.landscape.predicted_and_measured` its parts, as ``part`` and
     ``nats``. The first is the diagonal; all add up to what was measured.
     """
-    differences = {part: table[more] - table[less] for part, (more, less) in PARTS.items()}
-    known = table.drop(columns=["gradient", *set(itertools.chain(*PARTS.values()))])
-    parts = {"diagonal": table.diagonal, **differences}.items()
-    return pd.concat([known.assign(part=p, nats=n) for p, n in parts], ignore_index=True)
+    known = table.columns.drop(["gradient", *set(itertools.chain(*PARTS.values()))])
+    parts = table.assign(**{p: table[more] - table[less] for p, (more, less) in PARTS.items()})
+    return parts.melt([*known], ["diagonal", *PARTS], var_name="part", value_name="nats")
 
 
 def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
