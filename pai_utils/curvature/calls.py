@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -34,7 +34,6 @@ _PARAMETERS: dict[Any, str] = {
     "scale=None enable_gqa=False",
     F.max_pool2d: "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False "
     "return_indices=False",
-    F.gelu: "input approximate='none'",
     **dict.fromkeys((torch.add, torch.sub, torch.rsub), "input other alpha=1"),
     **dict.fromkeys((torch.mul, torch.div, torch.matmul), "input other"),
     **dict.fromkeys((torch.cat, torch.stack), "tensors dim=0"),
@@ -112,66 +111,47 @@ class Call:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the kernel of a two-dimensional convolution goes, whatever way it was called."""
+    """Where a convolution's kernel goes; all but the groups for each dimension."""
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    margins: tuple[tuple[int, int], ...]  #: zeros before and behind
     groups: int
 
     @classmethod
-    def of(cls, call: Call) -> Geometry | None:
-        """That of a call of ``F.conv2d``; None without a batch, or with uneven padding."""
-        if call["input"].dim() != 4:
-            return None
-        kernel, dilation = _pair(call["weight"].shape[2:]), _pair(call["dilation"])
-        padding = 0 if call["padding"] == "valid" else call["padding"]
-        if padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            if any(t % 2 for t in total):
-                return None
-            padding = [t // 2 for t in total]
-        return cls(kernel, _pair(call["stride"]), _pair(padding), dilation, call["groups"])
+    def of(cls, call: Call) -> Geometry:
+        """That of a call, transposed or not, however its arguments are given."""
+        kernel = tuple(call["weight"].shape[2:])
+        stride, dilation = (each_side(call[name], len(kernel)) for name in ("stride", "dilation"))
+        padding = 0 if call["padding"] in ("valid", "same") else call["padding"]
+        margins = tuple((size, size) for size in each_side(padding, len(kernel)))
+        found = cls(kernel, stride, dilation, margins, call["groups"])
+        if call["padding"] != "same":
+            return found
+        return replace(found, margins=tuple((r // 2, r - r // 2) for r in found.reach))
+
+    @property
+    def reach(self) -> list[int]:
+        """From the kernel's first entry to its last."""
+        return [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What the kernel meets: a view ``[N, groups, channels, *places, *kernel]``."""
+        x = F.pad(x, [size for pair in reversed(self.margins) for size in pair])
+        if x.dim() == 4:  # whose windows are read fastest so
+            x = x.contiguous(memory_format=torch.channels_last)
+        along = zip(self.reach, self.stride, self.dilation, strict=True)
+        for axis, (reach, step, apart) in enumerate(along, start=2):
+            x = x.unfold(axis, reach + 1, step)[..., ::apart]
+        grouped: Tensor = x.unflatten(1, (self.groups, -1))
+        return grouped
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
-
-
-def windows_of(x: Tensor, call: Call, transposed: bool = False) -> Tensor:
-    """What a convolution's kernel meets: a view ``[N, groups, channels, *places, *kernel]``.
-
-    A transposed convolution is one of stride 1, its kernel reversed, over its input with zeros
-    between the entries.
-    """
-    sides = call["weight"].dim() - 2
-
-    def each(name: str) -> tuple[int, ...]:
-        value = call[name]
-        return (value,) * sides if isinstance(value, int) else tuple(value)
-
-    stride, dilation = each("stride"), each("dilation")
-    kernel = call["weight"].shape[2:]
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if call["padding"] == "same":
-        margins = [(r // 2, r - r // 2) for r in reach]
-    else:
-        margins = [
-            (p, p) for p in ((0,) * sides if call["padding"] == "valid" else each("padding"))
-        ]
-    if transposed:
-        spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-        stuffed = x.new_zeros(*x.shape[:2], *spread)
-        stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
-        ends = zip(reach, margins, each("output_padding"), strict=True)
-        x, stride = stuffed, (1,) * sides
-        margins = [(r - p, r - p + more) for r, (p, _), more in ends]
-    x = F.pad(x, [margin for pair in reversed(margins) for margin in pair])
-    for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True), start=2):
-        x = x.unfold(axis, r + 1, s)[..., ::d]
-    windows: Tensor = x.unflatten(1, (call["groups"], -1))
-    return windows
+def each_side(value: int | Sequence[int], sides: int) -> tuple[int, ...]:
+    """A convolution's argument as one number for each of its dimensions."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * sides if len(values) == 1 else values
 
 
 class Calls(TorchFunctionMode):

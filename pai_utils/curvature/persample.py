@@ -176,15 +176,8 @@ def _patches(inputs: Tensor, geometry: Geometry | None) -> Tensor:
 
 def _windows(inputs: Tensor, geometry: Geometry) -> Tensor:
     """What lies under the kernel, a view ``[b, rows, H, W, C, kh, kw]`` for output positions."""
-    top, left = geometry.padding
-    windows = inputs.flatten(0, 1)
-    if top or left:
-        windows = F.pad(windows, (left, left, top, top))
-    windows = windows.contiguous(memory_format=torch.channels_last)
-    along = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
-    for dim, (size, step, apart) in enumerate(along, 2):
-        windows = windows.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
-    grouped: Tensor = windows.movedim(1, 3).unflatten(0, inputs.shape[:2])
+    windows = geometry.windows(inputs.flatten(0, 1)).flatten(1, 2).movedim(1, 3)
+    grouped: Tensor = windows.unflatten(0, inputs.shape[:2])
     return grouped
 
 
@@ -210,10 +203,7 @@ def _add_squares_(total: Tensor, each: Tensor) -> None:
 
 
 def sum_squared_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[Batch],
-    cotangents: Cotangents,
+    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], cotangents: Cotangents
 ) -> dict[str, Tensor]:
     """Σ over samples n and cotangents v of (J_nᵀ v)², for every entry of the named weights.
 
@@ -387,9 +377,9 @@ class _Observer(Calls):
     def _observe(self, call: Call) -> Any:
         name, layer_input = self.names.get(id(call["weight"])), call["input"].detach()
         linear = call.function is F.linear
-        geometry = None if linear else Geometry.of(call)
-        if name is None or (layer_input.dim() < 2 if linear else geometry is None):
+        if name is None or (layer_input.dim() < 2 if linear else layer_input.dim() != 4):
             return call.run()
+        geometry = None if linear else Geometry.of(call)
         output = call.run(weight=call["weight"].detach())
         self.inputs[name].append(layer_input)
         if not torch.is_grad_enabled():

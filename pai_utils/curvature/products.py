@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.curvature.labels import residual
-from pai_utils.curvature.second_derivatives import FastSecondDerivatives
+from pai_utils.curvature.second_derivatives import fast_second_derivatives
 from pai_utils.support.common import (
     NonFiniteError,
     at_least_single,
@@ -193,11 +193,11 @@ class CurvatureOperator(ABC):
             undisturbed(self._model),
             sdpa_kernel(SDPBackend.MATH),
             torch.enable_grad(),
-            FastSecondDerivatives() as layers,
+            fast_second_derivatives(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             inputs = list(self._weights.values())
-            if self._with_values:  # of a leaf's gradient, the fast layers do not compute the value
+            if self._with_values:  # which are not computed of the gradients of leaves
                 inputs = [weight.view_as(weight) for weight in inputs]
             values = self._values | dict(zip(self._weights, inputs, strict=True))
             logits = functional_call(self._model, values, (paired(images),))
@@ -210,7 +210,6 @@ class CurvatureOperator(ABC):
                 graphs.gradient = _backward([loss], inputs, create_graph=True)
             if "tangent" in self._differentiated:
                 graphs.u = torch.zeros_like(logits, requires_grad=True)
-                layers.tangents_only = True
                 graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
@@ -264,8 +263,8 @@ class _Graphs:
 class HessianOperator(CurvatureOperator):
     """Hv, H the Hessian of the mean cross-entropy; arguments as in :class:`CurvatureOperator`.
 
-    In units of one forward and backward pass the first product takes 8/3, each further one on kept
-    graphs 2, also where :meth:`gradient`, which takes 1, was asked for before.
+    In units of one forward and backward pass the first product takes 3, for convolutions 8/3, each
+    further one on kept graphs 2, also where :meth:`gradient`, which takes 1, was asked for before.
 
     Examples:
         >>> import torch
@@ -301,7 +300,7 @@ class GGNOperator(CurvatureOperator):
 
     Arguments as in :class:`CurvatureOperator`. G is positive semi-definite, and the Fisher
     information of the model. Counted as in :class:`HessianOperator`, the first product takes 2
-    forward and backward passes, each further one on kept graphs 4/3.
+    to 7/3 forward and backward passes, each further one on kept graphs 4/3.
     """
 
     _differentiated = ("tangent",)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.calls import Call, Calls, windows_of
+from pai_utils.curvature.calls import Call, Calls, Geometry
 
 NORMS = (F.batch_norm, F.layer_norm)
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -48,14 +48,31 @@ def channels_last(values: Tensor, axis: int) -> Tensor:
 
 def rows_of(call: Call, chosen: Tensor) -> Tensor:
     """What the chosen rows of a layer's output are computed from: ``[groups, R, K]``."""
-    inputs, sides = call["input"], call["weight"].ndim - 2
-    if not sides:
-        return channels_last(inputs, -1)[chosen][None]
-    one = inputs.ndim < call["weight"].ndim  # without a batch
-    patches = windows_of(inputs[None] if one else inputs, call)
-    patches = patches.movedim((1, 2), (1 + sides, 2 + sides))  # after the places; all views
+    if call.function is F.linear:
+        return channels_last(call["input"], -1)[chosen][None]
+    patches, sides = _patches(call, _batch(call)), call["weight"].ndim - 2
     places = torch.unravel_index(chosen, patches.shape[: 1 + sides])
     return patches[places].flatten(2).transpose(0, 1)
+
+
+def mean_row(call: Call) -> Tensor:
+    """The mean of what all rows are computed from: ``[groups, K]``, in float64."""
+    if call.function is F.linear:
+        return channels_last(call["input"], -1).mean(0, dtype=torch.float64)[None]
+    # The kernel moves over all samples alike.
+    patches = _patches(call, _batch(call).mean(0, keepdim=True, dtype=torch.float64))
+    return patches.mean(tuple(range(call["weight"].ndim - 1))).flatten(1)
+
+
+def _batch(call: Call) -> Tensor:
+    inputs: Tensor = call["input"]
+    return inputs[None] if inputs.ndim < call["weight"].ndim else inputs
+
+
+def _patches(call: Call, inputs: Tensor) -> Tensor:
+    """A view ``[N, *places, groups, channels, *kernel]``."""
+    sides = call["weight"].ndim - 2
+    return Geometry.of(call).windows(inputs).movedim((1, 2), (1 + sides, 2 + sides))
 
 
 def by_group(weight: Tensor, groups: int) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,16 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import DAMPING
-from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls, windows_of
+from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls, Geometry, each_side
 from pai_utils.curvature.persample import chunk_bytes, drawn_batches
 from pai_utils.support.common import at_least_single, device_of, undisturbed
-from pai_utils.support.sampling import (
-    Draw,
-    Samples,
-    batches,
-    fitting_batches,
-    sum_over_processes_,
-)
+from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes_
 
 
 def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
@@ -143,14 +137,15 @@ def _moments(
 
     def compute(batch_size: int) -> _Observer:
         observer = _Observer(model, names, diagonal, memory_budget)
-        for images, _, _ in drawn_batches(data, indices, batch_size, device, "layers' inputs"):
-            observer.run(images)
-        if not observer.found:  # fewer samples than processes: zeros of the same shapes
-            images, _ = next(batches(data, 1, device, indices[:1]))
-            observer.run(images)
-            for moments in observer.found.values():
-                moments.sums.zero_()
-                moments.rows.zero_()
+        with observer:
+            for images, _, _ in drawn_batches(data, indices, batch_size, device, "layers' inputs"):
+                model(images)
+            if not observer.found:  # fewer samples than processes: zeros of the same shapes
+                images, _ = next(batches(data, 1, device, indices[:1]))
+                model(images)
+                for moments in observer.found.values():
+                    moments.sums.zero_()
+                    moments.rows.zero_()
         return observer
 
     with undisturbed(model, any_output=True), torch.no_grad():
@@ -187,13 +182,8 @@ class _Observer(Calls):
         super().__init__(handlers)
         self.found: dict[str, _Moments] = {}
         self.too_large: dict[str, int] = {}  #: bytes of those that no room was left for
-        self._model, self._diagonal, self._room = model, diagonal, memory_budget
+        self._diagonal, self._room = diagonal, memory_budget
         self._names = {id(model.get_parameter(name)): name for name in names}
-
-    def run(self, images: Tensor) -> None:
-        """Add the inputs that some images lead to."""
-        with self:
-            self._model(images)
 
     def _linear(self, call: Call) -> Any:
         self._add(call["weight"], [call["input"]])
@@ -219,14 +209,18 @@ class _Observer(Calls):
         if id(weight) in self._names:
             x = call["input"].to(at_least_single(call["input"]))
             x = x[None] if x.dim() == weight.dim() - 1 else x
-            # The kernel moves over all samples alike, so that their squares are summed before it.
-            windows = windows_of(_summed_squares(x) if self._diagonal else x, call, transposed)
-            places = range(3, 3 + weight.dim() - 2)
+            samples, geometry = len(x), Geometry.of(call)
+            if self._diagonal:  # the kernel moves over all samples alike
+                x = _summed_squares(x)
+            if transposed:
+                x, geometry = _as_plain(x, geometry, call["output_padding"])
+            windows = geometry.windows(x)
+            places = range(3, 1 + weight.dim())
             groups, positions = windows.shape[1], math.prod(windows.shape[axis] for axis in places)
             size = windows[0, 0].numel() // positions
             moments = self._moments_of(weight, groups, size, transposed)
             if moments is not None:
-                moments.rows += len(x) * positions
+                moments.rows += samples * positions
                 if self._diagonal:
                     moments.sums += windows.sum((0, *places)).flatten(1)
                 else:
@@ -265,6 +259,17 @@ class _Observer(Calls):
                 rows = torch.zeros(groups, dtype=torch.float64, device=weight.device)
                 self.found[name] = _Moments(sums, rows, transposed)
         return self.found.get(name)
+
+
+def _as_plain(x: Tensor, geometry: Geometry, more: int | Sequence[int]) -> tuple[Tensor, Geometry]:
+    """A transposed convolution: one of stride 1, its input spread by zeros, its kernel reversed."""
+    stride = geometry.stride
+    spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *spread)
+    stuffed[(..., *(slice(None, None, s) for s in stride))] = x
+    ends = zip(geometry.reach, geometry.margins, each_side(more, len(stride)), strict=True)
+    margins = tuple((reach - p, reach - p + extra) for reach, (p, _), extra in ends)
+    return stuffed, replace(geometry, stride=(1,) * len(stride), margins=margins)
 
 
 def _summed_squares(x: Tensor) -> Tensor:
