@@ -40,7 +40,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +100,8 @@ class Repair:
     """
 
     method: str  #: "none", or parts joined by + of `REPAIRS`
-    samples: int | None = (
-        512  #: images at most; None: all. They run as one batch that fits, but for "obs"
-    )
+    samples: int | None = 512
+    """Images at most; None: all. They run as one batch where that fits into memory."""
     damping: float = 0.1
     """Of "layerwise", the ridge towards the dense weights, over the mean square of a layer's
     inputs; of "obs", over a block's mean diagonal."""
@@ -180,17 +179,14 @@ def repair_(
     model, dense = unwrapped(model), unwrapped(dense)
     draw = Draw(repair.samples, batch_size, seed).at_most(count_items(data))
     indices = draw.indices(data)
-    together = repair.parts != ("obs",)
-    size = len(indices) if together else batch_size
-    drawn = batches(data, size, torch.device("cpu"), indices)
-    for rows, (images, _) in zip(indices.split(size), drawn, strict=True):
-        broken = ~images.flatten(1).isfinite().all(1)
-        if broken.any():
-            index = int(rows[broken][0])
-            raise NonFiniteError(f"image {index} of the data to repair by is not finite")
+    images, _ = next(batches(data, len(indices), torch.device("cpu"), indices))
+    broken = ~images.flatten(1).isfinite().all(1)
+    if broken.any():
+        index = int(indices[broken][0])
+        raise NonFiniteError(f"image {index} of the data to repair by is not finite")
     if "obs" in repair.parts:
         _move_by_fisher_(model, dense, mask, data, repair, draw)
-    if together:
+    if repair.parts != ("obs",):
         _match_activations_(model, dense, mask, images, repair, seed)
 
 
@@ -235,20 +231,31 @@ class _Enough(BaseException):
     """Ends a forward that has nothing more to tell. No model catches it."""
 
 
-_Part = tuple[int, Tensor, Tensor]  # how many rows, their mean and variance [channels]
+class _Seen(NamedTuple):
+    """Values at one use of a weight in one batch, ``[rows, channels]``."""
+
+    count: int  #: of rows
+    mean: Tensor  #: in float64
+    variance: Tensor
+    rows: Tensor  #: those that a layer is re-solved on
 
 
 @dataclass
 class _Place:
-    """A weight that is repaired, and what the dense network gives where it is used."""
+    """A weight that is repaired."""
 
     norm: bool
     biases: set[str | None] = field(default_factory=set)  #: parameters that are added
-    moments: list[_Part] = field(default_factory=list)
-    """Of a layer's outputs; of what a normalisation multiplies by its scale."""
-    uses: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """For each batch, of each use in it: which rows to re-solve a layer on, and what they are to
-    give ``[rows, channels]``."""
+    outputs: dict[int, list[_Seen]] = field(default_factory=dict)
+    """Of the dense network, for each batch those of each use in it."""
+
+
+class _Use(NamedTuple):
+    """One use of a weight in one batch."""
+
+    dense: _Seen  #: outputs of the dense network
+    wanted: _Seen  #: those and what the stream they are added to has lost, to mean and chosen rows
+    pruned: _Seen  #: a normalisation's outputs, a layer's inputs ``[groups, rows, K]``
 
 
 @dataclass
@@ -266,16 +273,14 @@ class _Run:
     images: Sequence[Tensor]  #: batches
     repair: Repair
     seed: int
-    places: dict[str, _Place] = field(default_factory=dict)  #: in the order of their first use
+    places: dict[str, _Place] = field(default_factory=dict)
+    """Those that are still to be repaired, in the order of their first use."""
     residuals: dict[str, Residual] = field(default_factory=dict)
-    streams: dict[tuple[str, int], tuple[_Part, Tensor]] = field(default_factory=dict)
-    """Of the dense residual streams in each batch, over the scales of their branches."""
-    lost: dict[str, tuple[_Part, Tensor]] = field(default_factory=dict)
-    """What the pruned network's streams lack of those in this batch."""
-    waiting: list[tuple[str, str]] = field(default_factory=list)
-    """Places that are still to be repaired, each by its ``"inputs"`` and then its ``"outputs"``."""
-    seen: list[Any] = field(default_factory=list)  #: of the first of them, at each use
-    lacking: list[_Part] = field(default_factory=list)  #: by its stream, at each use
+    streams: dict[tuple[str, int], _Seen] = field(default_factory=dict)
+    """The dense residual streams in each batch."""
+    lost: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What the pruned network's streams lack of those in this batch: their means and rows."""
+    uses: list[_Use] = field(default_factory=list)  #: of the first place
     done: set[int] = field(default_factory=set)  #: batches in which it was seen
     calls: int = 0  #: uses of it in this batch
     batch: int = 0
@@ -299,31 +304,23 @@ class _Run:
                 self.batch = batch
                 self.dense(images.to(device))
         warnings = self._leave_out()
-        for name, place in self.places.items():
-            if place.norm or self._solves(name):
-                self.waiting.append((name, "inputs"))
-            if not place.norm and self._moments and place.biases != {None}:
-                self.waiting.append((name, "outputs"))
         with undisturbed(self.model, any_output=True), torch.no_grad():
-            while self.waiting:
+            while self.places:
                 for batch, images in enumerate(self.images):
-                    self.batch = batch
-                    if self.waiting and batch not in self.done:
+                    if self.places and batch not in self.done:
+                        self.batch, self.calls = batch, 0
                         warnings += self._forward(names, images.to(device))
         return warnings
 
     def _forward(self, names: Sequence[str], images: Tensor) -> list[str]:
         """One batch through the pruned network; returns what to warn of."""
-        self.calls = 0
         streams = shown(self.model, self.residuals, self.compare_stream)
         try:
             with streams, layouts.watching(self.model, names, self.mend):
                 self.model(images)
         except _Enough:
             return []
-        if not self.waiting:
-            return []
-        name, _ = self.waiting[0]
+        name = next(iter(self.places))
         self._next()
         return [f"{name} is not used as often as in the dense network; it is not repaired"]
 
@@ -347,32 +344,31 @@ class _Run:
             return output
         place = self.places.setdefault(name, _Place(norm))
         place.biases.add(bias)
-        axis = layouts.channel_axis(call)
-        values = layouts.channels_last(_unscaled(call) if norm else output, axis)
-        place.moments.append(_part(values, spread=norm))
+        values = layouts.channels_last(output, layouts.channel_axis(call))
         if bias is None and call["bias"] is not None:
             values = values - call["bias"]  # which the model computes, and no repair changes
-        chosen = self._chosen(name, values)
-        place.uses.setdefault(self.batch, []).append((chosen, values[chosen]))
+        place.outputs.setdefault(self.batch, []).append(self._seen(name, values))
         return output
 
-    def _chosen(self, name: str, values: Tensor) -> Tensor:
-        """Which rows of this batch to re-solve a layer on, the same in both networks."""
+    def _seen(self, name: str, values: Tensor) -> _Seen:
+        variance, mean = torch.var_mean(values.double(), 0, correction=0)
+        return _Seen(len(values), mean, variance, values[self._chosen(name, len(values))])
+
+    def _chosen(self, name: str, count: int) -> Tensor:
+        """Which of the rows of this batch to re-solve a layer on, the same in both networks."""
         if not self._solves(name):
-            return torch.zeros(0, dtype=torch.long, device=values.device)
+            return torch.zeros(0, dtype=torch.long)
         sizes = [len(images) for images in self.images]
-        each, rest = divmod(len(values), sizes[self.batch])
+        each, rest = divmod(count, sizes[self.batch])
         # As in one batch of all images, one after the other; other rows are the same in each batch.
-        total, first = (
-            (len(values), 0) if rest else (each * sum(sizes), each * sum(sizes[: self.batch]))
-        )
+        total, first = (count, 0) if rest else (each * sum(sizes), each * sum(sizes[: self.batch]))
         most = min(self.repair.rows, _ROWS_AN_UNKNOWN * self.mask[name][0].numel())
         if (total, most) not in self.orders:
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(total, generator=generator)[:most]
             self.orders[total, most] = order.sort().values
         order = self.orders[total, most] - first
-        return order[(order >= 0) & (order < len(values))].to(values.device)
+        return order[(order >= 0) & (order < count)]
 
     def _leave_out(self) -> list[str]:
         """Forget what has no repair of its own; returns what to warn of."""
@@ -394,7 +390,12 @@ class _Run:
             if isinstance(module, nn.LayerNorm)
             or (scale.ndim == 1 and "norm" in type(module).__name__.lower())
         ]
-        self.places = {name: place for name, place in self.places.items() if name not in torn}
+        self.places = {
+            name: place
+            for name, place in self.places.items()
+            if name not in torn
+            if place.norm or self._solves(name) or (self._moments and place.biases != {None})
+        }
         parts = "+".join(part for part in self.repair.parts if part != "obs")
         texts = {
             f"no call of a linear layer or convolution takes them; not repaired by {parts}": unused,
@@ -406,136 +407,98 @@ class _Run:
 
     def record_stream(self, name: str, stream: Tensor) -> None:
         """Keep what the dense network adds the output of a place to."""
-        self.streams[name, self.batch] = self._over_scale(name, stream)
+        values = layouts.channels_last(stream, self.residuals[name].axis)
+        self.streams[name, self.batch] = self._seen(name, values)
 
     def compare_stream(self, name: str, stream: Tensor) -> None:
-        """Note what the pruned network's stream lacks of the dense one's."""
-        if any(name == other for other, _ in self.waiting):
-            (count, mean, spread), rows = self.streams[name, self.batch]
-            (_, now, _), rows_now = self._over_scale(name, stream)
-            self.lost[name] = (count, mean - now, spread), rows - rows_now
-
-    def _over_scale(self, name: str, stream: Tensor) -> tuple[_Part, Tensor]:
-        scale = self.residuals[name].scale
-        # A channel that the branch does not reach can mend nothing.
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        values = layouts.channels_last(stream, self.residuals[name].axis)
-        count, mean, spread = _part(values, spread=False)
-        rows = values[self._chosen(name, values)]
-        return (count, mean * inverse, spread), rows * inverse.to(rows.dtype)
+        """Note what the pruned network's stream lacks, over the scale of the branch."""
+        if name in self.places:
+            axis, scale = self.residuals[name].axis, self.residuals[name].scale
+            # A channel that the branch does not reach can mend nothing.
+            inverse = torch.where(scale == 0, 0, 1 / scale)
+            dense = self.streams[name, self.batch]
+            pruned = self._seen(name, layouts.channels_last(stream, axis))
+            rows = (dense.rows - pruned.rows) * inverse.to(stream.dtype)
+            self.lost[name] = (dense.mean - pruned.mean) * inverse, rows
 
     def mend(self, name: str, call: Call) -> Tensor:
         """Repair a place before its own output is computed; all later inputs follow from it."""
-        if self._is_next(name, "inputs"):
-            if self.places[name].norm:
-                values = layouts.channels_last(_unscaled(call), layouts.channel_axis(call))
-                if self._see(name, _part(values, spread=True)):
-                    self._rescale_(name, call)
-                    self._advance()
-            elif self._see(name, self._equations(name, call)):
-                self._solve_(name, call)
-                self._advance()
+        first, place = next(iter(self.places.items()))
+        uses = place.outputs.get(self.batch, []) if name == first else []
+        if self.calls < len(uses):
+            self.uses.append(self._use(name, call, uses[self.calls]))
+            self.calls += 1
+            if self.calls == len(uses):
+                self.done.add(self.batch)
+                complete = len(self.done) == len(self.images)
+                if complete:
+                    repair_ = self._rescale_ if place.norm else self._solve_
+                    repair_(name, call)
+                    self._next()
+                if not complete or not self.places or len(uses) > 1:  # earlier uses are out of date
+                    raise _Enough
         output: Tensor = call.run()
-        if self._is_next(name, "outputs"):
-            axis = layouts.channel_axis(call)
-            if self._see(name, _part(layouts.channels_last(output, axis), spread=False)):
-                wanted, _ = _pooled(self.places[name].moments)
-                shift = wanted + self._lacking() - _pooled(self.seen)[0]
-                call["bias"].add_(shift.to(output.dtype))
-                self._advance()
-                output = output + shift.to(output.dtype).view(-1, *(1,) * (-1 - axis))
         return output
 
-    def _is_next(self, name: str, side: str) -> bool:
-        uses = self.places[name].uses if self.waiting[:1] == [(name, side)] else {}
-        return self.calls < len(uses.get(self.batch, ()))
-
-    def _see(self, name: str, what: Any) -> bool:
-        """Note what one use tells; whether it was the last of the last batch."""
-        self.seen.append(what)
-        if name in self.residuals:
-            self.lacking.append(self.lost[name][0])
-        self.calls += 1
-        if self.calls < len(self.places[name].uses[self.batch]):
-            return False
-        self.done.add(self.batch)
-        if len(self.done) < len(self.images):
-            raise _Enough
-        return True
-
-    def _advance(self) -> None:
-        """Go on to the next place, in this forward if nothing in it is out of date."""
-        stale = self.calls > 1
-        self._next()
-        if stale or not self.waiting:
-            raise _Enough
+    def _use(self, name: str, call: Call, dense: _Seen) -> _Use:
+        if self.places[name].norm:
+            values = layouts.channels_last(call.run(), layouts.channel_axis(call))
+            pruned = self._seen(name, values)
+        else:
+            mean = layouts.mean_row(call)
+            rows = layouts.rows_of(call, self._chosen(name, dense.count))
+            pruned = _Seen(dense.count, mean, torch.zeros_like(mean), rows)
+        if name not in self.residuals:
+            return _Use(dense, dense, pruned)
+        mean, rows = self.lost[name]
+        wanted = dense._replace(mean=dense.mean + mean, rows=dense.rows + rows)
+        return _Use(dense, wanted, pruned)
 
     def _next(self) -> None:
-        name, _ = self.waiting.pop(0)
-        self.seen, self.lacking, self.calls = [], [], 0
+        del self.places[next(iter(self.places))]  # its rows take memory
+        self.uses.clear()
         self.done.clear()
-        if all(name != other for other, _ in self.waiting):
-            del self.places[name]  # its rows take memory
-
-    def _lacking(self) -> Tensor | float:
-        """The mean that the stream lacks of the dense one's, over the scale of its branch."""
-        return _pooled(self.lacking)[0] if self.lacking else 0.0
-
-    def _equations(self, name: str, call: Call) -> tuple[Tensor, Tensor]:
-        """Inputs and wanted outputs of a layer: ``[groups, R, K]`` and ``[R, channels]``."""
-        chosen, wanted = self.places[name].uses[self.batch][self.calls]
-        if name in self.residuals:
-            wanted = wanted + self.lost[name][1]
-        return layouts.rows_of(call, chosen), wanted
+        self.calls = 0
 
     def _solve_(self, name: str, call: Call) -> None:
         """Re-solve the surviving weights of a layer, and its bias."""
-        inputs, wanted = zip(*self.seen, strict=True)
-        x, biased, weight = torch.cat(inputs, 1), self.places[name].biases != {None}, call["weight"]
-        solved, bias = solve_layer(
-            x,
-            torch.cat(wanted),
-            layouts.by_group(self.dense.get_parameter(name), len(x)),
-            layouts.by_group(self.mask[name], len(x)),
-            # Where there is no bias, the mean is left to the normalisation, if that is repaired.
-            centred=biased or (self._moments and call["bias"] is None),
-            damping=self.repair.damping,
-        )
-        weight.copy_(solved.reshape(weight.shape))
-        if biased:
-            call["bias"].copy_(bias)
+        _, wanted, pruned = zip(*self.uses, strict=True)
+        weight, biased = call["weight"], self.places[name].biases != {None}
+        if self._solves(name):
+            x = torch.cat([use.rows for use in pruned], 1)
+            solved, bias = solve_layer(
+                x,
+                torch.cat([use.rows for use in wanted]),
+                layouts.by_group(self.dense.get_parameter(name), len(x)),
+                layouts.by_group(self.mask[name], len(x)),
+                # Where there is no bias, the mean is left to the normalisation, if it is repaired.
+                centred=biased or (self._moments and call["bias"] is None),
+                damping=self.repair.damping,
+            )
+            weight.copy_(solved.reshape(weight.shape))
+            if biased:
+                call["bias"].copy_(bias)
+        if self._moments and biased:  # the mean over all rows
+            (mean, _), (inputs, _) = _pooled(wanted), _pooled(pruned)
+            matrices = layouts.by_group(weight, len(inputs)).double()
+            call["bias"].copy_(mean - torch.bmm(matrices, inputs[:, :, None]).flatten())
 
     def _rescale_(self, name: str, call: Call) -> None:
         """Give a normalisation the mean and standard deviation that it has in the dense network."""
-        mean, std = _pooled(self.seen)
-        dense_mean, dense_std = _pooled(self.places[name].moments)
-        dense = [self.dense.get_parameter(n) for n in (name, *self.places[name].biases) if n]
+        (_, dense_std), (wanted, _), (mean, std) = map(_pooled, zip(*self.uses, strict=True))
         # A channel that the pruned network holds constant has no spread to restore.
         alive = std > 1e-6 * dense_std
-        scale = call["weight"] * torch.where(alive, dense_std / torch.where(alive, std, 1), 1.0)
-        wanted = dense[0].double() * dense_mean + dense[1].double() + self._lacking()
-        call["weight"].copy_(scale)
-        call["bias"].copy_(wanted - scale * mean)
+        factor = torch.where(alive, dense_std / torch.where(alive, std, 1), 1.0)
+        call["bias"].copy_(wanted - factor * (mean - call["bias"]))
+        call["weight"].mul_(factor)
 
 
-def _unscaled(call: Call) -> Tensor:
-    """What a normalisation multiplies by its scale."""
-    values: Tensor = call.run(weight=None, bias=None)
-    return values
-
-
-def _part(values: Tensor, spread: bool) -> _Part:
-    """Moments of some rows ``[rows, channels]``, in float64; the variance only where asked for."""
-    values = values.double()
-    mean = values.mean(0)
-    return len(values), mean, values.var(0, correction=0) if spread else torch.zeros_like(mean)
-
-
-def _pooled(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[channels]`` of all rows of some parts."""
-    means = torch.stack([mean for _, mean, _ in parts])
-    variances = torch.stack([variance for *_, variance in parts])
-    counts = torch.tensor([count for count, *_ in parts]).to(means)
+def _pooled(uses: Sequence[_Seen]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all rows of some uses."""
+    means = torch.stack([use.mean for use in uses])
+    variances = torch.stack([use.variance for use in uses])
+    counts = torch.tensor([use.count for use in uses]).to(means)
     shares = counts / counts.sum()
-    mean = shares @ means
-    return mean, (shares @ (variances + (means - mean).square())).sqrt()
+    mean = torch.tensordot(shares, means, 1)
+    variance = torch.tensordot(shares, variances + (means - mean).square(), 1)
+    return mean, variance.sqrt()
