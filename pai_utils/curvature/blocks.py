@@ -13,7 +13,7 @@ and for one weight i that least rise is its saliency w_i² / (2 [F⁻¹]_ii).
 
 Sums and factors are in float64, since the inverse multiplies a sum's rounding by up to the block's
 trace over λ. The sums take 2mPB operations and 8PB bytes for P weights, the factorisations about
-PB². With m < B samples the gradients are kept, and Woodbury's identity makes the systems m × m.
+PB².
 
 Sources: Hassibi & Stork (1993), "Second order derivatives for network pruning: optimal brain
 surgeon"; Singh & Alistarh (2020), "WoodFisher"; Kurtic et al. (2022), "The optimal BERT surgeon",
@@ -42,7 +42,7 @@ from pai_utils.curvature.persample import (
     receive_gradients,
     sum_squared_gradients,
 )
-from pai_utils.support.common import at_least_single, check_names, device_of, logger, undisturbed
+from pai_utils.support.common import check_names, device_of, logger, undisturbed
 from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import (
     ALL,
@@ -58,8 +58,6 @@ DAMPING = 0.1
 """What every second-order score adds to a weight's curvature, over the mean of its tensor."""
 SMALLEST_DAMPING = 1e-10
 """Below it, rounding in float64 decides what the inverse of a singular block is."""
-
-_BASE = 32  # matrices up to this size are left to LAPACK
 
 
 @dataclass(frozen=True)
@@ -84,15 +82,15 @@ class BlockFisher:
     start: int  #: a multiple of the block size
     stop: int
     ridge: float  #: λ above; zero only where all gradients of the tensor are
-    stored: Tensor
-    """Mean of g gᵀ, float64 ``[blocks, B, B]``; of m < B samples the g/√m ``[blocks, m, B]``."""
+    stored: Tensor  #: mean of g gᵀ, float64 ``[blocks, B, B]``
 
     @classmethod
     def from_gradients(cls, gradients: Tensor, *, block_size: int, damping: float) -> BlockFisher:
         """Blocks of given gradients ``[m, P]``, one row a sample."""
         check_block_options(block_size, damping)
         samples, length = gradients.shape
-        sums = _BlockSums(_Part("weights", 0, length, min(block_size, length)), samples, gradients)
+        part = _Part("weights", 0, length, min(block_size, length))
+        sums = _BlockSums(part, samples, gradients.device)
         sums.add_(Gradients("weights", torch.arange(samples), gradients))
         return sums.fisher(damping)
 
@@ -111,15 +109,9 @@ class BlockFisher:
             ValueError: if a block is singular in float64 in spite of its damping.
         """
         parts = []
-        for _, stored in self._chunks():
-            if self._few:
-                small = torch.bmm(stored, stored.mT)
-                small.diagonal(dim1=1, dim2=2).add_(1)
-                reduced = torch.bmm(_inverse_cholesky(small), stored)
-                diagonal = 1 - reduced.square_().sum(1)
-            else:
-                diagonal = _inverse_cholesky(self._damped(stored)).square_().sum(1)
-            self._check(diagonal > 0, stored)
+        for _, damped in self._chunks():
+            diagonal = _inverse_cholesky(damped).square_().sum(1)
+            self._check(diagonal > 0, damped)
             parts.append(diagonal / self.ridge)
         return torch.cat(parts).flatten()[: self.stop - self.start]
 
@@ -142,44 +134,32 @@ class BlockFisher:
         size = self.stored.shape[-1]
         w, kept = (_pad(v.double(), size).reshape(-1, size) for v in (weights, keep))
         parts = []
-        for chunk, stored in self._chunks():
+        for chunk, damped in self._chunks():
             k = kept[chunk]
-            damped = self._damped(stored)
             # F_kk δ_k = F_kq w_q, with the rows and columns of q replaced by those of I.
             right = k * torch.bmm(damped, ((1 - k) * w[chunk])[:, :, None]).squeeze(2)
             system = damped * k[:, :, None] * k[:, None, :] + torch.diag_embed(1 - k)
             factor = _inverse_cholesky(system)
             moved = torch.bmm(factor.mT, torch.bmm(factor, right[:, :, None])).squeeze(2)
-            self._check(moved.isfinite() | ~w[chunk].isfinite(), stored)
+            self._check(moved.isfinite() | ~w[chunk].isfinite(), damped)
             parts.append(torch.where(k > 0, w[chunk] + moved, 0))
         return torch.cat(parts).flatten()[:length].to(weights.dtype)
 
-    @property
-    def _few(self) -> bool:
-        """Whether gradients are stored, fewer than a block has weights."""
-        return self.stored.shape[1] < self.stored.shape[2]
-
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks to factorise at once: which, and what is stored of F over the ridge."""
+        """Blocks to factorise at once: which, and F over the ridge, ``[b, B, B]``."""
         # About six such chunks exist at a time: together no more than the sums' quarter for work.
         count, _, size = self.stored.shape
         share = max(2**22, self.stored.numel() * self.stored.element_size() // 24)
         step = max(1, min(2 * chunk_bytes(self.stored.device), share) // (8 * size**2))
-        safe = self.ridge or 1.0
         for first in range(0, count, step):
             chunk = slice(first, min(first + step, count))
-            stored = self.stored[chunk].double()
-            yield chunk, stored / (safe**0.5 if self._few else safe)
+            damped = self.stored[chunk] / (self.ridge or 1.0)
+            damped.diagonal(dim1=1, dim2=2).add_(1)
+            yield chunk, damped
 
-    def _damped(self, stored: Tensor) -> Tensor:
-        """F over the ridge, ``[b, B, B]``, in the place of ``stored`` where that is its size."""
-        damped = torch.bmm(stored.mT, stored) if self._few else stored
-        damped.diagonal(dim1=1, dim2=2).add_(1)
-        return damped
-
-    def _check(self, right: Tensor, stored: Tensor) -> None:
+    def _check(self, right: Tensor, damped: Tensor) -> None:
         # Gradients that are not finite are for the caller to find in the result.
-        broken = ~right.all(1) & stored.isfinite().all(2).all(1)
+        broken = ~right.all(1) & damped.isfinite().all(2).all(1)
         if broken.any():
             raise ValueError(
                 f"a Fisher block of {self.name!r} is singular in float64; choose a larger damping"
@@ -218,7 +198,7 @@ def fisher_blocks(
     check_names("estimator", [estimator], FISHER_ESTIMATORS)
     indices, model = draw.indices(data), unwrapped(model)
     weights = {name: model.get_parameter(name).detach() for name in names}
-    passes = _plan(weights, block_size, len(indices), memory_budget)
+    passes = _plan(weights, block_size, memory_budget)
     logger.info(
         "Fisher blocks of %d weights within %.2f GiB: %d %s over %d samples",
         sum(w.numel() for w in weights.values()),
@@ -235,7 +215,7 @@ def fisher_blocks(
         return drawn_batches(data, indices, batch_size, device, "Fisher blocks")
 
     def one_pass(parts: Sequence[_Part], batch_size: int) -> dict[str, _BlockSums]:
-        sums = {p.name: _BlockSums(p, len(indices), weights[p.name]) for p in parts}
+        sums = {p.name: _BlockSums(p, len(indices), device) for p in parts}
         receive_gradients(
             model, list(sums), drawn(batch_size), cotangents, lambda g: sums[g.name].add_(g), room
         )
@@ -282,16 +262,14 @@ class _Part(NamedTuple):
     size: int
 
 
-def _plan(
-    weights: Mapping[str, Tensor], block_size: int, samples: int, memory_budget: int
-) -> list[list[_Part]]:
+def _plan(weights: Mapping[str, Tensor], block_size: int, memory_budget: int) -> list[list[_Part]]:
     """What each pass over the data looks at."""
     capacity = memory_budget - memory_budget // 4
     passes: list[list[_Part]] = []
     room = 0
     for name, weight in weights.items():
         size = min(block_size, weight.numel())
-        each = samples * size * at_least_single(weight).itemsize if samples < size else 8 * size**2
+        each = 8 * size**2
         if each > capacity:
             raise ValueError(
                 f"memory_budget={memory_budget} is too small: one block of {size} weights takes "
@@ -311,28 +289,22 @@ def _plan(
 
 
 class _BlockSums:
-    """Σ_n g_n g_nᵀ of the blocks of a part, or the g_n while these are fewer than B."""
+    """Σ_n g_n g_nᵀ of the blocks of a part."""
 
-    def __init__(self, part: _Part, samples: int, like: Tensor) -> None:
+    def __init__(self, part: _Part, samples: int, device: torch.device) -> None:
         self.part, self.samples = part, samples
-        self.few = samples < part.size
-        rows, dtype = (samples, at_least_single(like)) if self.few else (part.size, torch.float64)
         blocks = -(-(part.stop - part.start) // part.size)
-        self.stored = torch.zeros(blocks, rows, part.size, dtype=dtype, device=like.device)
+        shape = blocks, part.size, part.size
+        self.stored = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add_(self, gradients: Gradients) -> None:
         """Add the gradients of some samples."""
         _, start, stop, size = self.part
-        for chosen, first, entries in gradients.pieces(start, stop, size):
+        for _, first, entries in gradients.pieces(start, stop, size):
             each = _pad(entries, size).unflatten(1, (-1, size)).transpose(0, 1)
+            each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
             begin = (first - start) // size
-            target = self.stored[begin : begin + len(each)]
-            if self.few:
-                rows = gradients.rows[chosen].to(target.device)
-                target.index_copy_(1, rows, each.to(target.dtype))
-            else:
-                each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
-                target.baddbmm_(each.mT, each)
+            self.stored[begin : begin + len(each)].baddbmm_(each.mT, each)
 
     def fisher(self, damping: float, mean: float | None = None) -> BlockFisher:
         """The blocks; the sums are divided in place, so this is the end of them.
@@ -340,10 +312,9 @@ class _BlockSums:
         ``mean`` is the mean square of the tensor's gradients, where the part is not all of it.
         """
         name, start, stop, _ = self.part
-        stored = self.stored.div_(self.samples**0.5 if self.few else self.samples)
+        stored = self.stored.div_(self.samples)
         if mean is None:
-            squares = stored.square() if self.few else stored.diagonal(dim1=1, dim2=2)
-            mean = float(squares.double().sum()) / (stop - start)
+            mean = float(stored.diagonal(dim1=1, dim2=2).sum()) / (stop - start)
         return BlockFisher(name, start, stop, damping * mean, stored)
 
 
@@ -353,28 +324,9 @@ def _pad(values: Tensor, size: int) -> Tensor:
 
 
 def _inverse_cholesky(matrices: Tensor) -> Tensor:
-    """L⁻¹ for symmetric ``[b, k, k]`` = L Lᵀ; not a number where one is not positive definite.
-
-    By halves, so that nearly all of the work is in batched products:
-
-        [A ·]        [L_A    0 ]           [   L_A⁻¹            0  ]
-        [C D]    L = [C L_A⁻ᵀ L_S]   L⁻¹ = [−L_S⁻¹ C A⁻¹     L_S⁻¹ ]   with S = D − C A⁻¹ Cᵀ
-    """
-    size = matrices.shape[-1]
-    if size <= _BASE:
-        factor, failed = torch.linalg.cholesky_ex(matrices)
-        factor = torch.where(failed[:, None, None] > 0, math.nan, factor)
-        identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
-        solved: Tensor = torch.linalg.solve_triangular(
-            factor, identity.expand_as(factor), upper=False
-        )
-        return solved
-    half = size // 2
-    first = _inverse_cholesky(matrices[:, :half, :half])
-    below = torch.bmm(matrices[:, half:, :half], first.mT)
-    rest = _inverse_cholesky(torch.baddbmm(matrices[:, half:, half:], below, below.mT, alpha=-1))
-    inverse = matrices.new_zeros(matrices.shape)
-    inverse[:, :half, :half] = first
-    inverse[:, half:, half:] = rest
-    inverse[:, half:, :half] = torch.bmm(torch.bmm(rest, below), first).neg_()
+    """L⁻¹ for symmetric ``[b, k, k]`` = L Lᵀ; not a number where one is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    factor = torch.where(failed[:, None, None] > 0, math.nan, factor)
+    identity = torch.eye(matrices.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return inverse

@@ -27,7 +27,7 @@ def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
     for estimator in ("mc", "exact"):
         diagonal = ggn_diagonal(*arguments, estimator=estimator)
         yield f"ggn {estimator}", flattened(diagonal)
-    for size in (3, 20):  # as sums, and as gradients kept for Woodbury's identity
+    for size in (3, 20):  # fewer and more than there are samples
         blocks = fisher_blocks(*arguments, block_size=size)
         yield f"blocks of {size}", torch.cat([part.inverse_diagonal() for part in blocks])
     vector = {n: p.detach().cos() for n, p in case.model.named_parameters() if n in case.names}
