@@ -40,10 +40,7 @@ OUTPUT_ESTIMATORS = ("mc", "exact")
 
 
 def fisher_diagonal(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw = ALL,
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw = ALL
 ) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher matrix: the mean squared per-sample gradient.
 
@@ -170,10 +167,7 @@ def _check(estimator: str, estimators: Sequence[str], draws: int) -> None:
 
 
 def sum_squared_batch_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Iterable[Batch],
-    cotangents: Cotangents,
+    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], cotangents: Cotangents
 ) -> dict[str, Tensor]:
     """Σ over batches b and cotangents v of (Σ_{n in b} J_nᵀ v_n)².
 

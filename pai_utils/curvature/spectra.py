@@ -150,7 +150,12 @@ def spectral_density(
         _check_width(width)
     named = operator.parameters
     steps = min(steps, sum(values.numel() for values in named.values()))
-    draw = partial(_rademacher, named, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Vector:
+        signs = partial(torch.randint, 2, generator=generator, dtype=torch.int8)
+        return {n: (2 * signs(p.shape) - 1).to(p) for n, p in named.items()}
+
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
 
     for probe in range(probes):
@@ -247,15 +252,3 @@ def _orthogonalise_(vector: Tensor, basis: Tensor) -> float:
             break
         before = after
     return after
-
-
-def _rademacher(parameters: Vector, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random signs of the parameters' shapes, type and device, drawn on the CPU."""
-    return {
-        name: torch.empty(values.shape, dtype=torch.int8)
-        .random_(0, 2, generator=generator)
-        .to(values)
-        .mul_(2)
-        .sub_(1)
-        for name, values in parameters.items()
-    }

@@ -16,13 +16,7 @@ from pai_utils.curvature.persample import drawn_batches
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.contract import check_labels
-from pai_utils.support.sampling import (
-    Draw,
-    Samples,
-    fitting_batches,
-    paired,
-    sum_over_processes,
-)
+from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
 
 
 def random(
@@ -105,12 +99,7 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
 
 
 def grasp(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw,
-    *,
-    temperature: float = 1.0,
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, temperature: float = 1.0
 ) -> dict[str, Tensor]:
     """Signed w ⊙ Hg, with gradient g and Hessian H of the mean cross-entropy.
 

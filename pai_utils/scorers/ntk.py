@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.persample import drawn_batches
-from pai_utils.support.common import at_least_single, device_of, replica, unknown_name
+from pai_utils.support.common import at_least_single, check_names, device_of, replica
 from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
 
 INPUTS = ("data", "noise")
@@ -52,8 +52,7 @@ def ntk_sap(
         raise ValueError(f"epsilon={epsilon} must be positive and finite")
     if perturbations < 1:
         raise ValueError(f"perturbations={perturbations}: at least one is needed")
-    if inputs not in INPUTS:
-        raise unknown_name("inputs", inputs, INPUTS)
+    check_names("inputs", [inputs], INPUTS)
     device = device_of(model)
     indices = draw.indices(data)
     plain = replica(model)

@@ -57,7 +57,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pai_utils.curvature.calls import Call, Calls
 from pai_utils.curvature.persample import drawn_batches
 from pai_utils.models.encoders import image_shape
-from pai_utils.support.common import at_least_single, device_of, replica, undisturbed, unknown_name
+from pai_utils.support.common import at_least_single, check_names, device_of, replica, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
 
 ESTIMATORS = ("bound", "gated")
@@ -102,12 +102,7 @@ def synflow(
 
 
 def px(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw,
-    *,
-    estimator: str = "bound",
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, estimator: str = "bound"
 ) -> dict[str, Tensor]:
     """w² ∂R/∂(w²) / R, R a bound on the trace of the neural tangent kernel, by paths.
 
@@ -135,8 +130,7 @@ def px(
     Raises:
         ValueError: if ``estimator`` is unknown, or the model calls a function without a rule.
     """
-    if estimator not in ESTIMATORS:
-        raise unknown_name("estimator", estimator, ESTIMATORS)
+    check_names("estimator", [estimator], ESTIMATORS)
     indices = draw.indices(data)
     device = device_of(model)
     shape = _image_shape(model, data, None)

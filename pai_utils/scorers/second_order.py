@@ -32,12 +32,7 @@ from pai_utils.support.sampling import Draw, Samples, batches
 
 
 def fisher_diag(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw,
-    *,
-    damping: float = DAMPING,
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, damping: float = DAMPING
 ) -> dict[str, Tensor]:
     """½ w² (h + λ), h the mean over samples of g², g the gradient with the true label.
 
@@ -100,12 +95,7 @@ def feature_ggn_diag(
 
 
 def hessian_diag(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw,
-    *,
-    damping: float = DAMPING,
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, damping: float = DAMPING
 ) -> dict[str, Tensor]:
     """½ w² (h + λ), h the diagonal of the Hessian of the mean cross-entropy.
 
