@@ -234,7 +234,7 @@ class _Enough(BaseException):
 class _Seen(NamedTuple):
     """Values at one use of a weight in one batch, ``[rows, channels]``."""
 
-    count: int  #: of rows
+    size: int  #: how many rows
     mean: Tensor  #: in float64
     variance: Tensor
     rows: Tensor  #: those that a layer is re-solved on
@@ -446,8 +446,8 @@ class _Run:
             pruned = self._seen(name, values)
         else:
             mean = layouts.mean_row(call)
-            rows = layouts.rows_of(call, self._chosen(name, dense.count))
-            pruned = _Seen(dense.count, mean, torch.zeros_like(mean), rows)
+            rows = layouts.rows_of(call, self._chosen(name, dense.size))
+            pruned = _Seen(dense.size, mean, torch.zeros_like(mean), rows)
         if name not in self.residuals:
             return _Use(dense, dense, pruned)
         mean, rows = self.lost[name]
@@ -497,7 +497,7 @@ def _pooled(uses: Sequence[_Seen]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of all rows of some uses."""
     means = torch.stack([use.mean for use in uses])
     variances = torch.stack([use.variance for use in uses])
-    counts = torch.tensor([use.count for use in uses]).to(means)
+    counts = torch.tensor([use.size for use in uses]).to(means)
     shares = counts / counts.sum()
     mean = torch.tensordot(shares, means, 1)
     variance = torch.tensordot(shares, variances + (means - mean).square(), 1)

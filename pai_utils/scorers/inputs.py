@@ -266,7 +266,7 @@ def _as_plain(x: Tensor, geometry: Geometry, more: int | Sequence[int]) -> tuple
     stride = geometry.stride
     spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *spread)
-    stuffed[(..., *(slice(None, None, s) for s in stride))] = x
+    stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
     ends = zip(geometry.reach, geometry.margins, each_side(more, len(stride)), strict=True)
     margins = tuple((reach - p, reach - p + extra) for reach, (p, _), extra in ends)
     return stuffed, replace(geometry, stride=(1,) * len(stride), margins=margins)
