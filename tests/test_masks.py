@@ -126,13 +126,11 @@ ONES = {"w": torch.ones(4, 4)}
     ("scores", "sparsity", "scope", "message"),
     [
         (ONES, 1.0, "global", r"sparsity=1\.0 must be in \[0, 1\)"),
-        (ONES, -0.1, "global", r"sparsity=-0\.1"),
         (ONES, float("nan"), "layer", "sparsity=nan"),
         (ONES, 0.5, "row", "unknown scope 'row'; choose 'global', 'layer', 'erk' or 'N:M'"),
         (ONES, 0.5, "2:", "unknown scope '2:'"),
         (ONES, 0.7, "2:4", r"sparsity is 0\.5, not 0\.7"),
         (ONES, 0.0, "0:4", "N must be in 1 to M"),
-        (ONES, 0.0, "5:4", "N must be in 1 to M"),
         ({}, 0.5, "global", "no scores"),
         ({"w": torch.ones(4)}, 0.5, "2:4", "1-D 'w'"),
         ({"w": torch.ones(4, 0)}, 0.5, "global", "scores of 'w' are empty"),

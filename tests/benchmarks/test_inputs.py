@@ -2,13 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.inputs import (
-    CONTENDERS,
-    REFERENCES,
-    draw,
-    second_moment,
-    sparsegpt,
-)
+from benchmarks.contenders.inputs import CONTENDERS, REFERENCES, draw, second_moment, sparsegpt
 from pai_utils.repair.least_squares import solve_layer
 from tests.cases import relative_error
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.measuring import memory_level, peak_memory
-from benchmarks.problems import LAYOUTS
 from benchmarks.work import forward_gflop, unit_gflop
 from tests.benchmarks.fakes import tiny
 
@@ -27,18 +26,3 @@ def test_the_count_of_the_unit_is_that_of_its_operations_without_the_images_grad
     convolution, linear = 4 * 8 * 256 * 27 * 2, 4 * 2048 * 5 * 2
     assert forward_gflop(problem.model, problem.images) * 1e9 == convolution + linear
     assert unit_gflop(problem) * 1e9 == pytest.approx(2 * convolution + 3 * linear)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_changes_neither_values_nor_the_other_layouts(layout: str) -> None:
-    problem = tiny(4)
-    other = problem.in_layout(layout)
-    assert other.model is not problem.model
-    torch.testing.assert_close(other.loss, problem.loss)
-    assert problem.images.is_contiguous()
-    assert all(p.is_contiguous() for p in problem.parameters.values())
-
-
-def test_an_unknown_layout_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown layout 'strided'.*channels-last images"):
-        tiny(2).in_layout("strided")

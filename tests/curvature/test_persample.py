@@ -8,15 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from pai_utils.curvature import persample
 from pai_utils.curvature.persample import sum_squared_gradients
 from pai_utils.support.common import undisturbed
-from tests.cases import (
-    Case,
-    Images,
-    Layers,
-    build,
-    fingerprint,
-    largest_error,
-    logits_of,
-)
+from tests.cases import Case, Images, Layers, build, fingerprint, largest_error, logits_of
 
 
 def squares(case: Case, cotangents: Tensor, batch_size: int) -> dict[str, Tensor]:

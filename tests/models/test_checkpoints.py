@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from pai_utils.data.images import ImageTransform
-from pai_utils.models.checkpoints import (
-    check_digest,
-    obtain_weights,
-    read_checkpoint,
-    weights_root,
-)
+from pai_utils.models.checkpoints import check_digest, obtain_weights, read_checkpoint, weights_root
 from pai_utils.models.encoders import Backbone
 from pai_utils.models.loading import load_backbone
 from pai_utils.models.published import PRESETS

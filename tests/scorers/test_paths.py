@@ -50,10 +50,7 @@ def mlp() -> nn.Sequential:
 def convolutional() -> nn.Sequential:
     """Grouped at the end, so that the logits do not share all paths."""
     return seeded(
-        lambda: nn.Conv2d(3, 2, 2),
-        nn.ReLU,
-        lambda: nn.Conv2d(2, 4, 2, groups=2),
-        nn.Flatten,
+        lambda: nn.Conv2d(3, 2, 2), nn.ReLU, lambda: nn.Conv2d(2, 4, 2, groups=2), nn.Flatten
     )
 
 

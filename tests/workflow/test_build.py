@@ -180,9 +180,7 @@ def test_full_disk_fails_a_cell_and_nothing_half_written_is_read(
     assert set(Project(kept).marks()) == {"first"}
 
 
-def test_cells_are_spread_over_the_gpus_of_a_computer(
-    new_project: Callable[..., Project],
-) -> None:
+def test_cells_are_spread_over_the_gpus_of_a_computer(new_project: Callable[..., Project]) -> None:
     cells = {f"cell{index}": {"seconds": 2} for index in range(4)}
     project = new_project(cells)
     project.give_gpus(2)

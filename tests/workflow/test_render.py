@@ -45,9 +45,7 @@ def test_a_draft_keeps_the_dates_of_sources_and_shows_the_readers_copies(sources
 
 @pytest.mark.engine
 @pytest.mark.xdist_group("engine")
-def test_draft_renders_what_changed_and_repeats_a_warning_until_it_is_mended(
-    sources: Path,
-) -> None:
+def test_draft_renders_what_changed_and_repeats_a_warning_until_it_is_mended(sources: Path) -> None:
     contents = "format: jb-book\nroot: book/index\nchapters: [{file: book/one}, {file: book/two}]\n"
     (sources / "_toc.yml").write_text(contents)
     one, two = (sources / "book" / f"{name}.md" for name in ("one", "two"))
