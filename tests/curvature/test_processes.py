@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -18,7 +17,6 @@ from pai_utils.support.sampling import Draw
 from tests.cases import Case, build, flattened, relative_error
 
 SAMPLES = [7, 1]  # 1: fewer than processes
-pytestmark = pytest.mark.xdist_group("processes")  # which start once
 
 
 def _results(case: Case, samples: int) -> Iterator[tuple[str, Tensor]]:
@@ -52,18 +50,12 @@ def _run(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    spawn(_run, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("samples", SAMPLES)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_give_what_one_gives(folder: Path, samples: int, rank: int) -> None:
-    alone = dict(_results(build("conv"), samples))
-    found = torch.load(folder / f"{samples}-{rank}", weights_only=True)
-    assert list(found) == list(alone)
-    for name, expected in alone.items():
-        assert relative_error(found[name], expected) <= 1e-8, name
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    spawn(_run, (str(tmp_path),), nprocs=2)
+    for samples in SAMPLES:
+        alone = dict(_results(build("conv"), samples))
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{samples}-{rank}", weights_only=True)
+            assert list(found) == list(alone)
+            for name, expected in alone.items():
+                assert relative_error(found[name], expected) <= 1e-8, name

@@ -78,15 +78,6 @@ def test_masks_are_kept_at_the_compared_sparsity_alone_and_layers_at_all() -> No
     assert lost.to_numpy().tolist() == [[0.5, 1, 1], [0.75, 1, 1]]
 
 
-def test_costs_are_means_over_runs_in_the_given_unit() -> None:
-    atlas = collected(
-        step(A, seconds=2), step(A, source="second", seconds=4), step(A, sparsity=0.7, seconds=2)
-    )
-    costs = atlas.costs(unit=2.0)
-    assert costs.seconds.tolist() == [3.0]
-    assert costs.fb.tolist() == [1.5]
-
-
 def test_the_atlas_follows_a_sweep() -> None:
     suite = tiny_suite(digits=tiny_task("digits", classes=2), photos=tiny_task("photos"))
     config = study.Parameters(

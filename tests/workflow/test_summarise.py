@@ -9,7 +9,6 @@ from summarise import (
     explorer,
     gains,
     levers,
-    reach,
     repaired,
     runs,
     summarise,
@@ -123,29 +122,6 @@ def test_what_to_use_is_the_best_of_all_that_was_measured(results: Path) -> None
         ("ViT-S/14", 0.3): "snip",
         ("ViT-S/14", 0.5): "ggn_diag",
     }
-
-
-def test_the_reach_of_a_model_is_its_error_on_own_and_held_out_tasks(tmp_path: Path) -> None:
-    models = "taylor ggn tensors blocks diagonal"
-    rows = [
-        [0.2, step, "a", target, step * k, step * 2 * k, step * 1.25 * k, 9, 9, -step * k]
-        for step in (0.5, 1.0)
-        for k, target in ((1, "a"), (2, "b"), (3, "b"), (4, "c"))
-    ]
-    write(
-        tmp_path / "landscape" / f"landscape_analysis-{ENCODER}",
-        "losses",
-        f"sparsity fraction source target measured {models}",
-        rows,
-    )
-    found = {(row["task"], row["step"]): row for row in reach(tmp_path).to_dict("records")}
-    assert set(found) == {(task, step) for task in ("own", "held-out") for step in (0.5, 1.0)}
-    full = found["held-out", 1.0]
-    assert (full["measured"], full["cells"]) == ("3", 3)
-    assert full["½ δᵀGδ"] == "3.8 (100%)"
-    assert full["gᵀδ + ½ δᵀHδ"] == "6 (0%)"
-    assert full["½ δᵀ diag(G) δ"] == "-3 (0%)"
-    assert found["own", 1.0]["measured"] == "1"
 
 
 def test_the_explorer_takes_the_range_over_seeds_from_the_atlas(results: Path) -> None:
