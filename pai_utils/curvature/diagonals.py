@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
+from pai_utils.curvature.products import gradients
 from pai_utils.support.common import check_names, device_of, undisturbed
 from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import (
@@ -180,12 +181,9 @@ def sum_squared_batch_gradients(
         with torch.enable_grad():
             logits = model(paired(images))[: len(images)]
         for cotangent in cotangents(logits.detach(), labels, rows):
-            gradients = torch.autograd.grad(
-                logits, list(weights.values()), cotangent, retain_graph=True, allow_unused=True
-            )
-            for total, gradient in zip(totals.values(), gradients, strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient, gradient)
+            parts = gradients([logits], weights.values(), [cotangent], keep=True)
+            for total, part in zip(totals.values(), parts, strict=True):
+                total.addcmul_(part, part)
     return totals
 
 

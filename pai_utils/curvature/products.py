@@ -207,10 +207,10 @@ class CurvatureOperator(ABC):
             loss = share * self.loss(logits, paired(labels))
             graphs = _Graphs(loss.detach(), logits, paired(labels), share)
             if "gradient" in self._differentiated:
-                graphs.gradient = _backward([loss], inputs, create_graph=True)
+                graphs.gradient = gradients([loss], inputs, create_graph=True)
             if "tangent" in self._differentiated:
                 graphs.u = torch.zeros_like(logits, requires_grad=True)
-                graphs.pulled = _backward([logits], inputs, [graphs.u], create_graph=True)
+                graphs.pulled = gradients([logits], inputs, [graphs.u], create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in self._originals.values()}
         size = sum(count for pointer, count in storages.items() if pointer not in own)
         if self.kept_bytes + size <= self._memory:
@@ -253,7 +253,7 @@ class _Graphs:
     def tangent(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Jv less its mean under p, and the loss's Hessian at the logits times it, ``[B, C]``."""
         assert self.u is not None
-        (tangent,) = _backward(self.pulled, [self.u], parts, keep=True)
+        (tangent,) = gradients(self.pulled, [self.u], parts, keep=True)
         p = self.logits.detach().softmax(1)
         # Centred first: the difference of E t² and (E t)² loses digits when all logits move alike.
         centred = tangent - (p * tangent).sum(1, keepdim=True)
@@ -292,7 +292,7 @@ class HessianOperator(CurvatureOperator):
         return self._sum(lambda graphs, keep: graphs.gradient, self._weights)
 
     def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Sequence[Tensor]:
-        return _backward(graphs.gradient, self._weights.values(), parts, keep=keep)
+        return gradients(graphs.gradient, self._weights.values(), parts, keep=keep)
 
 
 class GGNOperator(CurvatureOperator):
@@ -307,7 +307,7 @@ class GGNOperator(CurvatureOperator):
 
     def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Sequence[Tensor]:
         _, image = graphs.tangent(parts)
-        return _backward([graphs.logits], self._weights.values(), [image], keep=keep)
+        return gradients([graphs.logits], self._weights.values(), [image], keep=keep)
 
 
 class _Expansion(HessianOperator):
@@ -386,7 +386,7 @@ def directional_terms(
     return found
 
 
-def _backward(
+def gradients(
     outputs: Sequence[Tensor],
     inputs: Iterable[Tensor],
     vectors: Sequence[Tensor | None] = (None,),

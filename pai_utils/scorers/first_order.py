@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.persample import drawn_batches
-from pai_utils.curvature.products import HessianOperator
+from pai_utils.curvature.products import HessianOperator, gradients
 from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.contract import check_labels
 from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
@@ -82,20 +82,17 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
                 check_labels(labels, logits.shape[1])
                 mean = F.cross_entropy(logits, paired(labels))
                 loss = mean * (len(images) / len(indices))
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(
-                    loss, list(weights.values()), allow_unused=True, materialize_grads=True
-                )
-                for total, part in zip(totals.values(), gradients, strict=True):
-                    total += part
+            parts = gradients([loss], weights.values())
+            for total, part in zip(totals.values(), parts, strict=True):
+                total += part
         return totals
 
     with undisturbed(model):
         model.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_()
-        gradients = sum_over_processes(fitting_batches(gradient, draw.batch_size))
-    return {name: g.mul_(weights[name].detach()).abs_() for name, g in gradients.items()}
+        found = sum_over_processes(fitting_batches(gradient, draw.batch_size))
+    return {name: g.mul_(weights[name].detach()).abs_() for name, g in found.items()}
 
 
 def grasp(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pai_utils.curvature.persample import drawn_batches
+from pai_utils.curvature.products import gradients
 from pai_utils.support.common import at_least_single, check_names, device_of, replica
 from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
 
@@ -75,13 +76,9 @@ def ntk_sap(
                 with torch.enable_grad():
                     change = (plain(pair) - other(pair)).square().sum()
                     change = change * (len(images) / len(pair))
-                if not change.requires_grad:
-                    continue
-                gradients = torch.autograd.grad(
-                    change, leaves, allow_unused=True, materialize_grads=True
-                )
+                found = gradients([change], leaves)
                 # Both networks are masked: ∂/∂m = θ ∂/∂θ + (θ + Δθ) ∂/∂(θ + Δθ).
-                for name, leaf, gradient in zip([*weights, *moved], leaves, gradients, strict=True):
+                for name, leaf, gradient in zip([*weights, *moved], leaves, found, strict=True):
                     totals[name].addcmul_(leaf.detach(), gradient)
         return totals
 

@@ -56,6 +56,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pai_utils.curvature.calls import Call, Calls
 from pai_utils.curvature.persample import drawn_batches
+from pai_utils.curvature.products import gradients
 from pai_utils.models.encoders import image_shape
 from pai_utils.support.common import at_least_single, check_names, device_of, replica, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
@@ -182,12 +183,8 @@ def _flow(
     """Gradients of R = Σ logits · cotangent by name, and R itself under the name ""."""
     with torch.enable_grad():
         whole = (network(images, factors) * cotangent).sum()
-    flow = {name: torch.zeros_like(w) for name, w in network.weights.items()}
-    if whole.requires_grad:
-        weights = list(network.weights.values())
-        gradients = torch.autograd.grad(whole, weights, allow_unused=True, materialize_grads=True)
-        flow = dict(zip(network.weights, gradients, strict=True))
-    return {**flow, "": whole.detach()}
+    flow = gradients([whole], network.weights.values())
+    return {**dict(zip(network.weights, flow, strict=True)), "": whole.detach()}
 
 
 def _shares(model: nn.Module, network: _Network, flow: dict[str, Tensor]) -> dict[str, Tensor]:
