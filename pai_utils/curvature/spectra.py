@@ -58,7 +58,6 @@ class SpectralDensity:
 
     def smoothed(self, width: float) -> SpectralDensity:
         """The same quadrature with another kernel, such as a common one for several matrices."""
-        _check_width(width)
         return _smoothed(self.nodes, self.weights, width)
 
 
@@ -179,6 +178,7 @@ def _check_width(width: float) -> None:
 
 
 def _smoothed(nodes: Tensor, weights: Tensor, width: float) -> SpectralDensity:
+    _check_width(width)
     low, high = float(nodes.min()), float(nodes.max())
     # A step of a quarter of the width makes the trapezoidal rule exact to rounding, and less than
     # 1e-15 of a Gaussian lies beyond eight widths.

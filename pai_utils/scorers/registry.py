@@ -161,9 +161,8 @@ def score(
 ) -> Scores:
     """Score every prunable weight of ``model``; higher means keep.
 
-    Inside ``torch.autocast`` gradients, and so the Fisher's and Gauss-Newton's diagonals and
-    blocks, are computed in that precision and summed at least in float32; Hessian products
-    (``grasp``) keep the model's own. Under ``torchrun``, with
+    Inside ``torch.autocast`` gradients are computed in that precision and summed at least in
+    float32; Hessian products (``grasp``) keep the model's own. Under ``torchrun``, with
     ``torch.distributed`` initialised, each process takes its share of the samples and all get the
     same scores.
 

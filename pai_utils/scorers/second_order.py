@@ -104,10 +104,8 @@ def hessian_diag(
     (:func:`~pai_utils.curvature.diagonals.is_piecewise_linear`). There the diagonal is that of the
     Gauss-Newton matrix, exactly, with one backward a class.
 
-    Elsewhere the diagonal has no exact form of that cost. Hutchinson's estimate of it, the mean of
-    v ⊙ Hv over random signs v, has the variance of H's other entries: on a vision transformer, one
-    probe's standard error was two hundred times the spread of the scores, so that tens of thousands
-    of products would be needed.
+    Elsewhere the diagonal has no exact form of that cost, and its estimates from random signs have
+    the variance of H's other entries: hundreds of times the spread of the scores.
 
     Source: LeCun, Denker & Solla (1990), "Optimal brain damage", whose recursion from layer to
     layer drops the Hessian's other entries on the way.
