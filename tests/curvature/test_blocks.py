@@ -83,6 +83,11 @@ def test_saliency_equals_the_dense_inverse(case: Case, block_size: int) -> None:
         assert relative_error(found[name], expected) <= 1e-10, name
 
 
+# One network for each way to get a sample's gradients: by its layer, and by a backward of its own.
+some = pytest.mark.parametrize("case", ["conv", "fused attention", "shared weight"], indirect=True)
+
+
+@some
 @pytest.mark.parametrize("block_size", [7, 16])
 def test_a_small_budget_takes_more_passes_and_gives_the_same(
     case: Case, block_size: int, caplog: pytest.LogCaptureFixture
@@ -180,6 +185,7 @@ def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
             assert relative_error(found[name], expected.flatten()) <= 1e-12
 
 
+@some
 def test_the_model_is_as_it_was_whenever_the_caller_has_control(case: Case) -> None:
     first = next(iter(case.model.parameters()))
     first.grad = torch.ones_like(first)

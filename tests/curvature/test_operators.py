@@ -93,6 +93,7 @@ def test_the_gradient_shares_its_graphs_with_the_products(case: Case, memory: in
 
 
 @kinds
+@pytest.mark.parametrize("case", ["eval BatchNorm", "fused attention", "windows"], indirect=True)
 def test_products_on_kept_and_on_rebuilt_graphs_are_the_same(
     kind: type[CurvatureOperator], case: Case
 ) -> None:

@@ -251,22 +251,11 @@ def test_a_batch_is_its_items(indices: Any, dataset: ImageDataset) -> None:
         assert int(labels[row]) == label
 
 
-def test_pixels_are_moved_to_a_device_once_and_normalised_there(
-    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_is_normalised_on_the_device_asked_for(dataset: ImageDataset) -> None:
     # The device "meta" has shapes and no values; any other than the CPU is treated like it.
-    device = torch.device("meta")
-    images, labels = dataset.batch([3, 1], device)
+    images, labels = dataset.batch([3, 1], torch.device("meta"))
     assert images.device.type == labels.device.type == "meta"
     assert images.dtype == torch.float32
-    copy = dataset._pixels(device)
-    assert copy.dtype == torch.uint8
-    assert dataset._pixels(device) is copy
-    dataset.images = dataset.images.clone()
-    assert dataset._pixels(device) is not copy
-    # Pixels that would fill a GPU stay, and are moved by batches.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (dataset.images.nbytes, 0))
-    assert dataset._pixels(torch.device("cuda")) is dataset.images
 
 
 def test_a_subset_keeps_items_in_the_order_asked(dataset: ImageDataset) -> None:
