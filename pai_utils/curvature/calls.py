@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from ast import literal_eval
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -187,3 +187,16 @@ class Calls(TorchFunctionMode):
         if handler is None:
             return func(*args, **kwargs or {})
         return handler(Call(func, args, kwargs or {}))
+
+
+def watching(
+    weights: Mapping[str, Tensor], functions: Iterable[Any], visit: Callable[[str, Call], Any]
+) -> Calls:
+    """An observer that has ``visit`` make each call of the functions that takes a named weight."""
+    names = {id(weight): name for name, weight in weights.items()}
+
+    def handle(call: Call) -> Any:
+        name = names.get(id(call["weight"]))
+        return call.run() if name is None else visit(name, call)
+
+    return Calls(dict.fromkeys(functions, handle))

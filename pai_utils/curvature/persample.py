@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pai_utils.curvature.calls import Call, Calls, Geometry
+from pai_utils.curvature.calls import Call, Geometry, watching
 from pai_utils.support.common import at_least_single, logger, progress
 from pai_utils.support.sampling import Samples, batches, paired, share_of_work
 
@@ -282,7 +282,7 @@ class _Pass:
         images = batch[0]
         for weight in weights.values():
             weight.requires_grad_()
-        logits, observer = self.observe(weights, batch)
+        logits, found = self.observe(weights, batch)
         self.model.requires_grad_(False)
         generic = _reached(logits, weights)
         chosen = len(images) // 2
@@ -292,10 +292,10 @@ class _Pass:
             _, again = self.observe(weights, (two, *batch[1:]))
         generic |= {
             name
-            for name, inputs in observer.inputs.items()
-            if inputs and not _grouped_by_sample(inputs, again.inputs[name], len(images))
+            for name, inputs in found.items()
+            if inputs and not _grouped_by_sample(inputs, again[name], len(images))
         }
-        del observer  # and with it the layers' inputs
+        found.clear()  # the layers' inputs
         if generic:
             logger.info(
                 "per-sample gradients of %s take one backward a sample: the weight is shared, "
@@ -308,17 +308,43 @@ class _Pass:
 
     def observe(
         self, weights: Mapping[str, nn.Parameter], batch: Batch
-    ) -> tuple[Tensor, _Observer]:
-        """Logits of a batch, whose backward pass will hand on the gradients."""
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Logits of a batch, whose backward pass will hand on the gradients; and layers' inputs."""
+        images, _, rows = batch
+        inputs: dict[str, list[Tensor]] = {name: [] for name in weights}
 
-        def made(name: str, inputs: Tensor, geometry: Geometry | None, gradient: Tensor) -> None:
-            inputs, gradient = (x.unflatten(0, (len(batch[2]), -1)) for x in (inputs, gradient))
-            self.receive(Gradients(name, batch[2], gradient, inputs, geometry, self.room))
+        def visit(name: str, call: Call) -> Any:
+            layer_input, linear = call["input"].detach(), call.function is F.linear
+            if layer_input.dim() < 2 if linear else layer_input.dim() != 4:
+                return call.run()
+            inputs[name].append(layer_input)
+            geometry = None if linear else Geometry.of(call)
+            output = call.run(weight=call["weight"].detach())
+            if not torch.is_grad_enabled():
+                return output
+            version = layer_input._version
+            if not output.requires_grad:
+                # The first weight of the network: the graph starts here, not at the image. The copy
+                # lets an in-place activation follow, which a leaf would refuse.
+                output = output.requires_grad_().clone()
 
-        observer = _Observer(weights, made)
-        with observer:
-            logits = self.model(batch[0])
-        return logits, observer
+            def hook(gradient: Tensor) -> None:
+                if layer_input._version != version:
+                    raise RuntimeError(
+                        f"the input of the layer with weight {name!r} was modified in place after "
+                        "the layer used it, so that its gradient cannot be formed; use the "
+                        "out-of-place operation there"
+                    )
+                both = (gradient.detach(), layer_input)
+                each, given = (values.unflatten(0, (len(rows), -1)) for values in both)
+                self.receive(Gradients(name, rows, each, given, geometry, self.room))
+
+            output.register_hook(hook)
+            return output
+
+        with watching(weights, (F.linear, F.conv2d), visit):
+            logits = self.model(images)
+        return logits, inputs
 
     def pull_back(self, logits: Tensor, batch: Batch) -> None:
         """One backward a cotangent; the last one frees the graph."""
@@ -356,51 +382,6 @@ class _Pass:
                     hand_on()
         if kept:
             hand_on()
-
-
-class _Observer(Calls):
-    """Cut observed calls' weights off from autograd, and keep their layers' ``inputs``.
-
-    ``receive`` is handed what the gradients are made of, during the backward pass.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        receive: Callable[[str, Tensor, Geometry | None, Tensor], None],
-    ) -> None:
-        super().__init__({F.linear: self._observe, F.conv2d: self._observe})
-        self.names = {id(weight): name for name, weight in weights.items()}
-        self.inputs: dict[str, list[Tensor]] = {name: [] for name in weights}
-        self.receive = receive
-
-    def _observe(self, call: Call) -> Any:
-        name, layer_input = self.names.get(id(call["weight"])), call["input"].detach()
-        linear = call.function is F.linear
-        if name is None or (layer_input.dim() < 2 if linear else layer_input.dim() != 4):
-            return call.run()
-        geometry = None if linear else Geometry.of(call)
-        output = call.run(weight=call["weight"].detach())
-        self.inputs[name].append(layer_input)
-        if not torch.is_grad_enabled():
-            return output
-        receive, version = self.receive, layer_input._version
-        if not output.requires_grad:
-            # The first weight of the network: the graph starts here, not at the image. The copy
-            # lets an in-place activation follow, which a leaf would refuse.
-            output = output.requires_grad_().clone()
-
-        def hook(gradient: Tensor) -> None:
-            if layer_input._version != version:
-                raise RuntimeError(
-                    f"the input of the layer with weight {name!r} was modified in place after "
-                    "the layer used it, so that its gradient cannot be formed; use the "
-                    "out-of-place operation there"
-                )
-            receive(name, layer_input, geometry, gradient.detach())
-
-        output.register_hook(hook)
-        return output
 
 
 def _grouped_by_sample(inputs: list[Tensor], again: list[Tensor], count: int) -> bool:

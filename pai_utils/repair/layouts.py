@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pai_utils.curvature import calls
 from pai_utils.curvature.calls import Call, Calls, Geometry
 
 NORMS = (F.batch_norm, F.layer_norm)
@@ -19,18 +20,9 @@ _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def watching(model: nn.Module, names: Sequence[str], visit: Callable[[str, Call], Tensor]) -> Calls:
-    """An observer that has ``visit`` make each call that takes one of the named weights.
-
-    Of layers, and of normalisations over channels if the weight has one dimension.
-    """
-    wanted = {id(model.get_parameter(name)): name for name in names}
-
-    def handle(call: Call) -> Tensor:
-        name = wanted.get(id(call["weight"]))
-        output: Tensor = call.run() if name is None else visit(name, call)
-        return output
-
-    return Calls(dict.fromkeys((*_LAYERS, *NORMS), handle))
+    """As of calls; of layers, and of normalisations over channels if a weight has one dimension."""
+    weights = {name: model.get_parameter(name) for name in names}
+    return calls.watching(weights, (*_LAYERS, *NORMS), visit)
 
 
 def channel_axis(call: Call) -> int:
