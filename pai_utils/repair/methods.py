@@ -236,7 +236,7 @@ class _Seen(NamedTuple):
 
     size: int  #: how many rows
     mean: Tensor  #: in float64
-    variance: Tensor
+    variance: Tensor  #: zero where it does not matter
     rows: Tensor  #: those that a layer is re-solved on
 
 
@@ -335,6 +335,9 @@ class _Run:
     def _solves(self, name: str) -> bool:
         return "layerwise" in self.repair.parts and name in self.mask
 
+    def _shifts(self, name: str) -> bool:
+        return self._moments and self.places[name].biases != {None}
+
     def record(self, name: str, call: Call) -> Tensor:
         """Keep what the dense network gives at one place."""
         output: Tensor = call.run()
@@ -347,11 +350,13 @@ class _Run:
         values = layouts.channels_last(output, layouts.channel_axis(call))
         if bias is None and call["bias"] is not None:
             values = values - call["bias"]  # which the model computes, and no repair changes
-        place.outputs.setdefault(self.batch, []).append(self._seen(name, values))
+        place.outputs.setdefault(self.batch, []).append(self._seen(name, values, spread=norm))
         return output
 
-    def _seen(self, name: str, values: Tensor) -> _Seen:
-        variance, mean = torch.var_mean(values.double(), 0, correction=0)
+    def _seen(self, name: str, values: Tensor, *, spread: bool = False) -> _Seen:
+        exact = values.double()
+        mean = exact.mean(0)
+        variance = exact.var(0, correction=0) if spread else torch.zeros_like(mean)
         return _Seen(len(values), mean, variance, values[self._chosen(name, len(values))])
 
     def _chosen(self, name: str, count: int) -> Tensor:
@@ -394,7 +399,7 @@ class _Run:
             name: place
             for name, place in self.places.items()
             if name not in torn
-            if place.norm or self._solves(name) or (self._moments and place.biases != {None})
+            if place.norm or self._solves(name) or self._shifts(name)
         }
         parts = "+".join(part for part in self.repair.parts if part != "obs")
         texts = {
@@ -443,9 +448,9 @@ class _Run:
     def _use(self, name: str, call: Call, dense: _Seen) -> _Use:
         if self.places[name].norm:
             values = layouts.channels_last(call.run(), layouts.channel_axis(call))
-            pruned = self._seen(name, values)
+            pruned = self._seen(name, values, spread=True)
         else:
-            mean = layouts.mean_row(call)
+            mean = layouts.mean_row(call) if self._shifts(name) else torch.zeros(())
             rows = layouts.rows_of(call, self._chosen(name, dense.size))
             pruned = _Seen(dense.size, mean, torch.zeros_like(mean), rows)
         if name not in self.residuals:
@@ -478,7 +483,7 @@ class _Run:
             weight.copy_(solved.reshape(weight.shape))
             if biased:
                 call["bias"].copy_(bias)
-        if self._moments and biased:  # the mean over all rows
+        if self._shifts(name):  # the mean over all rows
             (mean, _), (inputs, _) = _pooled(wanted), _pooled(pruned)
             matrices = layouts.by_group(weight, len(inputs)).double()
             call["bias"].copy_(mean - torch.bmm(matrices, inputs[:, :, None]).flatten())
