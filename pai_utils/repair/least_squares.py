@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from pai_utils.curvature.persample import chunk_bytes
 
 
 def solve_layer(
@@ -37,39 +40,58 @@ def solve_layer(
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     start = original.double()
     right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
-    groupwise = zip(gram, right, keep.bool().cpu(), strict=True)
-    solved = torch.stack([_solve_group(*group) for group in groupwise])
+    solved = _solve(gram, right, keep.bool().to(gram.device))
     bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]
     return solved, bias.flatten()
 
 
-def _solve_group(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
-    """The systems of a group's outputs: ``[K, K]``, ``[M, K]`` and ``[M, K]`` to ``[M, K]``.
+def _solve(gram: Tensor, right: Tensor, keep: Tensor) -> Tensor:
+    """The systems of all outputs: ``[groups, K, K]`` and twice ``[groups, M, K]`` to the last.
 
     The unknowns are the surviving weights of one output. Where few of them are gone, the inverse
     of the whole matrix tells what their loss costs the others, from a system of as many unknowns
     as are gone.
     """
-    size = len(gram)
-    left = keep.sum(1).double()
+    size = keep.shape[2]
+    left = keep.sum(2).double()
     saved = (left**3 - (size - left) ** 3).clamp(min=0) / 3  # operations
-    inverse = whole = None
-    if saved.sum() > size**3:  # about what the inverse takes, for all outputs together
+    few_gone = (saved > 0) & (saved.sum(1, keepdim=True) > size**3)  # what the inverse takes
+    few_gone = few_gone[:, :, None]
+    solved = _solve_parts(gram, right, keep & ~few_gone)
+    if few_gone.any():
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        whole = right @ inverse  # [M, K], with no weight gone
-    solved = torch.zeros_like(right)
-    for output, alive in enumerate(keep):
-        if inverse is not None and whole is not None and saved[output] > 0:
-            gone = (~alive).nonzero()[:, 0].to(gram.device)
-            lost = _solve_part(inverse, whole[output], gone)
-            solved[output] = (whole[output] - lost @ inverse[gone]).index_fill(0, gone, 0)
-        else:
-            chosen = alive.nonzero()[:, 0].to(gram.device)
-            solved[output, chosen] = _solve_part(gram, right[output], chosen)
+        whole = right @ inverse  # with no weight gone
+        lost = _solve_parts(inverse, whole, ~keep & few_gone)
+        solved = torch.where(few_gone, (whole - lost @ inverse) * keep, solved)
     return solved
 
 
-def _solve_part(matrix: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
-    """The system of the chosen rows and columns alone."""
-    factor = torch.linalg.cholesky(matrix[chosen[:, None], chosen])
-    return torch.cholesky_solve(right[chosen, None], factor)[:, 0]
+def _solve_parts(matrices: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
+    """For each output, the system of its chosen unknowns alone; zero for the others.
+
+    Systems of about one size are solved together, filled up with equations x = 0.
+    """
+    # One more unknown, whose row is zero, to fill up with.
+    matrices, right = F.pad(matrices, (0, 1, 0, 1)), F.pad(right, (0, 1))
+    solved, last = torch.zeros_like(right), right.shape[2] - 1
+    entries, most_bytes = matrices.flatten(), chunk_bytes(right.device)
+    counts = chosen.sum(2).flatten().cpu()
+    order = counts.argsort()[int((counts == 0).sum()) :]
+    while len(order):
+        # As many as fit beside their factors, by the size of the largest.
+        fitting = torch.arange(1, len(order) + 1) * counts[order] ** 2 * 24 <= most_bytes
+        some, order = order.tensor_split([max(1, int(fitting.sum()))])
+        most, some = int(counts[some[-1]]), some.to(right.device)
+        group, output = some // chosen.shape[1], some % chosen.shape[1]
+        keep = chosen[group, output]
+        unknowns = keep.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        filled = ~keep.gather(1, unknowns)
+        unknowns.masked_fill_(filled, last)
+        rows = group[:, None] * (last + 1) + unknowns
+        systems = entries[rows[:, :, None] * (last + 1) + unknowns[:, None]]
+        systems.diagonal(dim1=1, dim2=2).add_(filled)
+        values = right[group[:, None], output[:, None], unknowns]
+        factors = torch.linalg.cholesky(systems)
+        found = torch.cholesky_solve(values[..., None], factors)[..., 0]
+        solved[group[:, None], output[:, None], unknowns] = found
+    return solved[:, :, :last]
