@@ -15,7 +15,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
   --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help env book draft plan test lint unit notebooks smoke check-book cluster cluster-test bench results \
+.PHONY: help env book draft plan test lint unit notebooks smoke check-book cluster cluster-test bench gpu results \
   lock clean
 
 help:
@@ -91,6 +91,9 @@ bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diag
 	$(BENCH_PY) -m benchmarks.repairs
 	$(BENCH_PY) -m benchmarks.landscape
 	$(PY) -m benchmarks.engine
+
+gpu: $(BENCH_READY) ## check and time everything on a GPU; GPU="--device cpu" runs it small without one
+	$(BENCH_PY) -m benchmarks.gpu $(GPU)
 
 # An environment of its own: the other packages are for comparison, and nothing else needs them.
 $(BENCH_READY): $(READY) requirements-bench.lock

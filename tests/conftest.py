@@ -8,6 +8,12 @@ import torch
 from tests.cases import CASES, Case
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``cuda`` say that they were skipped where there is no GPU."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

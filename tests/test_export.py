@@ -268,7 +268,7 @@ def test_sparse_weights_need_the_pattern_zeros_a_device_and_a_type() -> None:
         to_semi_structured(model, half)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sparse_weights_give_the_same_logits(dtype: torch.dtype) -> None:
     model = nn.Sequential(*wide(), nn.Linear(64, 5)).to("cuda", dtype).eval()

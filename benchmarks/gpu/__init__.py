@@ -1,0 +1,1 @@
+"""Everything that a GPU must get right, and how fast: one command, `python -m benchmarks.gpu`."""
