@@ -1,7 +1,7 @@
 """Which architectures the library takes: one small member of each of timm's families, all the way.
 
 ``python -m benchmarks.families`` writes the table and its record to
-``results/benchmarks/families``, in about ten minutes. The families are the modules of timm with
+``results/benchmarks/families``, in about half an hour. The families are the modules of timm with
 most published weights and a small model; the member is the one with fewest parameters, at random
 weights and the fewest pixels that it takes. Nothing is fetched.
 """
@@ -102,7 +102,8 @@ def all_the_way(module: str, member: str) -> Mapping[str, object]:
         tried(row, scorer, partial(finite, scorer))
 
     def prune() -> pai.Pruned:
-        return pai.prune(model, task.train, "magnitude", SPARSITY, repair="moments", **how)
+        repair = "layerwise+moments"
+        return pai.prune(model, task.train, "magnitude", SPARSITY, repair=repair, **how)
 
     pruned = tried(row, "repair", prune)
     if pruned is not None:
@@ -124,7 +125,13 @@ def _take_home(
             with torch.no_grad():
                 assert torch.equal(pai.load_classifier(path)(images), model(images))
 
+        def onnx() -> None:
+            path = Path(folder) / "pruned.onnx"
+            pai.export.export_onnx(model, path)
+            pai.export.check_onnx(model, path, images)
+
         tried(row, "compressed", compressed)
+        tried(row, "onnx", onnx)
 
 
 def main() -> None:
@@ -140,7 +147,7 @@ def main() -> None:
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """One row a family, with the steps that fail and the first reason why."""
-    steps = ["load", "ggn_diag", "snip", "synflow", "repair", "evaluate", "compressed"]
+    steps = ["load", "ggn_diag", "snip", "synflow", "repair", "evaluate", "compressed", "onnx"]
     rows = []
     for _, row in table.iterrows():
         # A step that was not reached is no text.
