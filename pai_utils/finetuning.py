@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
 
@@ -36,6 +36,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
 }
 """The learning rate, over the first, once a share ``done`` of the updates is made."""
+_UNSEEN = 10  # updates between looks at whether all is finite
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,25 @@ class Penalty:
     def pull_(self, parameters: Mapping[str, nn.Parameter], learning_rate: float) -> None:
         """The proximal step: where w and the penalty balance, hence stable at any strength."""
         for name, anchor in self.anchor.items():
-            w, a = parameters[name], anchor.to(parameters[name])
+            w, a, step = (
+                parameters[name],
+                anchor.to(parameters[name]),
+                learning_rate * self.strength,
+            )
             if not w.requires_grad:
                 continue
-            step = learning_rate * self.strength
-            share = torch.as_tensor(step if self.curvature is None else step * self.curvature[name])
-            w.lerp_(a, (share / (1 + share)).to(w))
+            if self.curvature is None:
+                w.lerp_(a, step / (1 + step))
+            else:
+                share = step * self.curvature[name].to(w)
+                w.lerp_(a, share / (1 + share))
+
+    def beside(self, parameters: Mapping[str, nn.Parameter]) -> Penalty:
+        """The same where the parameters are, so that no update moves it there."""
+        anchor = {name: value.to(parameters[name]) for name, value in self.anchor.items()}
+        known = self.curvature
+        curvature = known and {name: known[name].to(value) for name, value in anchor.items()}
+        return replace(self, anchor=anchor, curvature=curvature)
 
 
 @dataclass(frozen=True)
@@ -203,29 +217,34 @@ def finetune(
     stepper = OPTIMISERS[optimiser](trained, learning_rate, **options)
     if penalty is not None:
         penalty.check(model)
+    if isinstance(penalty, Penalty):
+        penalty = penalty.beside(parameters)
     removed = []
     if mask is not None:
         mask.apply_(model)
         removed = [(parameters[n], ~entry.to(parameters[n].device)) for n, entry in mask.items()]
-    on_step = on_step or (lambda _: None)
-    sound = [p.detach().clone() for p in trained]
-    losses: list[float] = []
+    sound, device = [p.detach().clone() for p in trained], device_of(model)
+    losses: list[Tensor] = []
+    watch = _Watch(device, learning_rate)
     with undisturbed(model):
         if isinstance(penalty, FeaturePenalty):
             hold_(cast(Classifier, model).backbone)
-        on_step(0)
+        if on_step:
+            on_step(0)
         try:
-            for images, labels in _updates(data, steps, batch_size, device_of(model), seed):
+            for step, (images, labels) in enumerate(
+                _updates(data, steps, batch_size, device, seed)
+            ):
                 logits = model(images)
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)
-                value, step = loss.item(), len(losses)
+                losses.append(loss.detach())
                 if isinstance(penalty, FeaturePenalty):
                     drawn = batch_size, _seed_at(seed, step)
                     loss = loss + penalty.loss(cast(Classifier, model), *drawn)
-                if not math.isfinite(loss.item()):
-                    raise _diverged(f"the loss is {loss.item()}", step, learning_rate)
-                torch._foreach_copy_(sound, [p.detach() for p in trained])
+                finite = watch.note(loss)
+                for kept, parameter in zip(sound, trained, strict=True):
+                    torch.where(finite, parameter.detach(), kept, out=kept)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 # No gradient, hence no momentum and no decay: the weights stay zero.
@@ -241,14 +260,47 @@ def finetune(
                         penalty.pull_(parameters, rate)
                         for parameter, gone in removed:
                             parameter.masked_fill_(gone, 0)
-                losses.append(value)
-                if not torch.stack([p.isfinite().all() for p in trained]).all():
-                    raise _diverged("an update is not finite", len(losses), learning_rate)
-                on_step(len(losses))
+                watch.note(torch.stack([p.detach().isfinite().all() for p in trained]))
+                if on_step or (step + 1) % _UNSEEN == 0:
+                    watch.look()
+                if on_step:
+                    on_step(step + 1)
+            watch.look()
         except NonFiniteError:
             torch._foreach_copy_([p.detach() for p in trained], sound)
             raise
-    return losses
+    return torch.stack(losses).tolist() if losses else []
+
+
+class _Watch:
+    """Whether all losses and updates were finite, which is asked for now and then.
+
+    Each look waits for the device. Until then, what follows a value that is not finite is thrown
+    away.
+    """
+
+    def __init__(self, device: torch.device, learning_rate: float) -> None:
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._noted: list[tuple[Tensor, Tensor]] = []  # of a loss and of an update in turn
+        self._rate = learning_rate
+
+    def note(self, what: Tensor) -> Tensor:
+        """Note a loss, or which weights are finite; whether all was finite until now."""
+        what = what.detach()
+        fine = what.all() if what.dtype == torch.bool else what.isfinite()
+        self._finite = self._finite & fine
+        self._noted.append((what, self._finite))
+        return self._finite
+
+    def look(self) -> None:
+        """Raise for the first value that was not finite."""
+        if not self._noted or self._finite:
+            return
+        place = int(torch.stack([finite for _, finite in self._noted]).sum())
+        step, of_update = divmod(place, 2)
+        if of_update:
+            raise _diverged("an update is not finite", step + 1, self._rate)
+        raise _diverged(f"the loss is {float(self._noted[place][0])}", step, self._rate)
 
 
 def _updates(

@@ -36,8 +36,9 @@ def features(
     mixed = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
     def compute(size: int) -> tuple[Tensor, Tensor]:
-        pairs = [(backbone(x).cpu(), y.cpu()) for x, y in batches(data, size, device)]
-        return torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
+        # Moved at the end, since each move waits for a GPU.
+        pairs = [(backbone(x), y) for x, y in batches(data, size, device)]
+        return torch.cat([f for f, _ in pairs]).cpu(), torch.cat([y for _, y in pairs]).cpu()
 
     with undisturbed(backbone), torch.inference_mode(), mixed:
         values, labels = fitting_batches(compute, batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,15 @@ class ImageTransform:
                 f"images to normalise must be uint8 [..., 3, {size}, {size}], got {images.dtype} "
                 f"{list(images.shape)}"
             )
-        scale = images.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1) * 255
-        shift = images.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1) * 255
+        shift, scale = (_channels(values, images.device) for values in (self.mean, self.std))
         return images.to(torch.float32).sub_(shift).div_(scale)
+
+
+@lru_cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values ``[3, 1, 1]`` in units of a pixel: moved once, since each move waits for a GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) * 255
 
 
 Transform = ImageTransform | Callable[[Any], Tensor]
@@ -211,7 +218,10 @@ class ImageDataset(WholeBatches):
         chosen = _positions(indices)
         labels = self.labels[chosen]
         if isinstance(self.transform, ImageTransform):
-            pixels = self._pixels(device)[chosen].to(device or self.images.device)
+            images = self._pixels(device)
+            if isinstance(chosen, Tensor):
+                chosen = chosen.to(images.device, non_blocking=True)
+            pixels = images[chosen].to(device or self.images.device)
             if len(pixels) > 1:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             images = self.transform.normalize(pixels)
