@@ -115,7 +115,8 @@ def _plot(table: pd.DataFrame, path: Path) -> None:
     """Cost in FB by contender, one panel a task and network."""
     rows = table.dropna(subset=["fb"])
     rows = rows.assign(panel=rows.task + ", " + rows.model)
-    rows["label"] = rows.contender + rows.step.fillna("").map(lambda s: f", {s}" if s else "")
+    step = rows.step.fillna("").map(lambda name: f", {name}" if name not in ("", "whole") else "")
+    rows["label"] = rows.contender + step + rows.images.map(", {} images".format)
     grid = sns.catplot(
         rows, x="fb", y="label", hue="role", col="panel", col_wrap=3, kind="bar", sharex=False,
         sharey=False, height=2.6, aspect=1.5,
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to run it small")
     parser.add_argument("--minutes", type=float, default=10.0, help="after which no step begins")
-    parser.add_argument("--out", type=Path, help="default: results/benchmarks/cuda")
+    parser.add_argument("--out", type=Path, help="default: results/benchmarks/gpu")
     given = parser.parse_args()
     os.environ.pop(FOLDER, None)  # nothing is read that an earlier run has kept
     try:
@@ -139,7 +140,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"{error}; --device cpu runs everything small")
     kind = settings.device.type
-    out = given.out or ROOT / ("results" if kind == "cuda" else "build") / "benchmarks" / kind
+    out = given.out or ROOT / ("results" if kind == "cuda" else "build") / "benchmarks" / "gpu"
     journal = Journal(out / f"steps-{fingerprint(settings)}.jsonl")
     record = surroundings(given.device, speed.PACKAGES)
     steps = [*chain(right.steps(settings), limits.steps(settings), speed.steps(settings))]
