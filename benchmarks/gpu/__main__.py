@@ -14,7 +14,6 @@ import argparse
 import gc
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -147,7 +146,6 @@ def main() -> None:
     gc.freeze()  # timing collects garbage before each call, and need not go through the packages
     end = time.monotonic() + 60 * given.minutes
     left = 0
-    logging.getLogger("pai_utils").setLevel(logging.ERROR)  # memory that runs out is a part of it
     try:
         for key, step in progress(steps, "steps", len(steps)):
             if key in journal.rows or time.monotonic() <= end:
