@@ -1,9 +1,9 @@
 """Which architectures the library takes: one small member of each of timm's families, all the way.
 
 ``python -m benchmarks.families`` writes the table and its record to
-``results/benchmarks/families``, in about half an hour. The families are the modules of timm with
-most published weights and a small model; the member is the one with fewest parameters, at random
-weights and the fewest pixels that it takes. Nothing is fetched.
+``results/benchmarks/families``. The families are the modules of timm with most published weights
+and a small model; the member is the one with fewest parameters, at random weights and the fewest
+pixels that it takes. Nothing is fetched.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ that is stopped goes on where it was, unless a source or a setting changed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from benchmarks.problems import NETWORKS
 from benchmarks.registry import TASKS
 from benchmarks.report import write_report
 from benchmarks.results import UNIT, Row, table
+from benchmarks.storing import add_entry, fingerprint, read_journal
 from benchmarks.tasks import Task
 from pai_utils.runs import surroundings
 from pai_utils.support.common import progress
@@ -80,11 +80,8 @@ class Finished:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.entries: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # a line cut short is a job that was not finished
-                    entry = json.loads(line)
-                    self.entries[entry["job"]] = entry
+        if path is not None:
+            self.entries = {entry["job"]: entry for entry in read_journal(path)}
 
     def holds(self, job: Job) -> bool:
         """Whether the job was done before."""
@@ -99,9 +96,7 @@ class Finished:
             entry = {"job": _key(job), "task": job.task, "seconds": seconds, "result": result}
             self.entries[_key(job)] = entry
             if self.path is not None and job.kind != "reference":
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
+                add_entry(self.path, entry)
         found: list[dict[str, Any]] | str = self.entries[_key(job)]["result"]
         return found
 
@@ -116,15 +111,6 @@ class Finished:
 
 def _key(job: Job) -> str:
     return f"{job.kind}/{job.task}/{job.model}/{job.contender}"
-
-
-def fingerprint(settings: Job) -> str:
-    """Changes with the settings and with every source that measures or is measured."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for folder in ("benchmarks", "pai_utils"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def measure(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import time
@@ -24,18 +23,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-import torch
 
 from benchmarks.gpu import limits, right, speed
 from benchmarks.gpu.steps import Settings
 from benchmarks.job import public_message
+from benchmarks.storing import ROOT, add_entry, fingerprint, read_journal
 from pai_utils.models.loading import resolve_device
 from pai_utils.runs import surroundings
 from pai_utils.support.cache import FOLDER
 from pai_utils.support.common import progress
 from pai_utils.support.stored import write_atomically
 
-ROOT = Path(__file__).parents[2]
 PARTS = {"right": "Right", "limits": "Waits, memory and processes", "speed": "Fast"}
 
 
@@ -44,45 +42,30 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # a line cut short is a step that was not finished
-                    entry = json.loads(line)
-                    self.rows[entry["step"]] = entry["rows"]
+        self.rows: dict[str, list[dict[str, Any]]] = {
+            entry["step"]: entry["rows"] for entry in read_journal(path)
+        }
 
     def do(self, key: str, step: Callable[[], list[dict[str, Any]]]) -> None:
         """Run a step that is not done yet; an error is a row as well."""
         if key in self.rows:
             return
-        begin = time.perf_counter()
+        begin, what = time.perf_counter(), key.partition("/")[2]
         try:
             rows = step()
         except ModuleNotFoundError as error:
-            what = key.partition("/")[2]
             rows = [{"what": what, "verdict": "not measured", "note": f"{error.name} is missing"}]
         except Exception as error:
             note = public_message(type(error).__name__, str(error))
-            rows = [{"what": key.partition("/")[2], "verdict": "failed", "note": note}]
+            rows = [{"what": what, "verdict": "failed", "note": note}]
         seconds = round(time.perf_counter() - begin, 2)
         self.rows[key] = [row | {"seconds_in_all": seconds} for row in rows]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": key, "rows": self.rows[key]}) + "\n")
+        add_entry(self.path, {"step": key, "rows": self.rows[key]})
 
     def table(self, part: str) -> pd.DataFrame:
         """Rows of a part of :data:`PARTS`."""
-        own = {"right": ("right",), "speed": ("speed",)}.get(part, ("waits", "memory", "processes"))
-        rows = [row for k, rows in self.rows.items() if k.partition("/")[0] in own for row in rows]
-        return pd.DataFrame(rows)
-
-
-def fingerprint(settings: Settings) -> str:
-    """Changes with the settings, the versions and every source that measures or is measured."""
-    digest = hashlib.sha256(f"{settings} {torch.__version__}".encode())
-    for path in sorted((*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("pai_utils/**/*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+        own = [rows for key, rows in self.rows.items() if key.partition("/")[0] == part]
+        return pd.DataFrame(chain.from_iterable(own))
 
 
 def report(journal: Journal, out: Path, record: dict[str, Any]) -> None:

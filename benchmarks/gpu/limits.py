@@ -14,32 +14,27 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
 import pai_utils as pai
-from benchmarks.gpu.right import Result, product
+from benchmarks.gpu.right import BATCH, Result, product, score
 from benchmarks.gpu.steps import Settings, Steps, problem
 from benchmarks.job import relative_error
 from benchmarks.problems import Problem
 from pai_utils.curvature.products import GGNOperator
 
 _FEW, _MANY = 2, 6  # batches
-_BATCH = 4
 _CAP = 0.6  # of the memory that a batch takes
 _LIMIT = 1e-4  # relative error of sums in another order
 
 
-def _score(name: str, given: Problem) -> Result:
-    return dict(pai.score(name, given.model, given.data, samples=None, batch_size=_BATCH))
-
-
 def _updates(given: Problem) -> list[float]:
-    steps = len(given.labels) // _BATCH
-    return pai.finetune(given.model, given.data, steps=steps, batch_size=_BATCH, learning_rate=1e-5)
+    steps = len(given.labels) // BATCH
+    return pai.finetune(given.model, given.data, steps=steps, batch_size=BATCH, learning_rate=1e-5)
 
 
 LOOPS: dict[str, Callable[[Problem], object]] = {
-    **{f"score {n}": partial(_score, n) for n in ("ggn_diag", "snip", "wanda", "block_fisher")},
+    **{f"score {n}": partial(score, n) for n in ("ggn_diag", "snip", "wanda", "block_fisher")},
     "Gauss-Newton product": partial(product, GGNOperator),
     "fine-tuning": _updates,
-    "evaluation": lambda given: pai.evaluate(given.model, given.data, batch_size=_BATCH),
+    "evaluation": lambda given: pai.evaluate(given.model, given.data, batch_size=BATCH),
 }
 
 
@@ -47,9 +42,9 @@ def steps(settings: Settings) -> Steps:
     """Waits, then memory, then processes."""
     network = "tiny resnet" if settings.small else "resnet50"
     for what in LOOPS:
-        yield f"waits/{what}", partial(waits, what, settings.device)
-    yield "memory", partial(halved, network, settings.device)
-    yield "processes", partial(two_processes, network, settings.device)
+        yield f"limits/waits/{what}", partial(waits, what, settings.device)
+    yield "limits/memory", partial(halved, network, settings.device)
+    yield "limits/processes", partial(two_processes, network, settings.device)
 
 
 def waits(what: str, device: torch.device) -> list[dict[str, Any]]:
@@ -57,7 +52,7 @@ def waits(what: str, device: torch.device) -> list[dict[str, Any]]:
     row: dict[str, Any] = {"what": what}
     if device.type != "cuda":
         return [row | {"verdict": "not measured", "note": "waits are those of a CUDA device"}]
-    few, many = (_count_waits(LOOPS[what], count * _BATCH, device) for count in (_FEW, _MANY))
+    few, many = (_count_waits(LOOPS[what], count * BATCH, device) for count in (_FEW, _MANY))
     each = (many - few) / (_MANY - _FEW)
     return [row | {"waits_a_batch": each, "verdict": "right" if each == 0 else "waits"}]
 
@@ -121,7 +116,7 @@ def _refuse_large(_: object, args: tuple[Any, ...]) -> None:
 
 def two_processes(network: str, device: torch.device) -> list[dict[str, Any]]:
     """Scores of one process, and of two that share its device under ``torch.distributed``."""
-    expected = _score("ggn_diag", problem(network, 2 * _BATCH, device))
+    expected = score("ggn_diag", problem(network, 2 * BATCH, device))
     with tempfile.TemporaryDirectory() as folder:
         spawn(_share, (network, str(device), folder), nprocs=2)
         errors = [
@@ -136,6 +131,6 @@ def _share(rank: int, network: str, device: str, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    scores = _score("ggn_diag", problem(network, 2 * _BATCH, torch.device(device)))
+    scores = score("ggn_diag", problem(network, 2 * BATCH, torch.device(device)))
     save_file({n: v.cpu() for n, v in scores.items()}, Path(folder, f"{rank}.safetensors"))
     torch.distributed.destroy_process_group()

@@ -32,7 +32,8 @@ _NEAR = 1e-3  # of the threshold: what rounding in float32 may move a score by
 Result = dict[str, Tensor]
 
 
-def _score(name: str, given: Problem) -> Result:
+def score(name: str, given: Problem) -> Result:
+    """Scores of all images."""
     return dict(pai.score(name, given.model, given.data, samples=None, batch_size=BATCH))
 
 
@@ -65,20 +66,20 @@ def _trained(given: Problem) -> Result:
     return {name: p.detach() - before[name] for name, p in pruned.named_parameters()}
 
 
-def _logits(precision: str, given: Problem) -> Result:
-    found, _ = features(given.model, given.data, batch_size=BATCH, precision=precision)
+def _logits(given: Problem) -> Result:
+    found, _ = features(given.model, given.data, batch_size=BATCH)
     return {"logits": found}
 
 
 RESULTS: dict[str, Callable[[Problem], Result]] = {
-    **{f"score {name}": partial(_score, name) for name in pai.SCORERS if name != "random"},
+    **{f"score {name}": partial(score, name) for name in pai.SCORERS if name != "random"},
     "Hessian product": partial(product, HessianOperator),
     "Gauss-Newton product": partial(product, GGNOperator),
     "two eigenvalues": _spectrum,
     "blocks": _blocks,
     **{f"repair {name}": partial(_repaired, name) for name in ("moments", "layerwise", "obs")},
     "three updates": _trained,
-    "logits": partial(_logits, "float32"),
+    "logits": _logits,
 }
 
 

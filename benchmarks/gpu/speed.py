@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 import pai_utils as pai
 from benchmarks import registry
-from benchmarks.contenders import blocks, diagonals, products
+from benchmarks.contenders import blocks
 from benchmarks.gpu.steps import SMALL, Settings, Steps
 from benchmarks.job import MATH_ATTENTION, Job, run
 from benchmarks.measuring import in_turns
 from benchmarks.problems import Network, Problem, build
 from benchmarks.results import Row
-from benchmarks.tasks import Contender, Task
+from benchmarks.tasks import Task
 from pai_utils.data.images import ImageDataset, ImageTransform
 from pai_utils.models.encoders import prunable_parameters
 
@@ -43,26 +43,23 @@ def _built(name: str, count: int) -> Problem:
     return build((NETWORKS | SMALL)[name], count)
 
 
-def _task(contenders: Mapping[str, Contender[Problem]], chosen: Sequence[str]) -> Task[Problem]:
-    # Whether results are right is looked at elsewhere, on smaller networks.
-    without = {name: replace(contenders[name], reference=None) for name in chosen}
-    subjects = {name: partial(_built, name) for name in NETWORKS | SMALL}
-    return Task(without, subjects, {}, tolerance=0.0)
-
-
-def _without_reference(task: Task[Any], **subjects: Any) -> Task[Any]:
-    contenders = {name: replace(c, reference=None) for name, c in task.contenders.items()}
+def _unchecked(
+    name: str, chosen: Iterable[str] = (), subjects: Mapping[str, Any] = MappingProxyType({})
+) -> Task[Any]:
+    """A task whose results are looked at elsewhere, on smaller networks; all contenders or some."""
+    task = registry.TASKS[name]
+    chosen = chosen or task.contenders
+    contenders = {key: replace(task.contenders[key], reference=None) for key in chosen}
     return replace(task, contenders=contenders, subjects={**task.subjects, **subjects})
 
 
 FEW_BLOCKS, BLOCKS = "a few blocks", "resnet50's largest layer"
+_PROBLEMS = {name: partial(_built, name) for name in NETWORKS | SMALL}
 TASKS: dict[str, Task[Any]] = {
-    "diagonal": _task(diagonals.CONTENDERS, DIAGONALS),
-    "product": _task(products.CONTENDERS, PRODUCTS),
-    "blocks": _without_reference(
-        registry.TASKS["blocks"], **{FEW_BLOCKS: lambda _: blocks.draw(32)}
-    ),
-    "inputs": _without_reference(registry.TASKS["inputs"]),
+    "diagonal": _unchecked("diagonal", DIAGONALS, _PROBLEMS),
+    "product": _unchecked("product", PRODUCTS, _PROBLEMS),
+    "blocks": _unchecked("blocks", subjects={FEW_BLOCKS: lambda _: blocks.draw(32)}),
+    "inputs": _unchecked("inputs"),
 }
 PACKAGES = sorted({c.package for t in TASKS.values() for c in t.contenders.values() if c.package})
 
@@ -176,11 +173,10 @@ def trained(network: str, settings: Settings) -> list[dict[str, Any]]:
     given = _built(network, 8).to(settings.device)
     data = _images(network, count, settings.device)
     mask = pai.make_mask(pai.score("magnitude", given.model), 0.5)
-    model = copy.deepcopy(given.model)
     how: dict[str, Any] = {"steps": count // size, "batch_size": size, "learning_rate": 1e-6}
 
     def train() -> None:
-        pai.finetune(model, data, mask, **how)
+        pai.finetune(given.model, data, mask, **how)
 
     train()
     timing = in_turns(train, _unit_of(given, data, size), settings.device, budget=settings.budget)
