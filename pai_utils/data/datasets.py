@@ -73,7 +73,6 @@ class OpenDataset:
 
     class_names: tuple[str, ...]
     parts: Mapping[str, Source]  #: by part, as in `DatasetSpec.images`
-    cache: Path  #: folder for decoded pixels
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -122,9 +121,7 @@ def open_dataset(
             )
     parts = {part: source for part, (_, source) in read.items()}
     _check_classes(names, parts, name)
-    # Data may lie where nobody may write.
-    place = home if os.access(home, os.W_OK) else data_root()
-    return OpenDataset(names, parts, place / ".decoded")
+    return OpenDataset(names, parts)
 
 
 def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:

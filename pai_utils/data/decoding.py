@@ -1,26 +1,19 @@
-"""Image files and arrays to uint8 [N, 3, S, S]: each image decoded once, in memory or on disk.
+"""Image files and arrays to uint8 [N, 3, S, S]: each image decoded once.
 
-Pixels that fit the budget (`PAI_DATA_MEMORY`, by default a quarter of the machine's memory) are
-kept in memory. Others go to a file that is memory-mapped and found again by the next run.
+Pixels of more than a quarter of the machine's memory lie in a temporary file that is memory-mapped.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,15 +22,11 @@ from torch import Tensor
 
 from pai_utils.data.images import ImageTransform, Transform, open_image
 from pai_utils.support.common import listed, progress
-from pai_utils.support.stored import write_atomically
 
 Pixels = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 OnError = Literal["raise", "skip"]
 _CHUNK = 64  # images held at once between reading and their place among the result
-_CACHE_FORMAT = 4
-# All tasks share the machine's memory.
-_IN_USE: WeakValueDictionary[int, Pixels] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,13 +52,6 @@ class ImageArrays:
         for chunk in _chunked(positions):
             yield from transform.resize(self.raw(chunk))
 
-    def fingerprint(self, positions: Positions) -> str:
-        """What tells these images from others."""
-        digest = hashlib.sha256()
-        for chunk in _chunked(positions):
-            digest.update(np.ascontiguousarray(self.pixels[chunk]).data)
-        return digest.hexdigest()
-
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -93,17 +75,6 @@ class ImageFiles:
             for chunk in _chunked(positions):
                 yield from pool.map(read, chunk.tolist())
 
-    def fingerprint(self, positions: Positions) -> str:
-        """What tells these files from others: names, sizes and times of change."""
-        digest = hashlib.sha256()
-        for position in positions.tolist():
-            path = self.paths[position]
-            digest.update(f"{path}\0".encode())
-            if path.exists():
-                found = path.stat()
-                digest.update(f"{found.st_size} {found.st_mtime_ns}\0".encode())
-        return digest.hexdigest()
-
 
 Source = ImageArrays | ImageFiles
 
@@ -112,32 +83,17 @@ def _chunked(positions: Positions) -> Iterator[Positions]:
     return (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
 
 
-def _memory_limit() -> int:
-    """Bytes that `PAI_DATA_MEMORY` allows."""
-    text = os.environ.get("PAI_DATA_MEMORY", "").strip()
-    if not text:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    if found is None:
-        raise ValueError(
-            f"PAI_DATA_MEMORY={text!r} is no amount of memory; write bytes, or such as 500M or 8G"
-        )
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
-
-
 def decode(
     source: Source,
     positions: Positions,
     transform: Transform,
     *,
     name: str,
-    cache: Path,
     on_error: OnError = "raise",
 ) -> tuple[Tensor, Positions]:
     """Decode and resize the chosen images of a source, each of them once.
 
-    ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are. Pixels that
-    do not fit the budget lie in memory-mapped files in the folder ``cache``.
+    ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are.
 
     Returns:
         The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
@@ -145,7 +101,7 @@ def decode(
     Raises:
         ValueError: files cannot be read, and `on_error` is "raise"; or files, of any size, come
             with another transform.
-        OSError: the pixels fit neither the budget nor the disk.
+        OSError: pixels that go to a file do not fit on the disk.
     """
     if not isinstance(transform, ImageTransform):
         if isinstance(source, ImageArrays):
@@ -155,67 +111,34 @@ def decode(
             "pass backbone.transform"
         )
     side = transform.image_size
-    shape = (len(positions), 3, side, side)
-
-    def fill(out: Pixels) -> Positions:
-        """Write the images that can be read into `out`; gives their positions."""
-        kept, problems = list[int](), []
-        images = source.resized(positions, transform)
-        bar = progress(images, f"decoding {name}", len(positions))
-        for position, image in zip(positions.tolist(), bar, strict=True):
-            if isinstance(image, Tensor):
-                out[len(kept)] = image.numpy()
-                kept.append(position)
-            else:
-                problems.append(image)
-        if problems and on_error == "raise":
-            raise ValueError(
-                f"{len(problems)} images of {name} cannot be read; restore them, or pass on_error="
-                f'"skip" to leave them out: {listed(problems)}'
-            )
-        return np.array(kept, dtype=np.int64)
-
-    if sum(pixels.nbytes for pixels in _IN_USE.values()) + math.prod(shape) <= _memory_limit():
-        pixels = np.empty(shape, np.uint8)
-        _IN_USE[id(pixels)] = pixels
-        kept = fill(pixels)
-        return torch.from_numpy(pixels[: len(kept)]), kept
-    versions = version("pillow"), version("torchvision")
-    facts = _CACHE_FORMAT, name, shape, transform.interpolation, versions
-    digest = hashlib.sha256(f"{facts} {source.fingerprint(positions)}".encode())
-    digest.update(np.ascontiguousarray(positions).data)
-    stem = re.sub(r"\W+", "-", name)[-60:].strip("-")
-    path = cache / f"{stem}-{side}-{digest.hexdigest()[:32]}.npy"
-    record = path.with_suffix(".json")  # what the pixels lack, written once they are whole
-    left_out = json.loads(record.read_bytes()) if record.exists() and path.exists() else None
-    # Files that were left out make an incomplete cache when they are an error now.
-    if left_out is None or (left_out and on_error == "raise"):
-        left_out = np.setdiff1d(positions, _write_cache(path, shape, fill)).tolist()
-        write_atomically(record, json.dumps(left_out).encode())
-    kept = np.setdiff1d(positions, left_out)
-    # Copy-on-write: whoever changes the images does not change the file.
-    mapped = np.load(path, mmap_mode="c", allow_pickle=False)
-    return torch.from_numpy(mapped)[: len(kept)], kept
-
-
-def _write_cache(
-    path: Path, shape: tuple[int, ...], fill: Callable[[Pixels], Positions]
-) -> Positions:
-    """Decode into a file beside `path` that takes its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A full disk would end the process while it writes to mapped memory.
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{path.name} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; make "
-            "room, take fewer or smaller images, or raise PAI_DATA_MEMORY",
-            str(path.parent),
+    pixels = _room_for((len(positions), 3, side, side), name)
+    kept, problems = list[int](), []
+    bar = progress(source.resized(positions, transform), f"decoding {name}", len(positions))
+    for position, image in zip(positions.tolist(), bar, strict=True):
+        if isinstance(image, Tensor):
+            pixels[len(kept)] = image.numpy()
+            kept.append(position)
+        else:
+            problems.append(image)
+    if problems and on_error == "raise":
+        raise ValueError(
+            f"{len(problems)} images of {name} cannot be read; restore them, or pass on_error="
+            f'"skip" to leave them out: {listed(problems)}'
         )
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        kept = fill(out)
-        out.flush()
-        temporary.replace(path)
-    return kept
+    return torch.from_numpy(pixels[: len(kept)]), np.array(kept, dtype=np.int64)
+
+
+def _room_for(shape: tuple[int, ...], name: str) -> Pixels:
+    """An array in memory, or in a temporary file that goes with its last reader."""
+    size = math.prod(shape)
+    if size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4:
+        return np.empty(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    # A full disk would end the process while it writes to mapped memory.
+    if size > (free := shutil.disk_usage(folder).free):
+        raise OSError(
+            f"the pixels of {name} take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "
+            f"in {folder}; take fewer or smaller images, or name another folder by TMPDIR"
+        )
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, shape=shape)

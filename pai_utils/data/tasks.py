@@ -56,8 +56,7 @@ def load_task(
 
     Data sets on disk keep their published splits. Where no validation split is published, a tenth
     of the training split becomes it; a set published whole is cut into three parts, with the
-    proportions of the classes. Decoded images that do not fit `PAI_DATA_MEMORY` lie in
-    memory-mapped files beside the data.
+    proportions of the classes.
 
     Args:
         name: a key of `TASKS` (shipped by packages) or of `datasets.DATASETS` (on disk), or
@@ -123,9 +122,7 @@ def load_task(
     datasets, files, skipped = {}, {}, list[str]()
     for split, (source, positions) in chosen.items():
         what = f"{name} {split}"
-        images, kept = decode(
-            source, positions, transform, name=what, cache=opened.cache, on_error=on_error
-        )
+        images, kept = decode(source, positions, transform, name=what, on_error=on_error)
         labels = source.labels[kept]
         if lost := set(source.labels[positions].tolist()) - set(labels.tolist()):
             raise ValueError(

@@ -43,7 +43,7 @@ Change = Callable[[bytes], bytes]
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: Patch, tmp_path: Path) -> None:
-    for name in ("PAI_DATA_ROOT", "PAI_DOWNLOAD", "PAI_DATA_MEMORY"):
+    for name in ("PAI_DATA_ROOT", "PAI_DOWNLOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
@@ -354,18 +354,6 @@ def test_the_root_is_the_argument_then_the_variable_then_the_cache(
     assert data_root() == root
     assert data_root("~/mine") == tmp_path / "home/mine"
     assert write("KMNIST") == sizes(load_task("KMNIST", TRANSFORM))
-
-
-def test_pixels_of_data_that_may_not_be_written_beside_go_to_the_cache(
-    write: Write, root: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    write("MNIST")
-    monkeypatch.setenv("PAI_DATA_MEMORY", "0")
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert_labels_belong_to_images(load_task("MNIST", TRANSFORM, root))
-    assert not (root / ".decoded").exists()
-    decoded = tmp_path / "home/.cache/pai_utils/data/.decoded"
-    assert len(list(decoded.glob("MNIST-*.npy"))) == 3
 
 
 @pytest.fixture
