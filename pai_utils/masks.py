@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pai_utils.models.encoders import Backbone, Classifier, check_masks_hold
 from pai_utils.scorers.registry import Scores
 from pai_utils.support.common import forget, hash_tensors, listed
 from pai_utils.support.contract import unwrapped
-from pai_utils.support.stored import located, read_tensors, write_atomically, write_tensors
+from pai_utils.support.stored import read_tensors, write_tensors
 
 _FORMAT = "pai_utils.Mask/2"
 
@@ -167,47 +166,9 @@ class Mask(Mapping[str, Tensor]):
         forget(model)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as safetensors, with its metadata and a checksum, and a report.
-
-        The report, for a reader, goes to the same path with the suffix ``.json``: the file's
-        SHA-256, the metadata, and numbers of weights and sparsity, overall and of each layer.
-
-        Raises:
-            ValueError: if ``path`` itself ends in ``.json``, or a file that is no mask's report
-                stands where the report goes; nothing is written then.
-        """
-        path = located(path)
-        if path.suffix == ".json":
-            raise ValueError(f"{path} is where the mask's report goes; end it in .safetensors")
-        stem = path.name.removesuffix(".safetensors")  # any other dot is part of the name
-        target = path.with_name(f"{stem}.json")
-        if target.exists() and not _is_report(target):
-            raise ValueError(
-                f"the report of {path.name} goes to {target}, which is of something else; "
-                "give the mask another name"
-            )
+        """Write the mask as safetensors, with its metadata and a checksum."""
         entries = {name: entry.to(torch.uint8) for name, entry in self.items()}
-        text = json.dumps(self.metadata, sort_keys=True)
-        content = write_tensors(path, entries, text, format=_FORMAT)
-        report = {
-            "mask": path.name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "total": self.total,
-            "kept": self.kept,
-            "sparsity": self.sparsity,
-            "empty_layers": self.empty_layers,
-            "metadata": self.metadata,
-            "layers": {
-                name: {
-                    "shape": list(self[name].shape),
-                    "total": self[name].numel(),
-                    "kept": self._kept[name],
-                    "sparsity": sparsity,
-                }
-                for name, sparsity in self.layer_sparsity.items()
-            },
-        }
-        write_atomically(target, json.dumps(report, indent=2).encode() + b"\n")
+        write_tensors(path, entries, json.dumps(self.metadata, sort_keys=True), format=_FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Mask:
@@ -263,7 +224,6 @@ def make_mask(
             - ``"global"``: all of them.
             - ``"layer"``: those of one parameter; every layer gets the same sparsity. One that is
               sparser already stays so, and the others keep more instead.
-            - ``"erk"``: those of one parameter, with the layers' densities by :func:`erk_budget`.
             - ``"N:M"`` (such as ``"2:4"``): every M consecutive weights along dimension 1, of
               which the N highest stay. That is the input of linear layers ``[out, in]`` and of
               convolutions ``[out, in / groups, ...]``, at each place of the kernel; of transposed
@@ -301,8 +261,6 @@ def make_mask(
     budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
     if scope == "global":
         groups, budget = [list(values)], {next(iter(values)): wanted}
-    elif scope == "erk":
-        budget = erk_budget({n: entry.shape for n, entry in values.items()}, wanted, left)
     elif pattern is None and any(budget[name] > left[name] for name in sizes):
         budget = _shared(min(sum(budget.values()), sum(left.values())), sizes, left)
     kept: dict[str, Tensor] = {}
@@ -322,25 +280,6 @@ def make_mask(
     mask = Mask(kept, metadata)
     mask.ties = ties
     return mask
-
-
-def erk_budget(
-    shapes: Mapping[str, torch.Size], kept: int, left: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Number of weights to keep in each layer, by the Erdős–Rényi-kernel rule.
-
-    The density of a layer is proportional to (Σ of its dimensions) / (∏ of its dimensions) (Evci et
-    al., "Rigging the Lottery", ICML 2020). A layer whose share exceeds its size, or the weights
-    that are ``left`` of it, keeps all, and the others share the rest. Shares are rounded so that
-    their sum is ``kept``, and no layer's number falls when ``kept`` grows (Webster's method).
-
-    Raises:
-        ValueError: if fewer weights than ``kept`` are left.
-    """
-    left = {name: shape.numel() for name, shape in shapes.items()} if left is None else left
-    if not 0 <= kept <= sum(left.values()):
-        raise ValueError(f"kept={kept} must be between 0 and {sum(left.values())}, all weights")
-    return _shared(kept, {name: sum(shape) for name, shape in shapes.items()}, left)
 
 
 def _shared(kept: int, claim: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:
@@ -378,12 +317,12 @@ def check_sparsity(
             f"sparsity={sparsity} is below that of what is pruned already, {within.sparsity:.4f}; "
             "a pruned weight never comes back: ask for more, or start from a denser model"
         )
-    if scope in ("global", "layer", "erk"):
+    if scope in ("global", "layer"):
         return None
     pattern = re.fullmatch(r"(\d+):(\d+)", scope)
     if pattern is None:
         raise ValueError(
-            f"unknown scope {scope!r}; choose 'global', 'layer', 'erk' or 'N:M' such as '2:4'"
+            f"unknown scope {scope!r}; choose 'global', 'layer' or 'N:M' such as '2:4'"
         )
     n, m = int(pattern[1]), int(pattern[2])
     if not 0 < n <= m:
@@ -473,14 +412,6 @@ def _keep_n_of_m(values: Tensor, weights: Tensor | None, n: int, m: int) -> tupl
     highest_gone, lowest_kept = ranked[..., m - n - 1, None], ranked[..., m - n, None]
     tied = (ranked == highest_gone) & (highest_gone == lowest_kept) & highest_gone.isfinite()
     return keep.flatten(-2)[..., :columns].movedim(-1, 1), int(tied.count_nonzero())
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {"mask", "sha256"} <= found.keys()
 
 
 def _as_boolean(name: str, value: Tensor) -> Tensor:

@@ -197,10 +197,9 @@ class Run:
         self._write(f"{name}.png", buffer.getvalue())
 
     def write_mask(self, name: str, mask: Mask) -> None:
-        """Write ``<name>.safetensors`` and its report ``<name>.json`` to the run's folder."""
-        path = self.folder / f"{name}.safetensors"
-        mask.save(path)
-        self.record_files(path.name, path.with_suffix(".json").name)
+        """Write ``<name>.safetensors`` to the run's folder."""
+        mask.save(self.folder / f"{name}.safetensors")
+        self.record_files(f"{name}.safetensors")
 
     def record_files(self, *names: str) -> None:
         """Give files that were written to the run's folder a place in its record."""

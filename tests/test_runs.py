@@ -60,7 +60,7 @@ def test_a_run_writes_tables_masks_figures_and_their_record(
     assert pai.Mask.load(tmp_path / "mask.safetensors").sparsity == 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "record.json").read_text()) == record
-    files = {"table.csv", "mask.safetensors", "mask.json", "figure.png", "model.onnx"}
+    files = {"table.csv", "mask.safetensors", "figure.png", "model.onnx"}
     assert {path.name for path in tmp_path.iterdir()} == {*files, "record.json"}
     assert record["outputs"] == {
         name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files

@@ -132,10 +132,6 @@ class CurvatureOperator(ABC):
         parts = self._parts(vector)
         return self._sum(lambda graphs, keep: self._multiply(graphs, parts, keep), self._weights)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch, which a subclass of :class:`HessianOperator` may replace."""
-        return F.cross_entropy(logits, labels)
-
     @abstractmethod
     def _multiply(self, graphs: _Graphs, parts: list[Tensor], keep: bool) -> Iterable[Tensor]:
         """A batch's part of the product; ``keep`` what it takes for another one."""
@@ -204,7 +200,7 @@ class CurvatureOperator(ABC):
             if self._losses is None:
                 check_labels(labels, logits.shape[1])
             share = len(rows) / self.count
-            loss = share * self.loss(logits, paired(labels))
+            loss = share * F.cross_entropy(logits, paired(labels))
             graphs = _Graphs(loss.detach(), logits, paired(labels), share)
             if "gradient" in self._differentiated:
                 graphs.gradient = gradients([loss], inputs, create_graph=True)

@@ -95,9 +95,7 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
     return {name: g.mul_(weights[name].detach()).abs_() for name, g in found.items()}
 
 
-def grasp(
-    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, temperature: float = 1.0
-) -> dict[str, Tensor]:
+def grasp(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> dict[str, Tensor]:
     """Signed w ⊙ Hg, with gradient g and Hessian H of the mean cross-entropy.
 
     Removing w changes the squared gradient norm gᵀg by −2 w (Hg) to first order. The original
@@ -105,29 +103,14 @@ def grasp(
     least; what is kept are the largest w ⊙ Hg. Many public versions have the sign the other way
     round.
 
-    ``temperature`` divides the logits. The authors' code takes 200, which all but levels the
-    predicted probabilities; 1 is the loss itself. Costs three forward and backward passes, or four
-    where the graphs of all batches do not fit in 4 GiB together.
+    The authors' code divides the logits by 200, which all but levels the predicted probabilities;
+    here the loss is the model's own. Costs three forward and backward passes, or four where the
+    graphs of all batches do not fit in 4 GiB together.
 
     Source: Wang, Zhang & Grosse (2020), "Picking winning tickets before training by preserving
     gradient flow".
-
-    Raises:
-        ValueError: if ``temperature`` is not positive and finite.
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be positive and finite")
-    operator = _TemperedHessian(model, names, data, draw)
-    operator.temperature = temperature
+    operator = HessianOperator(model, names, data, draw)
+    operator.bar = "grasp"
     product = operator(operator.gradient())
     return {name: product[name].mul_(weight) for name, weight in operator.parameters.items()}
-
-
-class _TemperedHessian(HessianOperator):
-    """Hessian of the mean cross-entropy of divided logits."""
-
-    bar = "grasp"
-    temperature = 1.0
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return super().loss(logits / self.temperature, labels)

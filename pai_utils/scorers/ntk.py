@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from pai_utils.curvature.persample import drawn_batches
 from pai_utils.curvature.products import gradients
-from pai_utils.support.common import at_least_single, check_names, device_of, replica
+from pai_utils.support.common import at_least_single, device_of, replica
 from pai_utils.support.sampling import Draw, Samples, fitting_batches, paired, sum_over_processes
-
-INPUTS = ("data", "noise")
 
 
 def ntk_sap(
@@ -23,7 +21,6 @@ def ntk_sap(
     *,
     epsilon: float = 0.01,
     perturbations: int = 1,
-    inputs: str = "data",
 ) -> dict[str, Tensor]:
     """``|∂/∂m E ‖f(x; θ ⊙ m) − f(x; (θ + Δθ) ⊙ m)‖²|`` at the mask m = 1, with Δθ ~ N(0, ε² I).
 
@@ -31,8 +28,8 @@ def ntk_sap(
     that m keeps, which is its nuclear norm. f are the logits; only the prunable weights are
     perturbed. The absolute value is taken last, of the mean over samples and perturbations.
 
-    The paper prunes untrained networks and averages over random weights; here the kernel is that of
-    the model's own. A weight that is exactly zero counts as pruned: it is not perturbed, and its
+    The paper prunes untrained networks, averages over random weights and takes random images; here
+    the kernel is that of the model's own weights on the images drawn. A weight that is exactly zero counts as pruned: it is not perturbed, and its
     score is zero. All is computed in float64, on copies of the model, since the score is a
     difference of differences, of relative size ε². Costs two forward and backward passes a sample
     and perturbation.
@@ -42,18 +39,15 @@ def ntk_sap(
 
     ``epsilon`` is the standard deviation ε, 0.01 in the authors' examples. A smaller one is no
     better for a network with ReLU: the derivative of the kernel then comes from the few gates that
-    Δθ flips, so that its variance grows. ``inputs="data"`` takes the images drawn, ``"noise"``
-    standard normal ones of their shape and number, as the paper does.
+    Δθ flips, so that its variance grows.
 
     Raises:
-        ValueError: if ``epsilon`` is not positive and finite, ``perturbations`` is below one or
-            ``inputs`` unknown.
+        ValueError: if ``epsilon`` is not positive and finite, or ``perturbations`` is below one.
     """
     if not 0 < epsilon < float("inf"):
         raise ValueError(f"epsilon={epsilon} must be positive and finite")
     if perturbations < 1:
         raise ValueError(f"perturbations={perturbations}: at least one is needed")
-    check_names("inputs", [inputs], INPUTS)
     device = device_of(model)
     indices = draw.indices(data)
     plain = replica(model)
@@ -70,9 +64,8 @@ def ntk_sap(
                 step = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
                 weight.add_(step.to(device).mul_(epsilon).mul_(weight != 0)).requires_grad_()
             leaves = [*weights.values(), *moved.values()]
-            for images, _, rows in drawn_batches(data, indices, size, device, "ntk_sap"):
-                images = _noise(images, rows, draw.seed) if inputs == "noise" else images.double()
-                pair = paired(images)
+            for images, _, _ in drawn_batches(data, indices, size, device, "ntk_sap"):
+                pair = paired(images.double())
                 with torch.enable_grad():
                     change = (plain(pair) - other(pair)).square().sum()
                     change = change * (len(images) / len(pair))
@@ -88,17 +81,3 @@ def ntk_sap(
         name: total.div_(count).abs_().to(at_least_single(own))
         for (name, total), own in zip(totals.items(), map(model.get_parameter, names), strict=True)
     }
-
-
-def _noise(images: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """Standard normal images; a sample's does not depend on the batches."""
-    drawn = [
-        torch.randn(
-            images.shape[1:],
-            # Apart from the generator of the perturbation, whose seed is below 2³².
-            generator=torch.Generator().manual_seed(((row + 1) << 32) + seed),
-            dtype=torch.float64,
-        )
-        for row in rows.tolist()
-    ]
-    return torch.stack(drawn).to(images.device)

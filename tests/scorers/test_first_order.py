@@ -5,9 +5,6 @@ from torch.nn import functional as F
 import pai_utils as pai
 from tests.cases import (
     Case,
-    Layers,
-    build,
-    dense_hessian,
     fingerprint,
     flattened,
     hessian_of,
@@ -46,18 +43,6 @@ def test_grasp_is_the_weight_times_the_hessian_times_the_gradient(case: Case) ->
     names = list(scores)
     gradient = dense_gradient(case.model, names, case.data.images, case.data.labels)
     hessian = hessian_of(case, names)
-    expected = weights_of(case, names) * (hessian @ gradient)
-    assert relative_error(flattened(dict(scores)), expected) <= 1e-10
-
-
-def test_the_temperature_divides_the_logits() -> None:
-    case = build("linear over tokens")
-    scores = pai.score("grasp", case.model, case.data, samples=None, temperature=20.0)
-    names = list(scores)
-    divided = Layers(lambda m, x: m.model(x) / 20, model=case.model)
-    inner = [f"model.{name}" for name in names]
-    gradient = dense_gradient(divided, inner, case.data.images, case.data.labels)
-    hessian = dense_hessian(divided, inner, case.data)
     expected = weights_of(case, names) * (hessian @ gradient)
     assert relative_error(flattened(dict(scores)), expected) <= 1e-10
 
