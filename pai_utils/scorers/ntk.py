@@ -29,10 +29,10 @@ def ntk_sap(
     perturbed. The absolute value is taken last, of the mean over samples and perturbations.
 
     The paper prunes untrained networks, averages over random weights and takes random images; here
-    the kernel is that of the model's own weights on the images drawn. A weight that is exactly zero counts as pruned: it is not perturbed, and its
-    score is zero. All is computed in float64, on copies of the model, since the score is a
-    difference of differences, of relative size ε². Costs two forward and backward passes a sample
-    and perturbation.
+    the kernel is that of the model's own weights on the images drawn. A weight that is exactly zero
+    counts as pruned: it is not perturbed, and its score is zero. All is computed in float64, on
+    copies of the model, since the score is a difference of differences, of relative size ε². Costs
+    two forward and backward passes a sample and perturbation.
 
     Source: Wang, Li & Sun (2023), "NTK-SAP: improving neural network pruning by aligning training
     dynamics".
