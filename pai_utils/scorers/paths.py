@@ -6,36 +6,30 @@ factors, such as the gates of activations. The book's theory says which paths th
 over. A copy of the model in float64 computes these sums. Its parameters are raised to a *power*, 0,
 1 or 2, and its functions follow these rules, with the factors of the model on some data or without:
 
-- *Parameters* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0. *Buffers*
-  are taken in absolute value, to the same power.
-- *Constants that are added* are left out: biases, position tables. What is subtracted is added, and
-  factors lose their signs.
-- *Constants that are joined*, such as class tokens, are replaced by 2⁻⁴⁰ times the mean of the
-  tokens they are joined to: next to no flow, but queries to attend with.
+- *Parameters and buffers* are ``|w|^power``; with power 0 a weight is 1, and 0 if it is exactly 0.
+- *Constants that are added* are left out: biases, position tables. Factors lose their signs.
+- *Constants that are joined*, such as class tokens, are 2⁻⁴⁰ times the mean of their fellows: next
+  to no flow, but queries to attend with.
 - *Activations* are the identity; with data, their gate f(x)/x squared, which for ReLU is 0 or 1.
 - *BatchNorm* is its fixed scale ``(|γ| / √(var + ε))^power``, as if folded into the convolution.
-- *LayerNorm, GroupNorm, RMSNorm and L2 normalisation* are their gain ``|γ|^power``; with data,
-  times the square of 1/σ. The mean is not subtracted.
+- *Other normalisations* are their gain ``|γ|^power``; with data, times the square of 1/σ.
 - *Attention* has a fixed pattern: q·k over its sum (for power 2: 1 for each pair of tokens); with
   data, the square of the softmax. Masks and position biases of the pattern are constants.
 - *Sigmoid gates* (squeeze-and-excitation) are 1; with data, the square of their value.
 - *Max-pooling* stays (for power 2 it is a sum); with data, it takes the entry that was largest.
-- *Layers, shapes, pads, means, sums, averages and casts* act as they do in the model.
 
 Any other function of what comes from the image is refused by its name.
 
-**Queries, keys and gates.** With a fixed pattern no path runs through the weights of queries and
-keys, or of squeeze-and-excitation; all would score zero. Therefore a fixed factor a is replaced by
-a · s / [s], where s is what it is made of (q·k; the gate's input) in this network and [s] its
-value, taken as a constant. No value changes, but the weights that make s carry flow. Where two
-quantities that come from the image are multiplied, each passes on half of the gradient, so that
-every neuron passes on exactly what it receives. Where s is zero, as for a head whose queries are
-all pruned, the pattern's part of the flow ends.
+**Queries, keys and gates.** With a fixed pattern all weights that make it would score zero. So a
+factor a is replaced by a · s / [s], where s is what it is made of (q·k; the gate's input) in this
+network and [s] its value, taken as a constant: no value changes, but these weights carry flow.
+Where two quantities that come from the image are multiplied, each passes on half of the gradient,
+so that every neuron passes on exactly what it receives.
 
 **Degrees.** Sums over paths are of degree 1 in the image, gates and patterns of degree 0, and q·k
 is of degree 2 until it becomes a pattern. Quantities of different degrees cannot be added, since
-the scale of the image would decide how they compare. So products of two streams are refused, as in
-SwiGLU, gMLP and linear attention.
+the scale of the image would decide how they compare: products of two streams, as in SwiGLU, gMLP
+and linear attention, are refused.
 """
 
 from __future__ import annotations
