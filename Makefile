@@ -108,6 +108,7 @@ RUN_GRID = set -x; $(PY) workflow/build.py $(1) --target executed && $(PY) workf
 results: $(READY) ## run the larger grids and store their tables in results/; PAI_DATA_ROOT adds real data
 	@$(call RUN_GRID,damping)
 	@$(call RUN_GRID,joint)
+	@$(call RUN_GRID,rounds)
 	@$(call RUN_GRID,atlas)
 	@$(call RUN_GRID,retention)
 	@$(call RUN_GRID,recovery)
