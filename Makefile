@@ -140,7 +140,7 @@ cluster-test: $(CLUSTER_READY) ## run the smoke grid on a SLURM of this computer
 	  --slurm-init-seconds-before-status-checks 5 --seconds-between-status-checks 2 --latency-wait 10
 
 lock: $(READY) ## write the locks again; UPGRADE=--upgrade takes the newest versions
-	$(COMPILE) --extra book --extra export --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra book --extra clip --extra export --extra test $(UPGRADE) --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra test --extra bench $(UPGRADE) --constraint requirements.lock \
 	  --output-file requirements-bench.lock pyproject.toml
 	$(COMPILE) --extra book --extra cluster $(UPGRADE) --constraint requirements.lock \

@@ -26,6 +26,7 @@ from .heads import make_heads as make_heads
 from .masks import Mask as Mask
 from .masks import describe_weights as describe_weights
 from .masks import make_mask as make_mask
+from .models.clip import zero_shot_head as zero_shot_head
 from .models.encoders import Backbone as Backbone
 from .models.encoders import Classifier as Classifier
 from .models.encoders import prunable_parameters as prunable_parameters

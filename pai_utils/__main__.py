@@ -54,6 +54,7 @@ def list_names() -> None:
         | {
             "timm:<model>": "any model of timm, with its weights from the Hugging Face hub",
             "file:<path>@<timm model>": "a local checkpoint of that model",
+            "clip:<model>@<weights>": "a CLIP image tower of open_clip, fetched on request",
         },
         "Tasks": {name: spec.description for name, spec in TASKS.items()}
         | {

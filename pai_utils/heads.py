@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pai_utils.data.images import ImageDataset
 from pai_utils.data.tasks import Task
+from pai_utils.models.clip import zero_shot_head
 from pai_utils.models.encoders import Backbone, frozen_head
 from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import at_least_single, check_names, device_of, undisturbed
@@ -17,6 +18,8 @@ from pai_utils.support.sampling import PRECISIONS, Samples, batches, fitting_bat
 
 PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
 """The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
+HEADS = ("linear", "text")
+"""What heads are made of, labelled features or class names."""
 
 
 def features(
@@ -58,9 +61,20 @@ def dense_features(
 
 
 def make_heads(
-    backbone: Backbone, tasks: Mapping[str, Task], *, batch_size: int = 64
+    backbone: Backbone, tasks: Mapping[str, Task], kind: str = "linear", *, batch_size: int = 64
 ) -> dict[str, nn.Linear]:
-    """A frozen head of the dense encoder for each task, by name, as from :func:`fit_head`."""
+    """A frozen head of the dense encoder for each task, by name.
+
+    The kind ``"linear"`` is fitted on the task's training images, ``batch_size`` images a forward
+    (:func:`fit_head`). The kind ``"text"`` is made of the class names, which needs an encoder of
+    CLIP (:func:`~pai_utils.models.clip.zero_shot_head`).
+
+    Raises:
+        ValueError: if the kind is unknown, and as these two functions say.
+    """
+    check_names("kind of head", [kind], HEADS)
+    if kind == "text":
+        return {name: zero_shot_head(backbone, task.class_names) for name, task in tasks.items()}
     return {name: fit_head(backbone, task, batch_size=batch_size) for name, task in tasks.items()}
 
 

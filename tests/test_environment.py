@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 # The extras that each lock holds.
-EXTRAS = {"requirements": ("book", "export", "test"), "requirements-bench": ("bench",)}
+EXTRAS = {"requirements": ("book", "clip", "export", "test"), "requirements-bench": ("bench",)}
 PYTHONS = ("3.11", "3.12", "3.13")
 ENVIRONMENTS = [
     {

@@ -26,7 +26,7 @@ def scores(config: Any) -> list[str]:
     from pai_utils.scorers import find_scorer
     from pai_utils.studies.suite import Suite
 
-    suite = Suite.load(config)
+    suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
     done = []
     for name, recipe in {recipe.scorer: recipe for recipe in recipes_of(config)}.items():
         for source in sources_of(config) if find_scorer(name).needs_data else []:

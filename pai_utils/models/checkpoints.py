@@ -98,7 +98,8 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"{source} could not be fetched ({error}); download it elsewhere and name the file, as "
-            "file:<path>@<timm model>, or pass pretrained=False for random weights"
+            "file:<path>@<timm model> or clip:<model>@<path>, or pass pretrained=False for random "
+            "weights"
         ) from error
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pai_utils.data.images import INTERPOLATIONS, ImageTransform, check_image_size
 from pai_utils.models.checkpoints import HUB, SUFFIXES, load_checkpoint
+from pai_utils.models.clip import CLIP, ImageTower, load_towers
 from pai_utils.models.encoders import Backbone
 from pai_utils.models.published import BACKBONES, PRESETS, BackboneSpec
 from pai_utils.support.common import may_download, unknown_name
@@ -38,6 +39,8 @@ def load_backbone(
             - a key of `PRESETS`, a published file that is looked for in `PAI_WEIGHTS_ROOT`
               (default: torchvision's folder) or in the hub's cache;
             - `timm:<model>` or a bare timm model name, weights from the Hugging Face hub;
+            - `clip:<model>@<weights>`, the image tower of one of open_clip's models, with weights
+              by open_clip's tag or from a local file (needs the extra `clip`);
             - `file:<path>@<timm model>`, a local checkpoint in any of the layouts that
               `pai_utils.models.checkpoints` lists: `.safetensors`, `.pth`, `.pt` or `.pth.tar`. The
               head's tensors are left out; all others must match.
@@ -72,20 +75,29 @@ def load_backbone(
     check_seed(seed)
     if image_size is not None:
         check_image_size(image_size)
-    spec = BACKBONES.get(name) or PRESETS.get(name) or _specify(name)
-    path = spec.obtain(name, download=may_download(download)) if pretrained else None
-    size = image_size or spec.transform.image_size
-    encoder = _build(spec.architecture, size, seed, path if spec.fill is None else None)
-    _check_patches(encoder, size, name)
     report: str | None = None
-    if path is not None and spec.fill is not None:
-        report = spec.fill(encoder, path, spec.architecture)
+    if name.startswith(CLIP):
+        model, transform, provenance = load_towers(
+            name, image_size=image_size, pretrained=pretrained, seed=seed, download=download
+        )
+        encoder: nn.Module = ImageTower(model.get_submodule("visual"))
+        _check_patches(model.get_submodule("visual"), transform.image_size, name)
+    else:
+        spec = BACKBONES.get(name) or PRESETS.get(name) or _specify(name)
+        path = spec.obtain(name, download=may_download(download)) if pretrained else None
+        size = image_size or spec.transform.image_size
+        transform = replace(spec.transform, image_size=size)
+        encoder = _build(spec.architecture, size, seed, path if spec.fill is None else None)
+        _check_patches(encoder, size, name)
+        if path is not None and spec.fill is not None:
+            report = spec.fill(encoder, path, spec.architecture)
+        provenance = spec.provenance(path, seed)
     return Backbone(
         encoder.eval(),
         name=name,
-        feature_dim=_count_features(encoder, size, name),
-        transform=replace(spec.transform, image_size=size),
-        provenance=spec.provenance(path, seed),
+        feature_dim=_count_features(encoder, transform.image_size, name),
+        transform=transform,
+        provenance=provenance,
         checkpoint=report,
     ).to(target)
 
@@ -108,7 +120,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _specify(name: str) -> BackboneSpec:
-    """What a name means that is in no table."""
+    """What a name means that is neither in a table nor of CLIP."""
     import timm
 
     local = name.startswith("file:")
@@ -116,7 +128,7 @@ def _specify(name: str) -> BackboneSpec:
     base, _, tag = architecture.partition(".")
     tagged = timm.models.get_arch_pretrained_cfgs(base) if timm.is_model(base) else {}
     if not timm.is_model(base) or (tag and architecture not in tagged):
-        other = ("timm:<model>", "file:<path>@<timm model>")
+        other = ("timm:<model>", "file:<path>@<timm model>", "clip:<model>@<weights>")
         valid = [*BACKBONES, *other, *PRESETS]
         raise unknown_name("backbone", architecture, valid, unlisted=[*timm.list_models(), *tagged])
     config: Any = timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()
@@ -184,7 +196,9 @@ def _build(architecture: str, image_size: int, seed: int, weights: Path | None) 
 
 def _check_patches(encoder: nn.Module, image_size: int, name: str) -> None:
     """Refuse an image size that does not divide into patches."""
-    cut = getattr(getattr(encoder, "patch_embed", None), "proj", None)
+    # timm's transformers cut them in a layer of their own, open_clip's in their first convolution.
+    own = encoder.conv1 if hasattr(encoder, "patch_size") and hasattr(encoder, "conv1") else None
+    cut = getattr(getattr(encoder, "patch_embed", None), "proj", own)
     side = cut.stride[0] if isinstance(cut, nn.Conv2d) else 1
     if image_size % side:
         below = image_size // side * side

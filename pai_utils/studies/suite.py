@@ -64,13 +64,13 @@ class Suite:
     heads: Mapping[str, nn.Linear]  #: by the tasks' names
 
     @classmethod
-    def load(cls, config: EncoderParameters) -> Self:
-        """What parameters name."""
+    def load(cls, config: EncoderParameters, *, heads: str = "linear") -> Self:
+        """What parameters name, with heads of a kind of :func:`~pai_utils.heads.make_heads`."""
         name, size, device, seed = config.backbone, config.image_size, config.device, config.seed
         encoder = load_backbone(name, size, device, pretrained=config.pretrained, seed=seed)
         how: dict[str, Any] = config.model_dump(include={"train_size", "test_size", "seed"})
         tasks = {name: load_task(name, encoder.transform, **how) for name in config.tasks}
-        return cls(encoder, tasks, make_heads(encoder, tasks, batch_size=config.batch_size))
+        return cls(encoder, tasks, make_heads(encoder, tasks, heads, batch_size=config.batch_size))
 
     def untrained(self, *, seed: int = 0, batch_size: int = 64) -> Suite:
         """The same architecture at random weights, with heads of its own."""

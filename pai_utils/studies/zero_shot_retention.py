@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
 from pai_utils.evaluation import Evaluation
-from pai_utils.heads import PROTOCOLS, dense_features, fit_head
+from pai_utils.heads import HEADS, PROTOCOLS, dense_features, fit_head
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
@@ -37,6 +37,7 @@ class Parameters(Masks):
     scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
     seeds: Seeds
     repairs: list[Repair] = Field(default=["none"], min_length=1)
+    heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
     precision: Annotated[str, one_of("precision", PRECISIONS)] = (
         "float32"  #: of the forwards that measure accuracy
     )

@@ -42,9 +42,9 @@ MOST_BYTES = 20 * 2**30
 _FORMAT = "pai_utils.support.cache/3"
 _STARTED = time.time()
 # Packages that compute, whose modules do the same as long as their version is the same.
-_PACKAGES = ("numpy", "scikit-learn", "scipy", "timm", "torch", "torchvision")
+_PACKAGES = ("numpy", "open_clip_torch", "scikit-learn", "scipy", "timm", "torch", "torchvision")
 _VERSIONS = {package: version_of(package) for package in _PACKAGES}
-_KNOWN = {"numpy", "timm", "torch", "torchvision", *sys.stdlib_module_names}
+_KNOWN = {"numpy", "open_clip", "timm", "torch", "torchvision", *sys.stdlib_module_names}
 
 
 class Kept(NamedTuple):

@@ -201,7 +201,7 @@ def test_an_impossible_image_size_is_refused(name: str, size: Any, message: str)
             "efficientnet_lit0",
             r"'efficientnet_lit0'; did you mean 'efficientnet_lite0'\? "
             "Choose from: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, mobilenetv2, "
-            "vit_small_saliency, timm:<model>, file:<path>@<timm model>",
+            "vit_small_saliency, timm:<model>, file:<path>@<timm model>, clip:<model>@<weights>",
         ),
         ("timm:test_resnett", r"unknown backbone 'test_resnett'; did you mean 'test_resnet'\?"),
         ("", "unknown backbone ''"),

@@ -59,6 +59,7 @@ def read(notebook: str = "zero_shot_retention", **changes: Any) -> Any:
         ({"targets": ["digits", "photo"]}, r"targets\.1: unknown task 'photo'"),
         ({"source": ["digits"], "targets": ["digits"]}, "only target is the source digits; add an"),
         ({"precision": "float61"}, "precision: unknown precision 'float61'; did you mean 'float16"),
+        ({"heads": "texts"}, "heads: unknown kind of head 'texts'; did you mean 'text'"),
         ({"repairs": ["moments"]}, "repairs: masks without repair .*add none"),
         ({"repairs": ["none", "layerwize"]}, "unknown repair 'layerwize'; did you mean 'layerwise"),
         ({"repair_options": {"damp": 1}}, "unknown repair option 'damp'"),
