@@ -199,22 +199,20 @@ def _tokens(*layers: nn.Module) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: _conv(nn.Conv2d(4, 5, 3), width=5),
-    "conv without bias": lambda: _conv(nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False)),
     "strided conv": lambda: _conv(nn.Conv2d(4, 5, 3, 2, 1), nn.Conv2d(5, 4, 1, 2)),
-    "dilated conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding="same", dilation=2)),
-    "unevenly padded conv": lambda: _conv(
-        Layers(_unevenly_padded, conv=nn.Conv2d(4, 4, 2, padding="same"))
+    "padded convs": lambda: _conv(
+        nn.Conv2d(4, 4, 3, padding="same", dilation=2, bias=False),
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0), padding_mode="circular"),
+        Layers(_unevenly_padded, conv=nn.Conv2d(4, 4, 2, padding="same")),
+        create_conv2d(4, 4, 3, stride=2, padding="same"),
     ),
-    "circularly padded conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
     "grouped conv": lambda: _conv(nn.Conv2d(4, 6, 3, 2, groups=2), width=6),
-    "depthwise conv": lambda: _conv(nn.Conv2d(4, 4, 3, padding=1, groups=4)),
-    "depthwise conv with a large kernel": lambda: _conv(
-        nn.Conv2d(4, 4, 5, 2, (2, 1), groups=4), nn.Conv2d(4, 4, 3, 1, 2, dilation=2, groups=4)
+    "depthwise convs": lambda: _conv(
+        nn.Conv2d(4, 4, 5, 2, (2, 1), groups=4),
+        nn.Conv2d(4, 4, 3, 1, 2, dilation=2, groups=4),
+        nn.Conv2d(4, 8, 3, padding=1, groups=4),
+        width=8,
     ),
-    "grouped conv with a channel a group": lambda: _conv(
-        nn.Conv2d(4, 8, 5, padding=2, groups=4), width=8
-    ),
-    "TF-same padded conv": lambda: _conv(create_conv2d(4, 4, 3, stride=2, padding="same")),
     "transposed conv": lambda: _conv(nn.ConvTranspose2d(4, 4, 2)),
     "eval BatchNorm": lambda: _conv(BatchNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), BatchNorm(4)),
     "plain norms": lambda: nn.Sequential(
@@ -252,9 +250,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             lambda m, x: F.linear(x, m.conv.weight.reshape(6, 6), m.conv.bias),
             conv=nn.Conv2d(6, 6, 1),
         )
-    ),
-    "weight used twice in two ways": lambda: _tokens(
-        Layers(lambda m, x: m.linear(torch.tanh(x @ m.linear.weight)), linear=nn.Linear(6, 6))
     ),
     "weight in a custom function": lambda: _tokens(
         Layers(lambda m, x: _Hidden.apply(x, m.linear.weight), linear=nn.Linear(6, 6))

@@ -12,7 +12,6 @@ from pai_utils.support.sampling import Draw
 from tests.cases import (
     Case,
     build,
-    fingerprint,
     largest_error,
     logits_of,
     per_sample_gradients,
@@ -185,20 +184,6 @@ def test_blocks_of_one_weight_are_the_damped_diagonal() -> None:
             assert relative_error(found[name], expected.flatten()) <= 1e-12
 
 
-@some
-def test_the_model_is_as_it_was_whenever_the_caller_has_control(case: Case) -> None:
-    first = next(iter(case.model.parameters()))
-    first.grad = torch.ones_like(first)
-    list(case.model.parameters())[-1].requires_grad_(False)
-    case.model.get_submodule("0").eval()
-    before = fingerprint(case.model)
-    state = torch.get_rng_state()
-    options = {"block_size": 7, "memory_budget": 4096, "estimator": "mc"}
-    for _ in fisher_blocks(case.model, case.names, case.data, **options):  # type: ignore[arg-type]
-        assert fingerprint(case.model) == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -215,15 +200,6 @@ def test_bad_options_are_refused_at_the_call(options: dict[str, object], message
     options = {"block_size": 7} | options
     with pytest.raises(ValueError, match=message):
         fisher_blocks(case.model, case.names, case.data, **options)  # type: ignore[arg-type]
-
-
-def test_what_does_not_fit_given_gradients_is_refused() -> None:
-    for size, damping, message in ((0, 1e-2, "block_size=0"), (2, 0.0, r"damping=0\.0")):
-        with pytest.raises(ValueError, match=message):
-            BlockFisher.from_gradients(torch.ones(3, 4), block_size=size, damping=damping)
-    blocks = BlockFisher.from_gradients(torch.ones(3, 4), block_size=2, damping=1e-2)
-    with pytest.raises(ValueError, match=r"weights \(5,\) and keep \(4,\) .* shape \(4,\)"):
-        blocks.repair(torch.ones(5), torch.ones(4).bool())
 
 
 def test_a_singular_block_is_refused_not_turned_into_nan() -> None:

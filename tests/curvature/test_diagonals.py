@@ -47,14 +47,14 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
 @pytest.mark.parametrize("kind", EXACT)
-def test_exact_diagonals_equal_the_dense_ones(case: Case, kind: str, batch_size: int) -> None:
-    before = fingerprint(case.model)
-    found = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, batch_size))
-    assert fingerprint(case.model) == before
+def test_exact_diagonals_equal_the_dense_ones(case: Case, kind: str) -> None:
     expected = EXACT[kind](case)
-    assert largest_error(found, expected) <= 1e-10
+    before = fingerprint(case.model)
+    for batch_size in (4, 64):
+        found = DIAGONALS[kind](case.model, case.names, case.data, Draw(None, batch_size))
+        assert fingerprint(case.model) == before
+        assert largest_error(found, expected) <= 1e-10
 
 
 def repeated(

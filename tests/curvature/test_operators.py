@@ -76,6 +76,7 @@ def test_product_equals_that_of_the_dense_matrix(
     assert relative_error(flattened(product), dense @ flattened(v)) <= 1e-10
 
 
+@pytest.mark.parametrize("case", ["conv", "fused attention", "shared weight"], indirect=True)
 @pytest.mark.parametrize("memory", [2**30, 0])
 def test_the_gradient_shares_its_graphs_with_the_products(case: Case, memory: int) -> None:
     operator = HessianOperator(case.model, case.names, case.data, Draw(None, 3), memory=memory)

@@ -25,9 +25,11 @@ def cotangents_for(case: Case) -> Tensor:
     return torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
 
 
+@pytest.mark.parametrize("name", ["conv", "depthwise convs", "linear over tokens"])
 def test_gradients_formed_in_parts_give_the_same_sum(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case = build(name)
     cotangents = cotangents_for(case)
     expected = squares(case, cotangents, 5)
     for entries in (1, 10, 100):
@@ -57,7 +59,7 @@ def test_equal_samples_are_still_told_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["conv", "nn.MultiheadAttention", "shared weight"])
-@pytest.mark.parametrize("fails_at", [1, 3, 4, 6])
+@pytest.mark.parametrize("fails_at", [1, 4])
 def test_an_error_midway_leaves_no_trace(name: str, fails_at: int) -> None:
     case = build(name)
     calls = 0

@@ -65,10 +65,3 @@ def test_directions_that_do_not_fit_are_refused() -> None:
     v = vector_for(case)
     with pytest.raises(ValueError, match=r"the vector lacks '2\.weight'"):
         directional_terms(case.model, [v, {"2.bias": torch.zeros(6)}], case.data)
-
-
-def test_terms_that_are_not_finite_are_refused() -> None:
-    case = build("linear over vectors")
-    case.data.images[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="non-finite"):
-        terms_along(case.model, vector_for(case), case.data)

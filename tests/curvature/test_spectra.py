@@ -8,7 +8,6 @@ from torch import Tensor
 from pai_utils.curvature.products import HessianOperator
 from pai_utils.curvature.spectra import (
     Eigenpairs,
-    SpectralDensity,
     spectral_density,
     top_eigenpairs,
 )
@@ -132,25 +131,6 @@ def test_density_integrates_to_one(width: float | None) -> None:
     assert found.nodes.shape == (3, 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [2.0, -1e-6, 1e6])
-def test_eigenvalues_that_rounding_alone_tells_apart_are_one(
-    value: float, dtype: torch.dtype
-) -> None:
-    def density(spread: float) -> SpectralDensity:
-        factors = 1 + spread * torch.linspace(-1, 1, 200, dtype=torch.float64)
-        found = spectral_density(MatrixOperator(symmetric(200, value * factors).to(dtype)), steps=5)
-        assert abs(float(torch.trapezoid(found.density, found.grid)) - 1) <= 1e-6
-        return found
-
-    rounding = torch.finfo(dtype).eps
-    one, narrow = density(10 * rounding), density(1e-7 if dtype == torch.float64 else 1e-4)
-    assert one.nodes.min() < one.nodes.max()
-    assert one.width == pytest.approx(abs(value) / 100, rel=1e-4)
-    assert one.grid[one.density.argmax()] == pytest.approx(value, abs=one.width / 4)
-    assert narrow.width == pytest.approx(float(narrow.nodes.max() - narrow.nodes.min()) / 100)
-
-
 def test_density_of_one_repeated_eigenvalue_is_one_peak() -> None:
     for value in (0.0, -2.0, 3.0):
         matrix = value * torch.eye(12, dtype=torch.float64)
@@ -183,13 +163,3 @@ def test_bad_settings_and_products_are_refused() -> None:
     broken = MatrixOperator(torch.full((12, 12), torch.nan))
     with pytest.raises(NonFiniteError, match="Lanczos step 1 is not finite"):
         top_eigenpairs(broken, 2)
-
-
-def test_another_kernel_leaves_the_quadrature() -> None:
-    operator = MatrixOperator(symmetric(50))
-    found = spectral_density(operator, probes=2, steps=20)
-    wide = spectral_density(operator, probes=2, steps=20, width=3 * found.width)
-    smoothed = found.smoothed(3 * found.width)
-    assert torch.equal(smoothed.grid, wide.grid)
-    assert torch.equal(smoothed.density, wide.density)
-    assert torch.equal(smoothed.nodes, found.nodes)
