@@ -30,7 +30,6 @@ time.sleep(seconds)
 print(os.environ["OMP_NUM_THREADS"], "thread")
 print("keeps in", os.environ["PAI_CACHE"])
 print("sees GPU", os.environ.get("CUDA_VISIBLE_DEVICES"), "as", device)
-(pathlib.Path(out) / "bulk").write_bytes(b"x" * bulk)
 """
 LIBRARY = '''
 def divide(divisor):
@@ -186,7 +185,7 @@ class Project:
 
 
 def _notebook(source: str) -> Any:
-    defaults = "divisor = 1\nseconds = 0\ndevice = 'auto'\nbulk = 0\nout = '.'"
+    defaults = "divisor = 1\nseconds = 0\ndevice = 'auto'\nout = '.'"
     cells = [
         new_markdown_cell("# One division"),
         new_code_cell(defaults, metadata={"tags": ["parameters"]}),

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -154,30 +153,6 @@ def test_cells_end_with_snakemake_and_the_next_run_resumes(
     project.execute()
     assert set(project.marks()) == {"quick", "slow"}
     assert project.marks()["quick"] == mark
-
-
-def test_full_disk_fails_a_cell_and_nothing_half_written_is_read(
-    new_project: Callable[..., Project],
-) -> None:
-    project = new_project({"first": {}, "large": {"bulk": 30 * 2**20}})
-    disk, kept = project.root.parent / "disk", project.root.parent / "kept"
-    disk.mkdir()
-    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=24m none '{disk}'"
-    if not shutil.which("unshare") or subprocess.run([*mounted, mount]).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    there = f"cp -a '{project.root}' '{disk}/project' && cd '{disk}/project'"
-    script = f"{mount} && {there} && \"$@\"; status=$?; cp -a . '{kept}'; exit $status"
-    result = subprocess.run(
-        [*mounted, script, "sh", *project.command("--target", "executed", "--cores", "1")],
-        env=project.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    assert "No space left on device" in result.stderr
-    assert set(Project(kept).marks()) == {"first"}
 
 
 def test_cells_are_spread_over_the_gpus_of_a_computer(new_project: Callable[..., Project]) -> None:

@@ -91,18 +91,6 @@ def test_a_change_concerns_the_notebooks_that_reach_it(
     assert {notebook for notebook in NOTEBOOKS if before[notebook] != after[notebook]} == changed
 
 
-def test_names_that_stand_for_others_now_are_followed(tmp_path: Path) -> None:
-    folder = tmp_path / "pai_utils"
-    folder.mkdir()
-    (folder / "a.py").write_text("def one(): return 1\ndef two(): return 2\n")
-
-    def digest(name: str) -> str:
-        (folder / "__init__.py").write_text(f"from pai_utils.a import {name} as f\n")
-        return Library(tmp_path).digest("import pai_utils\npai_utils.f()")
-
-    assert digest("one") != digest("two")
-
-
 @cache
 def sources() -> dict[str, str]:
     """The code of every notebook."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from estimates import downloads, encoder, estimate
+from estimates import encoder, estimate
 from grids import read_grid
 from plan import plan
 
@@ -61,28 +61,6 @@ def test_hours_are_those_of_the_published_operations_at_the_speed_given() -> Non
     config = retention(backbone="efficientnet_lite0", image_size=224)
     found = estimate("zero_shot_retention", config, 2)
     assert found["hours"] == pytest.approx(found["forwards"] * 2 * 407e6 / 2e12 / 3600, rel=0.06)
-
-
-def test_data_sets_to_fetch_are_named_once() -> None:
-    configs = [retention(source="MNIST", targets=["MNIST", "DTD"]), retention(targets=["DTD"])]
-    names = ("MNIST", "DTD")
-    assert downloads(configs) == {name: DATASETS[name].megabytes for name in names}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"train_size": 1000},
-            "train_size must be between 1 and 988, the number of train items of digits",
-        ),
-        ({"test_size": 513}, "test_size must be between 1 and 512, .* of photos"),
-        ({"backbone": "timm:test_resnett"}, "unknown backbone 'test_resnett'"),
-    ],
-)
-def test_more_than_there_is_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        forwards(retention(**changes))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda path: path.stem)

@@ -50,18 +50,6 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         read_grid(tmp_path / "there.yaml")
 
 
-@pytest.mark.parametrize(("mark", "end"), [("", "\n"), ("\ufeff", "\r\n")])
-def test_numbers_days_and_null_are_read_as_people_mean_them(
-    tmp_path: Path, mark: str, end: str
-) -> None:
-    written = "rates: [1e-5, .5, 3E4], scope: 2:4, source: 2026-01-31, size: ~, seed: 010"
-    lines = ["cells:", "  a:", "    notebook: n", f"    parameters: {{{written}}}", ""]
-    (tmp_path / "grid.yaml").write_bytes((mark + end.join(lines)).encode())
-    assert read_grid(tmp_path / "grid.yaml")["a"].parameters == {
-        "rates": [1e-5, 0.5, 3e4], "scope": "2:4", "source": "2026-01-31", "size": None, "seed": 10
-    }  # fmt: skip
-
-
 def test_a_cell_over_lists_is_one_for_each_combination(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(

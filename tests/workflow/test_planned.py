@@ -1,6 +1,5 @@
 """What a grid comes to: what its cells follow from, their resources, and a file that is read."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -35,30 +34,6 @@ def _write(cells: dict[str, dict[str, object]]) -> None:
     path = Path("workflow/grids/few.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"cells": cells}))
-
-
-def test_a_plan_says_what_cells_follow_from_and_take(layout: Layout) -> None:
-    plan = read_plan(layout)
-    assert plan["one"]["notebook"] == "notebooks/prune_per_task.ipynb"
-    assert json.loads(plan["one"]["parameters"]) == {**FEW, "samples": 16}
-    assert plan["one"]["code"] != plan["two"]["code"]
-    for entry in plan.values():
-        assert 1000 < entry["memory_mib"] < 10_000
-        assert 0 < entry["score_hours"] < entry["hours"] < 1
-
-
-def test_a_change_is_one_of_the_cells_that_follow_from_it(layout: Layout) -> None:
-    first = read_plan(layout)
-    layout.plan.write_text(json.dumps({**json.loads(layout.plan.read_text()), "cells": {}}))
-    assert read_plan(layout) == {}  # read, not made
-    notebook = Path("notebooks/scorer_atlas.ipynb")
-    notebook.write_text(notebook.read_text().replace("## One sweep", "## A sweep"))
-    second = read_plan(layout)
-    assert second["one"] == first["one"]
-    assert second["two"]["code"] != first["two"]["code"]
-    Path("requirements.lock").write_text("torch==3\n")
-    third = read_plan(layout)
-    assert all(third[cell]["code"] != second[cell]["code"] for cell in second)
 
 
 def test_refused_parameters_and_missing_notebooks_are_named(layout: Layout) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from render import complaints, main, render, stage
+from render import main, render, stage
 
 
 @pytest.fixture
@@ -31,16 +31,6 @@ def test_staged_site_has_the_sources_and_keeps_its_own_executed_copies(sources: 
     assert (executed / "cell.ipynb").read_text() == "the site's"
     assert (sources / "book" / "executed" / "cell.ipynb").read_text() == "the reader's"
     assert not (site / "book" / "folder").exists()  # of a page that was removed
-
-
-def test_a_draft_keeps_the_dates_of_sources_and_shows_the_readers_copies(sources: Path) -> None:
-    site = sources / "build" / "draft"
-    for _ in range(2):
-        stage(site, sources / "book" / "executed")
-        assert (site / "book/executed/cell.ipynb").read_text() == "the reader's"
-        for name in ("_toc.yml", "book/index.md"):
-            assert (site / name).stat().st_mtime == (sources / name).stat().st_mtime
-    assert (sources / "book" / "executed" / "cell.ipynb").exists()
 
 
 @pytest.mark.engine
@@ -75,12 +65,6 @@ def test_draft_renders_what_changed_and_repeats_a_warning_until_it_is_mended(sou
     assert {path.name for path in html.glob("*.html")} == {"index.html", "one.html"}
 
 
-def test_folder_without_the_sources_is_refused(sources: Path) -> None:
-    (sources / "_toc.yml").unlink()
-    with pytest.raises(ValueError, match=r"_toc\.yml is missing"):
-        stage(sources / "build" / "smoke")
-
-
 def test_executed_copy_with_an_error_is_not_rendered(
     sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,11 +77,3 @@ def test_executed_copy_with_an_error_is_not_rendered(
     monkeypatch.setattr("sys.argv", ["render.py", "book"])
     assert main() == 1
     assert "book/executed/cell.ipynb: KeyError: 'x'" in capsys.readouterr().err
-
-
-def test_log_is_reduced_to_its_warnings_without_colour_or_to_its_end(tmp_path: Path) -> None:
-    log = tmp_path / "render.log"
-    log.write_text("reading\n\x1b[91mpage.md:3: WARNING: no such label\x1b[39;49;00m\ndone\n")
-    assert complaints(log) == ["page.md:3: WARNING: no such label"]
-    log.write_text("\n".join(f"line {n}" for n in range(30)))
-    assert complaints(log) == [f"line {n}" for n in range(10, 30)]
