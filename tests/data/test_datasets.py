@@ -382,13 +382,19 @@ def test_downloads_happen_only_when_asked_for(way: str, root: Path, monkeypatch:
     assert_labels_belong_to_images(task)
 
 
-def test_a_publisher_that_cannot_be_reached_is_a_connection_error(
+def test_what_cannot_be_fetched_or_is_not_the_published_file_is_a_connection_error(
     root: Path, monkeypatch: Patch
 ) -> None:
+    class Response(io.BytesIO):
+        length = 5
+        url = "https://example.org/dtd.tar.gz"
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Response(b"other"))
+    with pytest.raises(ConnectionError, match=r"DTD could not be fetched: .*corrupted"):
+        load_task("DTD", TRANSFORM, root, download=True)
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=URLError("no route")))
-    for name in ("DTD", "MNIST"):
-        with pytest.raises(ConnectionError, match=f"(?s){name} could not be fetched.*no route"):
-            load_task(name, TRANSFORM, root, download=True)
+    with pytest.raises(ConnectionError, match=r"(?s)MNIST could not be fetched.*no route"):
+        load_task("MNIST", TRANSFORM, root, download=True)
 
 
 @pytest.mark.usefixtures("archives")
@@ -405,16 +411,6 @@ def test_of_several_that_want_a_set_one_downloads_it(root: Path, monkeypatch: Pa
     with ThreadPoolExecutor(3) as pool:
         for task in pool.map(lambda _: load_task("MNIST", TRANSFORM, root, download=True), "123"):
             assert sizes(task) == (54, 6, 20)
-
-
-def test_a_download_that_is_not_the_published_file_is_named(root: Path, monkeypatch: Patch) -> None:
-    class Response(io.BytesIO):
-        length = 5
-        url = "https://example.org/dtd.tar.gz"
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Response(b"other"))
-    with pytest.raises(ConnectionError, match=r"DTD could not be fetched: .*corrupted"):
-        load_task("DTD", TRANSFORM, root, download=True)
 
 
 def test_what_cannot_be_downloaded_is_not_tried(root: Path) -> None:
@@ -443,13 +439,10 @@ CARS = "stanford_cars/devkit/cars_train_annos.mat"
     [
         # Files whose checksums are published are never read when they differ.
         ("CIFAR10", "*/data_batch_3", lambda old: old + b"!", "CIFAR10 at .*incomplete or corrupt"),
-        ("SVHN", "train_32x32.mat", lambda old: old + b"!", "SVHN at .*corrupt"),
-        ("STL10", "*/test_y.bin", lambda old: old + b"!", "STL10 at .*corrupt"),
         ("Flowers102", "*/setid.mat", lambda old: old + b"!", "Flowers102 at .*corrupt"),
         ("MNIST", "MNIST/raw/train-i*", lambda old: old[:999], "MNIST at .*incomplete or corrupt"),
         ("MNIST", "MNIST/raw/train-l*", idx_of_59_labels, "60 images but 59 labels"),
         ("StanfordCars", CARS, lambda old: b"", "StanfordCars .*corrupt.* from a copy of yours"),
-        ("StanfordCars", CARS, lambda old: old[:200], "StanfordCars .*corrupt"),
         ("DTD", "*/*/labels/val1.txt", put(b"banded", b"braided"), "splits of DTD .* differ"),
         ("GTSRB", "*/GT-final_test.csv", put(b";42", b";43"), "test labels run from 0 to 43"),
         ("FGVCAircraft", "*/*/*var*.txt", put(b"Cessna 172", b"A300B4"), "repeat: 'A300B4'"),
@@ -514,17 +507,11 @@ def test_a_folder_of_class_folders_is_cut_into_parts(root: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
-        ("train val test", (40, 8, 8)),
         ("train validation test", (40, 8, 8)),
-        # Validation is carved from train.
-        ("train test", (36, 4, 8)),
-        ("train val", (36, 4, 8)),
+        ("train test", (36, 4, 8)),  # validation is carved from train
         # As other tools call them.
-        ("train valid test", (40, 8, 8)),
         ("train valid", (36, 4, 8)),
-        ("Train Test", (36, 4, 8)),
         ("TRAIN VAL TEST", (40, 8, 8)),
-        ("training testing", (36, 4, 8)),
         ("train dev test", (40, 8, 8)),
         ("training_set test-set", (36, 4, 8)),
     ],
@@ -553,11 +540,9 @@ def test_a_validation_part_carved_from_train_keeps_proportions(root: Path) -> No
     ("files", "message"),
     [
         ("ant/1.png ant/2.png", "has one class only: 'ant'; at least two"),
-        ("ant/1.png bee/", "has no images of the classes 'bee'"),
         ("ant/1.png bee/notes.txt", "has no images of the classes 'bee'; .* no image: .txt"),
         ("1.png", "has no class folders"),
         ("train/ant/1.png train/bee/1.png", "has train/ only; give train/ and test/, or"),
-        ("Test/ant/1.png valid/bee/1.png", "has Test/ and valid/ only; give train/"),
         ("train/a/1.png val/a/1.png Dev/a/1.png", "has Dev/ and train/ and val/, two of which are"),
         ("train/a/1.png train/b/1.png test/a/1.png test/c/1.png", "differ in the classes 'b', 'c'"),
         ("train/a/1.png train/b/1.png test/a/1.png test/b/", "test has no images of the classes"),
@@ -582,6 +567,13 @@ def write_noise(path: Path, seed: int, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
+
+
+def write_two_classes(folder: Path, first: int, within: str = "") -> None:
+    """Nine images of noise a class, numbered from ``first``, all different."""
+    for label, name in enumerate(("ant", "bee")):
+        for index in range(first, first + 9):
+            write_noise(folder / name / within / f"{index}.png", 100 * label + index)
 
 
 def test_a_task_has_the_pixels_that_the_transform_makes_of_its_files(root: Path) -> None:
@@ -623,29 +615,23 @@ def test_a_task_has_the_pixels_that_the_transform_makes_of_its_files(root: Path)
 def test_hidden_and_system_folders_are_ignored(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for label, name in enumerate(("ant", "bee")):
-        for index in range(12):
-            write_noise(root / name / "deeper" / f"{index}.png", 100 * label + index)
+    write_two_classes(root, 0, "deeper")
+    for name in ("ant", "bee"):
         for hidden in (".ipynb_checkpoints", "deeper/.ipynb_checkpoints", "deeper/@eaDir"):
-            write_noise(root / name / hidden / "1-checkpoint.png", 100 * label + 1)
+            write_noise(root / name / hidden / "1-checkpoint.png", 1)
         (root / name / "._1.png").write_bytes(b"of a system")
     write_noise(root / "__MACOSX/ant/1.png", 1)
     task = load_task(f"folder:{root}", TRANSFORM)
     assert task.class_names == ("ant", "bee")
-    assert sum(sizes(task)) == 24
+    assert sum(sizes(task)) == 18
     assert not caplog.text
 
 
 def test_every_file_that_is_not_read_is_counted(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for part in ("train", "test"):
-        for label, name in enumerate(("ant", "bee")):
-            for index in range(9):
-                write_noise(
-                    root / part / name / f"{part}{index}.png",
-                    len(part) * 1000 + label * 100 + index,
-                )
+    write_two_classes(root / "train", 0)
+    write_two_classes(root / "test", 50)
     for file in ("train/ant/1.HEIC", "train/ant/2.heic", "test/bee/film.mpg", "test/bee/noted"):
         (root / file).write_bytes(b"no image")
     for file in ("unlabelled/1.png", "unlabelled/2.png", "loose.png", "train/loose.png"):
@@ -659,10 +645,8 @@ def test_every_file_that_is_not_read_is_counted(
 def test_copies_of_an_image_in_two_parts_are_named(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for label, name in enumerate(("ant", "bee")):
-        for index in range(9):
-            write_noise(root / "train" / name / f"{index}.png", 100 * label + index)
-            write_noise(root / "test" / name / f"{index}.png", 100 * label + index + 50)
+    write_two_classes(root / "train", 0)
+    write_two_classes(root / "test", 50)
     load_task(f"folder:{root}", TRANSFORM)
     assert not caplog.text
     write_noise(root / "test/ant/other.bmp", 107)  # of another format, name and class

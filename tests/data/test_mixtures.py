@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -29,14 +28,6 @@ def test_images_of_no_task_are_seeded_varied_and_unlabelled(name: str) -> None:
     flat = images.images.float().flatten(1)
     assert (flat.std(1) > 4).all()
     assert (torch.pdist(flat) > 0).all()
-
-
-def test_one_photograph_is_one_of_two() -> None:
-    one, both = (
-        IMAGE_SETS[name](4, np.random.default_rng(0)) for name in ("one_photograph", "photographs")
-    )
-    assert np.array_equal(one[0], both[0])
-    assert not np.array_equal(one[1], both[1])
 
 
 def test_parts_are_pooled_in_equal_numbers_without_labels() -> None:
@@ -81,8 +72,5 @@ def test_what_a_source_saw_is_not_held_out() -> None:
 def test_an_impossible_source_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source_parts(name, TASKS)
-
-
-def test_fewer_images_than_one_are_refused() -> None:
     with pytest.raises(ValueError, match="samples=0: at least one"):
         load_mixture("noise", {}, TRANSFORM, count=0)

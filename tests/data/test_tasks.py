@@ -95,10 +95,7 @@ def test_impossible_arguments_are_refused(options: dict[str, Any], message: str)
 def test_an_unknown_task_is_refused_with_the_choices() -> None:
     for name in ("digits", "FashionMNIST", "ImageNet", "folder:photos"):
         check_task_name(name)
-    choices = "Choose from: digits, mnist5k, photos, glyphs$"
-    with pytest.raises(
-        ValueError, match=f"unknown task 'digit'; did you mean 'digits'\\? {choices}"
-    ):
+    with pytest.raises(ValueError, match=r"'digit'; did you mean 'digits'.* photos, glyphs$"):
         load_task("digit", TRANSFORM)
     for wrong, meant in (("FashionMNST", "FashionMNIST"), ("cifar10", "CIFAR10")):
         with pytest.raises(ValueError, match=f"unknown task '{wrong}'; did you mean '{meant}'"):
