@@ -27,7 +27,7 @@ from pai_utils.export import (
 from pai_utils.masks import Mask, make_mask
 from pai_utils.models.encoders import Classifier, prunable_parameters
 from pai_utils.models.loading import load_backbone
-from tests.cases import MODELS, SIDE
+from tests.cases import MODELS, SIDE, Limited
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -86,17 +86,6 @@ def test_a_compressed_model_comes_back_bit_for_bit(
     assert same(copied(other), copied(model))
     assert back.metadata == mask.metadata
     assert same(dict(back), dict(mask))
-
-
-def test_mixed_types_and_an_empty_layer_come_back(tmp_path: Path) -> None:
-    model, other = wide(), wide(1)
-    for network in (model, other):
-        network[2].double()
-    mask = Mask({"0.weight": torch.zeros(256, 256), "2.weight": torch.rand(64, 256) > 0.5})
-    mask.apply_(model)
-    save_compressed(model, mask, tmp_path / "m")
-    load_compressed(tmp_path / "m", other)
-    assert same(copied(other), copied(model))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
@@ -177,9 +166,8 @@ def test_altered_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert same(copied(other), before)
 
 
-@of_all
-def test_a_dense_file_needs_nothing_but_safetensors(network: str, tmp_path: Path) -> None:
-    model, other = NETWORKS[network](), NETWORKS[network]()
+def test_a_dense_file_needs_nothing_but_safetensors(tmp_path: Path) -> None:
+    model, other = tied(), tied()
     save_dense(model, pruned(model), tmp_path / "m")
     other.load_state_dict(load_file(tmp_path / "m"))
     assert same(copied(other), copied(model))
@@ -194,11 +182,13 @@ def narrow() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("make", "size", "shape"),
     [
-        *((make, SIDE, (3, SIDE, SIDE)) for make in NETWORKS.values()),
-        (narrow, (6, 9), (1, 6, 9)),
+        *(
+            (NETWORKS[n], SIDE, (3, SIDE, SIDE))
+            for n in ("eval BatchNorm", "nn.MultiheadAttention")
+        ),
         (narrow, (1, 6, 9), (1, 6, 9)),
     ],
-    ids=[*NETWORKS, "rectangle", "channel"],
+    ids=["BatchNorm", "attention", "rectangles with a channel"],
 )
 def test_onnx_gives_the_same_logits_for_any_batch(
     make: Callable[[], nn.Module], size: Any, shape: tuple[int, ...], tmp_path: Path
@@ -216,24 +206,17 @@ def test_onnx_gives_the_same_logits_for_any_batch(
 
 
 @needs_onnx
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_onnx_is_judged_by_the_scale_of_the_logits(scale: float, tmp_path: Path) -> None:
+def test_onnx_is_judged_by_the_scale_of_the_logits(tmp_path: Path) -> None:
     model, path, images = tied(), tmp_path / "m.onnx", torch.randn(4, 3, SIDE, SIDE)
     with torch.no_grad():
-        model.get_parameter("1.bias").mul_(scale)
-        model.get_parameter("3.bias").mul_(scale)
-        images *= scale
+        model.get_parameter("3.weight").mul_(1e3)
         largest = float(model(images).abs().max())
     export_onnx(model, path, SIDE)
-    for change, right in ((2e-5, True), (5e-4, False)):
-        altered = copy.deepcopy(model)
-        altered.get_parameter("3.bias").data.add_(change * largest)
-        if right:
-            found = check_onnx(altered, path, images)
-            assert found == pytest.approx(change * largest, rel=0.1)
-        else:
-            with pytest.raises(ValueError, match=r"more than 0\.0001 of the largest"):
-                check_onnx(altered, path, images)
+    model.get_parameter("3.bias").data.add_(2e-5 * largest)
+    assert check_onnx(model, path, images) == pytest.approx(2e-5 * largest, rel=0.1)
+    model.get_parameter("3.bias").data.add_(5e-4 * largest)
+    with pytest.raises(ValueError, match=r"more than 0\.0001 of the largest"):
+        check_onnx(model, path, images)
 
 
 def test_onnx_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,33 +300,23 @@ def test_a_file_alone_makes_the_classifier(tmp_path: Path) -> None:
 
 @needs_onnx
 def test_files_are_compared_in_batches_that_fit_into_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = importlib.import_module("onnxruntime").InferenceSession
-    model, images = of_timm(), torch.randn(5, 3, 32, 32)
-    mask, run = pruned(model), session.run
-    write_formats(model, mask, tmp_path, images)
+    images, run = torch.randn(5, 3, SIDE, SIDE), session.run
+    model = Limited(tied(), 2)
+    export_onnx(model.model, tmp_path / "m.onnx", SIDE)
 
-    def limited(_: object, given: tuple[Tensor]) -> None:
-        if len(given[0]) > 2:
-            raise torch.OutOfMemoryError
-
-    def limited_run(self: Any, outputs: object, feed: dict[str, Any]) -> Any:
+    def limited(self: Any, outputs: object, feed: dict[str, Any]) -> Any:
         if len(feed["images"]) > 1:
             raise Exception("Failed to allocate memory for requested buffer of size 9")
         return run(self, outputs, feed)
 
-    model.register_forward_pre_hook(limited)
-    monkeypatch.setattr(session, "run", limited_run)
-    assert list(write_formats(model, mask, tmp_path, images, ["dense"]).difference) == [0]
-    assert check_compressed(model, tmp_path / "pruned.compressed.safetensors", images) < 1e-5
-    assert check_onnx(model, tmp_path / "pruned.onnx", images) < 1e-5
-    with torch.no_grad():
-        list(model.parameters())[-1].add_(1)
+    monkeypatch.setattr(session, "run", limited)
+    assert check_onnx(model, tmp_path / "m.onnx", images) < 1e-5
+    model.get_parameter("model.3.bias").data.add_(1)
     with pytest.raises(ValueError, match=r"differ from the model's by 1\b"):
-        check_onnx(model, tmp_path / "pruned.onnx", images)
-    halved = [message[-1] for message in caplog.messages if "out of memory" in message]
-    assert "".join(halved) == "222212212"
+        check_onnx(model, tmp_path / "m.onnx", images)
 
 
 def test_a_file_that_does_not_say_how_to_make_its_model_is_refused(tmp_path: Path) -> None:
@@ -380,24 +353,21 @@ def test_formats_are_written_and_read_back_and_unknown_ones_refused(
     assert table.loc["dense"].of_dense == pytest.approx(1, rel=0.05)
 
 
-@needs_onnx
-@pytest.mark.parametrize("step", ["check_onnx", "save_dense"])
+@pytest.mark.parametrize("failed", ["compressed", "dense"])
 def test_a_format_that_fails_is_reported_and_leaves_the_others(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-
     def fail(*_: object) -> None:
         raise RuntimeError("no such operator\nmore")
 
     model, images = of_timm(), torch.randn(2, 3, 32, 32)
     mask = pruned(model)
-    monkeypatch.setattr(export, step, fail)
-    table = write_formats(model, mask, tmp_path, images, ["dense", "onnx"]).set_index("format")
-    failed = "onnx" if "onnx" in step else "dense"
+    monkeypatch.setattr(export, f"save_{failed}", fail)
+    formats = ["compressed", "dense"]
+    table = write_formats(model, mask, tmp_path, images, formats).set_index("format")
     assert table.problem[failed] == "RuntimeError: no such operator"
     assert f"{table.file[failed]} is not written: RuntimeError: no such operator" in caplog.text
     assert table.problem.drop(failed).isna().all()
     assert {path.name for path in tmp_path.iterdir()} == set(table.file.drop(failed))
-    assert table.drop(failed)[["bytes", "of_dense", "difference"]].notna().all(axis=None)
     with pytest.raises(ValueError, match="are not zero"):
         write_formats(of_timm(), mask, tmp_path, images)
