@@ -32,6 +32,7 @@ from tests.cases import (
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 128])
+@pytest.mark.parametrize("case", ["eval BatchNorm", "nn.MultiheadAttention"], indirect=True)
 def test_accuracy_and_loss_are_those_of_the_logits(case: Case, batch_size: int) -> None:
     logits = logits_of(case.model, case.data.images)
     before = fingerprint(case.model)

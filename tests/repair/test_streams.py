@@ -8,7 +8,7 @@ import torch
 from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
-from pai_utils.repair.streams import Residual, find_residuals, shown
+from pai_utils.repair.streams import Residual, find_residuals
 from tests.cases import Layers, fingerprint
 
 
@@ -51,14 +51,6 @@ def found_in(model: nn.Module, images: Tensor) -> dict[str, Residual]:
     return {name.removesuffix(".weight"): residual for name, residual in found.items()}
 
 
-def test_a_branch_is_found_through_the_scale_of_its_channels() -> None:
-    block = tokens().double()
-    (name, residual), *others = found_in(block, torch.randn(3, 5, 6).double()).items()
-    assert not others
-    assert (name, residual.place, residual.side) == ("down", "norm", "input")
-    torch.testing.assert_close(residual.scale, block.scale.gamma.detach())
-
-
 def test_a_layer_that_is_used_twice_ends_no_branch() -> None:
     block = tokens()
     again = Layers(lambda m, x: m.block(m.block(x)), block=block)
@@ -75,40 +67,10 @@ def test_of_two_branches_the_later_one_is_found(second_first: bool) -> None:
     }
 
 
-def test_the_stream_is_shown_as_it_is_added() -> None:
-    model, images = meeting(False), torch.randn(4, 3, 8, 8)
-    found = found_in(model, images)
-    streams = {}
-    with torch.no_grad(), shown(model, found, lambda n, s: streams.update({n: s.clone()})):
-        after = model(images)
-        torch.testing.assert_close(streams["short"], model.long_norm(model.long(images)))
-        torch.testing.assert_close(streams["last"] + model.last(streams["last"]), after)
-
-
 def test_a_stream_that_was_changed_since_it_was_seen_is_not_taken() -> None:
     # A layer's output is added to its input, which no module ever saw as it is by then.
     model = Layers(lambda m, x: m.layer(x) + x.mul_(2), layer=nn.Linear(6, 6))
     assert not found_in(model, torch.randn(7, 6))
-
-
-def test_a_normalisation_ends_a_branch_with_its_layer() -> None:
-    model = timm.create_model("resnet18", pretrained=False, zero_init_last=False).eval()
-    norms: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
-    }
-    for norm in norms.values():
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-    found = found_in(model, torch.randn(4, 3, 64, 64))
-    ends = [name for name in found if name in norms]
-    assert ends
-    for end in ends:
-        norm = norms[end]
-        torch.testing.assert_close(found[end].scale, torch.ones(norm.num_features).double())
-        parent, _, last = end.rpartition(".")
-        layer = found[f"{parent}.{'0' if last == '1' else last.replace('bn', 'conv')}"]
-        expected = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-        torch.testing.assert_close(layer.scale, expected.double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

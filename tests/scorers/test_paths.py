@@ -145,15 +145,6 @@ def test_a_folded_batch_norm_gives_the_same_scores(scorer: str, options: dict[st
         assert relative_error(same, one) <= 1e-10
 
 
-def test_synflow_conserves_the_flow_of_every_neuron_and_channel() -> None:
-    one, two, three = pai.score("synflow", mlp(), image_size=2).values()
-    assert relative_error(two.sum(0), one.sum(1)) <= 1e-12
-    assert relative_error(three.sum(0), two.sum(1)) <= 1e-12
-    one, two, three = pai.score("synflow", with_batch_norm(), image_size=8).values()
-    assert relative_error(two.sum((0, 2, 3)), one.sum((1, 2, 3))) <= 1e-12
-    assert relative_error(three.view(3, 4, 64).sum((0, 2)), two.sum((1, 2, 3))) <= 1e-12
-
-
 @pytest.mark.parametrize(
     "name", ["conv", "LayerNorm", "eval BatchNorm", "in-place activation", "linear over tokens"]
 )
@@ -288,12 +279,8 @@ def test_max_pooling_takes_the_entry_that_was_largest_on_the_data() -> None:
 
 REFUSED: dict[str, tuple[Function, str]] = {
     "instance norm": (F.instance_norm, "instance_norm"),
-    "softplus": (F.softplus, "softplus"),
     "square": (lambda x: x**2, "__pow__"),
-    "absolute value": (torch.abs, "abs"),
-    "threshold": (nn.Threshold(0.1, 0.0), "threshold"),
     "clamp": (lambda x: x.clamp(min=0), "clamp"),
-    "GLU": (lambda x: F.glu(torch.cat([x, x], 1), 1), "glu"),
     "response norm": (lambda x: x * x.norm(dim=(2, 3), keepdim=True), "norm"),
     "division": (lambda x: x / (x.sum(1, keepdim=True) + 1e-6), "div by a stream"),
     "detached": (lambda x: x + x.detach(), "detach"),
@@ -309,13 +296,9 @@ def test_a_function_without_a_rule_is_refused_by_its_name(function: Function, ma
     for scorer in ("synflow", "px"):
         with pytest.raises(ValueError, match=f"no paths through .*{match}.*take another scorer"):
             pai.score(scorer, model, data, samples=None)
-
-
-def test_a_function_with_a_gradient_of_its_own_is_refused() -> None:
-    case = build(CUSTOM)
-    for scorer in ("synflow", "px"):
+        custom = build(CUSTOM)  # with a gradient of its own
         with pytest.raises(ValueError, match="no paths through _HiddenBackward"):
-            pai.score(scorer, case.model, case.data, samples=None)
+            pai.score(scorer, custom.model, custom.data, samples=None)
 
 
 def vision_transformer() -> nn.Module:

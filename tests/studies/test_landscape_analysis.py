@@ -27,31 +27,6 @@ def parameters(**changes: Any) -> study.Parameters:
     return study.Parameters(**{**given, **changes})
 
 
-def test_the_parts_of_the_error_add_up_to_what_is_measured() -> None:
-    names = ["diagonal", "blocks", "tensors", "ggn", "taylor", "gradient", "measured"]
-    table = pd.DataFrame(np.random.default_rng(0).random((2, len(names))), columns=names)
-    table = table.assign(hessian=table.taylor - table.gradient, fraction=[0.1, 0.2])
-    parts = study.error_parts(table)
-    assert list(dict.fromkeys(parts.part)) == ["diagonal", *study.PARTS]
-    assert parts.groupby("fraction").nats.sum().to_numpy() == pytest.approx(table.measured)
-    assert parts[parts.part == "gradient"].nats.to_numpy() == pytest.approx(table.gradient)
-
-
-def test_rank_agreement_is_that_of_the_full_step() -> None:
-    names = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
-    full = pd.DataFrame({name: [1.0, 2.0, 3.0, 4.0] for name in names}).assign(
-        measured=[1.0, 3.0, 2.0, 9.0], fraction=1.0
-    )
-    full["ggn"] = [4.0, 3.0, 2.0, 1.0]
-    table = pd.concat([full, full.assign(fraction=0.5, measured=[9.0, 1, 1, 1])])
-    ranks = study.rank_agreement(table).set_index("prediction")
-    assert list(ranks.index) == names
-    assert ranks.correlation["taylor"] == pytest.approx(0.8)
-    assert ranks.correlation["ggn"] == pytest.approx(-0.8)
-    assert (ranks["count"] == 4).all()
-    assert study.rank_agreement(full[:2]).correlation.isna().all()
-
-
 def cells(count: int = 4) -> pd.DataFrame:
     """Pairs of tasks at two sparsities.
 

@@ -43,27 +43,20 @@ def read(notebook: str = "zero_shot_retention", **changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"sparsites": [0.4]}, r"unknown parameter 'sparsites'; did you mean 'sparsities'\?"),
-        ({"learning_rate": 1.0}, "unknown parameter 'learning_rate'"),
         ({"seed": True}, "seed: .*not True"),
-        ({"seed": "3"}, "seed: .*not '3'"),
         ({"pretrained": 1}, "pretrained: .*not 1"),
-        ({"sparsities": [1.0]}, r"sparsities\.0: .*not 1\.0"),
         ({"sparsities": [0.1, float("nan")]}, r"sparsities\.1: .*not nan"),
         ({"sparsities": "[0.4"}, r"sparsities: .*not '\[0\.4'"),
-        ({"sparsities": "[yes]"}, r"sparsities\.0: .*not True"),
         ({"scorers": ["magnitud"]}, r"scorers\.0: unknown scorer 'magnitud'; did you mean"),
         ({"source": 3}, r"source\.str: .*not 3"),
-        ({"source": "digit"}, "source: unknown task 'digit'; did you mean 'digits'"),
         ({"source": ["digits", "mnist"]}, "source: unknown task 'mnist'"),
         ({"source": "digits+leafs"}, "source: unknown task 'leafs'; did you mean 'leaves'"),
-        ({"targets": ["digits", "photo"]}, r"targets\.1: unknown task 'photo'"),
         ({"source": ["digits"], "targets": ["digits"]}, "only target is the source digits; add an"),
         ({"precision": "float61"}, "precision: unknown precision 'float61'; did you mean 'float16"),
         ({"heads": "texts"}, "heads: unknown kind of head 'texts'; did you mean 'text'"),
         ({"repairs": ["moments"]}, "repairs: masks without repair .*add none"),
         ({"repairs": ["none", "layerwize"]}, "unknown repair 'layerwize'; did you mean 'layerwise"),
         ({"repair_options": {"damp": 1}}, "unknown repair option 'damp'"),
-        ({"scope": "layers"}, "unknown scope 'layers'; choose 'global', 'layer'"),
         ({"scope": "2:4"}, "keeps 2 of every 4 weights: its sparsity is 0.5, not 0.2"),
         ({"rounds": 0}, "rounds=0: at least one round is needed"),
         ({"out": ""}, "out: .*not ''"),
@@ -82,10 +75,8 @@ def test_a_wrong_parameter_is_told_with_the_valid_names(
     ("notebook", "changes", "message"),
     [
         ("scorer_atlas", {"options": {"px": {}}}, "refused: unknown scorer of options 'px'"),
-        ("finetune_recovery", {"learning_rates": [float("inf")]}, r"learning_rates\.0"),
         ("finetune_recovery", {"starts": ["dens"]}, r"unknown start 'dens'; did you mean 'dense'"),
         ("finetune_recovery", {"penalties": {"none": 0, "feature": 1}}, "penalty 'feature'"),
-        ("finetune_recovery", {"penalties": {"none": 0, "features": -1}}, r"penalties\.features"),
         ("finetune_recovery", {"penalties": {"features": 1}}, "add none"),
         ("finetune_recovery", {"prune_by": "noise"}, "noise has no part of the source digits"),
         ("finetune_recovery", {"prune_by": "digits+photos"}, "the target photos, which is held"),
@@ -95,11 +86,9 @@ def test_a_wrong_parameter_is_told_with_the_valid_names(
         ("prune_your_own", {"formats": ["onxx"]}, "unknown format 'onxx'; did you mean 'onnx'"),
         ("prune_your_own", {"prune_by": "digits+photos:altered"}, "the target photos, which is"),
         ("prune_per_task", {"scorers": ["random", "magnitude"]}, "none of random, magnitude looks"),
-        ("landscape_analysis", {"fractions": [0.5, 1.5]}, r"fractions\.1"),
         ("landscape_analysis", {"fractions": [0.25, 0.5]}, r"add 1\.0"),
         ("landscape_analysis", {"eigenvectors": 9, "products": 5}, "as many products; got 5"),
         ("landscape_analysis", {"comparisons": ["brief"]}, "comparison 'brief'.*random, trained"),
-        ("worked_examples", {"backbone": "efficientnet_lite0"}, "unknown parameter 'backbone'"),
     ],
 )
 def test_what_one_notebook_cannot_do_is_refused_at_once(
@@ -167,14 +156,6 @@ def test_numbers_that_papermills_files_leave_as_text_are_read_where_a_number_bel
     assert found.out == "1e5"
     with pytest.raises(ValueError, match=r"learning_rates\.0: .*greater than 0, not -1e-05"):
         read("finetune_recovery", learning_rates=["-1e-5"])
-
-
-def test_values_keep_their_types_and_order() -> None:
-    options = {"samples": 600, "damping": 0.1, "streams": False}
-    kept = read(repair_options=options).repair_options
-    assert [(v, type(v)) for v in kept.values()] == [(600, int), (0.1, float), (False, bool)]
-    penalties = read("finetune_recovery", penalties={"features": 1, "none": 0}).penalties
-    assert list(penalties) == ["none", "features"]
 
 
 @pytest.mark.parametrize("notebook", ["zero_shot_retention", "prune_your_own"])

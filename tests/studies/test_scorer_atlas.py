@@ -10,8 +10,7 @@ from pai_utils.pruning import Recipe
 from pai_utils.scorers import Scores
 from pai_utils.studies import scorer_atlas as study
 from pai_utils.studies.suite import SweepMask
-from pai_utils.support.sampling import Draw
-from tests.cases import fingerprint, tiny_classifier, tiny_suite, tiny_task
+from tests.cases import tiny_suite, tiny_task
 
 
 def step(
@@ -67,17 +66,6 @@ def test_draws_differ_between_sources_and_between_seeds() -> None:
     assert (draws.pairs == 1).all()
 
 
-def test_masks_are_kept_at_the_compared_sparsity_alone_and_layers_at_all() -> None:
-    atlas = collected(step(A), step([True, False, False, False], sparsity=0.75))
-    assert list(atlas.masks) == [("snip", "first", 0)]
-    layers = atlas.layers.set_index(["sparsity", "layer"]).layer_sparsity
-    assert layers.to_dict() == {
-        (0.5, "a"): 0.0, (0.5, "b"): 1.0, (0.75, "a"): 0.5, (0.75, "b"): 1.0
-    }  # fmt: skip
-    lost = atlas.lost_layers()[["sparsity", "lost", "most_pruned"]]
-    assert lost.to_numpy().tolist() == [[0.5, 1, 1], [0.75, 1, 1]]
-
-
 def test_the_atlas_follows_a_sweep() -> None:
     suite = tiny_suite(digits=tiny_task("digits", classes=2), photos=tiny_task("photos"))
     config = study.Parameters(
@@ -124,21 +112,3 @@ def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
     assert list(table) == ["scorer", *percents, "cost (FB)"]
     assert table.loc[1, "held-out 50%"] == "0.25 (0.00 to 1.00)"
     assert table["cost (FB)"].tolist() == ["12", "1"]
-
-
-def test_the_unit_of_cost_is_positive_and_leaves_the_model_alone() -> None:
-    model, task = tiny_classifier(), tiny_task()
-    before = fingerprint(model)
-    assert study.forward_backward_seconds(model, task.train, Draw(8, 4)) > 0
-    assert fingerprint(model) == before
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_figures_of_the_atlas_show_every_scorer() -> None:
-    figure = pai.plots.accuracy_left(left_of(("snip", 0.5), ("px", 0.5)))
-    assert [axes.get_title() for axes in figure.axes] == ["sparsity 0.3", "sparsity 0.5"]
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert labels == ["snip", "px"]
-    overlap, chance = collected(step(A), step(B, "px")).between_scorers()
-    written = [t.get_text() for t in pai.plots.mask_overlaps(overlap, chance).axes[0].texts]
-    assert written[1] == "0.33\n(0.33)"

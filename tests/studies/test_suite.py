@@ -97,18 +97,6 @@ def test_pruning_looks_at_the_images_that_suit_scorer_and_repair(
     assert mask.metadata["source"] == "first+noise"
 
 
-@pytest.mark.parametrize("scorer", ["snip", "feature_ggn_diag"])
-def test_a_draw_of_more_images_than_a_source_has_is_all_of_them(
-    suite: pai.Suite, scorer: str
-) -> None:
-    source = suite.source("first")
-    most, all_of_it = (
-        suite.score(Recipe(scorer), source, Draw(samples, seed=1))
-        for samples in (1_000_000, len(source.images))
-    )
-    assert all(torch.equal(most[name], values) for name, values in all_of_it.items())
-
-
 def test_a_sweep_has_a_row_for_each_cell_and_leaves_encoder_and_heads(suite: pai.Suite) -> None:
     before = [fingerprint(module) for module in (suite.encoder, *suite.heads.values())]
     masks: list[SweepMask] = []

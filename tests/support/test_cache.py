@@ -230,11 +230,3 @@ def test_heads_and_scores_are_the_same_read_as_computed(folder: Path) -> None:
     assert all(torch.equal(read[name], scores[name]) for name in scores)
     assert (read.scorer, read.left_out) == (scores.scorer, scores.left_out)
     assert read.seconds == scores.seconds > 0
-
-
-def test_scores_that_need_no_head_are_shared_whatever_the_head(folder: Path) -> None:
-    backbone, task = tiny_backbone(), tiny_task()
-    for classes in (2, 3):
-        head = nn.Linear(backbone.feature_dim, classes)
-        pai.score("feature_ggn_diag", pai.Classifier(backbone, head), task.train, samples=4)
-    assert len(list(folder.glob("scores-*.safetensors"))) == 1

@@ -13,32 +13,6 @@ from pai_utils.support.stored import read_tensors, write_atomically, write_tenso
 TENSORS = {"a": torch.arange(3), "b": torch.tensor([[0.5]], dtype=torch.float16)}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "x.safetensors"
-    content = write_tensors(path, TENSORS, "said", format="kind/1")
-    assert path.read_bytes() == content
-    tensors, text = read_tensors(path, "kind/1", what="thing")
-    assert text == "said"
-    torch.testing.assert_close(tensors, TENSORS, rtol=0, atol=0)
-
-
-def test_what_is_not_a_whole_file_of_the_format_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"no thing at .*x\.safetensors"):
-        read_tensors(path, "kind/1", what="thing")
-    content = write_tensors(path, TENSORS, "said", format="kind/1")
-    with pytest.raises(ValueError, match="is no thing: its format is 'kind/1'"):
-        read_tensors(path, "kind/2", what="thing")
-    for part in (b"", content[:20], content[:-1]):
-        path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"x\.safetensors is truncated or no thing"):
-            read_tensors(path, "kind/1", what="thing")
-    for altered in (content.replace(b"said", b"sawn"), content[:-1] + bytes([content[-1] ^ 1])):
-        path.write_bytes(altered)
-        with pytest.raises(ValueError, match="was altered"):
-            read_tensors(path, "kind/1", what="thing")
-
-
 def test_a_write_replaces_the_file_with_usual_permissions(tmp_path: Path) -> None:
     path, other = tmp_path / "new" / "file.txt", tmp_path / "other"
     write_atomically(path, b"first")
