@@ -82,7 +82,7 @@ smoke: $(READY) ## run the smoke grid and render it to build/smoke
 	$(PY) workflow/build.py smoke
 
 check-book: $(READY) ## check the book that `make smoke` rendered, in a browser too if there is one
-	PAI_REQUIRE_SITE=1 PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest --numprocesses=2 --dist=loadgroup tests/book
+	PAI_REQUIRE_SITE=1 PAI_SITE=$(SMOKE_SITE) $(PY) -m pytest --confcutdir=tests/book --numprocesses=2 --dist=loadgroup tests/book
 
 bench: $(BENCH_READY) ## measure costs beside other packages; BENCH="--only diagonal" measures less
 	$(BENCH_PY) -m pytest --quiet tests/benchmarks

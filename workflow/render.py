@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from cells import SITE_SOURCES, Layout, problems
@@ -46,6 +47,27 @@ def stage(site: Path, executed: Path | None = None) -> None:
             shutil.copy2(source, site / source)
     if executed is not None:
         (site / "book/executed").symlink_to(executed.resolve(), target_is_directory=True)
+
+
+def lend_copies(site: Path, cells: Collection[str]) -> None:
+    """Let pages of cells that the grid lacks show another cell of the same notebook.
+
+    The grid of the tests runs each notebook once, and the book has a page of it for each encoder.
+
+    Args:
+        site: The site's folder.
+        cells: The names of the grid's cells.
+    """
+    executed = site / "book" / "executed"
+    for page in re.findall(r"book/executed/(\S+)", (site / "_toc.yml").read_text("utf-8")):
+        notebook = page.partition("-")[0]
+        lenders = [cell for cell in cells if cell.partition("-")[0] == notebook]
+        if page in cells or not lenders:
+            continue
+        for end in ("", ".ipynb"):
+            link = executed / f"{page}{end}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"{lenders[0]}{end}")
 
 
 def render(site: Path, log: Path, *, draft: bool = False) -> list[str]:
@@ -104,7 +126,8 @@ def main() -> int:
     arguments = parser.parse_args()
 
     layout = Layout(arguments.grid)
-    copies = [layout.executed / f"{cell}.ipynb" for cell in read_grid(layout.grid_file)]
+    cells = read_grid(layout.grid_file)
+    copies = [layout.executed / f"{cell}.ipynb" for cell in cells]
     found = [line for copy in copies for line in problems(copy)]
     if found:
         print("These executed copies cannot be in the book:", *found, sep="\n  ", file=sys.stderr)
@@ -116,6 +139,7 @@ def main() -> int:
         stage(site, layout.executed)
     elif site != Path():
         stage(site)
+        lend_copies(site, cells)
     found = render(site, log, draft=arguments.draft)
     if found:
         print(f"Rendering failed, see {log}:", *found, sep="\n  ", file=sys.stderr)

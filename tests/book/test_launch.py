@@ -68,12 +68,6 @@ def test_an_address_turns_on_buttons_that_open_the_notebook_with_its_parameters(
     assert "https://github.com/owner/name" in found.values()
 
 
-def test_without_an_address_no_button_leads_out_of_the_book(links: Links) -> None:
-    found = links("")
-    assert [text for text, address in found.items() if urlsplit(address).netloc] == []
-    assert "How to" not in found
-
-
 def test_elsewhere_than_on_github_binder_is_offered_alone(links: Links) -> None:
     found = links("https://gitlab.com/owner/name")
     assert "/v2/gl/owner%2Fname/main?" in found["Binder"]

@@ -55,9 +55,11 @@ def test_a_copy_that_is_missing_or_not_of_papermill_is_a_problem(tmp_path: Path)
     assert problems(copy) == [f"{copy}: was not executed by papermill"]
 
 
-def test_smoke_and_book_have_the_same_cells_of_the_same_notebooks() -> None:
+def test_smoke_has_one_cell_of_the_book_for_each_of_its_notebooks() -> None:
     smoke, book = (read_grid(ROOT / Layout(grid).grid_file) for grid in ("smoke", "book"))
-    assert set(smoke) == set(book)
-    for name, cell in book.items():
-        assert smoke[name].notebook == cell.notebook
-        assert smoke[name].parameters.get("backbone") == cell.parameters.get("backbone")
+    assert set(smoke) <= set(book)
+    notebooks = sorted(cell.notebook for cell in smoke.values())
+    assert notebooks == sorted({cell.notebook for cell in book.values()})
+    for name, cell in smoke.items():
+        assert cell.notebook == book[name].notebook
+        assert cell.parameters.get("backbone") == book[name].parameters.get("backbone")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from render import main, render, stage
+from render import lend_copies, main, render, stage
 
 
 @pytest.fixture
@@ -31,6 +31,22 @@ def test_staged_site_has_the_sources_and_keeps_its_own_executed_copies(sources: 
     assert (executed / "cell.ipynb").read_text() == "the site's"
     assert (sources / "book" / "executed" / "cell.ipynb").read_text() == "the reader's"
     assert not (site / "book" / "folder").exists()  # of a page that was removed
+
+
+def test_a_page_whose_cell_did_not_run_shows_another_of_its_notebook(sources: Path) -> None:
+    pages = ["a-vit", "a-resnet", "b", "c-vit"]
+    (sources / "_toc.yml").write_text("".join(f"- file: book/executed/{p}\n" for p in pages))
+    executed = sources / "book" / "executed"
+    for cell in ("a-vit", "b"):
+        (executed / f"{cell}.ipynb").write_text(cell)
+        (executed / cell).mkdir()
+        (executed / cell / "table.csv").write_text(cell)
+    for _ in range(2):
+        lend_copies(sources, ["a-vit", "b"])
+    assert (executed / "a-resnet.ipynb").read_text() == "a-vit"
+    assert (executed / "a-resnet" / "table.csv").read_text() == "a-vit"
+    assert not (executed / "b.ipynb").is_symlink()
+    assert not (executed / "c-vit").exists()  # which is then missing, as a warning says
 
 
 @pytest.mark.engine
