@@ -17,6 +17,7 @@ def solve_layer(
     *,
     centred: bool,
     damping: float,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Least squares for the surviving weights of one layer, each output for itself.
 
@@ -26,11 +27,11 @@ def solve_layer(
     ``keep`` is boolean, of the same shape.
 
     Returns:
-        float64 weights ``[groups, M, K]``, zero where ``keep`` is false, and b ``[groups · M]``.
+        Weights ``[groups, M, K]``, zero where ``keep`` is false, and b ``[groups · M]``.
     """
     groups, count, size = inputs.shape
-    x = inputs.double()
-    y = outputs.double().unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, R, M]
+    x = inputs.to(dtype)
+    y = outputs.to(dtype).unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, R, M]
     x_mean = x.mean(1, keepdim=True) if centred else x.new_zeros(groups, 1, size)
     y_mean = y.mean(1, keepdim=True) if centred else y.new_zeros(groups, 1, y.shape[2])
     x, y = x - x_mean, y - y_mean
@@ -38,7 +39,7 @@ def solve_layer(
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     ridge = torch.where(ridge > 0, ridge, 1.0)  # no input at all: the weights stay
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    start = original.double()
+    start = original.to(dtype)
     right = torch.bmm(y.mT, x) / count + ridge[:, None, None] * start  # [groups, M, K]
     solved = _solve(gram, right, keep.bool().to(gram.device))
     bias = y_mean - torch.bmm(x_mean, solved.mT)  # [groups, 1, M]

@@ -109,6 +109,8 @@ class Repair:
     """Positions (of images, pixels or tokens) at most of each use of a layer that it is re-solved
     on, and no more than 64 for each weight of an output."""
     streams: bool = True  #: whether the end of a residual branch restores what its stream lost
+    float32: bool = False
+    """Whether "layerwise" solves in it, for GPUs whose float64 is slow."""
     block_size: int = 64  #: of "obs"
 
     def __post_init__(self) -> None:
@@ -479,6 +481,7 @@ class _Run:
                 # Where there is no bias, the mean is left to the normalisation, if it is repaired.
                 centred=biased or (self._moments and call["bias"] is None),
                 damping=self.repair.damping,
+                dtype=torch.float32 if self.repair.float32 else torch.float64,
             )
             weight.copy_(solved.reshape(weight.shape))
             if biased:

@@ -21,6 +21,11 @@ def test_a_layer_is_solved_by_the_normal_equations(
     keep[0, 0] = False  # an output that lost everything
     keep[1, 1] = True  # and one that lost nothing
     found, bias = solve_layer(x, y, start, keep, centred=centred, damping=damping)
+    single, _ = solve_layer(
+        x, y, start, keep, centred=centred, damping=damping, dtype=torch.float32
+    )
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), found, rtol=1e-3, atol=1e-3)
     for group in range(groups):
         inner = x[group] - x[group].mean(0) if centred else x[group]
         ridge = damping * inner.square().mean()

@@ -210,6 +210,13 @@ def test_moments_restores_the_mean_of_the_sum(normalised: bool) -> None:
     assert distance(found, wanted) < 1e-9
 
 
+def test_float32_solves_layers_nearly_alike() -> None:
+    setting = Setting(tokens)
+    exact, single = (setting.repair("layerwise", float32=fast) for fast in (False, True))
+    error = distance(single(setting.data.images), exact(setting.data.images))
+    assert 0 < error < 1e-4
+
+
 def test_obs_moves_the_weights_of_each_block_by_its_update() -> None:
     setting = Setting(tokens)
     options: dict[str, Any] = {"block_size": 8, "damping": 1e-2}
