@@ -82,6 +82,30 @@ def test_the_last_matrix_of_a_transformer_is_a_weight_like_others(
     assert 0 < pruned.mask.layer_sparsity[f"backbone.{name}"] < 1
 
 
+def test_a_tower_that_gives_its_tokens_too_is_read_by_what_it_pools(tmp_path: Path) -> None:
+    pooler = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+    vision = {**CONFIG["vision_cfg"], **pooler, "output_tokens": True}  # type: ignore[dict-item]
+    text = {**CONFIG["text_cfg"], "embed_cls": True, "output_tokens": True}  # type: ignore[dict-item]
+    multimodal = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 12, "vision_cfg": vision, "text_cfg": text,
+        "multimodal_cfg": {**multimodal, "attn_pooler_heads": 2}, "custom_text": True,
+    }  # fmt: skip
+    (tmp_path / "coca_tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "coca_tiny.json")
+    try:
+        found = load_backbone("clip:coca_tiny", pretrained=False, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            whole: Any = open_clip.create_model("coca_tiny", pretrained=None).eval()
+    finally:
+        open_clip.factory._MODEL_CONFIGS.pop("coca_tiny")
+        open_clip.factory._MODEL_CONFIG_PATHS.remove(tmp_path / "coca_tiny.json")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), whole.encode_image(images))
+
+
 def test_the_tower_says_what_it_is_and_what_its_images_need(
     backbone: Backbone, weights: Path
 ) -> None:

@@ -11,6 +11,7 @@ from pai_utils.models.encoders import (
     Backbone,
     Classifier,
     check_masks_hold,
+    image_shape,
     prunable_parameters,
 )
 from pai_utils.models.loading import load_backbone
@@ -46,6 +47,11 @@ def test_the_classifier_is_its_head_after_its_backbone(tiny: Backbone) -> None:
     assert not any(p.requires_grad for p in model.head.parameters())
     assert all(p.requires_grad for p in model.backbone.parameters())
     assert not any(module.training for module in model.modules())
+
+
+def test_a_wrapped_model_takes_the_images_of_the_one_inside(tiny: Backbone) -> None:
+    model = Classifier(tiny, nn.Linear(tiny.feature_dim, 5))
+    assert image_shape(nn.DataParallel(model)) == [3, 32, 32]
 
 
 def test_a_head_for_other_features_is_refused(tiny: Backbone) -> None:
