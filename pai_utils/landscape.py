@@ -131,9 +131,9 @@ def task_alignment(
 
     importance = np.square(flat(weights))
     values = {task: flat(diagonal) for task, diagonal in diagonals.items()}
-    total, drawn = len(importance), slice(None)
+    total, drawn = len(importance), np.arange(len(importance))
     if total > _RANKED:  # sorting tens of millions takes longer than the curvature
-        drawn = np.random.default_rng(0).choice(total, _RANKED, replace=False, shuffle=False)
+        drawn = np.random.default_rng(0).choice(drawn, _RANKED, replace=False, shuffle=False)
     ranks = {task: rankdata(each[drawn]) for task, each in values.items()}
     rows = []
     for one, other in combinations(diagonals, 2):
