@@ -110,7 +110,8 @@ class Repair:
     on, and no more than 64 for each weight of an output."""
     streams: bool = True  #: whether the end of a residual branch restores what its stream lost
     float32: bool = False
-    """Whether "layerwise" solves in it, for GPUs whose float64 is slow."""
+    """Whether "layerwise" solves in it, for GPUs whose float64 is slow; weights move by about 1e-5
+    of their norm, of one depthwise layer of EfficientNet-Lite0 by 1e-3."""
     block_size: int = 64  #: of "obs"
 
     def __post_init__(self) -> None:
