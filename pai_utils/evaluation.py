@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -121,82 +122,182 @@ def retention(accuracy: float, dense: float, chance: float) -> float:
     return (accuracy - chance) / (dense - chance) if dense > chance else float("nan")
 
 
-def retention_replicates(
-    pruned: Sequence[NDArray[np.bool_]],
-    dense: Sequence[NDArray[np.bool_]],
-    chance: Sequence[float],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """Bootstrap replicates, over test items and seeds, of the retention averaged over tasks.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over masks, tasks and test images, and how far it may be from the truth.
 
-    For each task, ``pruned [seeds, items]`` and ``dense [items]`` say whether a model was right. An
-    item is drawn for all seeds and for the dense model together, since it is the same one; a seed
-    for all tasks together, since it stands for one mask. Replicates ``[resamples]`` are not a
-    number where a dense model is not above chance.
+    Its variance has two parts: by test images, and by what was repeated, seeds or sources. Each
+    part takes the quantile of its own degrees of freedom (Banerjee 1960, "Approximate confidence
+    interval for linear functions of means"), which holds its level with three repetitions too.
     """
-    random = np.random.default_rng(seed)
-    seeds = len(pruned[0])
-    chosen = random.integers(seeds, size=(resamples, seeds))
-    total = np.zeros(resamples)
-    for right, reference, floor in zip(pruned, dense, chance, strict=True):
-        items = len(reference)
-        counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
-        accuracy = np.take_along_axis(counts @ right.T / items, chosen, axis=1).mean(1)
-        above = counts @ reference / items - floor
-        total += (accuracy - floor) / np.where(above > 0, above, np.nan)
-    return np.asarray(total / len(pruned))
+
+    value: float
+    images: float  #: variance by test images, those of the dense encoder among them
+    repeats: float  #: variance by repetitions, beyond that by images
+    degrees: int  #: of freedom of the latter; 0 where nothing was repeated
+    over: (
+        str  #: what the interval is about: ``"images"``, ``"images and seeds"`` or ``"… sources"``
+    )
+
+    def _half(self, tail: float) -> float:
+        from scipy.stats import norm, t
+
+        repeats = float(t.isf(tail, self.degrees)) ** 2 * self.repeats if self.degrees else 0.0
+        return math.sqrt(float(norm.isf(tail)) ** 2 * self.images + repeats)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The two-sided confidence interval of a level."""
+        half = self._half((1 - level) / 2)
+        return self.value - half, self.value + half
+
+    def p_value(self, null: float) -> float:
+        """Two-sided, of the hypothesis that the mean is ``null``, where the interval just ends."""
+        from scipy.optimize import brentq
+
+        distance = abs(self.value - null)
+        if not distance > 0 or self.images + self.repeats == 0:
+            return math.nan if math.isnan(distance) else float(distance == 0)
+
+        def beyond(exponent: float) -> float:
+            return self._half(10**exponent / 2) - distance
+
+        least = -12.0  # smaller ones are not told apart
+        return float(10 ** brentq(beyond, least, 0)) if beyond(least) > 0 else 10**least
 
 
-def gain_replicates(
-    before: Sequence[NDArray[Any]],
-    after: Sequence[NDArray[Any]],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """Bootstrap replicates ``[resamples]``, over items, of a gain in accuracy averaged over tasks.
+def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
+    """Mean retention over pairs of source and target, or mean accuracy without ``dense``.
 
-    For each task, ``before [items]`` and ``after [items]`` say whether the model was right, or the
-    share of several models that were.
+    A variance over images clustered by image and by repetition (Cameron, Gelbach and Miller 2011,
+    "Robust inference with multiway clustering"): an image counts once, however many masks and the
+    dense encoder it was shown to. Repetitions are the sources where there are at least three, and
+    the mean is one over sources like these; else the seeds, and it is one of these sources.
+    Retention is a ratio, and both its sides vary.
+
+    Args:
+        rows: ``source, target, seed, correct`` (``[items]`` bool), one row a mask and target, and
+            perhaps a ``sign``: -1 in rows that are subtracted, as :func:`paired` gives them.
+        dense: ``correct`` and ``chance`` of the dense encoder, by target.
+
+    Examples:
+        >>> import numpy as np, pandas as pd
+        >>> from pai_utils.evaluation import estimate
+        >>> right = np.arange(100)[:, None] % 10 < [6, 5, 7]
+        >>> rows = pd.DataFrame({"source": "a", "target": "b", "seed": range(3)})
+        >>> found = estimate(rows.assign(correct=[*right.T]))
+        >>> low, high = found.interval()
+        >>> f"{found.value:.2f} ({low:.2f} to {high:.2f}) over {found.over}"
+        '0.60 (0.33 to 0.87) over images and seeds'
     """
-    random = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for first, second in zip(before, after, strict=True):
-        items = len(first)
-        counts = random.multinomial(items, np.full(items, 1 / items), size=resamples)
-        total += counts @ (second.astype(float) - first.astype(float)) / items
-    # Shares of several models are no exact sums: a gain of nothing would be one above zero.
-    return np.asarray(np.round(total / len(before), 12))
+    rows = rows.assign(sign=rows.get("sign", 1.0)).reset_index(drop=True)
+    sources = rows.source.nunique()
+    same = rows.groupby(["source", "target", "sign"]).seed.transform("size")
+    targets = rows.groupby("source").target.transform("nunique")
+    weights = (rows.sign / (sources * targets * same)).to_numpy()
+    if sources >= 3:
+        over, stratum, repeat = "images and sources", np.zeros(len(rows), int), rows.source
+    else:
+        over, stratum = "images and seeds", rows.groupby("source").ngroup().to_numpy()
+        repeat = rows.source + " " + rows.seed.astype(str)
+    codes = pd.factorize(repeat)[0]
+    strata = [np.unique(codes[stratum == each]) for each in np.unique(stratum)]
+    effects, images, shared = np.zeros(codes.max() + 1), 0.0, 0.0
+    for target, places in rows.groupby("target").indices.items():
+        right = np.stack([*rows.correct.iloc[places]]).astype(float)
+        kept, items = right.mean(1), right.shape[1]
+        influence = right - kept[:, None]
+        if dense is not None:
+            known: Any = dense.loc[cast(str, target)]
+            reference = known.correct.astype(float)
+            above = max(reference.mean() - known.chance, 0) or math.nan
+            kept = (kept - known.chance) / above
+            influence = (influence - kept[:, None] * (reference - reference.mean())) / above
+        member = np.equal.outer(np.arange(len(effects)), codes[places]) * weights[places]
+        effects += member @ kept
+        each = member @ influence / items  # what an image adds to a repetition
+        corrected = items / max(items - 1, 1)
+        images += corrected * (each.sum(0) ** 2).sum()
+        for group in strata:
+            here = each[np.intersect1d(group, codes[places])]
+            shared += corrected * _spread(here)
+    repeats = sum(_spread(effects[group]) for group in strata)
+    degrees = sum(len(group) - 1 for group in strata)
+    value = float(effects.sum())
+    beyond = repeats if math.isnan(value) else max(0.0, repeats - shared)
+    return Estimate(value, float(images), float(beyond), degrees, over if degrees else "images")
 
 
-def interval(replicates: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates; undefined ones are left out.
+def _spread(parts: NDArray[np.float64]) -> float:
+    """Variance of the sum of ``[n, ...]`` equally distributed parts; none of a single one."""
+    count = len(parts)
+    return count / (count - 1) * float(((parts - parts.mean(0)) ** 2).sum()) if count > 1 else 0.0
 
-    Its bounds are not a number where more than a fraction ``1 - level`` is undefined.
+
+def paired(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose :func:`estimate` is the difference of two methods on the same pairs of tasks.
+
+    Every row meets the other method's of its source, target and seed, or the only one there is.
+
+    Raises:
+        ValueError: a row has no counterpart.
     """
-    defined = replicates[~np.isnan(replicates)]
-    if len(defined) < level * len(replicates):
-        return float("nan"), float("nan")
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    keys = ["source", "target", "seed"]
+    exact = others.set_index(keys).correct
+    single = others.drop_duplicates(keys[:2], keep=False).set_index(keys[:2]).correct
+    found = []
+    for key in rows[keys].itertuples(index=False, name=None):
+        match = exact.get(key)
+        match = single.get(key[:2]) if match is None else match
+        if match is None:
+            raise ValueError(f"nothing to compare with source, target and seed {key}")
+        found.append(match)
+    less = pd.Series(found, index=rows.index, dtype=object)
+    return pd.concat([rows.assign(sign=1.0), rows.assign(sign=-1.0, correct=less)])
+
+
+def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
+    """P values of several hypotheses, corrected for their number (Holm 1979).
+
+    Examples:
+        >>> from pai_utils.evaluation import holm
+        >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, float)
+    order = np.argsort(values)
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected
+
+
+def verdicts(estimates: Sequence[Estimate], criterion: float) -> list[str]:
+    """What the estimates of one claim say of a criterion, at 5 % after :func:`holm`.
+
+    ``"holds"`` where a mean is beyond it, ``"reversed"`` where it is short of it, else
+    ``"undecided"``.
+    """
+    corrected = holm([each.p_value(criterion) for each in estimates])
+    return [
+        "undecided" if not p < 0.05 else "holds" if each.value > criterion else "reversed"
+        for each, p in zip(estimates, corrected, strict=True)
+    ]
 
 
 def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
-    """Retention with its bootstrap interval over items and seeds, for each source and target.
+    """Retention with its 95 % interval (:func:`estimate`), for each source and target.
 
     The table is as from :func:`~pai_utils.studies.suite.sweep`. One row a source, target, scorer
     and sparsity, with ``accuracy, retention, low, high, dense_accuracy, chance, count, seeds``.
     """
-    dense = table[table.scorer == "dense"].set_index("target")
+    dense = dense_rows(table)
     keys = ["source", "target", "scorer", "sparsity"]
     rows = []
     for key, group in table.groupby(keys, sort=False):
         place = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         known = dense.loc[place["target"]]
         place |= {"dense_accuracy": known.accuracy, "chance": known.chance}
-        rows.append(place | _mean_retention(group, dense))
+        rows.append(place | _summary(group, dense))
     columns = ["accuracy", "retention", "low", "high", "dense_accuracy", "chance", "count", "seeds"]
     return pd.DataFrame(rows, columns=[*keys, *columns])
 
@@ -206,40 +307,50 @@ def held_out_retention(
 ) -> pd.DataFrame:
     """Retention averaged over the tasks that a mask was *not* computed on; with ``own`` the others.
 
-    The table is as from :func:`~pai_utils.studies.suite.sweep`. A mask that looked at no data
-    (source ``"none"``) counts beside every source, on that source's held-out tasks.
+    Arguments are as of :func:`judged_rows`.
 
     Returns:
         One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
         count, seeds``; ``count`` is the number of test items over all those tasks.
     """
-    dense = table[table.scorer == "dense"].set_index("target")
-    rows = []
+    dense, judged = dense_rows(table), judged_rows(table, sources, own=own)
+    keys = ["source", "scorer", "sparsity"]
+    return pd.DataFrame(
+        dict(zip(keys, cast(tuple[Any, ...], key), strict=True)) | _summary(group, dense)
+        for key, group in judged.groupby(keys, sort=False)
+    )
+
+
+def dense_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The dense encoder's rows of a :func:`~pai_utils.studies.suite.sweep`, by target."""
+    return table.loc[table.scorer == "dense"].set_index("target")
+
+
+def judged_rows(table: pd.DataFrame, sources: Sequence[str], *, own: bool = False) -> pd.DataFrame:
+    """The rows of every source's held-out tasks, or with ``own`` those of its own.
+
+    The table is as from :func:`~pai_utils.studies.suite.sweep`. A mask that looked at no data
+    (source ``"none"``) counts beside every source, on that source's held-out tasks.
+    """
+    parts = []
     for source in sources:
         seen = table[table.source.isin([source, "none"])]
-        seen = seen[[is_held_out(target, source) != own for target in seen.target]]
-        for (scorer, sparsity), group in seen.groupby(["scorer", "sparsity"], sort=False):
-            mask = {"source": source, "scorer": scorer, "sparsity": sparsity}
-            rows.append(mask | _mean_retention(group, dense))
-    return pd.DataFrame(rows)
+        held_out = np.array([is_held_out(target, source) for target in seen.target], bool)
+        parts.append(seen[held_out != own].assign(source=source))
+    return pd.concat(parts, ignore_index=True)
 
 
-def _mean_retention(group: pd.DataFrame, dense: pd.DataFrame) -> dict[str, Any]:
+def _summary(group: pd.DataFrame, dense: pd.DataFrame) -> dict[str, Any]:
     """Of one scorer and sparsity, averaged over the targets of its rows."""
-    by_target = group.groupby("target", sort=False).correct
-    correct = {target: np.stack(list(seeds)) for target, seeds in by_target}
-    reference = dense.loc[list(correct)]
-    low, high = interval(
-        retention_replicates([*correct.values()], [*reference.correct], [*reference.chance])
-    )
-    accuracies = [float(right.mean()) for right in correct.values()]
-    known = zip(accuracies, reference.accuracy, reference.chance, strict=True)
+    found = estimate(group, dense)
+    low, high = found.interval()
+    by_target = group.groupby("target", sort=False)
     return {
-        "retention": float(np.mean([retention(*each) for each in known])),
+        "retention": found.value,
         "low": low,
         "high": high,
-        "accuracy": float(np.mean(accuracies)),
-        "tasks": len(correct),
-        "count": sum(right.shape[1] for right in correct.values()),
-        "seeds": len(next(iter(correct.values()))),
+        "accuracy": by_target.accuracy.mean().mean(),
+        "tasks": len(by_target),
+        "count": by_target["count"].first().sum(),
+        "seeds": group.seed.nunique(),
     }

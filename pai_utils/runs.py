@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -151,6 +152,17 @@ def read_results(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of :meth:`Run.write_table`, with its column ``correct`` as ``[count]`` bool."""
+    table = pd.read_csv(path, dtype={"correct": str})
+    if "correct" in table:
+        packed = [np.frombuffer(bytes.fromhex(text), np.uint8) for text in table.correct]
+        sized = zip(packed, table["count"], strict=True)
+        right = [np.unpackbits(bits, count=count).astype(bool) for bits, count in sized]
+        table["correct"] = pd.Series(right, dtype=object)
+    return table
+
+
 class Run:
     """One execution of a notebook: its folder ``config.out``, made if needed, and its record."""
 
@@ -165,7 +177,14 @@ class Run:
         (self.folder / "record.json").unlink(missing_ok=True)
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write ``<name>.csv`` to the run's folder: all of it or nothing."""
+        """Write ``<name>.csv`` to the run's folder: all of it or nothing.
+
+        A column ``correct``, which images a model was right on, is written as their bits, eight to
+        a byte and the first the highest, in hexadecimal digits; :func:`read_table` reads it.
+        """
+        if "correct" in table:
+            bits = [np.packbits(right).tobytes().hex() for right in table.correct]
+            table = table.assign(correct=bits)
         self._write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
 
     def write_results(self, table: pd.DataFrame) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from pai_utils.runs import read_record
-from pai_utils.studies.zero_shot_retention import retention_verdict
 
 KEPT = 0.9  # of the accuracy above chance
 REPRODUCED, PARTLY, NOT = "reproduced", "in part", "not reproduced"
@@ -53,10 +52,10 @@ def _held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
 
 def retention(results: Path, backbone: str) -> Judged:
     """P1 for the paper's score: kept at every sparsity, at some, at none."""
-    table = retention_verdict(_held_out(results, "real", backbone), "ggn_diag", threshold=KEPT)
+    table = pd.read_csv(results / "real" / f"zero_shot_retention-{backbone}" / "verdict.csv")
     return Judged(
         f"held-out retention at {_at(table, 'retention', 'low', 'high')}",
-        _judge(table.verdict == "kept"),
+        _judge(table.retention >= KEPT),
     )
 
 
@@ -166,7 +165,9 @@ def _shares(shares: "pd.Series[Any]") -> str:
 def repair(results: Path, backbone: str) -> Judged:
     """What a feature score with a repair keeps."""
     name = "feature_ggn_diag + layerwise+moments"
-    table = retention_verdict(_held_out(results, "retention", backbone), name, threshold=KEPT)
+    held_out = _held_out(results, "retention", backbone)
+    rows = held_out[held_out.scorer == name].groupby("sparsity", as_index=False)
+    table = rows[["retention", "low", "high"]].mean()
     return Judged(f"held-out retention at {_at(table, 'retention', 'low', 'high')}", BEYOND)
 
 

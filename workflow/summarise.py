@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 from cells import commit_of
-from claims import KEPT, RECOVERIES, claims, in_words, rounds_of
+from claims import RECOVERIES, claims, in_words, rounds_of
 from matplotlib.figure import Figure
 
 from pai_utils import plots
@@ -20,7 +20,6 @@ from pai_utils.data.mixtures import is_held_out
 from pai_utils.runs import read_record
 from pai_utils.studies.finetune_recovery import chosen_on_validation
 from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
-from pai_utils.studies.zero_shot_retention import retention_verdict
 from pai_utils.support.stored import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -85,6 +84,17 @@ def _held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def over_sources(held_out: pd.DataFrame) -> pd.DataFrame:
+    """Retention at each sparsity, of one method: the mean over its sources and their range.
+
+    For runs without results of single images. Of a single source, the interval of its run.
+    """
+    ends = {"low": ("retention", "min"), "high": ("retention", "max")}
+    if held_out.source.nunique() == 1:
+        ends = {"low": ("low", "min"), "high": ("high", "max")}
+    return held_out.groupby("sparsity", as_index=False).agg(retention=("retention", "mean"), **ends)
+
+
 def repaired(results: Path) -> pd.DataFrame:
     """Retention on held-out tasks of every mask and repair, means over the sources."""
     parts = []
@@ -92,9 +102,8 @@ def repaired(results: Path) -> pd.DataFrame:
         with suppress(FileNotFoundError):
             table = _held_out(results, grid, backbone)
             for method, own in table.groupby("scorer", sort=False):
-                verdict = retention_verdict(table, str(method), threshold=KEPT)
                 shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "method": method}
-                parts.append(verdict.assign(**shared, seeds=own.seeds.max()))
+                parts.append(over_sources(own).assign(**shared, seeds=own.seeds.max()))
     columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
 
@@ -515,9 +524,7 @@ def _larger(results: Path) -> pd.DataFrame:
         table = pd.read_csv(path / "held_out.csv")
         label = ENCODERS[path.name.partition("-")[2]]
         parts += [
-            retention_verdict(table, name, threshold=KEPT).assign(
-                method=in_full(name), encoder=label
-            )
+            over_sources(table[table.scorer == name]).assign(method=in_full(name), encoder=label)
             for name in ("ggn_diag", "magnitude", "magnitude@layer", "random@ggn_diag")
         ]
     return pd.concat(parts, ignore_index=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pai_utils.curvature.diagonals import output_diagonal
 from pai_utils.data.images import ImageDataset
-from pai_utils.evaluation import Evaluation, evaluate_heads, gain_replicates, interval, retention
+from pai_utils.evaluation import Evaluation, estimate, evaluate_heads, retention
 from pai_utils.finetuning import OPTIMISERS, SCHEDULES, FeaturePenalty, Penalty, finetune
 from pai_utils.heads import features, make_heads
 from pai_utils.masks import Mask
@@ -191,7 +191,7 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
     Columns ``start, sparsity, penalty, learning_rate, seeds`` (how many came to the last step;
     others are left out), ``validation`` (the source's validation accuracy then) and, for each part
     ``source`` and ``held_out`` (the mean over other tasks), ``<part>, <part>_gain, <part>_low,
-    <part>_high``, in accuracy with bootstrap intervals over test items, and ``<part>_retention,
+    <part>_high``, in accuracy with intervals over test images and seeds, and ``<part>_retention,
     <part>_retention_before``.
     """
     frozen = recovery[recovery["head"] == "frozen"]
@@ -204,20 +204,16 @@ def recovery_gains(recovery: pd.DataFrame, source: str, dense: Mapping[str, floa
         row["seeds"] = run.seed.nunique()
         row["validation"] = run[(run.step == last) & (run.split == "validation")].accuracy.mean()
         chance = run.groupby("target").chance.first()
-        tested = run[run.split == "test"].groupby(["step", "target"], sort=False).correct
-        # Of each task and item: the share of seeds that are right on it.
-        right: Any = {place: np.mean(np.stack(list(seeds)), 0) for place, seeds in tested}
-        for part in ("source", "held_out"):
-            targets = [target for step, target in right if step == first]
-            targets = [target for target in targets if (target == source) == (part == "source")]
-            old, new = ([right[step, target] for target in targets] for step in (first, last))
-            low, high = interval(gain_replicates(old, new))
-            start, end = (float(np.mean([share.mean() for share in side])) for side in (old, new))
-            row |= {part: end, f"{part}_gain": end - start}
-            row |= {f"{part}_low": low, f"{part}_high": high}
+        ends = run[(run.split == "test") & run.step.isin([first, last])]
+        ends = ends.assign(source=source, sign=np.where(ends.step == last, 1.0, -1.0))
+        for part, seen in {"source": True, "held_out": False}.items():
+            tested = ends[(ends.target == source) == seen]
+            gain = estimate(tested)
+            means: Any = tested.groupby(["step", "target"]).accuracy.mean()
+            row |= {part: means[last].mean(), f"{part}_gain": gain.value}
+            row[f"{part}_low"], row[f"{part}_high"] = gain.interval()
             for suffix, step in (("", last), ("_before", first)):
-                accuracies = {target: float(right[step, target].mean()) for target in targets}
-                kept = [retention(a, dense[t], chance[t]) for t, a in accuracies.items()]
+                kept = [retention(a, dense[t], chance[t]) for t, a in means[step].items()]
                 row[f"{part}_retention{suffix}"] = float(np.mean(kept))
         gains.append(row)
     return pd.DataFrame(gains)

@@ -18,7 +18,7 @@ from pai_utils.curvature.diagonals import ggn_diagonal
 from pai_utils.curvature.products import GGNOperator, HessianOperator
 from pai_utils.curvature.spectra import spectral_density, top_eigenpairs
 from pai_utils.data.mixtures import is_held_out
-from pai_utils.evaluation import interval, summarise_retention
+from pai_utils.evaluation import summarise_retention
 from pai_utils.landscape import predicted_and_measured, pruning_direction, task_alignment
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Classifier, prunable_parameters
@@ -272,10 +272,19 @@ def transfer_correlations(
         row: dict[str, object] = {"predictor": predictor}
         for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
             whole, *found = _mean_spearman(values, kept, groups, counts)
-            low, high = interval(np.array(found)) if pairs > 1 else (math.nan, math.nan)
-            row |= {kind: float(whole), f"{kind}_low": low, f"{kind}_high": high}
+            row[kind] = float(whole)
+            row[f"{kind}_low"], row[f"{kind}_high"] = _percentiles(np.array(found), pairs)
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
+
+
+def _percentiles(replicates: Values, units: int) -> tuple[float, float]:
+    """The 95 % interval of bootstrap replicates; none of one unit, or if many are undefined."""
+    defined = replicates[~np.isnan(replicates)]
+    if units < 2 or len(defined) < 0.95 * len(replicates):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _mean_spearman(

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,14 @@ TaskName = Annotated[str, checked(check_task_name)]
 ScorerName = Annotated[str, checked(find_scorer)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
+
+
+def _check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
+    for scorer, own in options.items():
+        check_names(f"option of {scorer}", own, find_scorer(scorer).options)
+
+
+ScorerOptions = Annotated[dict[ScorerName, dict[str, Any]], checked(_check_options)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -201,6 +210,13 @@ def combine(
         Recipe(scorer, sparsity, repair=repair, **common)
         for scorer, sparsity, repair in itertools.product(scorers, sparsities, repairs)
     ]
+
+
+def with_options(
+    recipes: Sequence[Recipe], options: Mapping[str, Mapping[str, Any]]
+) -> list[Recipe]:
+    """Recipes with their scorers' own keywords."""
+    return [replace(recipe, options=options.get(recipe.scorer, {})) for recipe in recipes]
 
 
 class SeveralSources(EncoderParameters):

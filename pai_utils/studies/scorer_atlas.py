@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence, Sized
-from dataclasses import replace
 from typing import Any, Self, cast
 
 import numpy as np
@@ -15,12 +14,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.evaluation import held_out_retention
+from pai_utils.evaluation import dense_rows, estimate, judged_rows
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.pruning import Recipe
-from pai_utils.scorers import find_scorer
-from pai_utils.studies.parameters import ScorerName, Seeds, SeveralSources, Sparsity, combine
+from pai_utils.studies.parameters import (
+    ScorerName,
+    ScorerOptions,
+    Seeds,
+    SeveralSources,
+    Sparsity,
+    combine,
+    with_options,
+)
 from pai_utils.studies.suite import Suite, SweepMask, sweep
 from pai_utils.support.common import check_names, clock, device_of, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches
@@ -34,13 +40,11 @@ class Parameters(SeveralSources):
     scorers: list[ScorerName] = Field(min_length=2)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: Seeds
-    options: dict[ScorerName, dict[str, Any]] = Field(default={})  #: scorers' own keywords
+    options: ScorerOptions = Field(default={})  #: scorers' own keywords
 
     @model_validator(mode="after")
     def _known_options(self) -> Self:
         check_names("scorer of options", self.options, self.scorers)
-        for scorer, options in self.options.items():
-            check_names(f"option of {scorer}", options, find_scorer(scorer).options)
         return self
 
     @property
@@ -51,8 +55,7 @@ class Parameters(SeveralSources):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity."""
-        every = combine(self.scorers, self.sparsities)
-        return [replace(r, options=self.options.get(r.scorer, {})) for r in every]
+        return with_options(combine(self.scorers, self.sparsities), self.options)
 
 
 def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
@@ -157,16 +160,18 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     """What masks leave of the accuracy on their sources and on held-out tasks.
 
     Columns ``scorer, sparsity, retention, low, high, accuracy, count, seeds, tasks`` (``"source"``
-    or ``"held-out"``): means over the sources, also of the bounds of their 95 % intervals.
+    or ``"held-out"``): means over the sources, with their 95 % intervals.
     """
-    parts = []
+    dense, rows = dense_rows(table), []
     for tasks, own in (("source", True), ("held-out", False)):
-        rows = held_out_retention(table, sources, own=own)
-        groups = rows[rows.sparsity > 0].groupby(["scorer", "sparsity"], sort=False)
-        means = groups[["retention", "low", "high", "accuracy"]].mean()
-        means["count"], means["seeds"] = groups["count"].sum(), groups.seeds.min()
-        parts.append(means.reset_index().assign(tasks=tasks))
-    return pd.concat(parts, ignore_index=True)
+        judged = judged_rows(table[table.scorer != "dense"], sources, own=own)
+        for (scorer, sparsity), group in judged.groupby(["scorer", "sparsity"], sort=False):
+            found = estimate(group, dense)
+            counts = group.groupby(["source", "target"])["count"].first().sum()
+            place = [scorer, sparsity, found.value, *found.interval(), group.accuracy.mean()]
+            rows.append([*place, counts, group.seed.nunique(), tasks])
+    columns = ["scorer", "sparsity", "retention", "low", "high", "accuracy", "count", "seeds"]
+    return pd.DataFrame(rows, columns=[*columns, "tasks"])
 
 
 def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
-from pai_utils.evaluation import Evaluation
+from pai_utils.evaluation import Evaluation, dense_rows, estimate, judged_rows, verdicts
 from pai_utils.heads import HEADS, PROTOCOLS, dense_features, fit_head
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
     Repair,
     ScorerName,
+    ScorerOptions,
     Seeds,
     TaskName,
     check_sources,
     checked,
     combine,
     one_of,
+    with_options,
 )
 from pai_utils.studies.suite import Suite, sweep
+from pai_utils.support.common import check_names
 from pai_utils.support.sampling import PRECISIONS
 
 
@@ -37,6 +40,7 @@ class Parameters(Masks):
     scorers: list[ScorerName] = Field(min_length=1)  #: the first is the one claims are about
     seeds: Seeds
     repairs: list[Repair] = Field(default=["none"], min_length=1)
+    options: ScorerOptions = Field(default={})  #: scorers' own keywords
     heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
     precision: Annotated[str, one_of("precision", PRECISIONS)] = (
         "float32"  #: of the forwards that measure accuracy
@@ -56,6 +60,11 @@ class Parameters(Masks):
                 raise ValueError(f"the only target is the source {source}; add an unseen task")
         return self
 
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        check_names("scorer of options", self.options, self.scorers)
+        return self
+
     @property
     def sources(self) -> list[str]:
         """The sources, always as a list."""
@@ -71,7 +80,7 @@ class Parameters(Masks):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity, with every repair."""
-        return self.combined(self.scorers, self.repairs)
+        return with_options(self.combined(self.scorers, self.repairs), self.options)
 
 
 def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFrame:
@@ -81,7 +90,8 @@ def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFram
     """
     recipes, seeds, precision = config.recipes, config.seeds, config.precision
     if plain:
-        recipes = combine(config.scorers[:1], config.sparsities, scope=config.scope)
+        plain_ones = combine(config.scorers[:1], config.sparsities, scope=config.scope)
+        recipes = with_options(plain_ones, config.options)
         seeds = seeds[:1]
     return sweep(suite, config.sources, recipes, config.draw, seeds=seeds, precision=precision)
 
@@ -106,22 +116,32 @@ def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
 
 
 def retention_verdict(
-    held_out: pd.DataFrame, scorer: str, *, threshold: float = 0.9
+    table: pd.DataFrame, sources: Sequence[str], scorer: str, *, threshold: float = 0.9
 ) -> pd.DataFrame:
     """Whether held-out tasks keep a fraction ``threshold`` of their accuracy above chance.
 
-    Columns ``sparsity, retention, low, high`` (means over the sources of ``held_out``, a table of
-    :func:`~pai_utils.evaluation.held_out_retention`), ``worst`` (the lowest source), ``verdict``:
-    ``"kept"`` where the mean reaches the threshold, ``"lost"`` where even its upper bound does not,
-    ``"undecided"`` between.
+    The table is as from :func:`run`. Columns ``sparsity, retention, low, high`` (of the mean over
+    all sources), ``over`` (what the interval is about), ``worst`` (the lowest source), ``verdict``,
+    corrected for the number of sparsities (:func:`~pai_utils.evaluation.verdicts`).
     """
-    rows = held_out[held_out.scorer == scorer].groupby("sparsity")
-    table = rows[["retention", "low", "high"]].mean()
-    table["worst"] = rows.retention.min()
-    table["verdict"] = np.select(
-        [table.retention >= threshold, table.high < threshold], ["kept", "lost"], "undecided"
+    dense, rows = dense_rows(table), judged_rows(table, sources)
+    groups = rows[rows.scorer == scorer].groupby("sparsity")
+    found = [estimate(group, dense) for _, group in groups]
+    worst = [
+        min(estimate(own, dense).value for _, own in group.groupby("source")) for _, group in groups
+    ]
+    bounds = [each.interval() for each in found]
+    return pd.DataFrame(
+        {
+            "sparsity": [sparsity for sparsity, _ in groups],
+            "retention": [each.value for each in found],
+            "low": [low for low, _ in bounds],
+            "high": [high for _, high in bounds],
+            "over": [each.over for each in found],
+            "worst": worst,
+            "verdict": verdicts(found, threshold),
+        }
     )
-    return table.reset_index()
 
 
 def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
