@@ -332,7 +332,7 @@ def judged_rows(table: pd.DataFrame, sources: Sequence[str], *, own: bool = Fals
     The table is as from :func:`~pai_utils.studies.suite.sweep`. A mask that looked at no data
     (source ``"none"``) counts beside every source, on that source's held-out tasks.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
     for source in sources:
         seen = table[table.source.isin([source, "none"])]
         held_out = np.array([is_held_out(target, source) for target in seen.target], bool)
