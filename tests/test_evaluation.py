@@ -1,6 +1,5 @@
 import logging
 import math
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import pai_utils as pai
+from benchmarks.coverage import simulate, truth
 from pai_utils.evaluation import (
     Estimate,
     Evaluation,
@@ -118,51 +118,20 @@ def test_retention_is_the_kept_part_above_chance() -> None:
     assert math.isnan(retention(0.5, 0.1, 0.1))
 
 
-def masks(
-    random: np.random.Generator, seeds: int, sources: str = "a", effect: float = 0.3
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Masks of a world whose true retention is known, and the dense encoder's rows.
-
-    An image has a difficulty; a mask is right where it and the mask's own noise allow.
-    """
-    difficulty = {task: random.normal(1.5, 1, 150) for task in "xyz"}
-    dense = pd.DataFrame(
-        {"target": task, "chance": 0.1, "correct": values + random.normal(0, 0.5, 150) > 0}
-        for task, values in difficulty.items()
-    ).set_index("target")
-    rows = [
-        {
-            "source": source, "target": task, "seed": seed,
-            "correct": values - 0.8 + shift + random.normal(0, 0.5, 150) > 0,
-        }
-        for source in sources
-        for seed in range(seeds)
-        for shift in [random.normal(0, effect)]
-        for task, values in difficulty.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows), dense
-
-
-def share_right(mean: float, *deviations: float) -> float:
-    """How often a normal variable of a mean is above zero."""
-    return NormalDist().cdf(mean / math.hypot(*deviations))
-
-
 @pytest.mark.parametrize("effect", [0.0, 0.3])
 @pytest.mark.parametrize("seeds", [3, 10])
 def test_intervals_cover_the_truth_with_few_seeds(seeds: int, effect: float) -> None:
-    truth = (share_right(0.7, 1, 0.5, effect) - 0.1) / (share_right(1.5, 1, 0.5) - 0.1)
     random, trials, covered = np.random.default_rng(seeds), 200, 0
     for _ in range(trials):
-        low, high = estimate(*masks(random, seeds, effect=effect)).interval()
-        covered += low <= truth <= high
-    # 93 to 97 % in the long run (`results/coverage`); within three standard errors here.
+        low, high = estimate(*simulate(random, seeds, effect=effect)).interval()
+        covered += low <= truth(effect) <= high
+    # 93 to 97 % in the long run (`benchmarks.coverage`); within three standard errors here.
     error = math.sqrt(0.95 * 0.05 / trials)
     assert 0.93 - 3 * error <= covered / trials <= 0.97 + 3 * error
 
 
 def test_an_estimate_has_its_closed_form() -> None:
-    table, dense = masks(np.random.default_rng(0), seeds=4, sources="abc")
+    table, dense = simulate(np.random.default_rng(0), seeds=4, sources="abc")
     found = estimate(table, dense)
     whole = dense.correct[table.target].map(np.mean).to_numpy()
     each = (table.correct.map(np.mean).to_numpy() - 0.1) / (whole - 0.1)
@@ -187,7 +156,7 @@ def test_an_estimate_has_its_closed_form() -> None:
 
 
 def test_variance_by_images_is_that_of_many_resamples() -> None:
-    table, dense = masks(np.random.default_rng(1), seeds=1)
+    table, dense = simulate(np.random.default_rng(1), seeds=1)
     random, values = np.random.default_rng(2), []
     for _ in range(2000):
         drawn = [random.integers(150, size=150) for _ in "xyz"]
@@ -201,7 +170,7 @@ def test_variance_by_images_is_that_of_many_resamples() -> None:
 
 def test_a_difference_is_paired() -> None:
     random = np.random.default_rng(0)
-    ours, dense = masks(random, seeds=3, sources="abc")
+    ours, dense = simulate(random, seeds=3, sources="abc")
     same = paired(ours, ours.sample(frac=1, random_state=0))
     assert estimate(same, dense).interval() == pytest.approx((0, 0), abs=1e-12)
     blind = ours[ours.seed == 0]  # a mask without seeds stands beside every seed
@@ -214,7 +183,7 @@ def test_a_difference_is_paired() -> None:
 
 
 def test_p_values_are_where_intervals_end() -> None:
-    found = estimate(*masks(np.random.default_rng(0), seeds=3))
+    found = estimate(*simulate(np.random.default_rng(0), seeds=3))
     for level in (0.5, 0.95, 0.999):
         for bound in found.interval(level):
             assert found.p_value(bound) == pytest.approx(1 - level)
