@@ -98,7 +98,8 @@ def plot(table: pd.DataFrame) -> Figure:
         axes.axhline(0.95, color="0.4", linewidth=0.8)
         axes.set(ylim=(0.88, 1), xticks=REPETITIONS)
     grid.set_titles("{col_name}")
-    return grid.figure
+    figure: Figure = grid.figure
+    return figure
 
 
 def main() -> None:

@@ -117,6 +117,11 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def estimates(table: pd.DataFrame, series: str, xlabel: str) -> Figure:
+    """Estimates with their intervals: columns ``panel, row, value, low, high``, and the series."""
+    return _intervals(table, series, _looks(table[series]), xlabel, width=4.4)
+
+
 def recovery_arrows(gains: pd.DataFrame) -> Figure:
     """What fine-tuning changed, from each start: a line from retention before to after.
 

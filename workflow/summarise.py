@@ -3,46 +3,53 @@
 Every number is read from a table of another folder of `results/`. What is not stored is left out.
 """
 
-import itertools
 from collections.abc import Iterator
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from cells import commit_of
-from claims import RECOVERIES, claims, in_words, rounds_of
+from claims import (
+    ALONE,
+    DAMPED,
+    ENCODERS,
+    JOINT,
+    MIXTURE,
+    MOMENTS,
+    SOLVED,
+    Masks,
+    Question,
+    Results,
+    claims,
+    judged,
+)
 from matplotlib.figure import Figure
 
 from pai_utils import plots
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.runs import read_record
-from pai_utils.studies.finetune_recovery import chosen_on_validation
 from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
+from pai_utils.studies.zero_shot_retention import sparsity_kept
 from pai_utils.support.stored import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-ENCODERS = {
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "efficientnet_lite1": "EfficientNet-Lite1",
-    "efficientnet_lite2": "EfficientNet-Lite2",
-    "mobilenetv2": "MobileNetV2",
-    "vit_small_saliency": "ViT-S/14",
-}
 BACKBONES = {name: ENCODERS[name] for name in ("efficientnet_lite0", "vit_small_saliency")}
-SAID = {
-    "magnitude@layer": "magnitude, by layer",
-    "random@ggn_diag": "ggn_diag, shuffled in each layer",
-    "feature_ggn_diag+obs_inputs@feature_ggn_diag": "feature_ggn_diag, joint with obs_inputs",
+METHODS = {
+    "ggn_diag": "curvature of the loss",
+    "feature_ggn_diag": "curvature of the features",
+    "ggn_diag, undamped": "curvature of the loss, undamped",
+    "magnitude": "magnitude over all layers",
+    "magnitude@layer": "magnitude within layers",
+    "lamp": "LAMP",
+    "wanda": "Wanda",
+    "snip": "SNIP",
+    "random@ggn_diag": "shuffle of ggn_diag in each layer",
 }
-TASKS = {"retention": "embedded", "retention_real": "larger"}
+"""Of masks alone, in words."""
 EXPLORED = (
     "grid", "backbone", "variant", "source", "target", "task", "scorer", "repair", "sparsity",
     "retention", "low", "high", "count", "seeds", "interval",
 )  # fmt: skip
-REPAIRED = " + "  # between a score and its repair
-SIX = ("magnitude", "snip", "grasp", "synflow", "px", "ntk_sap")
 
 
 def runs(results: Path) -> pd.DataFrame:
@@ -64,222 +71,6 @@ def runs(results: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def _held_out(results: Path, grid: str, backbone: str) -> pd.DataFrame:
-    """What the main run of a grid keeps of held-out tasks, and the same in rounds if it is stored.
-
-    Raises:
-        FileNotFoundError: if the main run is not stored.
-    """
-    main = results / grid / f"zero_shot_retention-{backbone}"
-    parts = [pd.read_csv(main / "held_out.csv")]
-    again = main.with_name(f"{main.name}-rounds")
-    if again.is_dir():
-        rounds = read_record(again).parameters["rounds"]
-        table = pd.read_csv(again / "held_out.csv")
-        # Without a repair, and without pre-training, rounds are no method of this book.
-        table = table[table.scorer.str.contains(REPAIRED, regex=False)]
-        parts.append(table.assign(scorer=table.scorer + f", {rounds} rounds"))
-    return pd.concat(parts, ignore_index=True)
-
-
-def over_sources(held_out: pd.DataFrame) -> pd.DataFrame:
-    """Retention at each sparsity, of one method: the mean over its sources and their range.
-
-    For runs without results of single images. Of a single source, the interval of its run.
-    """
-    ends = {"low": ("retention", "min"), "high": ("retention", "max")}
-    if held_out.source.nunique() == 1:
-        ends = {"low": ("low", "min"), "high": ("high", "max")}
-    return held_out.groupby("sparsity", as_index=False).agg(retention=("retention", "mean"), **ends)
-
-
-def repaired(results: Path) -> pd.DataFrame:
-    """Retention on held-out tasks of every mask and repair, means over the sources."""
-    parts = []
-    for (grid, tasks), (backbone, label) in itertools.product(TASKS.items(), BACKBONES.items()):
-        with suppress(FileNotFoundError):
-            table = _held_out(results, grid, backbone)
-            for method, own in table.groupby("scorer", sort=False):
-                shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "method": method}
-                parts.append(over_sources(own).assign(**shared, seeds=own.seeds.max()))
-    columns = ["encoder", "tasks", "method", "sparsity", "retention", "low", "high", "seeds"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
-
-
-def kept(results: Path, grid: str) -> pd.DataFrame:
-    """What damped masks and their controls keep in a grid of retention, means over the sources.
-
-    Columns ``encoder, masks by``, and for each sparsity the retention of held-out tasks; that of a
-    mask's own source stands in brackets, where it has one.
-    """
-    rows = []
-    for path in sorted((results / grid).glob("zero_shot_retention-*")):
-        made = read_record(path).parameters
-        table = pd.read_csv(path / "retention.csv")
-        table = table[~table.scorer.str.contains("dense|no pre-training")]
-        for method, group in table.groupby("scorer", sort=False):
-            held_out = [is_held_out(*pair) for pair in zip(group.target, group.source, strict=True)]
-            sides = group.assign(side=held_out).groupby(["sparsity", "side"]).retention.mean()
-            row = {"encoder": ENCODERS[made["backbone"]], "masks by": in_full(str(method))}
-            if rounds_of(made) > 1:
-                row["masks by"] += f", {in_words(rounds_of(made))}"
-            for sparsity in group.sparsity.unique():
-                own = f" ({sides[sparsity, False]:z.2f})" if (sparsity, False) in sides else ""
-                row[f"at {sparsity:.0%}"] = f"{sides[sparsity, True]:z.2f}{own}"
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def in_full(method: str) -> str:
-    """A method with what its score stands for, where that is joint, and its repair in short."""
-    scorer, plus, _ = method.partition(REPAIRED)
-    return SAID.get(scorer, scorer) + (", repaired" if plus else "")
-
-
-def _methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Without the control: an encoder that was not pre-trained."""
-    return table[~table.method.str.contains("no pre-training")]
-
-
-def _atlas(results: Path) -> pd.DataFrame:
-    """What every score of the scorer atlas keeps on held-out tasks."""
-    parts = []
-    for backbone, label in BACKBONES.items():
-        table = pd.read_csv(results / "atlas" / f"scorer_atlas-{backbone}" / "left.csv")
-        parts.append(table[table.tasks == "held-out"].assign(encoder=label))
-    return pd.concat(parts, ignore_index=True).rename(columns={"scorer": "method"})
-
-
-def gains(left: pd.DataFrame, results: Path) -> pd.DataFrame:
-    """The best repaired mask beside the best of six scores, and of all scores of the atlas."""
-    rows = []
-    atlas = _atlas(results)
-    for label in BACKBONES.values():
-        ours = _methods(left)
-        ours = ours[(ours.encoder == label) & (ours.tasks == "embedded")]
-        for sparsity, group in ours.groupby("sparsity"):
-            every = atlas[(atlas.encoder == label) & (atlas.sparsity == sparsity)]
-            six = every[every.method.isin(SIX)]
-            if six.empty:
-                continue
-            best, peer, any_peer = (
-                table.sort_values("retention").iloc[-1] for table in (group, six, every)
-            )
-            rows.append(
-                {
-                    "encoder": label,
-                    "sparsity": sparsity,
-                    "retention": best.retention,
-                    "of six": peer.retention,
-                    "gain": 100 * (best.retention - peer.retention),
-                    "of all": any_peer.retention,
-                    "gain over all": 100 * (best.retention - any_peer.retention),
-                    "best of six": peer.method,
-                    "best of all": any_peer.method,
-                    "best here": best.method,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def what_to_use(left: pd.DataFrame, results: Path) -> pd.DataFrame:
-    """The score and repair that kept most at each sparsity, of all that were measured."""
-    ours = left[left.tasks == "embedded"].drop(columns=["tasks", "seeds"])
-    table = _methods(pd.concat([ours, _atlas(results)[ours.columns]], ignore_index=True))
-    best = table.loc[table.groupby(["encoder", "sparsity"]).retention.idxmax()]
-    return best.sort_values(["encoder", "sparsity"])[
-        ["encoder", "sparsity", "method", "retention", "low", "high"]
-    ]
-
-
-def levers(results: Path) -> pd.DataFrame:
-    """What one change each gave, beside the main runs, source by source."""
-    rows = []
-    for grid, tasks in TASKS.items():
-        for folder in sorted((results / grid).glob("zero_shot_retention-*")):
-            table = pd.read_csv(folder / "held_out.csv").rename(columns={"scorer": "method"})
-            run = folder.name.removeprefix("zero_shot_retention-")
-            rows.append(_methods(table).assign(run=run, tasks=tasks))
-    if not rows:
-        return pd.DataFrame()
-    shown = ["source", "method", "sparsity", "retention", "low", "high", "count", "seeds"]
-    return pd.concat(rows)[["run", "tasks", *shown]]
-
-
-def _recoveries(results: Path, file: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
-    """One table of every stored run of fine-tuning, and the run's parameters."""
-    for (grid, tasks), (backbone, label) in itertools.product(
-        RECOVERIES.items(), BACKBONES.items()
-    ):
-        for path in sorted((results / grid).glob(f"finetune_recovery-{backbone}*/{file}.csv")):
-            used = read_record(path.parent).parameters
-            shared: dict[str, Any] = {"encoder": label, "tasks": tasks, "rounds": rounds_of(used)}
-            yield pd.read_csv(path).assign(**shared), used
-
-
-def _named(parts: list[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
-    """Some columns of tables under each other, by other names."""
-    if not parts:
-        return pd.DataFrame()
-    table = pd.concat(parts)[list(columns)].rename(columns=columns)
-    return table.assign(rate=[f"{rate:.0e}" for rate in table.rate])
-
-
-def recovery(results: Path) -> pd.DataFrame:
-    """Fine-tuning at every rate, and which one the source's validation part chose."""
-    keys = ["start", "sparsity", "penalty", "learning_rate"]
-    parts = []
-    for table, used in _recoveries(results, "gains"):
-        table = table.assign(optimiser=used["optimiser"])
-        best = chosen_on_validation(table)[keys].assign(chosen="yes")
-        marked = table.merge(best, on=keys, how="left").fillna({"chosen": ""})
-        strengths = {name: f" {value:g}" for name, value in used["penalties"].items() if value}
-        marked["penalty"] = [name + strengths.get(name, "") for name in marked.penalty]
-        parts.append(marked)
-    same = ("encoder", "tasks", "start", "rounds", "optimiser", "penalty", "sparsity")
-    return _named(
-        parts,
-        {
-            **dict(zip(same, same, strict=True)),
-            "learning_rate": "rate",
-            "chosen": "chosen",
-            "source_retention_before": "source before",
-            "source_retention": "source after",
-            "held_out_retention_before": "held-out before",
-            "held_out_retention": "held-out after",
-            "held_out_gain": "gain",
-            "held_out_low": "low",
-            "held_out_high": "high",
-        },
-    )
-
-
-def refitted(results: Path) -> pd.DataFrame:
-    """Accuracy on every task before and after plain fine-tuning, with both kinds of head.
-
-    Of runs from repaired masks, at the first sparsity, which is the one that the notebook re-fits
-    heads for, and the largest rate.
-    """
-    parts = [
-        table[table.learning_rate == table.learning_rate.max()]
-        for table, used in _recoveries(results, "refitted")
-        if used["starts"][0] == "repaired"
-    ]
-    return _named(
-        parts,
-        {
-            "encoder": "encoder",
-            "rounds": "rounds",
-            "target": "task",
-            "dense": "dense",
-            "pruned": "before",
-            "frozen": "after",
-            "refitted": "re-fitted",
-            "learning_rate": "rate",
-        },
-    )
 
 
 def _pairs_of_the_atlas(table: pd.DataFrame) -> pd.DataFrame:
@@ -431,128 +222,191 @@ def _with_interval(
     return pd.Series(texts, index=value.index)
 
 
-def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Rounded, with the interval beside its value and long names last, for narrow pages."""
-    numbers = table.select_dtypes("float").round(2) + 0.0  # no "-0.00"
-    table = table.assign(**numbers)
-    if {"retention", "low", "high"} <= set(table):
-        table["retention"] = _with_interval(table.retention, table.low, table.high)
-        table = table.drop(columns=["low", "high"])
-    long = [name for name in ("method", "source") if name in table]
-    return table[[*(name for name in table if name not in long), *long]]
+def masks_alone(results: Results) -> pd.DataFrame:
+    """What masks alone keep of unseen tasks: the mean over sources, with its interval.
+
+    Columns ``encoder, method, sparsity, retention, low, high``.
+    """
+    rows = []
+    for backbone, label in ENCODERS.items():
+        for suffix in ("", "-undamped"):
+            run = f"transfer/zero_shot_retention-{backbone}{suffix}"
+            if not (results.root / run).is_dir():
+                continue
+            for method in results.table(run, "accuracies").scorer.unique():
+                name = method + suffix.replace("-", ", ")
+                if name in METHODS:
+                    answers = results.answer(Question("", Masks(run, method)))
+                    rows += [
+                        [label, METHODS[name], sparsity, found.value, *found.interval()]
+                        for sparsity, found in answers.items()
+                    ]
+    columns = ["encoder", "method", "sparsity", "retention", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    order = table.method.map(list(METHODS.values()).index)
+    return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
 
 
-def _recovery_shown(table: pd.DataFrame, label: str) -> pd.DataFrame:
-    """The rows of one encoder, what matters first, for narrow pages."""
-    if table.empty:
-        return table
-    rows = table[table.encoder == label]
+def kept_up_to(alone: pd.DataFrame) -> pd.DataFrame:
+    """The sparsity up to which nine tenths are kept, of each method and encoder."""
+    named = alone.rename(columns={"encoder": "target", "method": "scorer"}).assign(source="")
+    found = sparsity_kept(named, threshold=0.9)
+    return found.rename(columns={"target": "encoder", "scorer": "method"}).drop(columns="source")
 
-    def change(name: str) -> list[str]:
-        pairs = zip(rows[f"{name} before"], rows[f"{name} after"], strict=True)
-        return [f"{before:z.2f} → {after:z.2f}" for before, after in pairs]
 
-    masks = [
-        f"{sparsity:.0%}, {in_words(rounds) if start == 'repaired' else start}"
-        for sparsity, rounds, start in zip(rows.sparsity, rows["rounds"], rows.start, strict=True)
-    ]
-    return pd.DataFrame(
-        {
-            "tasks": rows.tasks,
-            "penalty": rows.penalty,
-            "rate": rows.rate,
-            "held-out": change("held-out"),
-            "gain": _with_interval(rows.gain, rows.low, rows.high, "+z.3f"),
-            "masks": masks,
-            "chosen": rows.chosen,
-            "optimiser": rows.optimiser,
-            "source": change("source"),
+def steps(results: Results) -> pd.DataFrame:
+    """From the paper's mask to the best without training, at 70 %: one step more a row.
+
+    Columns ``step, encoder, retention, low, high``.
+    """
+    rows = []
+    for backbone, label in BACKBONES.items():
+        run = f"factorial/zero_shot_retention-{backbone}"
+        if not (results.root / run).is_dir():
+            continue
+        for step, masks in {
+            "curvature, undamped": Masks(f"{run}-undamped", DAMPED, ALONE),
+            "+ damping": Masks(run, DAMPED, ALONE),
+            "+ a mixture of images": Masks(run, DAMPED, MIXTURE),
+            "+ moments": Masks(run, DAMPED + MOMENTS, MIXTURE),
+            "+ layers solved anew": Masks(run, DAMPED + SOLVED, MIXTURE),
+            "+ joint score": Masks(run, JOINT + SOLVED, MIXTURE),
+        }.items():
+            (found,) = results.answer(Question("", masks)).values()
+            rows.append([step, label, found.value, *found.interval()])
+    return pd.DataFrame(rows, columns=["step", "encoder", "retention", "low", "high"])
+
+
+def factorial(results: Results) -> pd.DataFrame:
+    """Every score with every repair on both kinds of images, at 70 %; one column an encoder."""
+    rows = []
+    for backbone, label in BACKBONES.items():
+        run = f"factorial/zero_shot_retention-{backbone}"
+        if not (results.root / run).is_dir():
+            continue
+        scores = {
+            "undamped": (f"{run}-undamped", DAMPED),
+            "damped": (run, DAMPED),
+            "joint": (run, JOINT),
         }
+        for score, (own, method) in scores.items():
+            for images in (ALONE, MIXTURE):
+                for repair in ("", MOMENTS, SOLVED):
+                    masks = Masks(own, method + repair, images)
+                    (found,) = results.answer(Question("", masks)).values()
+                    name = repair.removeprefix(" + ") or "none"
+                    rows.append([score, images, name, label, found.value, *found.interval()])
+    columns = ["score", "images", "repair", "encoder", "retention", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def by_images(results: Results) -> pd.DataFrame:
+    """What repaired masks keep of every task, by the images that made them; its own in brackets.
+
+    One row a source and sparsity, one column a task, means over the seeds.
+    """
+    run = "sources/zero_shot_retention-efficientnet_lite0"
+    if not (results.root / run).is_dir():
+        return pd.DataFrame()
+    table = pd.read_csv(results.root / run / "retention.csv")
+    table = table[table.scorer == DAMPED + SOLVED]
+    own = [not is_held_out(*pair) for pair in zip(table.target, table.source, strict=True)]
+    texts = table.retention.map("{:z.2f}".format)
+    text = texts.where(~pd.Series(own, table.index), "(" + texts + ")")
+    sparsity = table.sparsity.map("{:.0%}".format)
+    named = table.assign(text=text, images=_without_folder(table.source), sparsity=sparsity)
+    named["target"] = _without_folder(named.target)
+    wide = named.pivot(index=["sparsity", "images"], columns="target", values="text")
+    return wide[named.target.unique()].reset_index()
+
+
+def _without_folder(names: "pd.Series[str]") -> "pd.Series[str]":
+    return names.str.replace("folder:", "")
+
+
+def tuning(table: pd.DataFrame) -> pd.DataFrame:
+    """Gains in accuracy by fine-tuning, in points, with intervals: one column a task."""
+    rows = table[table.claim.str.startswith("P2")]
+    if rows.empty:
+        return rows
+    points = 100 * rows[["value", "low", "high"]]
+    named = rows.assign(
+        text=_with_interval(points.value, points.low, points.high, "+z.1f"),
+        task=_without_folder(rows.tasks),
+        start=rows.method.str.removesuffix(", none"),
+        rate=rows.rate.map("{:g}".format),
     )
+    wide = named.pivot(index=["encoder", "start", "rate"], columns="task", values="text")
+    return wide[named.task.unique()].reset_index()
 
 
-def summarise(results: Path) -> list[Path]:
+def summarise(folder: Path) -> list[Path]:
     """Write all tables and figures; return their paths."""
-    left, recovered = repaired(results), recovery(results)
-    written = []
+    results, written = Results(folder), []
 
     def write(name: str, content: str | bytes) -> None:
-        path = results / "summary" / name
+        path = folder / "summary" / name
         write_atomically(path, content.encode() if isinstance(content, str) else content)
         written.append(path)
 
+    found, alone, parts = judged(results), masks_alone(results), factorial(results)
+    if len(found):
+        write("judged.csv", found.to_csv(index=False))  # with all digits, to be recomputed
+    limits = kept_up_to(alone)
     for name, table in {
-        "runs": runs(results),
-        "masks_alone": kept(results, "damping"),
-        "joint": kept(results, "joint"),
-        "larger": kept(results, "real"),
-        "repaired": left,
-        "gains": gains(left, results),
-        "what_to_use": what_to_use(left, results),
-        "levers": levers(results),
-        **{
-            f"recovery-{backbone}": _recovery_shown(recovered, label)
-            for backbone, label in BACKBONES.items()
-        },
-        "refitted": refitted(results),
-        "reach": reach(results),
-        "transfer": transfer(results),
-        "weights": weights(results),
-        "barriers": _significant(_landscape(results, "barriers")),
-        "spectra": _significant(_landscape(results, "spectra")),
-        "claims": claims(results, BACKBONES),
+        "runs": runs(folder),
+        **{f"claims-{name}": claims(found, label) for name, label in BACKBONES.items()},
+        "masks_alone": alone,
+        "kept_up_to": _wide(limits, "sparsity", ["method"], ".0%"),
+        "factorial": _wide(parts, "retention", ["score", "images", "repair"]),
+        "by_images": by_images(results),
+        "tuning": tuning(found),
+        "reach": reach(folder),
+        "transfer": transfer(folder),
+        "weights": weights(folder),
+        "barriers": _significant(_landscape(folder, "barriers")),
+        "spectra": _significant(_landscape(folder, "spectra")),
     }.items():
         if not table.empty:
-            write(f"{name}.csv", _shown(table).to_csv(index=False, float_format="%.2f"))
-    pairs = explorer(results)
+            write(f"{name}.csv", table.to_csv(index=False, float_format="%.3f"))
+    pairs = explorer(folder)
     if not pairs.empty:
         # As an inert script, since a page opened from disk may not fetch a file.
         text = pairs.to_csv(index=False, float_format="%.3g")
         script = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
         write("explorer.html", script)
-    for name, figure in _figures(results, left):
+    for name, figure in _figures(results, alone, limits):
         image = BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
         write(f"{name}.png", image.getvalue())
     return written
 
 
-def _larger(results: Path) -> pd.DataFrame:
-    """Retention on larger data sets by masks alone and their controls, means over the sources."""
-    parts = []
-    for path in sorted((results / "real").glob("zero_shot_retention-*")):
-        table = pd.read_csv(path / "held_out.csv")
-        label = ENCODERS[path.name.partition("-")[2]]
-        parts += [
-            over_sources(table[table.scorer == name]).assign(method=in_full(name), encoder=label)
-            for name in ("ggn_diag", "magnitude", "magnitude@layer", "random@ggn_diag")
-        ]
-    return pd.concat(parts, ignore_index=True)
+def _wide(table: pd.DataFrame, value: str, index: list[str], form: str = "z.2f") -> pd.DataFrame:
+    """Values with their intervals as text, one column an encoder."""
+    if table.empty:
+        return table
+    text = _with_interval(table[value], table.low, table.high, form)
+    wide = table.assign(text=text).pivot(index=index, columns="encoder", values="text")
+    rows = table[index].drop_duplicates()
+    return rows.merge(wide[table.encoder.unique()].reset_index(), on=index).fillna("")
 
 
-def _overview(alone: pd.DataFrame, left: pd.DataFrame) -> pd.DataFrame:
-    """The same for the two encoders of this book, with a repair too."""
-    ours = left[(left.tasks == "larger") & left.method.str.contains(REPAIRED, regex=False)]
-    # In short, so that the legend is low; which repair it is stands in the table of them.
-    method = ours.method.str.replace(r" \+ [^,]*", ", repaired", regex=True)
-    return pd.concat([alone[alone.encoder.isin(BACKBONES.values())], ours.assign(method=method)])
-
-
-def _figures(results: Path, left: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def _figures(
+    results: Results, alone: pd.DataFrame, limits: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
     """The figures of what is stored, with their names."""
-    if all((results / grid).is_dir() for grid in ("real", "retention_real")):
-        alone = _larger(results)
-        for name, table in {"larger": alone, "overview": _overview(alone, left)}.items():
-            panels = table.rename(columns={"encoder": "source", "method": "scorer"})
-            yield name, plots.retention_curves(panels, title="{}")
+    if len(alone):
+        panels = alone.rename(columns={"encoder": "source", "method": "scorer"})
+        yield "masks_alone", plots.retention_curves(panels, title="{}")
+        named = limits.rename(columns={"method": "row", "sparsity": "value"}).assign(panel="")
+        yield "kept_up_to", plots.estimates(named, "encoder", "sparsity up to which 90 % is kept")
+    climb = steps(results)
+    if len(climb):
+        named = climb.rename(columns={"step": "row", "retention": "value"}).assign(panel="")
+        yield "overview", plots.estimates(named, "encoder", "kept of unseen tasks at 70 % sparsity")
     for backbone in BACKBONES:
-        for grid in TASKS:
-            with suppress(FileNotFoundError):
-                yield (
-                    f"{grid}-{backbone}",
-                    plots.retention_curves(_held_out(results, grid, backbone)),
-                )
-        path = results / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
+        path = results.root / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
         if path.is_file():
             correlations = transfer_correlations(pd.read_csv(path))
             yield f"transfer-{backbone}", plots.transfer_correlations(correlations)

@@ -24,8 +24,8 @@ def test_the_stored_tables_are_those_of_the_stored_results(tmp_path: Path) -> No
 
 
 def test_what_is_not_stored_is_left_out(tmp_path: Path) -> None:
-    for name in ("retention", "atlas"):
+    for name in ("transfer", "atlas"):
         (tmp_path / name).symlink_to(RESULTS / name)
     written = {path.stem for path in summarise(tmp_path)}
-    assert {"repaired", "gains", "explorer"} <= written
-    assert not {"refitted", "spectra", "weights"} & written
+    assert {"judged", "kept_up_to", "explorer"} <= written
+    assert not {"factorial", "tuning", "weights"} & written
