@@ -103,22 +103,18 @@ $(BENCH_READY): $(READY) requirements-bench.lock
 	@touch $(BENCH_READY)
 
 # One recipe line a grid, so that a failure stops there and the next call goes on from it.
-RUN_GRID = set -x; $(PY) workflow/build.py $(1) --target executed && $(PY) workflow/store.py $(1)
+RUN_GRID = set -x; $(PY) workflow/plan.py $(1) && $(PY) workflow/build.py $(1) --target executed && \
+  $(PY) workflow/store.py $(1)
+RUN_REAL = if [ -z "$$PAI_DATA_ROOT" ]; then echo "PAI_DATA_ROOT is not set: $(1) is left out"; else $(RUN_GRID); fi
 
 results: $(READY) ## run the larger grids and store their tables in results/; PAI_DATA_ROOT adds real data
-	@$(call RUN_GRID,damping)
-	@$(call RUN_GRID,joint)
 	@$(call RUN_GRID,rounds)
 	@$(call RUN_GRID,atlas)
-	@$(call RUN_GRID,retention)
-	@$(call RUN_GRID,recovery)
 	@$(call RUN_GRID,landscape)
-	@if [ -z "$$PAI_DATA_ROOT" ]; then \
-	  echo "make results: PAI_DATA_ROOT is not set, so the grids on real data are left out"; \
-	else \
-	  ($(call RUN_GRID,real)) && ($(call RUN_GRID,retention_real)) && \
-	  ($(call RUN_GRID,recovery_real)); \
-	fi
+	@$(call RUN_REAL,transfer)
+	@$(call RUN_REAL,factorial)
+	@$(call RUN_REAL,sources)
+	@$(call RUN_REAL,adaptation)
 	$(PY) workflow/summarise.py
 
 # In a folder of their own: Snakemake imports every engine it finds, which takes seconds a start.

@@ -8,6 +8,7 @@ Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -128,6 +129,19 @@ def test_an_executed_notebook_names_its_backbone_in_the_title(soup: BeautifulSou
     heading = soup.select_one("article h1")
     assert heading is not None
     assert re.search(r" on \S+", heading.get_text())
+
+
+@pytest.mark.parametrize("page", OF_BACKBONES)
+def test_an_executed_notebook_shows_the_parameters_of_its_run_once(
+    site: Path, soup: BeautifulSoup, page: str
+) -> None:
+    notebook = json.loads((site / "_sources" / f"{page}.ipynb").read_text("utf-8"))
+    used = notebook["metadata"]["papermill"]["parameters"]
+    shown = [cell.get_text() for cell in soup.select("article div.highlight")]
+    assert sum("\nbackbone = " in f"\n{code}" for code in shown) == 1
+    assert f'backbone = "{used["backbone"]}"' in shown[0]
+    for name in ("test_size", "seed"):
+        assert f"\n{name} = {used.get(name, 0)}" in shown[0]
 
 
 @pytest.mark.parametrize("page", PAGES)
