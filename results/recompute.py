@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent
+NODES = np.polynomial.legendre.leggauss(60)
 
 
 @cache
@@ -43,13 +44,14 @@ def tail(value, degrees):
     if not degrees:
         return 0.5 * math.erfc(value / math.sqrt(2))
     # With t = sqrt(degrees) tan(a) the density is that of cos(a) ** (degrees - 1).
-    nodes, weights = np.polynomial.legendre.leggauss(60)
+    nodes, weights = NODES
     end = math.atan(value / math.sqrt(degrees))
     inside = end / 2 * np.sum(weights * np.cos(end / 2 * (nodes + 1)) ** (degrees - 1))
     scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(math.pi)
     return 0.5 - scale * inside
 
 
+@cache
 def quantile(degrees, above=0.025):
     """Where :func:`tail` is ``above``."""
     low, high = 0.0, 1000.0

@@ -94,14 +94,14 @@ def _pairs_of_the_atlas(table: pd.DataFrame) -> pd.DataFrame:
 def explorer(results: Path) -> pd.DataFrame:
     """Retention of every pair of tasks in every stored run: what the retention explorer shows.
 
-    ``interval`` says what ``low`` and ``high`` are: a 95 % bootstrap interval over test images and
+    ``interval`` says what ``low`` and ``high`` are: a 95 % interval over test images and
     seeds, or the range over the seeds.
     """
     parts = []
     for path in sorted(results.glob("*/*/*.csv")):
         grid, (notebook, _, run) = path.parts[-3], path.parent.name.partition("-")
         if (notebook, path.name) == ("zero_shot_retention", "retention.csv"):
-            table, interval = pd.read_csv(path), "bootstrap"
+            table, interval = pd.read_csv(path), "interval"
         elif (notebook, path.name) == ("scorer_atlas", "accuracies.csv"):
             table, interval = _pairs_of_the_atlas(pd.read_csv(path)), "range"
         else:

@@ -109,7 +109,7 @@
     const folder = `${first.grid}/${first.interval === "range" ? "scorer_atlas" : "zero_shot_retention"}`
       + `-${first.backbone}${first.variant && `-${first.variant}`}`;
     const bars = first.interval === "range" ? "the range over the seeds"
-      : "95 % bootstrap intervals over test images and seeds";
+      : "95 % intervals over test images and seeds";
     const also = random.length || scorer === "random" ? "" : " A random mask was not measured here.";
     const masks = first.source === "none" ? "masks that look at no data" : `masks of ${source}`;
     document.getElementById("explorer-status").textContent =

@@ -168,23 +168,3 @@ def _first_crossing(sparsities: pd.Series, values: pd.Series, threshold: float) 
             share = (kept[i - 1] - threshold) / (kept[i - 1] - kept[i])
             return float(at[i - 1] + share * (at[i] - at[i - 1]))
     return float(at[-1])
-
-
-def rank_donors(summary: pd.DataFrame, scorer: str, sparsity: float) -> pd.DataFrame:
-    """Which source's masks serve the others best: retention over that of all sources, by target.
-
-    Every source has other held-out tasks, some of them harder. So each held-out retention is
-    compared with the mean, on the same target, over the sources that held it out. Columns
-    ``source, advantage, low, high, targets``, the best first; the bounds are ±1.96 standard errors
-    over targets, and not a number for a single one.
-    """
-    rows = summary[(summary.scorer == scorer) & (summary.sparsity == sparsity)]
-    rows = rows[rows.source != "none"]
-    rows = rows[[is_held_out(t, s) for t, s in zip(rows.target, rows.source, strict=True)]]
-    advantage = rows.retention - rows.groupby("target").retention.transform("mean")
-    grouped = rows.assign(advantage=advantage).groupby("source").advantage
-    table = pd.DataFrame({"advantage": grouped.mean(), "targets": grouped.count()})
-    error = 1.96 * grouped.sem()
-    table["low"], table["high"] = table.advantage - error, table.advantage + error
-    columns = ["source", "advantage", "low", "high", "targets"]
-    return table.sort_values("advantage", ascending=False).reset_index()[columns]

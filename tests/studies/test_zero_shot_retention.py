@@ -1,3 +1,6 @@
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -5,6 +8,14 @@ import torch
 import pai_utils as pai
 from pai_utils.studies import zero_shot_retention as study
 from tests.cases import tiny_suite, tiny_task
+
+
+def parameters(**changes: Any) -> study.Parameters:
+    given: dict[str, Any] = {
+        "backbone": "efficientnet_lite0", "source": "digits", "targets": ["photos"],
+        "scorers": ["ggn_diag", "magnitude"], "sparsities": [0.5], "seeds": [0], "out": "out",
+    }  # fmt: skip
+    return study.Parameters(**{**given, **changes})
 
 
 def test_the_gap_between_protocols_is_what_the_leak_gains() -> None:
@@ -47,14 +58,34 @@ def test_the_sparsity_of_90_percent_lies_on_the_line_of_the_first_crossing() -> 
     assert found.loc[("b", "c"), "sparsity"] == 0.6
 
 
-def test_donors_are_compared_on_the_same_targets_and_never_on_their_own() -> None:
-    summary = pairs(
-        easy__easy=[1, 1, 1], easy__hard=[0.5, 0.2, 0], hard__easy=[1, 0.9, 0.8],
-        hard__hard=[0, 0, 0], third__easy=[0.8, 0.7, 0.6], third__hard=[0.7, 0.6, 0.4],
-    )  # fmt: skip
-    found = study.rank_donors(summary, "snip", 0.4).set_index("source")
-    # Means on the same target: 0.8 on easy, 0.4 on hard.
-    assert found.advantage.round(9).to_dict() == {"hard": 0.1, "third": 0.05, "easy": -0.2}
-    assert list(found.index) == ["hard", "third", "easy"]
-    assert found.targets.to_dict() == {"hard": 1, "third": 2, "easy": 1}
-    assert found.loc["third", "low"] == pytest.approx(0.05 - 1.96 * 0.15)
+def test_the_verdict_is_on_the_mean_over_all_sources() -> None:
+    kept = {0.1: (89, 89, 88), 0.3: (82, 81, 86), 0.5: (48, 50, 52)}  # of 100, by source
+    tasks = "abc"
+    rows = [
+        {"target": t, "source": "none", "scorer": "dense", "sparsity": 0.0, "right": 90}
+        for t in tasks
+    ] + [
+        {"target": t, "source": source, "scorer": "snip", "sparsity": sparsity, "right": right}
+        for sparsity, each in kept.items()
+        for source, right in zip(tasks, each, strict=True)
+        for t in tasks
+    ]
+    table = pd.DataFrame(rows).assign(seed=0, chance=0.1)
+    table["correct"] = [np.arange(100) < right for right in table.right]
+    found = study.retention_verdict(table, list(tasks), "snip").set_index("sparsity")
+    assert found.verdict.tolist() == ["holds", "undecided", "reversed"]
+    assert set(found.over) == {"images and sources"}
+    assert found.retention[0.3] == pytest.approx((83 - 10) / 80)
+    assert found.worst[0.3] == pytest.approx((81 - 10) / 80)
+    assert (found.low <= found.retention).all()
+    assert (found.retention <= found.high).all()
+
+
+def test_options_of_a_scorer_reach_its_recipes_and_unknown_ones_are_refused() -> None:
+    config = parameters(options={"ggn_diag": {"damping": 0}})
+    options = {recipe.scorer: recipe.options for recipe in config.recipes}
+    assert options == {"ggn_diag": {"damping": 0}, "magnitude": {}}
+    with pytest.raises(ValueError, match=r"unknown option of ggn_diag 'dampng'.*'damping'"):
+        parameters(options={"ggn_diag": {"dampng": 0}})
+    with pytest.raises(ValueError, match="unknown scorer of options 'snip'"):
+        parameters(options={"snip": {}})
