@@ -1,7 +1,7 @@
 """How often the intervals of `pai_utils.evaluation.estimate` hold the truth, where it is known.
 
 ``python -m benchmarks.coverage`` simulates masks and writes table, figure and record to
-``results/benchmarks/coverage``; about two minutes on one core.
+``results/benchmarks/coverage``; about five minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pai_utils.evaluation import estimate, paired
 
 IMAGES, NOISE, CHANCE = 150, 0.5, 0.1  # of each of three tasks; of a mask's own; per task
 LOSS = 0.8  # what pruning takes from an image's margin, which is 1.5 ± 1 in the dense encoder
-TRIALS = 2000
+TRIALS = 1000
 REPETITIONS = (3, 5, 10)
 EFFECTS = (0.0, 0.1, 0.3, 1.0)  # by which the margin differs between repetitions
 

@@ -10,8 +10,8 @@ below 1e-9.
 
 A mean over pairs of source and target has two variances: by test images, each counted once for all
 masks and for the dense network, and by repetition, of sources if there are three or more, else of
-seeds. The interval adds the two, each with its own quantile, of the normal distribution and of
-Student's t. Retention is a ratio, whose two sides vary together.
+seeds. The interval adds the two, less half of what both contain, each with its own quantile, of the
+normal distribution and of Student's t. Retention is a ratio, whose two sides vary together.
 """
 
 import csv
@@ -102,7 +102,7 @@ def interval(rows, dense):
         both += corrected * sum(
             spread(influence[[g for g in group if g in seen]]) for group in groups
         )
-    repeats = max(0.0, sum(spread(effects[group]) for group in groups) - both)
+    repeats = max(0.0, sum(spread(effects[group]) for group in groups) - both / 2)
     degrees = sum(len(group) - 1 for group in groups)
     half = quantile(0) ** 2 * images + (quantile(degrees) ** 2 * repeats if degrees else 0.0)
     mean = effects.sum()

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 from pai_utils import plots
 from pai_utils.data.mixtures import is_held_out
-from pai_utils.runs import read_record
+from pai_utils.evaluation import summarise_retention
+from pai_utils.runs import read_record, read_table
 from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
 from pai_utils.studies.zero_shot_retention import sparsity_kept
 from pai_utils.support.stored import write_atomically
@@ -101,7 +102,10 @@ def explorer(results: Path) -> pd.DataFrame:
     for path in sorted(results.glob("*/*/*.csv")):
         grid, (notebook, _, run) = path.parts[-3], path.parent.name.partition("-")
         if (notebook, path.name) == ("zero_shot_retention", "retention.csv"):
-            table, interval = pd.read_csv(path), "interval"
+            bits = read_table(path.with_name("accuracies.csv"))
+            again = "correct" in bits  # older runs kept no results of single images
+            table = summarise_retention(bits) if again else pd.read_csv(path)
+            interval = "interval"
         elif (notebook, path.name) == ("scorer_atlas", "accuracies.csv"):
             table, interval = _pairs_of_the_atlas(pd.read_csv(path)), "range"
         else:
