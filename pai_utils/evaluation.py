@@ -187,7 +187,7 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
         >>> found = estimate(rows.assign(correct=[*right.T]))
         >>> low, high = found.interval()
         >>> f"{found.value:.2f} ({low:.2f} to {high:.2f}) over {found.over}"
-        '0.60 (0.33 to 0.87) over images and seeds'
+        '0.60 (0.34 to 0.86) over images and seeds'
     """
     rows = rows.assign(sign=rows.get("sign", 1.0)).reset_index(drop=True)
     sources = rows.source.nunique()
@@ -223,8 +223,8 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
     repeats = sum(_spread(effects[group]) for group in strata)
     degrees = sum(len(group) - 1 for group in strata)
     value = float(effects.sum())
-    # Both parts hold the noise of an image in one repetition. Without it here three repetitions cover
-    # too little, since its estimate errs too; with all of it, too much (`benchmarks.coverage`).
+    # Both parts hold the noise of an image in one repetition. Without it here, three repetitions
+    # cover too little, since its estimate errs too; with all, too much (`benchmarks.coverage`).
     beyond = repeats if math.isnan(value) else max(0.0, repeats - shared / 2)
     return Estimate(value, float(images), float(beyond), degrees, over if degrees else "images")
 
