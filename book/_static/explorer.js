@@ -7,6 +7,12 @@
   const rows = lines.map((line) => Object.fromEntries(header.map((name, i) => [name, line[i]])));
   for (const row of rows) row.run = [row.grid, row.variant].filter(Boolean).join("-");
 
+  for (const row of rows)
+    row.method = row.repair === "none" ? row.scorer : `${row.scorer} + ${row.repair}`;
+
+  const FIRST = { backbone: "efficientnet_lite0", run: "transfer", source: "folder:cifar10-jpeg",
+    scorer: "ggn_diag", beside: "magnitude" };
+  const KEPT = 0.9; // of the accuracy above chance
   const form = document.getElementById("explorer-form");
   const names = ["backbone", "run", "source", "scorer", "repair"];
   const selects = names.map((name) => form.elements[name]);
@@ -34,7 +40,24 @@
         return option;
       }));
     });
+    const { backbone, run, source, scorer, repair } = choice;
+    const others = new Set(matching({ backbone, run, source })
+      .filter((row) => row.scorer !== scorer || row.repair !== repair).map((row) => row.method));
+    choice.beside = others.has(wanted.beside) ? wanted.beside : [...others][0] ?? "";
+    form.elements.beside.replaceChildren(...[...others].map((method) =>
+      new Option(method, method, false, method === choice.beside)));
     return choice;
+  }
+
+  // Where the line through the points first falls below nine tenths, from all at sparsity 0.
+  function keptUpTo(points) {
+    let [at, kept] = [0, 1];
+    for (const p of points) {
+      if (+p.retention < KEPT)
+        return (at + ((kept - KEPT) / (kept - p.retention)) * (p.sparsity - at)).toFixed(2);
+      [at, kept] = [+p.sparsity, +p.retention];
+    }
+    return `at least ${at}`;
   }
 
   const SVG = "http://www.w3.org/2000/svg";
@@ -89,9 +112,8 @@
     const { scorer, repair, source } = choice;
     const near = matching({ backbone: choice.backbone, run: choice.run, source });
     const chosen = near.filter((row) => row.scorer === scorer && row.repair === repair);
-    const random = scorer === "random" ? []
-      : near.filter((row) => row.scorer === "random" && row.repair === "none");
-    const shown = [...chosen, ...random];
+    const beside = near.filter((row) => row.method === choice.beside);
+    const shown = [...chosen, ...beside];
     const range = [Math.min(0, ...shown.map((row) => +row.low)),
       Math.max(1.1, ...shown.map((row) => +row.high))];
     const targets = [...new Set(chosen.map((row) => row.target))];
@@ -101,7 +123,7 @@
       const of = (table) => table.filter((row) => row.target === target)
         .sort((a, b) => a.sparsity - b.sparsity);
       const series = [{ label: "chosen", kind: "chosen", points: of(chosen) },
-        { label: "random", kind: "random", points: of(random) }];
+        { label: "beside", kind: "beside", points: of(beside) }];
       return panel(target, isOwn(target), series.filter((one) => one.points.length), range);
     }));
 
@@ -110,27 +132,31 @@
       + `-${first.backbone}${first.variant && `-${first.variant}`}`;
     const bars = first.interval === "range" ? "the range over the seeds"
       : "95 % intervals over test images and seeds";
-    const also = random.length || scorer === "random" ? "" : " A random mask was not measured here.";
+    const also = beside.length ? ` Beside it: ${choice.beside}.` : "";
     const masks = first.source === "none" ? "masks that look at no data" : `masks of ${source}`;
     document.getElementById("explorer-status").textContent =
       `${scorer}${repair === "none" ? "" : ` with ${repair}`}, ${masks}, ${choice.backbone}; `
       + `from results/${folder}, n = ${first.count} test images a task. Bars are ${bars}.${also}`;
     document.querySelector("#explorer-table tbody").replaceChildren(...shown.map((row) => {
       const line = document.createElement("tr");
-      const cells = [row.target, isOwn(row.target) ? "own" : "held-out", row.scorer,
-        row.sparsity, row.retention, `${row.low} to ${row.high}`, row.count, row.seeds];
+      const cells = [row.target, isOwn(row.target) ? "own" : "held-out", row.method,
+        row.sparsity, row.retention, `${row.low} to ${row.high}`, row.count, row.seeds,
+        keptUpTo(shown.filter((one) => one.target === row.target && one.method === row.method)
+          .sort((a, b) => a.sparsity - b.sparsity))];
       for (const text of cells) line.insertCell().textContent = text;
       return line;
     }));
   }
 
-  const current = () => Object.fromEntries(names.map((name, i) => [name, selects[i].value]));
+  const current = () => Object.fromEntries(
+    [...names, "beside"].map((name) => [name, form.elements[name].value]));
   function show(wanted) {
     const choice = narrow(wanted);
     draw(choice);
     return choice;
   }
-  const linked = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  const linked = () =>
+    ({ ...FIRST, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) });
   form.addEventListener("change", () =>
     history.replaceState(null, "", `#${new URLSearchParams(show(current()))}`));
   addEventListener("hashchange", () => show(linked()));

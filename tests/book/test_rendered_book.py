@@ -8,6 +8,7 @@ Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -521,7 +522,7 @@ def table_of(tab: Page) -> list[list[str]]:
 
 
 def measured(data: str, choice: dict[str, str]) -> list[list[str]]:
-    """Return the rows that the explorer's table must hold: the chosen masks, then random ones."""
+    """Return the rows that the explorer's table must hold: the chosen masks, then those beside."""
     rows = [
         row
         for row in csv.DictReader(data.strip().splitlines())
@@ -530,14 +531,29 @@ def measured(data: str, choice: dict[str, str]) -> list[list[str]]:
         and row["source"] in (choice["source"], "none")
     ]
     own = {row["target"] for row in rows if row["source"] != "none" and row["task"] == "own"}
-    methods = [(choice["scorer"], choice["repair"]), ("random", "none")]
+
+    def method(scorer: str, repair: str) -> str:
+        return scorer if repair == "none" else f"{scorer} + {repair}"
+
+    def line(row: dict[str, str]) -> dict[float, float]:
+        same = ("target", "scorer", "repair")
+        curve = [each for each in rows if all(each[name] == row[name] for name in same)]
+        return {0.0: 1.0} | {float(e["sparsity"]): float(e["retention"]) for e in curve}
+
+    def up_to(line: dict[float, float]) -> str:
+        """Where the line first falls below nine tenths."""
+        for (at, kept), (then, left) in itertools.pairwise(sorted(line.items())):
+            if left < 0.9:
+                return f"{at + (kept - 0.9) / (kept - left) * (then - at):.2f}"
+        return f"at least {max(line):g}"
+
     return [
         [
-            row["target"], "own" if row["target"] in own else "held-out", row["scorer"],
-            row["sparsity"], row["retention"], f"{row['low']} to {row['high']}", row["count"],
-            row["seeds"],
+            row["target"], "own" if row["target"] in own else "held-out",
+            method(row["scorer"], row["repair"]), row["sparsity"], row["retention"],
+            f"{row['low']} to {row['high']}", row["count"], row["seeds"], up_to(line(row)),
         ]
-        for method in dict.fromkeys(methods)
+        for shown in (method(choice["scorer"], choice["repair"]), choice["beside"])
         for row in rows
-        if (row["scorer"], row["repair"]) == method
+        if method(row["scorer"], row["repair"]) == shown
     ]  # fmt: skip
