@@ -47,13 +47,17 @@ _STYLE: Any = {
 }
 
 
-def retention_curves(held_out: pd.DataFrame, *, title: str = "mask from {}") -> Figure:
+def retention_curves(
+    held_out: pd.DataFrame, *, title: str = "mask from {}", words: Mapping[str, str] | None = None
+) -> Figure:
     """Retention on held-out tasks against sparsity, one panel a source, with intervals.
 
     The table is as from :func:`~pai_utils.evaluation.held_out_retention`. The source takes the
-    place of the braces in ``title``.
+    place of the braces in ``title``; scorers are called by their names, or by ``words``.
     """
-    looks = _looks(held_out.scorer)
+    named = words or {}
+    looks = {named.get(name, name): look for name, look in _looks(held_out.scorer).items()}
+    held_out = held_out.assign(scorer=held_out.scorer.replace(named))
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         _lines(axes, rows, "sparsity", "retention", "scorer", looks)
@@ -117,9 +121,15 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def estimates(table: pd.DataFrame, series: str, xlabel: str) -> Figure:
-    """Estimates with their intervals: columns ``panel, row, value, low, high``, and the series."""
-    return _intervals(table, series, _looks(table[series]), xlabel, width=4.4)
+def estimates(
+    table: pd.DataFrame, series: str, xlabel: str, *, lines: Mapping[float, str] = _DENSE_AND_CHANCE
+) -> Figure:
+    """Estimates with their intervals: columns ``row, value, low, high``, and the series.
+
+    There are vertical ``lines``, each with its style: by default those of dense and of chance.
+    """
+    looks, panel = _looks(table[series]), table.assign(panel="")
+    return _intervals(panel, series, looks, xlabel, lines=lines, width=6.4)
 
 
 def recovery_arrows(gains: pd.DataFrame) -> Figure:

@@ -36,15 +36,15 @@ from pai_utils.support.stored import write_atomically
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 BACKBONES = {name: ENCODERS[name] for name in ("efficientnet_lite0", "vit_small_saliency")}
 METHODS = {
-    "ggn_diag": "curvature of the loss",
     "feature_ggn_diag": "curvature of the features",
+    "ggn_diag": "curvature of the loss",
     "ggn_diag, undamped": "curvature of the loss, undamped",
     "magnitude": "magnitude over all layers",
     "magnitude@layer": "magnitude within layers",
     "lamp": "LAMP",
     "wanda": "Wanda",
     "snip": "SNIP",
-    "random@ggn_diag": "shuffle of ggn_diag in each layer",
+    "random@ggn_diag": "shuffle of a mask in each layer",
 }
 """Of masks alone, in words."""
 EXPLORED = (
@@ -242,12 +242,12 @@ def masks_alone(results: Results) -> pd.DataFrame:
                 if name in METHODS:
                     answers = results.answer(Question("", Masks(run, method)))
                     rows += [
-                        [label, METHODS[name], sparsity, found.value, *found.interval()]
+                        [label, name, sparsity, found.value, *found.interval()]
                         for sparsity, found in answers.items()
                     ]
     columns = ["encoder", "method", "sparsity", "retention", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
-    order = table.method.map(list(METHODS.values()).index)
+    order = table.method.map(list(METHODS).index)
     return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
 
 
@@ -255,6 +255,7 @@ def kept_up_to(alone: pd.DataFrame) -> pd.DataFrame:
     """The sparsity up to which nine tenths are kept, of each method and encoder."""
     named = alone.rename(columns={"encoder": "target", "method": "scorer"}).assign(source="")
     found = sparsity_kept(named, threshold=0.9)
+    found["scorer"] = found.scorer.map(METHODS)
     return found.rename(columns={"target": "encoder", "scorer": "method"}).drop(columns="source")
 
 
@@ -402,12 +403,13 @@ def _figures(
     """The figures of what is stored, with their names."""
     if len(alone):
         panels = alone.rename(columns={"encoder": "source", "method": "scorer"})
-        yield "masks_alone", plots.retention_curves(panels, title="{}")
-        named = limits.rename(columns={"method": "row", "sparsity": "value"}).assign(panel="")
-        yield "kept_up_to", plots.estimates(named, "encoder", "sparsity up to which 90 % is kept")
+        yield "masks_alone", plots.retention_curves(panels, title="{}", words=METHODS)
+        named = limits.rename(columns={"method": "row", "sparsity": "value"})
+        words = "sparsity up to which nine tenths are kept"
+        yield "kept_up_to", plots.estimates(named, "encoder", words, lines={0: ":"})
     climb = steps(results)
     if len(climb):
-        named = climb.rename(columns={"step": "row", "retention": "value"}).assign(panel="")
+        named = climb.rename(columns={"step": "row", "retention": "value"})
         yield "overview", plots.estimates(named, "encoder", "kept of unseen tasks at 70 % sparsity")
     for backbone in BACKBONES:
         path = results.root / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
