@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from pai_utils import plots
 from pai_utils.data.mixtures import is_held_out
-from pai_utils.evaluation import summarise_retention
+from pai_utils.evaluation import judged_rows, summarise_retention
 from pai_utils.runs import read_record, read_table
 from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
 from pai_utils.studies.zero_shot_retention import sparsity_kept
@@ -90,6 +90,41 @@ def _pairs_of_the_atlas(table: pd.DataFrame) -> pd.DataFrame:
         count=("count", "first"),
         seeds=("seed", "nunique"),
     )
+
+
+def atlas(results: Path, backbone: str) -> pd.DataFrame:
+    """What every scorer of the atlas leaves: means over the sources, with their range.
+
+    Columns ``scorer, sparsity, tasks, retention, low, high``; nothing where it is not stored.
+    """
+    path = results / "atlas" / f"scorer_atlas-{backbone}" / "accuracies.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    pairs = _pairs_of_the_atlas(pd.read_csv(path))
+    sources = [name for name in pairs.source.unique() if name != "none"]
+    parts = []
+    for tasks, own in (("source", True), ("held-out", False)):
+        judged = judged_rows(pairs, sources, own=own)
+        each = judged.groupby(["scorer", "sparsity", "source"], sort=False).retention.mean()
+        groups = each.groupby(["scorer", "sparsity"], sort=False)
+        ends = groups.agg(retention="mean", low="min", high="max")
+        parts.append(ends.reset_index().assign(tasks=tasks))
+    return pd.concat(parts, ignore_index=True)
+
+
+def atlas_table(left: pd.DataFrame, costs: Path) -> pd.DataFrame:
+    """One row a scorer, the best at the middle sparsity first, with its cost."""
+    if left.empty:
+        return left
+    wide = left.pivot(index="scorer", columns=["tasks", "sparsity"], values="retention")
+    sparsities = sorted(set(left.sparsity))
+    middle = sparsities[len(sparsities) // 2]
+    table = pd.DataFrame({f"at {s:.0%}": wide["held-out", s] for s in sparsities})
+    table[f"its source at {middle:.0%}"] = wide["source", middle]
+    table = pd.DataFrame(table.map("{:z.2f}".format))
+    table["cost (FB)"] = pd.read_csv(costs).set_index("scorer").fb.map("{:.2g}".format)
+    order = wide["held-out", middle].sort_values(ascending=False).index
+    return table.loc[order].reset_index()
 
 
 def explorer(results: Path) -> pd.DataFrame:
@@ -365,6 +400,12 @@ def summarise(folder: Path) -> list[Path]:
         "kept_up_to": _wide(limits, "sparsity", ["method"], ".0%"),
         "factorial": _wide(parts, "retention", ["score", "images", "repair"]),
         "by_images": by_images(results),
+        **{
+            f"atlas-{name}": atlas_table(
+                atlas(folder, name), folder / "atlas" / f"scorer_atlas-{name}" / "costs.csv"
+            )
+            for name in BACKBONES
+        },
         "tuning": tuning(found),
         "reach": reach(folder),
         "transfer": transfer(folder),
@@ -412,6 +453,9 @@ def _figures(
         named = climb.rename(columns={"step": "row", "retention": "value"})
         yield "overview", plots.estimates(named, "encoder", "kept of unseen tasks at 70 % sparsity")
     for backbone in BACKBONES:
+        left = atlas(results.root, backbone)
+        if len(left):
+            yield f"atlas-{backbone}", plots.accuracy_left(left)
         path = results.root / "landscape" / f"landscape_analysis-{backbone}" / "cells.csv"
         if path.is_file():
             correlations = transfer_correlations(pd.read_csv(path))
