@@ -121,10 +121,11 @@ def atlas_table(left: pd.DataFrame, costs: Path) -> pd.DataFrame:
     middle = sparsities[len(sparsities) // 2]
     table = pd.DataFrame({f"at {s:.0%}": wide["held-out", s] for s in sparsities})
     table[f"its source at {middle:.0%}"] = wide["source", middle]
-    table = pd.DataFrame(table.map("{:z.2f}".format))
+    table = table.map("{:z.2f}".format)
     table["cost (FB)"] = pd.read_csv(costs).set_index("scorer").fb.map("{:.2g}".format)
     order = wide["held-out", middle].sort_values(ascending=False).index
-    return table.loc[order].reset_index()
+    ranked: pd.DataFrame = table.loc[order].reset_index()
+    return ranked
 
 
 def explorer(results: Path) -> pd.DataFrame:
