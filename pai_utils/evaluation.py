@@ -171,7 +171,8 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
     A variance over images clustered by image and by repetition (Cameron, Gelbach and Miller 2011,
     "Robust inference with multiway clustering"): an image counts once, however many masks and the
     dense encoder it was shown to. Repetitions are the sources where there are at least three, and
-    the mean is one over sources like these; else the seeds, and it is one of these sources.
+    the mean is one over sources like these; else the seeds, and it is one of these sources. With
+    two repetitions in all, the interval is about the images alone, and says so.
     Retention is a ratio, and both its sides vary.
 
     Args:
@@ -226,7 +227,9 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
     # Both parts hold the noise of an image in one repetition. Without it here, three repetitions
     # cover too little, since its estimate errs too; with all, too much (`benchmarks.coverage`).
     beyond = repeats if math.isnan(value) else max(0.0, repeats - shared / 2)
-    return Estimate(value, float(images), float(beyond), degrees, over if degrees else "images")
+    if degrees < 2:  # of two repetitions nobody can tell how far they vary
+        over, degrees, beyond = "images", 0, 0.0
+    return Estimate(value, float(images), float(beyond), degrees, over)
 
 
 def _spread(parts: NDArray[np.float64]) -> float:

@@ -104,7 +104,7 @@ def interval(rows, dense):
         )
     repeats = max(0.0, sum(spread(effects[group]) for group in groups) - both / 2)
     degrees = sum(len(group) - 1 for group in groups)
-    half = quantile(0) ** 2 * images + (quantile(degrees) ** 2 * repeats if degrees else 0.0)
+    half = quantile(0) ** 2 * images + (quantile(degrees) ** 2 * repeats if degrees > 1 else 0.0)
     mean = effects.sum()
     return mean, mean - math.sqrt(half), mean + math.sqrt(half)
 

@@ -139,6 +139,8 @@ def test_an_estimate_has_its_closed_form() -> None:
     assert (found.over, found.degrees) == ("images and sources", 2)
     two = estimate(table[table.source != "c"], dense)
     assert (two.over, two.degrees) == ("images and seeds", 2 * 3)
+    pair = table[(table.source == "a") & (table.seed < 2)]
+    assert estimate(pair, dense).over == "images"  # two seeds tell nothing of seeds
     # One mask, one task, and no dense encoder: the binomial variance.
     one = estimate(table[:1])
     p = table.correct[0].mean()

@@ -398,7 +398,7 @@ def summarise(folder: Path) -> list[Path]:
         "runs": runs(folder),
         **{f"claims-{name}": claims(found, label) for name, label in BACKBONES.items()},
         "masks_alone": alone,
-        "kept_up_to": _wide(limits, "sparsity", ["method"], ".0%"),
+        "kept_up_to": _wide(_in_percent(limits), "sparsity", ["method"], ".0f"),
         "factorial": _wide(parts, "retention", ["score", "images", "repair"]),
         "by_images": by_images(results),
         **{
@@ -434,9 +434,15 @@ def _wide(table: pd.DataFrame, value: str, index: list[str], form: str = "z.2f")
     if table.empty:
         return table
     text = _with_interval(table[value], table.low, table.high, form)
+    text = text.str.replace(" to ", "–")
     wide = table.assign(text=text).pivot(index=index, columns="encoder", values="text")
     rows = table[index].drop_duplicates()
     return rows.merge(wide[table.encoder.unique()].reset_index(), on=index).fillna("")
+
+
+def _in_percent(limits: pd.DataFrame) -> pd.DataFrame:
+    numbers = limits.select_dtypes("float")
+    return limits.assign(**100 * numbers)
 
 
 def _figures(
