@@ -135,7 +135,8 @@ def of_masks(run, method, sparsity, images, tasks):
             }
             own = row["target"] in seen
             if own == (tasks == "own") and tasks in ("own", "held-out", row["target"]):
-                rows[source, row["target"], int(row["seed"])] = row["correct"]
+                around = source.partition("+")[0]  # the task that a mixture is around
+                rows[around, row["target"], int(row["seed"])] = row["correct"]
     return rows, dense
 
 
@@ -162,9 +163,8 @@ def recompute(row):
     rows, dense = of_masks(row["run"], row["method"], sparsity, row["images"], row["tasks"])
     signed = [(*key, 1, right) for key, right in rows.items()]
     if row["against"]:
-        others, _ = of_masks(
-            row["against_run"], row["against"], sparsity, row["images"], row["tasks"]
-        )
+        beside = row["against_run"], row["against"], sparsity, row["against_images"], row["tasks"]
+        others, _ = of_masks(*beside)
         for source, target, seed in rows:
             same = {s: right for (a, b, s), right in others.items() if (a, b) == (source, target)}
             right = same[seed] if seed in same else next(iter(same.values()))

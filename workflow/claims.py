@@ -29,7 +29,7 @@ JOINT = "feature_ggn_diag+obs_inputs@feature_ggn_diag"
 MOMENTS, SOLVED = " + moments", " + layerwise+moments"
 COLUMNS = [
     "claim", "encoder", "sparsity", "tasks", "value", "low", "high", "over", "verdict",
-    "run", "method", "images", "against_run", "against", "rate",
+    "run", "method", "images", "against_run", "against", "against_images", "rate",
 ]  # fmt: skip
 ALONE, MIXTURE = "the source alone", "a mixture around it"
 
@@ -75,6 +75,9 @@ def questions(encoder: str) -> Iterator[Question]:
         "curvature of the features": DAMPED,
     }.items():
         yield Question(f"curvature of the loss over {label}", loss, Masks(run, other))
+    for repair, label in {"": "without repair", SOLVED: "with the repair"}.items():
+        mixed = Masks(steps, DAMPED + repair, MIXTURE)
+        yield Question(f"a mixture adds, {label}", mixed, mixed._replace(images=ALONE))
     for images in (ALONE, MIXTURE):
         plain = Masks(steps, DAMPED, images)
         before = plain._replace(run=f"{steps}-undamped")
@@ -106,6 +109,8 @@ class Results:
         if masks.images:
             sources = [name for name in sources if ("+" in name) == (masks.images == MIXTURE)]
         found = judged_rows(found, sources, own=own)
+        # A mixture goes by the task that it is around, beside masks of that task alone.
+        found = found.assign(source=found.source.str.split("+").str[0])
         return found if masks.tasks in ("own", "held-out") else found[found.target == masks.tasks]
 
     def dense(self, run: str) -> pd.DataFrame:
@@ -150,7 +155,9 @@ def _of_masks(results: Results, encoder: str) -> Iterator[dict[str, object]]:
             continue
         said = verdicts([*found.values()], KEPT if others is None else 0.0)
         place = masks._asdict()
-        place |= {"against_run": others.run, "against": others.method} if others else {}
+        if others is not None:
+            beside = {"against_run": others.run, "against": others.method}
+            place |= {**beside, "against_images": others.images}
         for (sparsity, value), verdict in zip(found.items(), said, strict=True):
             yield _row(question.claim, encoder, value, verdict, sparsity=sparsity, **place)
 
