@@ -341,28 +341,33 @@ def factorial(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def by_images(results: Results) -> pd.DataFrame:
-    """What repaired masks keep of every task, by the images that made them; its own in brackets.
+SEEN_BY = {
+    "MNIST": "MNIST",
+    "FashionMNIST": "Fashion-MNIST",
+    "folder:cifar10-jpeg": "cifar10-jpeg",
+    "photos": "photos",
+    "folder:tiny-imagenet-b": "Tiny-ImageNet, locked half",
+}
+"""Tasks that masks are measured on by the images that made them, in words."""
 
-    One row a source and sparsity, one column a task, means over the seeds.
+
+def by_images(results: Results) -> pd.DataFrame:
+    """What repaired masks keep at 70 %, by the images that made them; their own task in brackets.
+
+    One row a source, one column a task, means over the seeds.
     """
     run = "sources/zero_shot_retention-efficientnet_lite0"
     if not (results.root / run).is_dir():
         return pd.DataFrame()
-    table = pd.read_csv(results.root / run / "retention.csv")
-    table = table[table.scorer == DAMPED + SOLVED]
+    table = summarise_retention(results.table(run, "accuracies"))
+    table = table[(table.scorer == DAMPED + SOLVED) & (table.sparsity == 0.7)]
+    table = table[table.target.isin(SEEN_BY)]
     own = [not is_held_out(*pair) for pair in zip(table.target, table.source, strict=True)]
     texts = table.retention.map("{:z.2f}".format)
-    text = texts.where(~pd.Series(own, table.index), "(" + texts + ")")
-    sparsity = table.sparsity.map("{:.0%}".format)
-    named = table.assign(text=text, images=_without_folder(table.source), sparsity=sparsity)
-    named["target"] = _without_folder(named.target)
-    wide = named.pivot(index=["sparsity", "images"], columns="target", values="text")
-    return wide[named.target.unique()].reset_index()
-
-
-def _without_folder(names: "pd.Series[str]") -> "pd.Series[str]":
-    return names.str.replace("folder:", "")
+    table["text"] = texts.where(~pd.Series(own, table.index), "(" + texts + ")")
+    table["images"] = table.source.str.replace("folder:", "").str.replace("+", " and ")
+    wide = table.pivot(index="images", columns="target", values="text")[list(SEEN_BY)]
+    return wide.rename(columns=SEEN_BY).loc[table.images.unique()].reset_index()
 
 
 def tuning(table: pd.DataFrame) -> pd.DataFrame:
@@ -373,7 +378,7 @@ def tuning(table: pd.DataFrame) -> pd.DataFrame:
     points = 100 * rows[["value", "low", "high"]]
     named = rows.assign(
         text=_with_interval(points.value, points.low, points.high, "+z.1f"),
-        task=_without_folder(rows.tasks),
+        task=rows.tasks.str.replace("folder:", ""),
         start=rows.method.str.removesuffix(", none"),
         rate=rows.rate.map("{:g}".format),
     )
