@@ -370,9 +370,9 @@ def by_images(results: Results) -> pd.DataFrame:
     return wide.rename(columns=SEEN_BY).loc[table.images.unique()].reset_index()
 
 
-def tuning(table: pd.DataFrame) -> pd.DataFrame:
+def tuning(table: pd.DataFrame, encoder: str) -> pd.DataFrame:
     """Gains in accuracy by fine-tuning, in points, with intervals: one column a task."""
-    rows = table[table.claim.str.startswith("P2")]
+    rows = table[table.claim.str.startswith("P2") & (table.encoder == encoder)]
     if rows.empty:
         return rows
     points = 100 * rows[["value", "low", "high"]]
@@ -382,7 +382,7 @@ def tuning(table: pd.DataFrame) -> pd.DataFrame:
         start=rows.method.str.removesuffix(", none"),
         rate=rows.rate.map("{:g}".format),
     )
-    wide = named.pivot(index=["encoder", "start", "rate"], columns="task", values="text")
+    wide = named.pivot(index=["start", "rate"], columns="task", values="text")
     return wide[named.task.unique()].reset_index()
 
 
@@ -412,7 +412,7 @@ def summarise(folder: Path) -> list[Path]:
             )
             for name in BACKBONES
         },
-        "tuning": tuning(found),
+        **{f"tuning-{name}": tuning(found, label) for name, label in BACKBONES.items()},
         "reach": reach(folder),
         "transfer": transfer(folder),
         "weights": weights(folder),
