@@ -49,6 +49,27 @@ def test_no_number_in_an_answer_is_typed(path: Path) -> None:
     assert re.findall(r"\d[\d.]*", answer) == []
 
 
+def _paragraphs(text: str) -> list[str]:
+    """Paragraphs and items of lists, with a word for each number and formula."""
+    text = re.sub(r"^(```|:::).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\{holds\}(`+).*?\1", "", text, flags=re.DOTALL)
+    for made in (r"\{[\w:]+\}(`+).*?\1", r"\$\$.*?\$\$", r"\$[^$]*\$"):
+        text = re.sub(made, "x", text, flags=re.DOTALL)
+    return re.split(r"\n\s*\n|\n(?=\s*(?:[-*:]|\d+\.) )", text)
+
+
+@pytest.mark.parametrize("path", sorted([*BOOK.glob("*.md"), *BOOK.glob("experiments/*.md")]))
+def test_no_paragraph_is_longer_than_90_words(path: Path) -> None:
+    texts = [text for text in _paragraphs(path.read_text("utf-8")) if text.lstrip()[:1] != "|"]
+    assert {text[:60]: len(text.split()) for text in texts if len(text.split()) > 90} == {}
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_an_answer_holds_at_most_four_numbers(path: Path) -> None:
+    (answer,) = re.findall(r"\*\*Answer\.\*\*.*?(?=\n\n)", path.read_text("utf-8"), re.DOTALL)
+    assert 1 <= len(re.findall(r"\{(?:stored|glue:text)\}", answer)) <= 4
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS)
 def test_an_experiment_ends_with_its_limits(path: Path) -> None:
     headings = re.findall(r"^## (.*)$", path.read_text("utf-8"), re.MULTILINE)
