@@ -135,9 +135,7 @@ class Estimate:
     images: float  #: variance by test images, those of the dense encoder among them
     repeats: float  #: variance by repetitions, less a part that is that of images
     degrees: int  #: of freedom of the latter; 0 where nothing was repeated
-    over: (
-        str  #: what the interval is about: ``"images"``, ``"images and seeds"`` or ``"… sources"``
-    )
+    over: str  #: what the interval is about: ``"images"``, or these ``"… and seeds"`` or sources
 
     def _half(self, tail: float) -> float:
         from scipy.stats import norm, t
