@@ -157,19 +157,6 @@ def test_an_estimate_has_its_closed_form() -> None:
     assert math.isnan(estimate(table, dense.assign(chance=1.0)).value)
 
 
-def test_variance_by_images_is_that_of_many_resamples() -> None:
-    table, dense = simulate(np.random.default_rng(1), seeds=1)
-    random, values = np.random.default_rng(2), []
-    for _ in range(2000):
-        drawn = [random.integers(150, size=150) for _ in "xyz"]
-        values.append(np.mean([
-            (right[d].mean() - 0.1) / (whole[d].mean() - 0.1)
-            for right, whole, d in zip(table.correct, dense.correct, drawn, strict=True)
-        ]))  # fmt: skip
-    # The standard error of a standard deviation of 2,000 values is 1.6 %.
-    assert math.sqrt(estimate(table, dense).images) == pytest.approx(np.std(values), rel=0.06)
-
-
 def test_a_difference_is_paired() -> None:
     random = np.random.default_rng(0)
     ours, dense = simulate(random, seeds=3, sources="abc")

@@ -8,7 +8,6 @@ Chromium, or fail where ``PAI_REQUIRE_BROWSER`` is set.
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import os
 import re
@@ -516,8 +515,8 @@ def test_the_explorer_shows_what_the_keyboard_chooses(width: int, open_tab: Open
 
 
 def table_of(tab: Page) -> list[list[str]]:
-    """Return the texts of the explorer's table, row by row."""
-    cells = "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
+    """Return the texts of the explorer's table, row by row, without what is read off a line."""
+    cells = "rows => rows.map((row) => [...row.cells].slice(0, -1).map((cell) => cell.textContent))"
     return list(tab.eval_on_selector_all("#explorer-table tbody tr", cells))
 
 
@@ -535,23 +534,11 @@ def measured(data: str, choice: dict[str, str]) -> list[list[str]]:
     def method(scorer: str, repair: str) -> str:
         return scorer if repair == "none" else f"{scorer} + {repair}"
 
-    def line(row: dict[str, str]) -> dict[float, float]:
-        same = ("target", "scorer", "repair")
-        curve = [each for each in rows if all(each[name] == row[name] for name in same)]
-        return {0.0: 1.0} | {float(e["sparsity"]): float(e["retention"]) for e in curve}
-
-    def up_to(line: dict[float, float]) -> str:
-        """Where the line first falls below nine tenths."""
-        for (at, kept), (then, left) in itertools.pairwise(sorted(line.items())):
-            if left < 0.9:
-                return f"{at + (kept - 0.9) / (kept - left) * (then - at):.2f}"
-        return f"at least {max(line):g}"
-
     return [
         [
             row["target"], "own" if row["target"] in own else "held-out",
             method(row["scorer"], row["repair"]), row["sparsity"], row["retention"],
-            f"{row['low']} to {row['high']}", row["count"], row["seeds"], up_to(line(row)),
+            f"{row['low']} to {row['high']}", row["count"], row["seeds"],
         ]
         for shown in (method(choice["scorer"], choice["repair"]), choice["beside"])
         for row in rows
