@@ -32,6 +32,7 @@ def store(folder: Path, **right: int) -> None:
 
 
 def test_verdicts_need_an_interval_beyond_the_criterion(tmp_path: Path) -> None:
+    assert judged(Results(tmp_path)).empty  # what is not stored is left out
     store(tmp_path / RUN, ggn_diag=89, feature_ggn_diag=60, magnitude=80)
     store(tmp_path / f"{RUN}-undamped", ggn_diag=82)
     table = judged(Results(tmp_path)).set_index("claim")
@@ -47,10 +48,6 @@ def test_verdicts_need_an_interval_beyond_the_criterion(tmp_path: Path) -> None:
     assert shown.loc["P1, damped curvature of the loss", "at 30%"] == "0.99 ✓"
     value = table.loc["curvature of the loss over magnitude over all layers", "value"]
     assert value == pytest.approx((89 - 80) / 80, abs=1e-12)
-
-
-def test_what_is_not_stored_is_left_out(tmp_path: Path) -> None:
-    assert judged(Results(tmp_path)).empty
 
 
 def test_plain_numpy_recomputes_every_number() -> None:
