@@ -164,8 +164,7 @@ def test_cells_are_spread_over_the_gpus_of_a_computer(new_project: Callable[...,
     for name in cells:
         copy = (project.root / f"book/executed/{name}.ipynb").read_text()
         seen += re.findall(r"sees GPU (\w+) as (\w+)", copy)
-    # Whose turn is next depends on when each is done.
-    assert len(seen) == 4
+    assert len(seen) == 4  # whose turn is next depends on when each is done
     assert set(seen) == {("0", "cuda"), ("1", "cuda")}
 
 
