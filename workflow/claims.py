@@ -87,6 +87,8 @@ def questions(encoder: str) -> Iterator[Question]:
             repaired = plain._replace(method=DAMPED + repair)
             yield Question(f"with {label}, on {images}", repaired)
             yield Question(f"{label} adds, on {images}", repaired, plain)
+            undamped = repaired._replace(run=before.run)
+            yield Question(f"damping adds, with {label}, on {images}", repaired, undamped)
             joint = plain._replace(method=JOINT + repair)
             yield Question(f"a joint score adds, with {label}, on {images}", joint, repaired)
 
