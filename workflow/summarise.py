@@ -386,6 +386,24 @@ def tuning(table: pd.DataFrame, encoder: str) -> pd.DataFrame:
     return wide[named.task.unique()].reset_index()
 
 
+def refitted(results: Results, backbone: str) -> pd.DataFrame:
+    """Accuracy of every task before and after fine-tuning, with its old head and a new one.
+
+    At the rate that the source's validation part chooses, from the first start of the run.
+    """
+    run = f"adaptation/finetune_recovery-{backbone}"
+    if not (results.root / run).is_dir():
+        return pd.DataFrame()
+    chosen, table = results.table(run, "chosen"), results.table(run, "refitted")
+    table = table[table.learning_rate == chosen.learning_rate.iloc[0]]
+    columns = {
+        "target": "task", "dense": "dense", "pruned": "pruned",
+        "frozen": "fine-tuned", "refitted": "fine-tuned, new head",
+    }  # fmt: skip
+    shown = table.assign(target=table.target.str.replace("folder:", ""))
+    return shown[list(columns)].rename(columns=columns).round(2)
+
+
 def summarise(folder: Path) -> list[Path]:
     """Write all tables and figures; return their paths."""
     results, written = Results(folder), []
@@ -413,6 +431,7 @@ def summarise(folder: Path) -> list[Path]:
             for name in BACKBONES
         },
         **{f"tuning-{name}": tuning(found, label) for name, label in BACKBONES.items()},
+        "refitted": refitted(results, "efficientnet_lite0"),
         "reach": reach(folder),
         "transfer": transfer(folder),
         "weights": weights(folder),
