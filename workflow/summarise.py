@@ -400,8 +400,10 @@ def refitted(results: Results, backbone: str) -> pd.DataFrame:
         "target": "task", "dense": "dense", "pruned": "pruned",
         "frozen": "fine-tuned", "refitted": "fine-tuned, new head",
     }  # fmt: skip
-    shown = table.assign(target=table.target.str.replace("folder:", ""))
-    return shown[list(columns)].rename(columns=columns).round(2)
+    shown = {name: table[column] for column, name in columns.items()}
+    tasks = shown.pop("task").str.replace("folder:", "")
+    texts = {name: values.map("{:.2f}".format) for name, values in shown.items()}
+    return pd.DataFrame({"task": tasks, **texts})
 
 
 def summarise(folder: Path) -> list[Path]:
