@@ -362,6 +362,7 @@ def visit(open_tab: OpenTab, axe: str) -> Callable[[str], Visit]:
             tab.set_viewport_size({"width": width, "height": 844})
             visit.views[f"{width}, {scheme}"] = tab.evaluate(LOOK, scheme)
             if page in KINDS.values() and (width, scheme) in AXE_VIEWS:
+                tab.wait_for_timeout(500)  # the theme marks what scrolls some time after a resize
                 tab.evaluate(axe)
                 visit.violations[f"{width}, {scheme}"] = tab.evaluate(ACCESSIBILITY)
         tab.close()
