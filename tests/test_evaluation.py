@@ -125,8 +125,7 @@ def test_intervals_cover_the_truth_with_few_seeds(seeds: int, effect: float) -> 
     for _ in range(trials):
         low, high = estimate(*simulate(random, seeds, effect=effect)).interval()
         covered += low <= truth(effect) <= high
-    # 93 to 97 % in the long run (`benchmarks.coverage`); within three standard errors here.
-    error = math.sqrt(0.95 * 0.05 / trials)
+    error = math.sqrt(0.95 * 0.05 / trials)  # of 93 to 97 % in the long run
     assert 0.93 - 3 * error <= covered / trials <= 0.97 + 3 * error
 
 
