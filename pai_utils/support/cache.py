@@ -84,20 +84,26 @@ def reused(kind: str, parts: Mapping[str, Any], compute: Callable[[], Kept]) -> 
 def _write(path: Path, result: Kept) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.tensors.items()}
     write_tensors(path, tensors, json.dumps(result.facts, sort_keys=True), format=_FORMAT)
+    _mark_used(path)
     with suppress(FileNotFoundError):  # others make room too
         files = [(file, file.stat()) for file in path.parent.glob("*.safetensors")]
         excess = sum(stat.st_size for _, stat in files) - MOST_BYTES
-        for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime):
+        for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
             if excess > 0:
                 file.unlink()
                 excess -= stat.st_size
+
+
+def _mark_used(path: Path) -> None:
+    now = time.time_ns()  # by itself a file takes the time of a clock that ticks too slowly
+    os.utime(path, ns=(now, now))
 
 
 def _read(path: Path) -> Kept | None:
     """The file's content; ``None`` where there is none, or where it is not whole."""
     try:
         tensors, text = read_tensors(path, _FORMAT, what="kept computation")
-        os.utime(path)  # used just now
+        _mark_used(path)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
