@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
@@ -72,18 +72,10 @@ class Penalty:
     def pull_(self, parameters: Mapping[str, nn.Parameter], learning_rate: float) -> None:
         """The proximal step: where w and the penalty balance, hence stable at any strength."""
         for name, anchor in self.anchor.items():
-            w, a, step = (
-                parameters[name],
-                anchor.to(parameters[name]),
-                learning_rate * self.strength,
-            )
-            if not w.requires_grad:
-                continue
-            if self.curvature is None:
-                w.lerp_(a, step / (1 + step))
-            else:
-                share = step * self.curvature[name].to(w)
-                w.lerp_(a, share / (1 + share))
+            if parameters[name].requires_grad:
+                curvature = 1.0 if self.curvature is None else self.curvature[name]
+                share = learning_rate * self.strength * curvature
+                parameters[name].lerp_(anchor, share / (1 + share))
 
     def beside(self, parameters: Mapping[str, nn.Parameter]) -> Penalty:
         """The same where the parameters are, so that no update moves it there."""
@@ -225,16 +217,16 @@ def finetune(
         removed = [(parameters[n], ~entry.to(parameters[n].device)) for n, entry in mask.items()]
     sound, device = [p.detach().clone() for p in trained], device_of(model)
     losses: list[Tensor] = []
-    watch = _Watch(device, learning_rate)
+    watch, updates = _Watch(device, learning_rate), _updates(data, steps, batch_size, device, seed)
     with undisturbed(model):
         if isinstance(penalty, FeaturePenalty):
             hold_(cast(Classifier, model).backbone)
-        if on_step:
-            on_step(0)
         try:
-            for step, (images, labels) in enumerate(
-                _updates(data, steps, batch_size, device, seed)
-            ):
+            for step, (images, labels) in enumerate(updates):
+                if on_step or step % _UNSEEN == 0:
+                    watch.look()
+                if on_step:
+                    on_step(step)
                 logits = model(images)
                 check_labels(labels, logits.shape[1])
                 loss = F.cross_entropy(logits, labels)
@@ -242,7 +234,7 @@ def finetune(
                 if isinstance(penalty, FeaturePenalty):
                     drawn = batch_size, _seed_at(seed, step)
                     loss = loss + penalty.loss(cast(Classifier, model), *drawn)
-                finite = watch.note(loss)
+                finite = watch.note([loss])
                 for kept, parameter in zip(sound, trained, strict=True):
                     torch.where(finite, parameter.detach(), kept, out=kept)
                 stepper.zero_grad(set_to_none=True)
@@ -260,12 +252,10 @@ def finetune(
                         penalty.pull_(parameters, rate)
                         for parameter, gone in removed:
                             parameter.masked_fill_(gone, 0)
-                watch.note(torch.stack([p.detach().isfinite().all() for p in trained]))
-                if on_step or (step + 1) % _UNSEEN == 0:
-                    watch.look()
-                if on_step:
-                    on_step(step + 1)
+                watch.note(trained)
             watch.look()
+            if on_step:
+                on_step(steps)
         except NonFiniteError:
             torch._foreach_copy_([p.detach() for p in trained], sound)
             raise
@@ -281,26 +271,26 @@ class _Watch:
 
     def __init__(self, device: torch.device, learning_rate: float) -> None:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._noted: list[tuple[Tensor, Tensor]] = []  # of a loss and of an update in turn
+        self._noted: list[Tensor] = []  # whether all was finite, after a loss and an update in turn
         self._rate = learning_rate
 
-    def note(self, what: Tensor) -> Tensor:
-        """Note a loss, or which weights are finite; whether all was finite until now."""
-        what = what.detach()
-        fine = what.all() if what.dtype == torch.bool else what.isfinite()
-        self._finite = self._finite & fine
-        self._noted.append((what, self._finite))
+    def note(self, values: Sequence[Tensor]) -> Tensor:
+        """Note a loss, or weights after an update; whether all was finite until now."""
+        fine = [value.detach().isfinite().all() for value in values]
+        self._finite = torch.stack([self._finite, *fine]).all()
+        self._noted.append(self._finite)
         return self._finite
 
     def look(self) -> None:
         """Raise for the first value that was not finite."""
-        if not self._noted or self._finite:
+        if self._finite:
             return
-        place = int(torch.stack([finite for _, finite in self._noted]).sum())
-        step, of_update = divmod(place, 2)
-        if of_update:
-            raise _diverged("an update is not finite", step + 1, self._rate)
-        raise _diverged(f"the loss is {float(self._noted[place][0])}", step, self._rate)
+        updates, of_update = divmod(int(torch.stack(self._noted).sum()), 2)
+        step, what = updates + of_update, "an update" if of_update else "the loss"
+        advice = "try a smaller one" if step else "before any update: look at images and weights"
+        raise NonFiniteError(
+            f"{what} is not finite at step {step} with learning_rate={self._rate}; {advice}"
+        )
 
 
 def _updates(
@@ -320,8 +310,3 @@ def _updates(
 def _seed_at(seed: int, step: int) -> int:
     """A seed for what is drawn at an update."""
     return seed * 1_000_003 + step
-
-
-def _diverged(what: str, step: int, rate: float) -> NonFiniteError:
-    advice = "try a smaller one" if step else "before any update: look at images and weights"
-    return NonFiniteError(f"{what} at step {step} with learning_rate={rate}; {advice}")
