@@ -49,15 +49,14 @@ class Scorer:
     passes: float | Callable[[Mapping[str, Any]], float] = 1
     """What it costs, perhaps by its options, in forward and backward passes over the samples."""
 
-    parts: tuple[tuple[str, float], ...] = ()
-    """Of a joint scorer: those it is made of and their factors, the budgets' last."""
+    parts: tuple[str, ...] = ()  #: of a joint scorer: those that it is made of
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The scorer's own keywords with their defaults; of a joint one those of its parts."""
         if self.parts:
-            each = [SCORERS[part].options for part, _ in self.parts if part != LAYER]
-            return dict(sorted({k: v for options in each for k, v in options.items()}.items()))
+            own = {k: v for part in self.parts for k, v in SCORERS[part].options.items()}
+            return dict(sorted(own.items()))
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -66,25 +65,15 @@ class Scorer:
         return self.passes({**self.options, **options}) if callable(self.passes) else self.passes
 
 
+_of_weights = partial(Scorer, needs_data=False, seeded=False, passes=0)
+
 SCORERS: dict[str, Scorer] = {
     "random": Scorer(random, "U(0, 1), the floor of every comparison", needs_data=False, passes=0),
-    "magnitude": Scorer(magnitude, "|w|, that is H = I", needs_data=False, seeded=False, passes=0),
-    "lamp": Scorer(
-        lamp,
-        "w² over the sum of the squares not smaller, in its layer",
-        needs_data=False,
-        seeded=False,
-        passes=0,
-    ),
+    "magnitude": _of_weights(magnitude, "|w|, that is H = I"),
+    "lamp": _of_weights(lamp, "w² over the sum of the squares not smaller, in its layer"),
     "snip": Scorer(snip, "|w g|, g the gradient of the mean loss"),
     "grasp": Scorer(grasp, "w ⊙ Hg, signed: what the gradient's norm depends on", passes=3.1),
-    "synflow": Scorer(
-        synflow,
-        "|w ⊙ ∂R/∂w|, R the flow through all |weights|",
-        needs_data=False,
-        seeded=False,
-        passes=0,
-    ),
+    "synflow": _of_weights(synflow, "|w ⊙ ∂R/∂w|, R the flow through all |weights|"),
     "px": Scorer(px, "w² ∂R/∂(w²), R a bound on the tangent kernel's trace by paths", passes=2),
     "ntk_sap": Scorer(
         ntk_sap,
@@ -208,12 +197,11 @@ def score(
     scorer, model = check_options(name, options), unwrapped(model)
     if scorer.parts:
         each = partial(score, names=names, samples=samples, batch_size=batch_size, seed=seed)
-        scored = {
-            part: each(part, model, data, **_own(SCORERS[part], options))
-            for part in dict(scorer.parts)
-            if part != LAYER
-        }
-        return _join(name, scorer.parts, scored)
+        scored = {}
+        for part in scorer.parts:
+            own = {k: v for k, v in options.items() if k in SCORERS[part].options}
+            scored[part] = each(part, model, data, **own)
+        return _join(name, scored)
     if scorer.needs_data and data is None:
         raise ValueError(f"scorer {name!r} needs data: pass the source task's training set")
     chosen = prunable_parameters(model) if names is None else list(dict.fromkeys(names))
@@ -241,18 +229,13 @@ def score(
     else:  # at once
         found = compute()
     scores = {n: found.tensors[n].to(device) for n in chosen}
-    broken = _non_finite(scores)
-    if broken:
+    if broken := _non_finite(scores):
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
-        culprits = _non_finite(parameters)
-        raise ValueError(
-            f"{name} gave non-finite scores for {broken[0]!r}: "
-            + (
-                f"the weights of {culprits[0]!r} are not finite"
-                if culprits
-                else "the weights are finite, so look for non-finite images or logits"
-            )
-        )
+        causes = [
+            f"the weights of {culprit!r} are not finite" for culprit in _non_finite(parameters)
+        ]
+        causes.append("the weights are finite, so look for non-finite images or logits")
+        raise ValueError(f"{name} gave non-finite scores for {broken[0]!r}: {causes[0]}")
     left_out = [parameter for parameter in parameters if parameter not in scores]
     logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     weights = {n: parameters[n].detach() for n in chosen}
@@ -264,8 +247,8 @@ def find_scorer(name: str) -> Scorer:
 
     ``"selection@budgets"`` gives every layer the scores of ``budgets``, in the order in which
     ``selection`` ranks the layer's weights: at every sparsity a layer keeps as many weights as by
-    ``budgets``, and of these the ones that ``selection`` would. A selection ``"a+2*b"`` is a
-    weighted sum of scores, each over its layer's sum. Three uses:
+    ``budgets``, and of these the ones that ``selection`` would. A selection ``"a+b"`` is a
+    sum of scores, each over its layer's sum. Three uses:
 
     - ``"random@ggn_diag"``, a layer-wise shuffle of the mask by ``ggn_diag``;
     - ``"magnitude@layer"``, magnitude with the same sparsity in every layer;
@@ -279,24 +262,17 @@ def find_scorer(name: str) -> Scorer:
     if not joined:
         check_names("scorer", [name], SCORERS)
         return SCORERS[name]
-    terms = [term.rpartition("*") for term in selection.split("+")]
-    try:
-        parts = tuple((part, float(factor or 1)) for factor, _, part in terms)
-    except ValueError:
-        raise ValueError(f"scorer {name!r}: what stands before a * must be a number") from None
-    wanted = [part for part, _ in parts] + [budgets] * (budgets != LAYER)
-    check_names("scorer", wanted, SCORERS)
-    found = [SCORERS[part] for part in wanted]
+    parts = (*selection.split("+"), *([] if budgets == LAYER else [budgets]))
+    check_names("scorer", parts, SCORERS)
+    found = [SCORERS[part] for part in dict.fromkeys(parts)]
     return Scorer(
         score,
         f"layers keep as many weights as by {budgets}, those that {selection} ranks first",
         needs_data=any(scorer.needs_data for scorer in found),
         needs_head=any(scorer.needs_data and scorer.needs_head for scorer in found),
         seeded=any(scorer.seeded for scorer in found),
-        passes=lambda options: sum(
-            SCORERS[part].cost(_own(SCORERS[part], options)) for part in set(wanted)
-        ),
-        parts=(*parts, (budgets, 0.0)),
+        passes=lambda options: sum(scorer.cost(options) for scorer in found),
+        parts=tuple(dict.fromkeys(parts)),
     )
 
 
@@ -319,21 +295,16 @@ def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
     return scorer
 
 
-def _own(scorer: Scorer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a joint scorer's options that are one part's."""
-    return {name: value for name, value in options.items() if name in scorer.options}
-
-
-def _join(name: str, parts: Sequence[tuple[str, float]], found: Mapping[str, Scores]) -> Scores:
-    """Scores of a joint scorer from those of its parts, the last of which has the budgets."""
-    *terms, (budgets, _) = parts
-    first = found[terms[0][0]]
+def _join(name: str, found: Mapping[str, Scores]) -> Scores:
+    """Scores of a joint scorer from those of its parts."""
+    selection, _, budgets = name.partition("@")
+    terms = selection.split("+")
+    first = found[terms[0]]
     scores = {}
     for parameter, weight in first.weights.items():
         ranked = torch.zeros_like(weight, dtype=torch.float64)
-        for part, factor in terms:
-            values = found[part][parameter].double()
-            ranked += factor * values / (values.abs().sum() or 1)
+        for values in (found[term][parameter].double() for term in terms):
+            ranked += values / (values.abs().sum() or 1)
         # What is gone stays last, whatever a score says of it; of ties the smaller goes first.
         ranked = torch.where(weight == 0, -torch.inf, ranked).flatten()
         order = weight.abs().flatten().argsort()
