@@ -67,21 +67,17 @@ def snip(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> d
     sensitivity". Theirs are divided by their sum, which changes no order. One forward and
     backward pass a sample.
     """
-    indices = draw.indices(data)
-    device = device_of(model)
+    indices, device = draw.indices(data), device_of(model)
     weights = {name: model.get_parameter(name) for name in names}
 
     def gradient(size: int) -> dict[str, Tensor]:
-        totals = {
-            name: torch.zeros_like(w.detach(), dtype=at_least_single(w))
-            for name, w in weights.items()
-        }
+        totals = {n: torch.zeros_like(w, dtype=at_least_single(w)) for n, w in weights.items()}
         for images, labels, _ in drawn_batches(data, indices, size, device, "snip"):
             with torch.enable_grad():
                 logits = model(paired(images))
                 check_labels(labels, logits.shape[1])
-                mean = F.cross_entropy(logits, paired(labels))
-                loss = mean * (len(images) / len(indices))
+                share = len(images) / len(indices)
+                loss = share * F.cross_entropy(logits, paired(labels))
             parts = gradients([loss], weights.values())
             for total, part in zip(totals.values(), parts, strict=True):
                 total += part

@@ -84,14 +84,10 @@ def feature_ggn_diag(
         (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
     )
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    diagonal = output_diagonal(encoder, inner, data, draw, estimator=estimator, draws=draws)
-    parameters = dict(model.named_parameters())
-    found = {prefix + name: values for name, values in diagonal.items()}
-    return _saliency(
-        model,
-        {n: found[n] if n in found else torch.zeros_like(parameters[n]) for n in names},
-        damping,
-    )
+    found = output_diagonal(encoder, inner, data, draw, estimator=estimator, draws=draws)
+    diagonal = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    diagonal |= {prefix + name: values for name, values in found.items()}
+    return _saliency(model, diagonal, damping)
 
 
 def hessian_diag(
@@ -138,12 +134,7 @@ def block_fisher(
 
     Options and errors are those of :func:`~pai_utils.curvature.blocks.fisher_blocks`.
     """
-    weights = {name: model.get_parameter(name).detach() for name in names}
-    scores = {
-        # At least float32: increases span too many orders of magnitude for half precision.
-        name: weight.new_empty(weight.shape, dtype=at_least_single(weight))
-        for name, weight in weights.items()
-    }
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for blocks in fisher_blocks(
         model,
         names,
@@ -154,11 +145,12 @@ def block_fisher(
         estimator=estimator,
         memory_budget=memory_budget,
     ):
-        part = slice(blocks.start, blocks.stop)
-        flat = weights[blocks.name].flatten()[part]
-        scores[blocks.name].view(-1)[part] = blocks.saliency(flat)
+        weight = model.get_parameter(blocks.name).detach()
+        found = blocks.saliency(weight.flatten()[blocks.start : blocks.stop])
+        # At least float32: increases span too many orders of magnitude for half precision.
+        parts[blocks.name].append(found.to(at_least_single(weight)))
         del blocks  # before the next pass asks for its memory
-    return scores
+    return {n: torch.cat(part).view(model.get_parameter(n).shape) for n, part in parts.items()}
 
 
 def _saliency(model: nn.Module, diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
