@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import cast
 
@@ -36,7 +36,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
 }
 """The learning rate, over the first, once a share ``done`` of the updates is made."""
-_UNSEEN = 10  # updates between looks at whether all is finite
+_UNSEEN = 10  # updates between checks that all is finite
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,11 @@ class Penalty:
     def pull_(self, parameters: Mapping[str, nn.Parameter], learning_rate: float) -> None:
         """The proximal step: where w and the penalty balance, hence stable at any strength."""
         for name, anchor in self.anchor.items():
-            if parameters[name].requires_grad:
-                curvature = 1.0 if self.curvature is None else self.curvature[name]
+            weight = parameters[name]
+            if weight.requires_grad:
+                curvature = 1.0 if self.curvature is None else self.curvature[name].to(weight)
                 share = learning_rate * self.strength * curvature
-                parameters[name].lerp_(anchor, share / (1 + share))
-
-    def beside(self, parameters: Mapping[str, nn.Parameter]) -> Penalty:
-        """The same where the parameters are, so that no update moves it there."""
-        anchor = {name: value.to(parameters[name]) for name, value in self.anchor.items()}
-        known = self.curvature
-        curvature = known and {name: known[name].to(value) for name, value in anchor.items()}
-        return replace(self, anchor=anchor, curvature=curvature)
+                weight.lerp_(anchor.to(weight), share / (1 + share))
 
 
 @dataclass(frozen=True)
@@ -209,22 +203,23 @@ def finetune(
     stepper = OPTIMISERS[optimiser](trained, learning_rate, **options)
     if penalty is not None:
         penalty.check(model)
-    if isinstance(penalty, Penalty):
-        penalty = penalty.beside(parameters)
     removed = []
     if mask is not None:
         mask.apply_(model)
         removed = [(parameters[n], ~entry.to(parameters[n].device)) for n, entry in mask.items()]
     sound, device = [p.detach().clone() for p in trained], device_of(model)
     losses: list[Tensor] = []
-    watch, updates = _Watch(device, learning_rate), _updates(data, steps, batch_size, device, seed)
+    # Whether all was finite until now, after each loss and update; asked for only now and then,
+    # since that waits for the device. What follows a value that is not finite is thrown away.
+    finite = [torch.ones((), dtype=torch.bool, device=device)]
+    updates = _updates(data, steps, batch_size, device, seed)
     with undisturbed(model):
         if isinstance(penalty, FeaturePenalty):
             hold_(cast(Classifier, model).backbone)
         try:
             for step, (images, labels) in enumerate(updates):
                 if on_step or step % _UNSEEN == 0:
-                    watch.look()
+                    _check_finite(finite, learning_rate)
                 if on_step:
                     on_step(step)
                 logits = model(images)
@@ -234,9 +229,9 @@ def finetune(
                 if isinstance(penalty, FeaturePenalty):
                     drawn = batch_size, _seed_at(seed, step)
                     loss = loss + penalty.loss(cast(Classifier, model), *drawn)
-                finite = watch.note([loss])
+                finite.append(finite[-1] & loss.detach().isfinite())
                 for kept, parameter in zip(sound, trained, strict=True):
-                    torch.where(finite, parameter.detach(), kept, out=kept)
+                    torch.where(finite[-1], parameter.detach(), kept, out=kept)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 # No gradient, hence no momentum and no decay: the weights stay zero.
@@ -252,8 +247,9 @@ def finetune(
                         penalty.pull_(parameters, rate)
                         for parameter, gone in removed:
                             parameter.masked_fill_(gone, 0)
-                watch.note(trained)
-            watch.look()
+                fine = [parameter.detach().isfinite().all() for parameter in trained]
+                finite.append(torch.stack([finite[-1], *fine]).all())
+            _check_finite(finite, learning_rate)
             if on_step:
                 on_step(steps)
         except NonFiniteError:
@@ -262,35 +258,17 @@ def finetune(
     return torch.stack(losses).tolist() if losses else []
 
 
-class _Watch:
-    """Whether all losses and updates were finite, which is asked for now and then.
+def _check_finite(finite: Sequence[Tensor], rate: float) -> None:
+    """Refuse the first loss or update that was not finite; this waits for the device.
 
-    Each look waits for the device. Until then, what follows a value that is not finite is thrown
-    away.
+    ``finite`` says whether all was so far: at the start, then after each loss and update in turn.
     """
-
-    def __init__(self, device: torch.device, learning_rate: float) -> None:
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._noted: list[Tensor] = []  # whether all was finite, after a loss and an update in turn
-        self._rate = learning_rate
-
-    def note(self, values: Sequence[Tensor]) -> Tensor:
-        """Note a loss, or weights after an update; whether all was finite until now."""
-        fine = [value.detach().isfinite().all() for value in values]
-        self._finite = torch.stack([self._finite, *fine]).all()
-        self._noted.append(self._finite)
-        return self._finite
-
-    def look(self) -> None:
-        """Raise for the first value that was not finite."""
-        if self._finite:
-            return
-        updates, of_update = divmod(int(torch.stack(self._noted).sum()), 2)
-        step, what = updates + of_update, "an update" if of_update else "the loss"
-        advice = "try a smaller one" if step else "before any update: look at images and weights"
-        raise NonFiniteError(
-            f"{what} is not finite at step {step} with learning_rate={self._rate}; {advice}"
-        )
+    if finite[-1]:
+        return
+    updates, of_update = divmod(int(torch.stack(list(finite)).sum()) - 1, 2)
+    step, what = updates + of_update, "an update" if of_update else "the loss"
+    advice = "try a smaller one" if step else "before any update: look at images and weights"
+    raise NonFiniteError(f"{what} is not finite at step {step} with learning_rate={rate}; {advice}")
 
 
 def _updates(
