@@ -240,15 +240,15 @@ def follow(
 
 def _surviving(model: nn.Module, names: Sequence[str], within: Mask | None) -> Mask | None:
     """The weights that are not zero, and that an earlier mask keeps; None if these are all."""
+    alive = {name: (model.get_parameter(name) != 0).cpu() for name in names}
     if within is not None:
         within.check(model)
-        for name in set(within) - set(names):
-            if model.get_parameter(name)[~within[name].to(device_of(model))].any():
+        for name, entry in within.items():
+            if name in alive:
+                alive[name] &= entry
+            elif model.get_parameter(name)[~entry.to(device_of(model))].any():
                 raise ValueError(
                     f"within= prunes weights of {name!r}, which is not to be pruned here; apply it "
                     "to the model first, which then needs no within="
                 )
-    alive = {name: (model.get_parameter(name) != 0).cpu() for name in names}
-    if within is not None:
-        alive |= {name: alive[name] & within[name] for name in names if name in within}
     return None if all(entry.all() for entry in alive.values()) else Mask(alive)
