@@ -29,7 +29,7 @@ from pai_utils.scorers.second_order import (
     hessian_diag,
 )
 from pai_utils.support.cache import Kept, reused
-from pai_utils.support.common import check_names, clock, device_of, logger
+from pai_utils.support.common import check_names, clock, device_of
 from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import Draw, Samples
 
@@ -229,15 +229,17 @@ def score(
     else:  # at once
         found = compute()
     scores = {n: found.tensors[n].to(device) for n in chosen}
-    if broken := _non_finite(scores):
+    broken = [n for n, values in scores.items() if not values.isfinite().all()]
+    if broken:
         # One bad weight spoils the scores of every layer: name the weight, where there is one.
         causes = [
-            f"the weights of {culprit!r} are not finite" for culprit in _non_finite(parameters)
+            f"the weights of {n!r} are not finite"
+            for n, weight in parameters.items()
+            if not weight.isfinite().all()
         ]
         causes.append("the weights are finite, so look for non-finite images or logits")
         raise ValueError(f"{name} gave non-finite scores for {broken[0]!r}: {causes[0]}")
     left_out = [parameter for parameter in parameters if parameter not in scores]
-    logger.debug("%s leaves out %s", name, ", ".join(left_out) or "nothing")
     weights = {n: parameters[n].detach() for n in chosen}
     return Scores(scores, name, left_out, found.facts["seconds"], weights)
 
@@ -316,13 +318,3 @@ def _join(name: str, found: Mapping[str, Scores]) -> Scores:
         scores[parameter] = torch.empty_like(values).scatter_(0, order, values).view_as(weight)
     seconds = sum(each.seconds for each in found.values())
     return Scores(scores, name, first.left_out, seconds, first.weights)
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    # A sum is several times as fast as a look at every entry, and infinite or NaN if one is; only
-    # where it overflows too must the entries be looked at.
-    return [
-        name
-        for name, values in tensors.items()
-        if not math.isfinite(values.detach().sum()) and not torch.isfinite(values).all()
-    ]
