@@ -24,11 +24,7 @@ def random(
 ) -> dict[str, Tensor]:
     """U(0, 1) for every weight, drawn in the order of ``names``, the same on every device."""
     generator = torch.Generator().manual_seed(draw.seed)
-    parameters = dict(model.named_parameters())
-    return {
-        name: torch.rand(parameters[name].shape, generator=generator).to(parameters[name].device)
-        for name in names
-    }
+    return {n: torch.rand(model.get_parameter(n).shape, generator=generator) for n in names}
 
 
 def magnitude(

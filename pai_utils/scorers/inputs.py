@@ -41,10 +41,8 @@ def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> 
         ValueError: if no linear layer or convolution takes a named parameter as its weight.
     """
     found = _moments(model, names, data, draw, diagonal=True, memory_budget=2**62)
-    return {
-        name: found[name].scores(model.get_parameter(name).detach().abs(), found[name].mean.sqrt())
-        for name in names
-    }
+    magnitudes = {name: model.get_parameter(name).detach().abs() for name in names}
+    return {name: _by_inputs(magnitudes[name], found[name].mean.sqrt()) for name in names}
 
 
 def obs_inputs(
@@ -71,9 +69,8 @@ def obs_inputs(
     while waiting:
         found = _moments(model, waiting, data, draw, diagonal=False, memory_budget=memory_budget)
         for name in list(found):
-            moments, weight = found.pop(name), model.get_parameter(name).detach()
-            inverse = _inverse_diagonal(name, moments.mean, damping)
-            scores[name] = moments.scores(weight.square(), 0.5 / inverse)
+            inverse = _inverse_diagonal(name, found.pop(name).mean, damping)
+            scores[name] = _by_inputs(model.get_parameter(name).detach().square(), 0.5 / inverse)
         waiting = [name for name in waiting if name not in scores]
     return {name: scores[name] for name in names}
 
@@ -108,11 +105,12 @@ class _Moments:
         """Over the rows."""
         return self.sums / self.rows.view(-1, *(1,) * (self.sums.dim() - 1))
 
-    def scores(self, weights: Tensor, factors: Tensor) -> Tensor:
-        """The product of a weight's entries and their inputs' factors ``[groups, K]``."""
-        split = weights.unflatten(0, (len(factors), -1))  # [groups, outputs of one, in, ...]
-        scores: Tensor = split * factors.view(len(factors), 1, *weights.shape[1:])
-        return scores.flatten(0, 1).to(at_least_single(weights))
+
+def _by_inputs(weights: Tensor, factors: Tensor) -> Tensor:
+    """Entries of a weight times the factors of their inputs, ``[groups, K]``."""
+    split = weights.unflatten(0, (len(factors), -1))  # [groups, outputs of one, in, ...]
+    scores: Tensor = split * factors.view(len(factors), 1, *weights.shape[1:])
+    return scores.flatten(0, 1).to(at_least_single(weights))
 
 
 def _moments(

@@ -55,8 +55,6 @@ from pai_utils.models.encoders import image_shape
 from pai_utils.support.common import at_least_single, check_names, device_of, replica, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes
 
-ESTIMATORS = ("bound", "gated")
-
 # Flow grows by orders of magnitude a layer: it starts low, so that deep networks do not overflow.
 # All scores have the same factor, which goes when they are divided by the whole.
 _FLOW = 2.0**-300
@@ -125,9 +123,8 @@ def px(
     Raises:
         ValueError: if ``estimator`` is unknown, or the model calls a function without a rule.
     """
-    check_names("estimator", [estimator], ESTIMATORS)
-    indices = draw.indices(data)
-    device = device_of(model)
+    check_names("estimator", [estimator], ["bound", "gated"])
+    indices, device = draw.indices(data), device_of(model)
     shape = _image_shape(model, data, None)
     network = _Network(model, names, 2, shape)
     zero = torch.zeros((), dtype=torch.float64, device=device)
