@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +110,12 @@ class FeaturePenalty:
         """V above, the total variance of the targets, summed over features."""
         return self.targets.var(0, correction=0).sum()
 
-    def loss(self, model: Classifier, batch_size: int, seed: int) -> Tensor:
+    def loss(self, model: nn.Module, batch_size: int, seed: int) -> Tensor:
         """The penalty on a seeded draw of ``batch_size`` images, with replacement."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(self.targets), (batch_size,), generator=generator)
         ((images, _),) = batches(self.images, batch_size, device_of(model), rows)
-        found = model.backbone(paired(images))
+        found = model.get_submodule("backbone")(paired(images))
         targets = paired(self.targets[rows].to(found))
         change: Tensor = (found - targets).square().sum(1).mean() / self.variance.to(found)
         return 0.5 * self.strength * change
@@ -215,7 +214,7 @@ def finetune(
     updates = _updates(data, steps, batch_size, device, seed)
     with undisturbed(model):
         if isinstance(penalty, FeaturePenalty):
-            hold_(cast(Classifier, model).backbone)
+            hold_(model.get_submodule("backbone"))
         try:
             for step, (images, labels) in enumerate(updates):
                 if on_step or step % _UNSEEN == 0:
@@ -227,8 +226,7 @@ def finetune(
                 loss = F.cross_entropy(logits, labels)
                 losses.append(loss.detach())
                 if isinstance(penalty, FeaturePenalty):
-                    drawn = batch_size, _seed_at(seed, step)
-                    loss = loss + penalty.loss(cast(Classifier, model), *drawn)
+                    loss = loss + penalty.loss(model, batch_size, _seed_at(seed, step))
                 finite.append(finite[-1] & loss.detach().isfinite())
                 for kept, parameter in zip(sound, trained, strict=True):
                     torch.where(finite[-1], parameter.detach(), kept, out=kept)

@@ -264,9 +264,10 @@ def find_scorer(name: str) -> Scorer:
     if not joined:
         check_names("scorer", [name], SCORERS)
         return SCORERS[name]
-    parts = (*selection.split("+"), *([] if budgets == LAYER else [budgets]))
-    check_names("scorer", parts, SCORERS)
-    found = [SCORERS[part] for part in dict.fromkeys(parts)]
+    wanted = selection.split("+") + [budgets] * (budgets != LAYER)
+    check_names("scorer", wanted, SCORERS)
+    parts = tuple(dict.fromkeys(wanted))
+    found = [SCORERS[part] for part in parts]
     return Scorer(
         score,
         f"layers keep as many weights as by {budgets}, those that {selection} ranks first",
@@ -274,7 +275,7 @@ def find_scorer(name: str) -> Scorer:
         needs_head=any(scorer.needs_data and scorer.needs_head for scorer in found),
         seeded=any(scorer.seeded for scorer in found),
         passes=lambda options: sum(scorer.cost(options) for scorer in found),
-        parts=tuple(dict.fromkeys(parts)),
+        parts=parts,
     )
 
 
