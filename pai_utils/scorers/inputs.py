@@ -5,8 +5,7 @@ row x of inputs: a token, or a patch of an image as wide as the kernel. With H t
 all rows of all samples, removing weight w_i changes the output's mean square by w_i² H_ii, or, if
 the other weights of the same output follow, by w_i² / [H⁻¹]_ii. Neither labels nor the layers
 after it matter. The rows of a grouped convolution are those of one group, so that H is block
-diagonal; a weight that is used several times has the rows of all its uses. Transposed convolutions
-have no scores of this kind.
+diagonal; a weight that is used several times has the rows of all its uses.
 
 **Cost.** One forward pass. ``obs_inputs`` adds for a layer of K inputs a group and R rows 2RK²
 operations for the products, and about K³ in float64 for the inverse.
@@ -16,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pai_utils.curvature.blocks import DAMPING
-from pai_utils.curvature.calls import CONVOLUTIONS, Call, Calls, Geometry
+from pai_utils.curvature.calls import CONVOLUTIONS, TRANSPOSED, Call, Calls, Geometry, each_side
 from pai_utils.curvature.persample import chunk_bytes, drawn_batches
 from pai_utils.support.common import at_least_single, device_of, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches, fitting_batches, sum_over_processes_
@@ -42,7 +42,7 @@ def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> 
     """
     found = _moments(model, names, data, draw, diagonal=True, memory_budget=2**62)
     magnitudes = {name: model.get_parameter(name).detach().abs() for name in names}
-    return {name: _by_inputs(magnitudes[name], found[name].mean.sqrt()) for name in names}
+    return {name: found[name].scores(magnitudes[name], found[name].mean.sqrt()) for name in names}
 
 
 def obs_inputs(
@@ -69,8 +69,10 @@ def obs_inputs(
     while waiting:
         found = _moments(model, waiting, data, draw, diagonal=False, memory_budget=memory_budget)
         for name in list(found):
-            inverse = _inverse_diagonal(name, found.pop(name).mean, damping)
-            scores[name] = _by_inputs(model.get_parameter(name).detach().square(), 0.5 / inverse)
+            moments = found.pop(name)
+            inverse = _inverse_diagonal(name, moments.mean, damping)
+            squares = model.get_parameter(name).detach().square()
+            scores[name] = moments.scores(squares, 0.5 / inverse)
         waiting = [name for name in waiting if name not in scores]
     return {name: scores[name] for name in names}
 
@@ -99,18 +101,24 @@ class _Moments:
 
     sums: Tensor
     rows: Tensor  #: of each group
+    transposed: bool
 
     @property
     def mean(self) -> Tensor:
         """Over the rows."""
         return self.sums / self.rows.view(-1, *(1,) * (self.sums.dim() - 1))
 
-
-def _by_inputs(weights: Tensor, factors: Tensor) -> Tensor:
-    """Entries of a weight times the factors of their inputs, ``[groups, K]``."""
-    split = weights.unflatten(0, (len(factors), -1))  # [groups, outputs of one, in, ...]
-    scores: Tensor = split * factors.view(len(factors), 1, *weights.shape[1:])
-    return scores.flatten(0, 1).to(at_least_single(weights))
+    def scores(self, weights: Tensor, factors: Tensor) -> Tensor:
+        """The product of a weight's entries and their inputs' factors ``[groups, K]``."""
+        # A transposed convolution's weight is [in, out of a group, ...], any other [out, in, ...].
+        split = weights.unflatten(0, (len(factors), -1))
+        shape = list(split.shape)
+        shape[2 if self.transposed else 1] = 1
+        each = factors.view(shape)
+        if self.transposed:  # whose kernel reads its rows backwards
+            each = each.flip(*range(3, each.dim()))
+        scores: Tensor = split * each
+        return scores.flatten(0, 1).to(at_least_single(weights))
 
 
 def _moments(
@@ -146,8 +154,8 @@ def _moments(
     without = [n for n in names if n not in observer.found and n not in observer.too_large]
     if without:
         raise ValueError(
-            f"{without[0]!r} has no inputs: no linear layer or convolution takes it as its weight "
-            "(transposed ones do not count); name the weights to score, or take another scorer"
+            f"{without[0]!r} has no inputs: no linear layer or convolution takes it as its weight; "
+            "name the weights to score, or take another scorer"
         )
     if not observer.found:
         raise ValueError(
@@ -167,6 +175,7 @@ class _Observer(Calls):
             F.linear: self._linear,
             F.multi_head_attention_forward: self._attention,
             **dict.fromkeys(CONVOLUTIONS, self._convolution),
+            **dict.fromkeys(TRANSPOSED, partial(self._convolution, transposed=True)),
         }
         super().__init__(handlers)
         self.found: dict[str, _Moments] = {}
@@ -193,44 +202,51 @@ class _Observer(Calls):
         self._add(weight, [mixed])
         return F.linear(mixed, weight, bias), pattern
 
-    def _convolution(self, call: Call) -> Any:
+    def _convolution(self, call: Call, transposed: bool = False) -> Any:
         weight = call["weight"]
-        moments = self._moments_of(weight, call["groups"])
-        if moments is None:
-            return call.run()
-        x = call["input"].to(at_least_single(call["input"]))
-        x = x[None] if x.dim() == weight.dim() - 1 else x
-        samples = len(x)
-        if self._diagonal:  # the kernel moves over all samples alike
-            x = _summed_squares(x)
-        windows = Geometry.of(call).windows(x)
-        places = range(3, 1 + weight.dim())
-        moments.rows += samples * math.prod(windows.shape[axis] for axis in places)
-        if self._diagonal:
-            moments.sums += windows.sum((0, *places)).flatten(1)
-            return call.run()
-        step = max(1, chunk_bytes(x.device) // (windows[0].numel() * x.itemsize))
-        for some in windows.movedim(2, 2 + len(places)).split(step):
-            part = some.transpose(0, 1).reshape(call["groups"], -1, weight[0].numel())
-            moments.sums += torch.bmm(part.mT, part)
+        if id(weight) in self._names:
+            x = call["input"].to(at_least_single(call["input"]))
+            x = x[None] if x.dim() == weight.dim() - 1 else x
+            samples, geometry = len(x), Geometry.of(call)
+            if self._diagonal:  # the kernel moves over all samples alike
+                x = _summed_squares(x)
+            if transposed:
+                x, geometry = _as_plain(x, geometry, call["output_padding"])
+            windows = geometry.windows(x)
+            places = range(3, 1 + weight.dim())
+            groups, positions = windows.shape[1], math.prod(windows.shape[axis] for axis in places)
+            size = windows[0, 0].numel() // positions
+            moments = self._moments_of(weight, groups, size, transposed)
+            if moments is not None:
+                moments.rows += samples * positions
+                if self._diagonal:
+                    moments.sums += windows.sum((0, *places)).flatten(1)
+                else:
+                    step = max(1, chunk_bytes(x.device) // (windows[0].numel() * x.itemsize))
+                    for some in windows.movedim(2, 2 + len(places)).split(step):
+                        part = some.transpose(0, 1).reshape(groups, -1, size)
+                        moments.sums += torch.bmm(part.mT, part)
         return call.run()
 
     def _add(self, weight: Tensor, streams: Sequence[Tensor]) -> None:
         """Add the rows ``[..., K]`` of a linear layer, or of each third of its outputs."""
-        moments = self._moments_of(weight, len(streams))
-        if moments is None:
+        if id(weight) not in self._names:
             return
         rows = [stream.reshape(-1, stream.shape[-1]) for stream in streams]
+        moments = self._moments_of(weight, len(rows), weight.shape[1])
+        if moments is None:
+            return
         moments.rows += torch.tensor([float(len(x)) for x in rows]).to(moments.rows)
         for sums, x in zip(moments.sums, rows, strict=True):
             x = x.to(at_least_single(x))
             sums += x.square().sum(0) if self._diagonal else x.mT @ x
 
-    def _moments_of(self, weight: Tensor, groups: int) -> _Moments | None:
+    def _moments_of(
+        self, weight: Tensor, groups: int, size: int, transposed: bool = False
+    ) -> _Moments | None:
         """Where to add the rows of a weight, if they are wanted and there is room."""
         name = self._names.get(id(weight), "")
         if name and name not in self.found and name not in self.too_large:
-            size = weight[0].numel()
             shape = (groups, size) if self._diagonal else (groups, size, size)
             needed = 8 * math.prod(shape)
             if needed > self._room:
@@ -239,8 +255,19 @@ class _Observer(Calls):
                 self._room -= needed
                 sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
                 rows = torch.zeros(groups, dtype=torch.float64, device=weight.device)
-                self.found[name] = _Moments(sums, rows)
+                self.found[name] = _Moments(sums, rows, transposed)
         return self.found.get(name)
+
+
+def _as_plain(x: Tensor, geometry: Geometry, more: int | Sequence[int]) -> tuple[Tensor, Geometry]:
+    """A transposed convolution: one of stride 1, its input spread by zeros, its kernel reversed."""
+    stride = geometry.stride
+    spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *spread)
+    stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    ends = zip(geometry.reach, geometry.margins, each_side(more, len(stride)), strict=True)
+    margins = tuple((reach - p, reach - p + extra) for reach, (p, _), extra in ends)
+    return stuffed, replace(geometry, stride=(1,) * len(stride), margins=margins)
 
 
 def _summed_squares(x: Tensor) -> Tensor:
