@@ -249,8 +249,8 @@ def find_scorer(name: str) -> Scorer:
 
     ``"selection@budgets"`` gives every layer the scores of ``budgets``, in the order in which
     ``selection`` ranks the layer's weights: at every sparsity a layer keeps as many weights as by
-    ``budgets``, and of these the ones that ``selection`` would. A selection ``"a+b"`` is a
-    sum of scores, each over its layer's sum. Three uses:
+    ``budgets``, and of these the ones that ``selection`` would. A selection ``"a+2*b"`` is a
+    weighted sum of scores, each over its layer's sum. Three uses:
 
     - ``"random@ggn_diag"``, a layer-wise shuffle of the mask by ``ggn_diag``;
     - ``"magnitude@layer"``, magnitude with the same sparsity in every layer;
@@ -264,7 +264,7 @@ def find_scorer(name: str) -> Scorer:
     if not joined:
         check_names("scorer", [name], SCORERS)
         return SCORERS[name]
-    wanted = selection.split("+") + [budgets] * (budgets != LAYER)
+    wanted = [part for part, _ in _terms(selection)] + [budgets] * (budgets != LAYER)
     check_names("scorer", wanted, SCORERS)
     parts = tuple(dict.fromkeys(wanted))
     found = [SCORERS[part] for part in parts]
@@ -298,16 +298,26 @@ def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
     return scorer
 
 
+def _terms(selection: str) -> list[tuple[str, float]]:
+    """The scorers that a joint one's selection adds up, with their factors."""
+    terms = [term.rpartition("*") for term in selection.split("+")]
+    try:
+        return [(part, float(factor or 1)) for factor, _, part in terms]
+    except ValueError:
+        raise ValueError(f"{selection!r}: what stands before a * must be a number") from None
+
+
 def _join(name: str, found: Mapping[str, Scores]) -> Scores:
     """Scores of a joint scorer from those of its parts."""
     selection, _, budgets = name.partition("@")
-    terms = selection.split("+")
-    first = found[terms[0]]
+    terms = _terms(selection)
+    first = found[terms[0][0]]
     scores = {}
     for parameter, weight in first.weights.items():
         ranked = torch.zeros_like(weight, dtype=torch.float64)
-        for values in (found[term][parameter].double() for term in terms):
-            ranked += values / (values.abs().sum() or 1)
+        for part, factor in terms:
+            values = found[part][parameter].double()
+            ranked += factor * values / (values.abs().sum() or 1)
         # What is gone stays last, whatever a score says of it; of ties the smaller goes first.
         ranked = torch.where(weight == 0, -torch.inf, ranked).flatten()
         order = weight.abs().flatten().argsort()

@@ -12,7 +12,7 @@ def scored(name: str, **options: Any) -> pai.Scores:
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("selection", ["wanda", "random", "ggn_diag+obs_inputs"])
+@pytest.mark.parametrize("selection", ["wanda", "random", "ggn_diag+2*obs_inputs"])
 def test_layers_keep_their_budgets_and_of_these_what_the_selection_ranks_first(
     sparsity: float, selection: str
 ) -> None:
@@ -28,7 +28,7 @@ def test_layers_keep_their_budgets_and_of_these_what_the_selection_ranks_first(
         chosen = (
             scored(selection)[layer]
             if "+" not in selection
-            else (share("ggn_diag", layer) + share("obs_inputs", layer))
+            else (share("ggn_diag", layer) + 2 * share("obs_inputs", layer))
         )
         if keep.any() and not keep.all():
             assert chosen[keep].min() >= chosen[~keep].max()
@@ -80,6 +80,7 @@ def test_a_pruned_weight_stays_last_in_every_round() -> None:
         ("wanda@ggn", {}, "unknown scorer 'ggn'.*Choose from: .*ggn_diag"),
         ("wnda@layer", {}, "unknown scorer 'wnda'; did you mean 'wanda'"),
         ("layer@ggn_diag", {}, "unknown scorer 'layer'"),
+        ("two*wanda@layer", {}, r"what stands before a \* must be a number"),
         (
             "wanda@layer",
             {"damping": 0.1},
