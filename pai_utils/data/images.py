@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,9 @@ def open_image(path: Path) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """Convert a PIL image of any mode to RGB, as a viewer shows it.
+    """Convert a PIL image of any mode to RGB, as a viewer shows it, turned by its EXIF orientation.
 
-    It is turned by its EXIF orientation. Sixteen-bit grey values are scaled to eight bits.
-    Transparent images are laid on white: the colour under full transparency is arbitrary. A
+    Sixteen-bit grey values are scaled to eight bits. Transparent images are laid on white. A
     ValueError refuses 32-bit integers and floats, whose range is not known.
     """
     from PIL import ExifTags, ImageOps
@@ -62,7 +61,7 @@ def _as_stored(image: Image) -> Image:
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no known range; save it with 8 or 16 bits")
-    if image.has_transparency_data:
+    if image.has_transparency_data:  # the colour under full transparency is arbitrary
         opaque = image.convert("RGBA")
         paper = Image.new("RGBA", opaque.size, "white")
         return Image.alpha_composite(paper, opaque).convert("RGB")
@@ -73,6 +72,13 @@ def check_image_size(image_size: int) -> None:
     """Refuse what is no number of pixels."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
+
+
+def _unfit(what: str, needed: str, found: object) -> ValueError:
+    kind = type(found).__name__
+    if isinstance(found, Tensor):
+        kind = f"{found.dtype} {list(found.shape)}"
+    return ValueError(f"{what} must be {needed}, got {kind}")
 
 
 @dataclass(frozen=True)
@@ -114,15 +120,12 @@ class ImageTransform:
         if isinstance(images, Image):
             pixels = torch.from_numpy(np.array(to_rgb(images))).permute(2, 0, 1)
         if not isinstance(pixels, Tensor):
-            kind = type(images).__name__
-            raise ValueError(f"an image must be a PIL image or a uint8 tensor, got {kind}")
+            raise _unfit("an image", "a PIL image or a uint8 tensor", pixels)
         shape, size = pixels.shape, self.image_size
         whole = len(shape) in (3, 4) and shape[-3] in (1, 3) and 0 not in shape[-2:]
         if pixels.dtype != torch.uint8 or not whole:
-            raise ValueError(
-                "images to resize must be uint8 [C, H, W] or [N, C, H, W] with 1 or 3 channels, "
-                f"and some pixels, got {pixels.dtype} {list(shape)}"
-            )
+            kinds = "uint8 [C, H, W] or [N, C, H, W] with 1 or 3 channels and some pixels"
+            raise _unfit("images to resize", kinds, pixels)
         if tuple(shape[-2:]) != (size, size):
             scaled = [max(size, round(side * size / min(shape[-2:]))) for side in shape[-2:]]
             pixels = functional.resize(
@@ -135,10 +138,7 @@ class ImageTransform:
         """Turn uint8 [..., 3, S, S] into float32: (x / 255 - mean) / std."""
         size = self.image_size
         if images.dtype != torch.uint8 or tuple(images.shape[-3:]) != (3, size, size):
-            raise ValueError(
-                f"images to normalise must be uint8 [..., 3, {size}, {size}], got {images.dtype} "
-                f"{list(images.shape)}"
-            )
+            raise _unfit("images to normalise", f"uint8 [..., 3, {size}, {size}]", images)
         shift, scale = (_channels(values, images.device) for values in (self.mean, self.std))
         return images.to(torch.float32).sub_(shift).div_(scale)
 
@@ -154,43 +154,35 @@ Transform = ImageTransform | Callable[[Any], Tensor]
 """What is applied to images: an encoder's, or any callable from PIL to a float [3, H, W]."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset(WholeBatches):
     """Labelled images kept decoded: in memory, or in a memory-mapped file.
 
-    ``images`` are uint8 [N, 3, S, S], with an `ImageTransform` of its size, so that only the
-    normalisation is left for each access; any other ``transform``, from a PIL image to a float
-    tensor [3, H, W], is applied at each access. ``labels`` are int64 [N].
+    An `ImageTransform` brings them to its size at once, so that only the normalisation is left for
+    each access; any other transform is applied at each access.
 
     Raises:
         ValueError: images and labels of other types, shapes or counts.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
-            )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
-            )
-        if isinstance(transform, ImageTransform):
-            images = transform.resize(images)
-        self.images = images
-        self.labels = labels
-        self.transform = transform
-        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._digest: tuple[Tensor, Tensor, str] | None = None
+    images: Tensor  #: uint8 [N, 3, H, W]
+    labels: Tensor  #: int64 [N]
+    transform: Transform
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
 
-    @property
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise _unfit("images", "uint8 [N, 3, H, W]", images)
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise _unfit("labels", f"int64 [{len(images)}]", labels)
+        if isinstance(self.transform, ImageTransform):
+            object.__setattr__(self, "images", self.transform.resize(images))
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of pixels, labels and transform; the tensors must not change in place."""
-        images, labels, digest = self._digest or (None, None, "")
-        if images is not self.images or labels is not self.labels:
-            content = {"images": self.images, "labels": self.labels}
-            digest = hash_tensors(content, repr(self.transform))
-            self._digest = self.images, self.labels, digest
-        return digest
+        return hash_tensors({"images": self.images, "labels": self.labels}, repr(self.transform))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -203,8 +195,7 @@ class ImageDataset(WholeBatches):
 
         result = self.transform(fromarray(image.permute(1, 2, 0).contiguous().numpy()))
         if not isinstance(result, Tensor) or result.ndim != 3 or not result.is_floating_point():
-            what = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
-            raise ValueError(f"transform must give a float tensor [3, H, W], got {what}")
+            raise _unfit("what transform gives", "a float tensor [3, H, W]", result)
         return result, int(self.labels[index])
 
     def batch(
@@ -215,48 +206,43 @@ class ImageDataset(WholeBatches):
         With an `ImageTransform`, pixels are moved to a GPU once, as uint8, and normalised there;
         more than one image comes in channels-last order, in which convolutions run faster.
         """
-        chosen = _positions(indices)
+        chosen = self._positions(indices)
         labels = self.labels[chosen]
         if isinstance(self.transform, ImageTransform):
             images = self._pixels(device)
-            if isinstance(chosen, Tensor):
-                chosen = chosen.to(images.device, non_blocking=True)
-            pixels = images[chosen].to(device or self.images.device)
+            rows = chosen.to(images.device, non_blocking=True)
+            pixels = images[rows].to(device or self.images.device)
             if len(pixels) > 1:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             images = self.transform.normalize(pixels)
         else:
-            each = torch.arange(len(self))[chosen].tolist()
-            images = torch.stack([self[index][0] for index in each])
+            images = torch.stack([self[index][0] for index in chosen.tolist()])
         return images.to(device or images.device), labels.to(device or labels.device)
 
     def _pixels(self, device: torch.device | None) -> Tensor:
         """The images on ``device``, moved there once; where they are if they would not fit."""
         if device is None or device.type == self.images.device.type:
             return self.images
-        source, copied = self._copies.get(device, (None, self.images))
-        if source is not self.images:  # not copied yet, or replaced since
-            copied, fits = self.images, True
+        if device not in self._copies:
+            fits = True
             if device.type == "cuda":  # half of its memory stays free for activations
                 free, total = torch.cuda.mem_get_info(device)
-                fits = free - copied.nbytes > total / 2
+                fits = free - self.images.nbytes > total / 2
+            self._copies[device] = self.images
             if fits:
                 with suppress(torch.OutOfMemoryError):  # others may have taken what was free
-                    copied = copied.to(device)
-            self._copies[device] = self.images, copied
-        return copied
+                    self._copies[device] = self.images.to(device)
+        return self._copies[device]
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> ImageDataset:
         """Keep the given items, in the given order."""
-        chosen = _positions(indices)
+        chosen = self._positions(indices)
         return ImageDataset(self.images[chosen], self.labels[chosen], self.transform)
 
-
-def _positions(indices: Sequence[int] | Tensor | slice) -> Tensor | slice:
-    """Index a tensor by positions; an empty list has no type of its own."""
-    if isinstance(indices, slice):
-        return indices
-    positions = torch.as_tensor(indices)
-    if positions.numel() and (positions.dtype == torch.bool or positions.is_floating_point()):
-        raise ValueError(f"indices must be integers, got {positions.dtype}")
-    return positions.to(torch.int64)
+    def _positions(self, indices: Sequence[int] | Tensor | slice) -> Tensor:
+        if isinstance(indices, slice):
+            return torch.arange(len(self))[indices]
+        positions = torch.as_tensor(indices)  # an empty list has no type of its own
+        if positions.numel() and (positions.dtype == torch.bool or positions.is_floating_point()):
+            raise ValueError(f"indices must be integers, got {positions.dtype}")
+        return positions.to(torch.int64)
