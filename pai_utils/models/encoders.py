@@ -37,9 +37,9 @@ class Provenance:
 class Backbone(nn.Module):
     """An image encoder: float images [N, 3, S, S] to features [N, feature_dim].
 
-    `name` is the one it was loaded by, `transform` the preprocessing that its weights expect and
-    `provenance` where they come from. `checkpoint` says what the file of the weights held and what
-    was left out of it; `None` unless they come from a checkpoint. Parameters are named `encoder.*`.
+    `name` is the one it was loaded by, `transform` the preprocessing that its weights expect.
+    `checkpoint` says what the file of the weights held and what was left out of it; `None` unless
+    they come from a checkpoint. Parameters are named `encoder.*`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         return self.transform.image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images; a ValueError says if they have another shape or are not floats."""
+        """Encode images; a ValueError refuses another shape, or what is not normalised."""
         size = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(
@@ -82,8 +82,7 @@ class Backbone(nn.Module):
 class Classifier(nn.Module):
     """A backbone with a frozen linear head: float images [N, 3, S, S] to logits [N, classes].
 
-    Freezes `head` in place: none of its parameters requires a gradient. Keeps the backbone's
-    mode (training or evaluation).
+    Freezes `head` in place, and keeps the backbone's mode (training or evaluation).
 
     Raises:
         ValueError: the head takes another number of features than the backbone gives.
@@ -148,6 +147,13 @@ def frozen_head(weight: Tensor, bias: Tensor) -> nn.Linear:
     return head.requires_grad_(False).eval()
 
 
+_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    _ConvNd: ("weight",),
+    nn.Linear: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+
+
 def prunable_parameters(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
@@ -155,16 +161,14 @@ def prunable_parameters(
 ) -> list[str]:
     """Names of the weights that may be pruned, in the order of `model.named_parameters()`.
 
-    These are the weights of convolutions (any dimension, transposed too) and linear layers,
-    with the input projections of `nn.MultiheadAttention`. Biases, normalisations and embeddings
-    never are. Of a `Classifier` the head is left out; any other module counts whole. A weight
-    shared by two layers is listed once. `include` and `exclude` choose among them, as in
-    `select_parameters`.
+    These are the weights of convolutions (any dimension, transposed too) and linear layers, and
+    the input projections of `nn.MultiheadAttention`. Of a `Classifier` the head is left out; any
+    other module counts whole. A weight shared by two layers is listed once. `include` and
+    `exclude` choose among them, as in `select_parameters`.
 
     Raises:
-        ValueError: a chosen layer computes its weight from other parameters (under a
-            parametrisation, weight normalisation or `torch.nn.utils.prune`), so that no mask could
-            be applied to it, or as `select_parameters`.
+        ValueError: a chosen weight is computed from other parameters (under a parametrisation,
+            weight normalisation or `torch.nn.utils.prune`), or as `select_parameters`.
 
     Examples:
         >>> from torch import nn
@@ -174,22 +178,15 @@ def prunable_parameters(
         ['0.weight', '3.weight']
     """
     model = unwrapped(model)
-    own, prefix = (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
-    plain: set[str] = set()
-    computed: list[str] = []
-    for path, module in own.named_modules(prefix=prefix.rstrip(".")):
-        kinds: tuple[str, ...] = ()
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            kinds = ("weight",)
-        elif isinstance(module, nn.MultiheadAttention):
-            kinds = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for kind in kinds:
-            name = f"{path}.{kind}" if path else kind
-            if kind in module._parameters:
-                plain.add(name)
-            else:
-                computed.append(name)
-    listed = [name for name, _ in model.named_parameters() if name in plain]
+    own, prefix = (model.backbone, "backbone") if isinstance(model, Classifier) else (model, "")
+    stored = {
+        f"{path}.{weight}" if path else weight: weight in module._parameters
+        for path, module in own.named_modules(prefix=prefix)
+        for kind, weights in _WEIGHTS.items()
+        for weight in (weights if isinstance(module, kind) else ())
+    }
+    listed = [name for name, _ in model.named_parameters() if stored.get(name)]
+    computed = [name for name, found in stored.items() if not found]
     chosen = select_parameters([*listed, *computed], include, exclude)
     for name in set(computed).intersection(chosen):
         raise ValueError(
@@ -251,9 +248,8 @@ def select_parameters(
     """Choose parameters by patterns of their names, as of files in a shell (``fnmatch``).
 
     A pattern matches a parameter (``backbone.encoder.blocks.0.attn.qkv.weight``) or a module and so
-    all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots, ``?`` is one
-    character and ``[01]`` one of those listed. One of ``include`` must match (``None``: all do),
-    and none of ``exclude``; each is one pattern or several.
+    all in it (``backbone.encoder.blocks.0``, ``*.attn``); ``*`` crosses dots. One of ``include``
+    must match (``None``: all do), and none of ``exclude``; each is one pattern or several.
 
     Raises:
         ValueError: if a pattern matches none of the names, or no name is left.
