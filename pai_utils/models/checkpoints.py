@@ -33,16 +33,13 @@ from torch import Tensor, nn
 from pai_utils.support.common import listed, logger, package_folder, watched
 from pai_utils.support.stored import digest_of, located
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar")
-"""Endings of the files that can be read."""
 HUB, PACKAGE = "hub:", "package:"
 """Starts of addresses: `hub:<model>/<file>` (Hugging Face), `package:<distribution>/<path>`."""
 
 
 def weights_root() -> Path:
     """Folder of fetched weights: `PAI_WEIGHTS_ROOT`, or the one torchvision uses."""
-    given = os.environ.get("PAI_WEIGHTS_ROOT")
-    return located(given) if given else Path(torch.hub.get_dir()) / "checkpoints"
+    return located(os.environ.get("PAI_WEIGHTS_ROOT") or f"{torch.hub.get_dir()}/checkpoints")
 
 
 def package_of(address: str) -> str:
@@ -51,11 +48,7 @@ def package_of(address: str) -> str:
 
 
 def find_weights(address: str) -> Path | None:
-    """Find a published or a local file on this computer, unchecked; `None` if it is not there.
-
-    That of a package is found without importing the package, that of the hub in the hub's own
-    cache, and that of a URL in `weights_root`.
-    """
+    """Find a published or a local file on this computer, unchecked; `None` if it is not there."""
     start, _, file = address.rpartition("/")
     path = weights_root() / file if "://" in start else Path(address)
     if start.startswith(HUB):
@@ -80,8 +73,7 @@ def obtain_weights(what: str, *addresses: str, download: bool, digest: str | Non
     source, package = " or ".join(addresses), package_of(addresses[0])
     path = next(filter(None, map(find_weights, addresses)), None)
     if path is not None:
-        advice = f"remove {path} and fetch it again"
-        check_digest(path, digest, f"reinstall the package {package}" if package else advice)
+        check_digest(path, digest, f"reinstall the package {package}" if package else "")
         return path
     if package:
         raise ModuleNotFoundError(f"{what} come with the package {package}; install {package}")
@@ -110,7 +102,7 @@ def _fetch(address: str, digest: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
         found = Path(hf_hub_download(folder, file))
-        check_digest(found, digest, f"remove {found} and fetch it again")
+        check_digest(found, digest)
         return found
     path = weights_root() / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +115,10 @@ def _fetch(address: str, digest: str | None) -> Path:
     return path
 
 
-def check_digest(path: Path, expected: str | None, advice: str) -> None:
+def check_digest(path: Path, expected: str | None, advice: str = "") -> None:
     """Compare a file with the known first digits of its SHA-256, or of its MD5 after `md5:`.
 
-    `advice` says in the ValueError what to do if they differ.
+    The ValueError says what to do: the `advice`, or to fetch the file again.
     """
     if expected is None:
         return
@@ -135,16 +127,15 @@ def check_digest(path: Path, expected: str | None, advice: str) -> None:
     if not digits or not found.startswith(digits):
         raise ValueError(
             f"{path.name} is damaged or not the expected file: its {kind or 'sha256'} is {found}, "
-            f"expected {expected}; {advice}"
+            f"expected {expected}; {advice or f'remove {path} and fetch it again'}"
         )
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file, with the names it has there, without running any code.
 
-    A `.pth` file stores a CRC of each tensor, which `torch.load` does not compare; it is compared
-    here. A `.safetensors` file, or a `.pth` file from before PyTorch 1.6, stores none: only a
-    known digest finds a flipped bit in it.
+    The CRC that a `.pth` file stores of each tensor is compared. A `.safetensors` file, or a `.pth`
+    file from before PyTorch 1.6, stores none: only a known digest finds a flipped bit in it.
 
     Raises:
         ValueError: the file is cut short, altered, or holds no named tensors.
@@ -155,9 +146,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def load_checkpoint(encoder: nn.Module, path: Path, architecture: str) -> str:
     """Load the encoder that a file holds in a published layout; say which, and what was left out.
 
-    The head's tensors are left out, by the name timm has for the classifier; all others must fit
-    as `load_state` says. The counters of BatchNorm, which older files lack and no output depends
-    on, may be missing.
+    The head's tensors are left out, by the name timm has for the classifier; all others must fit,
+    but for BatchNorm's counters, which older files lack and no output depends on.
     """
     from timm.models import clean_state_dict
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pai_utils.data.images import INTERPOLATIONS, ImageTransform, check_image_size
-from pai_utils.models.checkpoints import HUB, SUFFIXES, load_checkpoint
+from pai_utils.models.checkpoints import HUB, load_checkpoint
 from pai_utils.models.clip import CLIP, ImageTower, load_towers
 from pai_utils.models.encoders import Backbone
 from pai_utils.models.published import BACKBONES, PRESETS, BackboneSpec
@@ -42,17 +42,14 @@ def load_backbone(
             - `clip:<model>@<weights>`, the image tower of one of open_clip's models, with weights
               by open_clip's tag or from a local file (needs the extra `clip`);
             - `file:<path>@<timm model>`, a local checkpoint in any of the layouts that
-              `pai_utils.models.checkpoints` lists: `.safetensors`, `.pth`, `.pt` or `.pth.tar`. The
-              head's tensors are left out; all others must match.
+              `pai_utils.models.checkpoints` lists, of which all but the head's tensors must match.
         image_size: side of the square images, in pixels. Default: 84 for `vit_small_saliency`, 64
             for the other keys of `BACKBONES`, the model's own otherwise. A vision transformer
-            needs a multiple of its patch size; its position embedding is interpolated to the new
-            grid.
+            needs a multiple of its patch size; its position embedding is interpolated.
         device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda", "cuda:1", "mps".
         pretrained: `False` gives random weights, from `seed`.
         seed: the global random state is left as it was.
-        download: fetch weights that are not on this computer; `None` does so if the environment
-            says `PAI_DOWNLOAD=1`.
+        download: fetch weights that are not on this computer. Default: whether `PAI_DOWNLOAD` is 1.
 
     Raises:
         ValueError: an unknown name, size or device; a file whose digest, format, names or
@@ -111,8 +108,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         valid = ["auto", "cpu", "cuda", "cuda:<index>", "mps"]
         raise unknown_name("device", device, valid) from error
-    mps = torch.backends.mps.is_available()
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
     if (target.index or 0) >= counts.get(target.type, 0):
         usable = ", ".join(kind for kind, count in counts.items() if count)
         raise ValueError(f"device {str(device)!r} is not available here; choose auto or {usable}")
@@ -162,8 +158,6 @@ def _split_file_name(name: str) -> tuple[str, str]:
     path = located(text)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path.name}: a checkpoint must end in {', '.join(SUFFIXES)}")
     return str(path), architecture
 
 
