@@ -1,9 +1,7 @@
 """Data sets on disk: how each is found, fetched and read.
 
 torchvision reads the sets of `DATASETS` from the layout that its own downloads make under one root
-folder, `PAI_DATA_ROOT` or `~/.cache/pai_utils/data`; `datasets.toml` holds the facts about them.
-`folder:<path>` names any folder of images. Nothing is fetched unless it is asked for, by
-`download=True` or `PAI_DOWNLOAD=1`.
+folder; `datasets.toml` holds the facts about them. `folder:<path>` names any folder of images.
 """
 
 from __future__ import annotations
@@ -91,11 +89,10 @@ def open_dataset(
 ) -> OpenDataset:
     """Find a data set and list its images; arguments and errors are those of `load_task`."""
     check_task_name(name)
-    home = data_root(root)
     if name in TASKS:
-        task = TASKS[name]
-        read: Mapping[str, Part] = {part: (task.class_names, s) for part, s in task.read().items()}
-    elif name.startswith(FOLDER):
+        return OpenDataset(TASKS[name].class_names, TASKS[name].read())
+    home = data_root(root)
+    if name.startswith(FOLDER):
         given = located(name.removeprefix(FOLDER))
         home = given if given.is_dir() else home / given
         read = _read_folder(home, name)
@@ -113,9 +110,7 @@ def open_dataset(
     for other in others:
         if other != names:
             classes = listed(map(repr, sorted(set(names) ^ set(other)))) or "by their order"
-            cure = (
-                f"; the set is incomplete. {_how_to_fetch(name, home)}" if name in DATASETS else ""
-            )
+            cure = f"; it is incomplete. {_how_to_fetch(name, home)}" if name in DATASETS else ""
             raise ValueError(
                 f"the splits of {name} under {home} differ in the classes {classes}{cure}"
             )
@@ -157,15 +152,12 @@ def _read_part(name: str, part: str, root: Path, fetched: bool) -> Part:
 
 
 def _class_names(spec: DatasetSpec, published: Any) -> tuple[str, ...]:
-    if spec.classes:
-        return tuple(spec.classes)
-    names = list(published.classes)
+    names = list(spec.classes or published.classes)
     if hasattr(published, "wnids"):  # ImageNet: two pairs of classes share their synonyms
         names = [", ".join(synonyms) for synonyms in names]
-        names = [
-            f"{label} ({wnid})" if names.count(label) > 1 else label
-            for label, wnid in zip(names, published.wnids, strict=True)
-        ]
+        repeated = {label for label in names if names.count(label) > 1}
+        ids = zip(names, published.wnids, strict=True)
+        names = [f"{label} ({wnid})" if label in repeated else label for label, wnid in ids]
     return tuple(names)
 
 
@@ -184,8 +176,7 @@ def _images(published: Any) -> Source:
         return _files(zip(published._images, published._labels, strict=True))
     published.loader = lambda path: path
     items = [published[index] for index in range(len(published))]
-    # torchvision keeps the order of the disk in this one.
-    return _files(sorted(items) if kind == "SUN397" else items)
+    return _files(sorted(items) if kind == "SUN397" else items)  # which is in the disk's order
 
 
 def _files(items: Iterable[tuple[str | Path, int]]) -> ImageFiles:
@@ -268,7 +259,6 @@ def _visible(name: str) -> bool:
 
 
 def _class_folders(path: Path) -> tuple[str, ...]:
-    """Names of the visible folders inside, in order."""
     return tuple(sorted(e.name for e in path.iterdir() if e.is_dir() and _visible(e.name)))
 
 

@@ -49,7 +49,7 @@ class ImageArrays:
 
     def resized(self, positions: Positions, transform: ImageTransform) -> Iterator[Tensor]:
         """The images one after the other, uint8 [3, S, S]."""
-        for chunk in _chunked(positions):
+        for chunk in np.split(positions, range(_CHUNK, len(positions), _CHUNK)):
             yield from transform.resize(self.raw(chunk))
 
 
@@ -63,7 +63,7 @@ class ImageFiles:
     def resized(
         self, positions: Positions, transform: ImageTransform
     ) -> Iterator[Tensor | ValueError]:
-        """The images one after the other, uint8 [3, S, S], or why one cannot be read."""
+        """As of `ImageArrays`; in place of an image that cannot be read, why."""
 
         def read(position: int) -> Tensor | ValueError:
             try:
@@ -72,15 +72,11 @@ class ImageFiles:
                 return error
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for chunk in _chunked(positions):
+            for chunk in np.split(positions, range(_CHUNK, len(positions), _CHUNK)):
                 yield from pool.map(read, chunk.tolist())
 
 
 Source = ImageArrays | ImageFiles
-
-
-def _chunked(positions: Positions) -> Iterator[Positions]:
-    return (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
 
 
 def decode(
@@ -91,12 +87,10 @@ def decode(
     name: str,
     on_error: OnError = "raise",
 ) -> tuple[Tensor, Positions]:
-    """Decode and resize the chosen images of a source, each of them once.
+    """Decode and resize the chosen images of a source, at increasing positions, each once.
 
-    ``positions`` are increasing. Without an `ImageTransform` arrays stay as they are.
-
-    Returns:
-        The images that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
+    Gives those that could be read, uint8 [n, 3, S, S], and their positions in the source, [n].
+    Without an `ImageTransform` arrays stay as they are.
 
     Raises:
         ValueError: files cannot be read, and `on_error` is "raise"; or files, of any size, come
