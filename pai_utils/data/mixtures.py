@@ -68,8 +68,7 @@ def load_mixture(
     """Pool equally many images of each part of a source; all labels are -1.
 
     Each part gives ``count`` images if none of them is a task, else as many as the smallest of its
-    ``tasks`` (training images by name) has, up to 2,048. The ``seed`` is that of the images of no
-    task, of alterations, and of what is drawn from larger parts.
+    ``tasks`` (training images by name) has, up to 2,048. The ``seed`` is of all that is drawn.
 
     Raises:
         ValueError: for an unknown part, one named twice, or fewer images than one.
@@ -113,11 +112,10 @@ def _altered(images: Tensor, count: int, random: np.random.Generator) -> Tensor:
 
 
 def _photographs(count: int, random: np.random.Generator, most: int = 2) -> Tensor:
-    """Crops of the photographs that scikit-learn bundles, in other sizes, colours and contrasts.
+    """Crops of scikit-learn's two photographs, in other sizes, colours and contrasts.
 
-    That one photograph, cut and altered in many ways, goes far in the early layers of a network is
-    the finding of Asano et al. (2020), "A critical analysis of self-supervision, or what we can
-    learn from a single image".
+    One photograph, so altered, goes far in the early layers of a network (Asano et al. 2020, "A
+    critical analysis of self-supervision, or what we can learn from a single image").
     """
     from sklearn.datasets import load_sample_images
     from torchvision.transforms.v2 import functional
@@ -170,9 +168,8 @@ def _leaves(count: int, random: np.random.Generator) -> Tensor:
         radii = random.uniform((side / 2) ** -2, 2.0**-2, size=count) ** -0.5  # of 2 pixels or more
         centres = random.uniform(0, side, size=(2, count))
         colours = random.integers(256, size=(count, 3), dtype=np.uint8)
-        for image, radius, (row, column), colour in zip(
-            images, radii, centres.T, colours, strict=True
-        ):
+        drawn = zip(images, radii, *centres, colours, strict=True)
+        for image, radius, row, column, colour in drawn:
             image[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = colour
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -220,9 +217,5 @@ IMAGE_SETS: dict[str, Callable[[int, np.random.Generator], Tensor]] = {
     "contours": _contours,
     "noise": _noise,
 }
-"""What draws images that belong to no task, uint8 [count, 3, S, S], by name.
-
-Altered crops of the two photographs that scikit-learn bundles, or of the first alone; dead leaves,
-which are random discs that hide each other; outlines of ragged polygons on an even ground; and
-white Gaussian noise.
-"""
+"""What draws images that belong to no task, uint8 [count, 3, S, S], by name: altered crops of two
+photographs, or of one; discs that hide each other; outlines of polygons; white Gaussian noise."""

@@ -1,7 +1,4 @@
-"""Image classification tasks: images that packages of the environment ship, and data sets on disk.
-
-Every task has three fixed parts that share nothing. They never depend on a seed.
-"""
+"""Image classification tasks: three fixed parts that share nothing and depend on no seed."""
 
 from __future__ import annotations
 
@@ -54,8 +51,8 @@ def load_task(
 ) -> Task:
     """Load a task, with its images prepared for one encoder.
 
-    Data sets on disk keep their published splits. Where no validation split is published, a tenth
-    of the training split becomes it; a set published whole is cut into three parts, with the
+    Data sets on disk keep their published splits. A validation split that is not published is a
+    tenth of the training split; a set published whole is cut into three. Both cuts keep the
     proportions of the classes.
 
     Args:
@@ -73,8 +70,7 @@ def load_task(
         test_size: the same for the test items.
         seed: of these choices.
         download: fetch a data set that is missing. Default: whether `PAI_DOWNLOAD` is 1.
-        on_error: "raise" at an image file that cannot be read, or "skip" it: it is then left out
-            of its part, logged, and listed in `Task.skipped`.
+        on_error: "raise" at an image file that cannot be read, or "skip" and log it.
 
     Raises:
         ValueError: an unknown task, a size below 1 or above what there is, corrupt data, or a

@@ -61,12 +61,9 @@ def load_towers(
     seed: int = 0,
     download: bool | None = None,
 ) -> tuple[nn.Module, ImageTransform, Provenance]:
-    """Build both towers of `clip:<model>@<weights>`, on the CPU, in evaluation mode.
+    """Both towers of `clip:<model>@<weights>`, what images they need, and whose weights they have.
 
-    Arguments and errors are those of `load_backbone`.
-
-    Returns:
-        The whole model, what its images need, and where its weights come from.
+    They are on the CPU, in evaluation mode. Arguments and errors are those of `load_backbone`.
     """
     package_folder("open_clip", "pai-utils[clip]", f"{name} is read")
     import open_clip
@@ -80,15 +77,11 @@ def load_towers(
         folder, _, file = str(config.get("hf_hub", "")).rpartition("/")
         files = (file,) if file else _HUB_FILES
         addresses = [f"{HUB}{folder}/{file}" for file in files] if folder else [config["url"]]
-        what, allowed = f"the weights of {name}", may_download(download)
-        path = obtain_weights(what, *addresses, download=allowed)
+        path = obtain_weights(f"the weights of {name}", *addresses, download=may_download(download))
         given = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
-        options = {
-            "force_preprocess_cfg": given,
-            # Some weights were trained with an approximation of GELU that the model's own
-            # configuration does not always name.
-            "force_quick_gelu": config.get("quick_gelu", False),
-        }
+        # Some weights were trained with an approximation of GELU that the model does not name.
+        approximate = config.get("quick_gelu", False)
+        options = {"force_preprocess_cfg": given, "force_quick_gelu": approximate}
     elif path is not None and not (tag and path.is_file()):
         tags = open_clip.list_pretrained_tags_by_model(model)
         raise unknown_name(f"weights in {name}:", tag, [*tags, "<path of a checkpoint>"])
@@ -131,11 +124,8 @@ def zero_shot_head(
 ) -> nn.Linear:
     """Make a head of class names, with CLIP's text tower; no image is looked at.
 
-    ``templates`` are sentences with `{}` in the place of the class name.
-
-    Returns:
-        Frozen `nn.Linear(feature_dim, classes)` on the encoder's device; its logits are CLIP's
-        scaled cosine similarities.
+    ``templates`` are sentences with `{}` in the place of the class name. The frozen head is on the
+    encoder's device; its logits are CLIP's scaled cosine similarities.
 
     Raises:
         ValueError: another kind of backbone or one without pre-training, no class names or

@@ -55,15 +55,14 @@ class BackboneSpec:
         """Say where weights come from: of a file, or without one of a seed."""
         if path is None:
             return Provenance.random(self.architecture, seed)
-        source = f"{self.description}; {path.name}"
+        file = path.name
         if self.package:
             version = importlib.metadata.version(self.package)
-            source = f"{self.description}; package {self.package} {version}, file {path.name}"
+            file = f"package {self.package} {version}, file {file}"
         elif str(path) not in self.addresses:  # the folder of a local file is nobody else's
-            address = next(place for place in self.addresses if place.endswith(path.name))
-            source = f"{source} from {address}"
+            file += f" from {next(place for place in self.addresses if place.endswith(file))}"
         digest = self.digest if self.package else digest_of(path)
-        return Provenance(source, self.licence, f"sha256:{digest}")
+        return Provenance(f"{self.description}; {file}", self.licence, f"sha256:{digest}")
 
 
 def _fill_in_order(encoder: nn.Module, path: Path, architecture: str) -> None:
@@ -118,8 +117,7 @@ def _fill_from_onnx(encoder: nn.Module, path: Path, architecture: str) -> None:
         elif name != "pos_embed":
             state[name] = tensors[theirs]
     # The exporter folded the slices of the position embedding: class token, then patches. It was
-    # fine-tuned with an interpolation that does not antialias; so resampled, the tokens are those
-    # of the graph to rounding, and with timm's default they correlate at 0.9988 only.
+    # fine-tuned with an interpolation that does not antialias, as timm's does by default.
     state["pos_embed"] = resample_abs_pos_embed(
         torch.cat([tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]], dim=1),
         new_size=list(encoder.get_submodule("patch_embed").grid_size),  # type: ignore[arg-type]
