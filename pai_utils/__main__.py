@@ -98,7 +98,7 @@ def run(notebook: str, given: tuple[tuple[str, str], ...], out: Path | None) -> 
     """
     from pai_utils.studies.parameters import read_parameters
 
-    values = {name: _read_value(text) for name, text in given}
+    values = dict(given)
     if len(values) < len(given):
         raise BadInput("a parameter is given twice")
     if out is not None:
@@ -139,20 +139,6 @@ def _find_notebook(name: str) -> Path:
     known = {file.stem: file for file in sorted(NOTEBOOKS.glob("*.ipynb"))}
     check_names("notebook", [name], known)
     return known[name]
-
-
-def _read_value(text: str) -> Any:
-    """A number, truth value or null as YAML or Python writes it; anything else is text.
-
-    Lists stay text as well: the schema of the parameters reads them.
-    """
-    from pai_utils.support.written import read_yaml
-
-    try:
-        value = read_yaml(text) if text else text
-    except ValueError:
-        return text
-    return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
 def _execute(path: Path, parameters: Mapping[str, Any], out: Path) -> Path:

@@ -72,14 +72,6 @@ def sizes(name: str, config: Any) -> dict[str, int]:
     return found
 
 
-def recipes_of(config: Any) -> list[Recipe]:
-    """How the masks of a study are made, those of one scorer next to each other."""
-    if hasattr(config, "starts"):
-        starts = [start for start in config.starts if start != "dense"]
-        return [config.recipe(start, s) for start in starts for s in config.sparsities]
-    return list(config.recipes)
-
-
 def sources_of(config: Any) -> list[str]:
     """What the masks of a study are computed on."""
     return getattr(config, "sources", [config.pool] if hasattr(config, "pool") else config.tasks)
@@ -138,7 +130,7 @@ class Work:
 
 def count_work(notebook: str, work: Work, config: Any) -> None:
     """Count what a notebook does beyond heads and dense accuracies."""
-    recipes = recipes_of(config)
+    recipes = config.recipes
     masks = work.masks(recipes, len(getattr(config, "seeds", [0])))
     if notebook == "prune_per_task":
         work.kept = masks

@@ -21,14 +21,14 @@ from pai_utils.support.stored import write_atomically
 
 def scores(config: Any) -> list[str]:
     """Compute the scores of a study's encoder on its sources; returns what was computed."""
-    from estimates import recipes_of, sources_of
+    from estimates import sources_of
 
     from pai_utils.scorers import find_scorer
     from pai_utils.studies.suite import Suite
 
     suite = Suite.load(config, heads=getattr(config, "heads", "linear"))
     done = []
-    for name, recipe in {recipe.scorer: recipe for recipe in recipes_of(config)}.items():
+    for name, recipe in {recipe.scorer: recipe for recipe in config.recipes}.items():
         for source in sources_of(config) if find_scorer(name).needs_data else []:
             for seed in getattr(config, "seeds", [config.seed]):
                 draw = replace(config.draw, seed=seed)

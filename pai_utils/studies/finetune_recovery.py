@@ -61,6 +61,12 @@ class Parameters(RepairedMasks):
             raise ValueError("runs without a penalty are what others are seen beside; add none")
         return {"none": 0.0, **penalties}  # first, whatever order a file gave
 
+    @property
+    def recipes(self) -> list[Recipe]:
+        """How masks are made, of every start that has one, at every sparsity."""
+        starts = [start for start in self.starts if start != "dense"]
+        return [self.recipe(start, s) for start in starts for s in self.sparsities]
+
     def recipe(self, start: str, sparsity: float) -> Recipe:
         """How the mask of a start is made."""
         scorer = shuffled(self.scorer) if start == "shuffled" else self.scorer

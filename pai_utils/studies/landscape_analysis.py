@@ -240,9 +240,7 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
     """
     full = table[table.fraction == table.fraction.max()]
     predictions = ["gradient", "taylor", "hessian", "ggn", "tensors", "blocks", "diagonal"]
-    found = full[predictions].corrwith(full.measured, method="spearman")
-    if len(full) < 3:
-        found[:] = math.nan
+    found = full[[*predictions, "measured"]].corr("spearman", min_periods=3).measured[predictions]
     return pd.DataFrame({"prediction": predictions, "correlation": [*found], "count": len(full)})
 
 
@@ -272,19 +270,12 @@ def transfer_correlations(
         row: dict[str, object] = {"predictor": predictor}
         for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
             whole, *found = _mean_spearman(values, kept, groups, counts)
-            row[kind] = float(whole)
-            row[f"{kind}_low"], row[f"{kind}_high"] = _percentiles(np.array(found), pairs)
+            # No interval of a single pair, nor where many replicates are undefined.
+            known_enough = pairs > 1 and np.isnan(found).mean() <= 0.05
+            low, high = np.nanquantile(found, [0.025, 0.975]) if known_enough else [math.nan] * 2
+            row |= {kind: whole, f"{kind}_low": low, f"{kind}_high": high}
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
-
-
-def _percentiles(replicates: Values, units: int) -> tuple[float, float]:
-    """The 95 % interval of bootstrap replicates; none of one unit, or if many are undefined."""
-    defined = replicates[~np.isnan(replicates)]
-    if units < 2 or len(defined) < 0.95 * len(replicates):
-        return math.nan, math.nan
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _mean_spearman(

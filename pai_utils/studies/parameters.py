@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -63,13 +62,7 @@ ScorerName = Annotated[str, checked(find_scorer)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 
-
-def _check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
-    for scorer, own in options.items():
-        check_names(f"option of {scorer}", own, find_scorer(scorer).options)
-
-
-ScorerOptions = Annotated[dict[ScorerName, dict[str, Any]], checked(_check_options)]
+ScorerOptions = dict[str, dict[str, Any]]  # by scorer
 Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -99,14 +92,18 @@ class RunParameters(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _read_text(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """Take lists that papermill's ``-p`` passes as text, and numbers that its ``-f`` does."""
-        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-            with suppress(ValueError):
-                value = read_yaml(value)
+        """Read as YAML a text that does not fit as it is, and numbers such as ``1e-5`` in lists.
+
+        Papermill's ``-p`` passes lists as text, its ``-f`` such numbers, a command line everything.
+        """
         try:
             return check(value)
         except ValidationError:
-            if (read := read_exponents(value)) == value:
+            read = read_exponents(value)
+            if isinstance(value, str) and value:
+                with suppress(ValueError):
+                    read = read_yaml(value)
+            if read == value:
                 raise
             return check(read)
 
@@ -151,9 +148,20 @@ class EncoderParameters(RunParameters):
         return []
 
     @property
+    def recipes(self) -> list[Recipe]:
+        """How a run makes its masks."""
+        return []
+
+    @property
     def draw(self) -> Draw:
         """What scores look at."""
         return Draw(self.samples, self.batch_size, self.seed)
+
+    @model_validator(mode="after")
+    def _recipes_can_be_followed(self) -> Self:
+        for recipe in self.recipes:
+            recipe.check()
+        return self
 
 
 def read_parameters(notebook: Path, values: Mapping[str, Any]) -> RunParameters:
@@ -203,20 +211,18 @@ def combine(
     scorers: Sequence[str],
     sparsities: Sequence[float],
     repairs: Sequence[str] = ("none",),
+    options: Mapping[str, Mapping[str, Any]] = {},
     **common: Any,
 ) -> list[Recipe]:
-    """A recipe for each scorer, sparsity and repair, in this order, alike in all else."""
+    """A recipe for each scorer, sparsity and repair, in this order, alike in all else.
+
+    ``options`` are the scorers' own keywords, by their names.
+    """
+    check_names("scorer of options", options, scorers)
     return [
-        Recipe(scorer, sparsity, repair=repair, **common)
+        Recipe(scorer, sparsity, repair=repair, options=options.get(scorer, {}), **common)
         for scorer, sparsity, repair in itertools.product(scorers, sparsities, repairs)
     ]
-
-
-def with_options(
-    recipes: Sequence[Recipe], options: Mapping[str, Mapping[str, Any]]
-) -> list[Recipe]:
-    """Recipes with their scorers' own keywords."""
-    return [replace(recipe, options=options.get(recipe.scorer, {})) for recipe in recipes]
 
 
 class SeveralSources(EncoderParameters):
@@ -256,15 +262,9 @@ class Masks(EncoderParameters):
     rounds: int = 1  #: in which a mask is reached, each with its repair
     repair_options: RepairOptions = Field(default={})
 
-    @model_validator(mode="after")
-    def _scope_and_rounds_fit(self) -> Self:
-        for sparsity in self.sparsities:
-            Recipe(sparsity=sparsity, scope=self.scope, rounds=self.rounds).check()
-        return self
-
-    def combined(self, scorers: Sequence[str], repairs: Sequence[str]) -> list[Recipe]:
-        """A recipe for each scorer, sparsity and repair."""
-        how = {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
+    def combined(self, scorers: Sequence[str], repairs: Sequence[str], **how: Any) -> list[Recipe]:
+        """A recipe for each scorer, sparsity and repair, as of :func:`combine`."""
+        how |= {"scope": self.scope, "rounds": self.rounds, "repair_options": self.repair_options}
         return combine(scorers, self.sparsities, repairs, **how)
 
 

@@ -103,7 +103,7 @@ def compare_stages(
         scorer = shuffled(choice.scorer) if stage == "shuffled" else choice.scorer
         made = {"source": config.pool, "scorer": scorer, "sparsity": choice.sparsity}
         found = suite.evaluate(encoder, batch_size=config.batch_size)
-        rows += [{**row, "stage": stage} for row in suite.rows(found, **made)]
+        rows += suite.rows(found, stage=stage, **made)
     return suite.summarise_stages(pd.DataFrame(rows), suite.evaluate(batch_size=config.batch_size))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence, Sized
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +25,9 @@ from pai_utils.studies.parameters import (
     SeveralSources,
     Sparsity,
     combine,
-    with_options,
 )
 from pai_utils.studies.suite import Suite, SweepMask, sweep
-from pai_utils.support.common import check_names, clock, device_of, undisturbed
+from pai_utils.support.common import clock, device_of, undisturbed
 from pai_utils.support.sampling import Draw, Samples, batches
 
 _MOST_SCORES = 200_000  # of a distribution that are kept: enough for its histogram
@@ -42,11 +41,6 @@ class Parameters(SeveralSources):
     seeds: Seeds
     options: ScorerOptions = Field(default={})  #: scorers' own keywords
 
-    @model_validator(mode="after")
-    def _known_options(self) -> Self:
-        check_names("scorer of options", self.options, self.scorers)
-        return self
-
     @property
     def middle(self) -> float:
         """The sparsity at which masks are compared."""
@@ -55,7 +49,7 @@ class Parameters(SeveralSources):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity."""
-        return with_options(combine(self.scorers, self.sparsities), self.options)
+        return combine(self.scorers, self.sparsities, options=self.options)
 
 
 def run(suite: Suite, config: Parameters) -> tuple[pd.DataFrame, Atlas]:
@@ -139,12 +133,11 @@ class Atlas:
         source: for reasons of sampling alone. Scorers with a single mask have no row.
         """
         rows = []
-        for scorer, first in self._first.items():
-            for between, same in (("sources", 1), ("seeds", 0)):
-                own = [(key[1:], m) for key, m in self.masks.items() if key[0] == scorer]
-                masks = [mask for place, mask in own if place[same] == first[same]]
-                pairs = list(itertools.combinations(masks, 2))
-                if pairs:
+        for scorer in self._first:
+            own = [(key, mask) for key, mask in self.masks.items() if key[0] == scorer]
+            both = list(itertools.combinations(own, 2))
+            for between, same in (("sources", 2), ("seeds", 1)):
+                if pairs := [(m, o) for (a, m), (b, o) in both if a[same] == b[same]]:
                     rows.append([scorer, between, *_mean_overlap(pairs), len(pairs)])
         return pd.DataFrame(rows, columns=["scorer", "between", "overlap", "chance", "pairs"])
 
@@ -183,9 +176,7 @@ def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     middle = sparsities[len(sparsities) // 2]
     held_out = left[(left.tasks == "held-out") & (left.sparsity == middle)]
     order = held_out.sort_values("retention", ascending=False).scorer.to_list()
-    # Adding zero turns "-0.00" into "0.00".
-    rounded = left[["retention", "low", "high"]].astype(float).round(2) + 0.0
-    texts = [f"{kept:.2f} ({low:.2f} to {high:.2f})" for kept, low, high in rounded.to_numpy()]
+    texts = [f"{r.retention:z.2f} ({r.low:z.2f} to {r.high:z.2f})" for r in left.itertuples()]
     long = left.assign(text=texts, column=left.tasks + left.sparsity.map(" {:.0%}".format))
     columns = [f"{tasks} {s:.0%}" for tasks in ("held-out", "source") for s in sparsities]
     pivot = long.pivot(index="scorer", columns="column", values="text")

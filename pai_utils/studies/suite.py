@@ -109,7 +109,7 @@ class Suite:
     def rows(self, found: Mapping[str, Evaluation], **mask: object) -> list[dict[str, object]]:
         """Evaluations by task as rows of a table like :func:`sweep`'s.
 
-        ``mask`` is its ``source, scorer, sparsity, seed``; by default the rows are the dense ones.
+        ``mask`` is its ``source, scorer, sparsity, seed`` and more; by default that of dense rows.
         """
         made = {"source": "none", "scorer": "dense", "sparsity": 0.0, "seed": 0, **mask}
         return [
@@ -242,17 +242,15 @@ def sweep(
     def scored(number: int, source: str, seed: int) -> Scores:
         return suite.score(groups[number][0], loaded(source, seed), replace(draw, seed=seed))
 
-    def evaluated(encoder: Backbone) -> dict[str, Evaluation]:
-        return suite.evaluate(encoder, batch_size=draw.batch_size, precision=precision)
-
-    table = suite.rows(evaluated(suite.encoder))
+    how: dict[str, Any] = {"batch_size": draw.batch_size, "precision": precision}
+    table = suite.rows(suite.evaluate(**how))
     for number, source, seed, recipe, place in progress(masks, "masks", len(masks)):
         scores, drawn = scored(number, source, seed), replace(draw, seed=seed)
         encoder, mask = suite.prune(recipe, loaded(place, seed), drawn, scores=scores)
         if observe is not None:
             observe(SweepMask(recipe, place, seed, scores, mask))
         made = {"source": place, "scorer": recipe.label, "sparsity": recipe.sparsity}
-        table += suite.rows(evaluated(encoder), **made, seed=seed)
+        table += suite.rows(suite.evaluate(encoder, **how), **made, seed=seed)
     return pd.DataFrame(table)
 
 

@@ -42,7 +42,7 @@ def silent_units(backbone: Backbone, images: ImageDataset, samples: int) -> pd.D
     ``alone``, the constant that is left when the unit's weights are zero.
     """
     rows = []
-    for weight, norm, values in _before_activations(backbone, images, samples):
+    for weight, (norm, values) in _before_activations(backbone, images, samples).items():
         scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
         alone = norm.bias.detach() - scale * norm.running_mean
         highest = values.amax((0, 2, 3))
@@ -59,48 +59,40 @@ def pre_activations(
     """What one unit of :func:`silent_units` is given on images of each task: ``task, value``."""
     found = []
     for name, task in tasks.items():
-        for weight, _, values in _before_activations(backbone, task.train, samples):
-            if weight == unit.weight:
-                values = values[:, unit.unit].flatten().cpu()
-                found.append(pd.DataFrame({"task": name, "value": values.numpy()}))
+        _, values = _before_activations(backbone, task.train, samples)[unit.weight]
+        values = values[:, unit.unit].flatten().cpu()
+        found.append(pd.DataFrame({"task": name, "value": values.numpy()}))
     return pd.concat(found, ignore_index=True)
 
 
 def _before_activations(
     backbone: Backbone, images: ImageDataset, samples: int
-) -> list[tuple[str, Any, Tensor]]:
-    """Each convolution's weight, the BatchNorm after it, and what that gives its activation."""
-    found = []
+) -> dict[str, tuple[Any, Tensor]]:
+    """The BatchNorm after each convolution's weight, and what it gives its activation."""
+    found = {}
 
-    def keep(weight: str, norm: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
-        given = nn.functional.batch_norm(
-            inputs[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-        )
-        found.append((weight, norm, given))
+    def keep(weight: str, norm: Any, _activation: nn.Module, inputs: tuple[Tensor]) -> None:
+        found[weight] = norm, inputs[0].clone()  # which the activation may overwrite
 
     chosen = Draw(samples).indices(images)
     batch, _ = next(batches(images, samples, device_of(backbone), chosen))
     layers = [m for m in backbone.named_modules() if isinstance(m[1], nn.Conv2d | nn.BatchNorm2d)]
     with undisturbed(backbone), torch.no_grad():
         for (name, _), (_, norm) in itertools.pairwise(layers):
-            if isinstance(getattr(norm, "act", None), nn.ReLU | nn.ReLU6):
-                norm.register_forward_hook(partial(keep, f"{name}.weight"))
+            activation = getattr(norm, "act", None)
+            if isinstance(activation, nn.ReLU | nn.ReLU6):
+                activation.register_forward_pre_hook(partial(keep, f"{name}.weight", norm))
         backbone(batch)
     return found
 
 
 def damping_curve(
-    suite: Suite,
-    source: str,
-    *,
-    dampings: Sequence[float],
-    sparsities: Sequence[float] = (0.1, 0.3, 0.5),
-    samples: int = 256,
+    suite: Suite, source: str, *, dampings: Sequence[float], samples: int
 ) -> pd.DataFrame:
     """What masks by ``ggn_diag`` keep: ``damping, sparsity, task, retention``."""
     parts = []
     for damping in dampings:
-        recipes = [Recipe("ggn_diag", s, options={"damping": damping}) for s in sparsities]
+        recipes = [Recipe("ggn_diag", s, options={"damping": damping}) for s in (0.1, 0.3, 0.5)]
         kept = summarise_retention(sweep(suite, [source], recipes, Draw(samples)))
         parts.append(kept[kept.scorer != "dense"].assign(damping=damping))
     table = pd.concat(parts, ignore_index=True).rename(columns={"target": "task"})

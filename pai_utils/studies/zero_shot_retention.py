@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Self, cast
 
 import pandas as pd
@@ -22,12 +24,9 @@ from pai_utils.studies.parameters import (
     TaskName,
     check_sources,
     checked,
-    combine,
     one_of,
-    with_options,
 )
 from pai_utils.studies.suite import Suite, sweep
-from pai_utils.support.common import check_names
 from pai_utils.support.sampling import PRECISIONS
 
 
@@ -42,9 +41,8 @@ class Parameters(Masks):
     repairs: list[Repair] = Field(default=["none"], min_length=1)
     options: ScorerOptions = Field(default={})  #: scorers' own keywords
     heads: Annotated[str, one_of("kind of head", HEADS)] = "linear"  #: or "text", of class names
-    precision: Annotated[str, one_of("precision", PRECISIONS)] = (
-        "float32"  #: of the forwards that measure accuracy
-    )
+    #: Of the forwards that measure accuracy.
+    precision: Annotated[str, one_of("precision", PRECISIONS)] = "float32"
 
     @field_validator("repairs")
     @classmethod
@@ -58,11 +56,6 @@ class Parameters(Masks):
         for source in self.sources:
             if not any(is_held_out(task, source) for task in self.tasks):
                 raise ValueError(f"the only target is the source {source}; add an unseen task")
-        return self
-
-    @model_validator(mode="after")
-    def _known_options(self) -> Self:
-        check_names("scorer of options", self.options, self.scorers)
         return self
 
     @property
@@ -80,7 +73,7 @@ class Parameters(Masks):
     @property
     def recipes(self) -> list[Recipe]:
         """How masks are made: by every scorer, to every sparsity, with every repair."""
-        return with_options(self.combined(self.scorers, self.repairs), self.options)
+        return self.combined(self.scorers, self.repairs, options=self.options)
 
 
 def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFrame:
@@ -90,9 +83,8 @@ def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFram
     """
     recipes, seeds, precision = config.recipes, config.seeds, config.precision
     if plain:
-        plain_ones = combine(config.scorers[:1], config.sparsities, scope=config.scope)
-        recipes = with_options(plain_ones, config.options)
-        seeds = seeds[:1]
+        first = [r for r in recipes if r.scorer == config.scorers[0] and r.repair == "none"]
+        recipes, seeds = [replace(recipe, rounds=1) for recipe in first], seeds[:1]
     return sweep(suite, config.sources, recipes, config.draw, seeds=seeds, precision=precision)
 
 
@@ -125,23 +117,14 @@ def retention_verdict(
     corrected for the number of sparsities (:func:`~pai_utils.evaluation.verdicts`).
     """
     dense, rows = dense_rows(table), judged_rows(table, sources)
-    groups = rows[rows.scorer == scorer].groupby("sparsity")
-    found = [estimate(group, dense) for _, group in groups]
-    worst = [
-        min(estimate(own, dense).value for _, own in group.groupby("source")) for _, group in groups
-    ]
-    bounds = [each.interval() for each in found]
-    return pd.DataFrame(
-        {
-            "sparsity": [sparsity for sparsity, _ in groups],
-            "retention": [each.value for each in found],
-            "low": [low for low, _ in bounds],
-            "high": [high for _, high in bounds],
-            "over": [each.over for each in found],
-            "worst": worst,
-            "verdict": verdicts(found, threshold),
-        }
-    )
+    estimates, found = [], []
+    for sparsity, group in rows[rows.scorer == scorer].groupby("sparsity"):
+        mean = estimate(group, dense)
+        worst = min(estimate(own, dense).value for _, own in group.groupby("source"))
+        estimates.append(mean)
+        found.append([sparsity, mean.value, *mean.interval(), mean.over, worst])
+    columns = ["sparsity", "retention", "low", "high", "over", "worst"]
+    return pd.DataFrame(found, columns=columns).assign(verdict=verdicts(estimates, threshold))
 
 
 def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFrame:
@@ -162,9 +145,8 @@ def sparsity_kept(summary: pd.DataFrame, *, threshold: float = 0.9) -> pd.DataFr
 
 
 def _first_crossing(sparsities: pd.Series, values: pd.Series, threshold: float) -> float:
-    at, kept = [0.0, *sparsities], [1.0, *values]
-    for i in range(1, len(at)):
-        if kept[i] < threshold:
-            share = (kept[i - 1] - threshold) / (kept[i - 1] - kept[i])
-            return float(at[i - 1] + share * (at[i] - at[i - 1]))
-    return float(at[-1])
+    points = zip([0.0, *sparsities], [1.0, *values], strict=True)
+    for (before, above), (after, kept) in itertools.pairwise(points):
+        if kept < threshold:
+            return float(before + (above - threshold) / (above - kept) * (after - before))
+    return float(sparsities.iloc[-1])
