@@ -167,24 +167,6 @@ def accuracy_left(table: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "tasks"])
 
 
-def summary_table(left: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """One line of text a scorer: retention with its interval at each sparsity, and the cost.
-
-    The best retention on held-out tasks at the middle sparsity comes first.
-    """
-    sparsities = sorted(set(left.sparsity))
-    middle = sparsities[len(sparsities) // 2]
-    held_out = left[(left.tasks == "held-out") & (left.sparsity == middle)]
-    order = held_out.sort_values("retention", ascending=False).scorer.to_list()
-    texts = [f"{r.retention:z.2f} ({r.low:z.2f} to {r.high:z.2f})" for r in left.itertuples()]
-    long = left.assign(text=texts, column=left.tasks + left.sparsity.map(" {:.0%}".format))
-    columns = [f"{tasks} {s:.0%}" for tasks in ("held-out", "source") for s in sparsities]
-    pivot = long.pivot(index="scorer", columns="column", values="text")
-    table = pd.DataFrame({column: pivot.loc[order, column] for column in columns})
-    table["cost (FB)"] = costs.set_index("scorer").fb[order].map("{:.2g}".format)
-    return table.reset_index()
-
-
 def forward_backward_seconds(model: nn.Module, data: Samples, draw: Draw) -> float:
     """Seconds of one forward and backward of the mean loss: the unit in which scores are priced.
 

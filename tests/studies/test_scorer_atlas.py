@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -92,23 +91,3 @@ def test_the_atlas_follows_a_sweep() -> None:
         assert left.retention["snip", 0.5, tasks] == pytest.approx(rows.retention.mean())
     assert left.low.le(left.retention + 1e-9).all()
     assert left.retention.le(left.high + 1e-9).all()
-
-
-def left_of(*scorers: tuple[str, float]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"scorer": scorer, "sparsity": sparsity, "tasks": tasks, "retention": retention}
-        | {"low": -0.001, "high": 1.0}
-        for scorer, retention in scorers
-        for sparsity in (0.3, 0.5)
-        for tasks in ("source", "held-out")
-    )
-
-
-def test_the_summary_ranks_scorers_and_words_their_intervals() -> None:
-    costs = pd.DataFrame({"scorer": ["snip", "px"], "fb": [1.04, 12.3]})
-    table = study.summary_table(left_of(("snip", 0.25), ("px", 0.75)), costs)
-    assert table.scorer.tolist() == ["px", "snip"]
-    percents = ["held-out 30%", "held-out 50%", "source 30%", "source 50%"]
-    assert list(table) == ["scorer", *percents, "cost (FB)"]
-    assert table.loc[1, "held-out 50%"] == "0.25 (0.00 to 1.00)"
-    assert table["cost (FB)"].tolist() == ["12", "1"]
