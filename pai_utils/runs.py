@@ -84,11 +84,7 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def altered_outputs(folder: Path) -> list[str]:
-    """Files of a run that are missing, or whose checksum is not that of its record.
-
-    Raises:
-        ValueError: as :func:`read_record`.
-    """
+    """Files of a run that are missing or not those of its record; errors as :func:`read_record`."""
     return [
         name
         for name, digest in read_record(folder).outputs.items()

@@ -43,10 +43,9 @@ class Parameters(RepairedMasks):
     scorer: ScorerName
     starts: list[Annotated[str, one_of("start", STARTS)]] = Field(min_length=1)
     #: Strengths λ, of runs from the first start at the first sparsity; elsewhere there is none.
-    penalties: dict[
-        Annotated[str, one_of("penalty", PENALTIES)],
-        Annotated[float, Field(ge=0, allow_inf_nan=False)],
-    ] = Field(default={"none": 0.0})
+    penalties: dict[Annotated[str, one_of("penalty", PENALTIES)], Annotated[float, Field(ge=0)]] = (
+        Field(default={"none": 0.0})
+    )
     optimiser: Annotated[str, one_of("optimiser", OPTIMISERS)] = "sgd"
     schedule: Annotated[str, one_of("schedule", SCHEDULES)] = "constant"  #: of the rate
     learning_rates: list[Rate] = Field(min_length=1)
@@ -94,8 +93,7 @@ def run(suite: Suite, config: Parameters) -> pd.DataFrame:
         for sparsity, start in itertools.product(config.sparsities, config.starts):
             encoder, mask = suite.encoder, None
             if start != "dense":
-                recipe = config.recipe(start, sparsity)
-                encoder, mask = suite.prune(recipe, pool, draw)
+                encoder, mask = suite.prune(config.recipe(start, sparsity), pool, draw)
             elif sparsity != config.sparsities[0]:
                 continue
             first = (start, sparsity) == (config.starts[0], config.sparsities[0])
@@ -124,10 +122,9 @@ def _fine_tune(
     task = suite.tasks[config.source]
     tuned = Classifier(copied(encoder), suite.heads[config.source])
 
-    def record(
-        step: int, heads: Mapping[str, nn.Linear], split: str = "test", head: str = "frozen"
-    ) -> None:
+    def record(step: int, heads: Mapping[str, nn.Linear], split: str = "test") -> None:
         data = suite.tests if split == "test" else {config.source: task.validation}
+        head = "frozen" if heads is suite.heads else "refitted"
         for target, result in evaluate_heads(tuned.backbone, heads, data).items():
             place = {"step": step, "target": target, "split": split, "head": head}
             rows.append({**place, "seed": how["seed"], **result.row(suite.tasks[target].chance)})
@@ -142,7 +139,7 @@ def _fine_tune(
     except NonFiniteError as error:
         logger.warning("fine-tuning ends early: %s", error)
         return rows
-    record(how["steps"], make_heads(tuned.backbone, suite.tasks), head="refitted")
+    record(how["steps"], make_heads(tuned.backbone, suite.tasks))
     return rows
 
 

@@ -63,9 +63,9 @@ Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 
 ScorerOptions = dict[str, dict[str, Any]]  # by scorer
-Sparsity = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 STUDIES = (
@@ -83,7 +83,7 @@ STUDIES = (
 class RunParameters(BaseModel):
     """Parameters common to all notebooks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     device: str = "auto"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -74,9 +74,8 @@ class Suite:
 
     def untrained(self, *, seed: int = 0, batch_size: int = 64) -> Suite:
         """The same architecture at random weights, with heads of its own."""
-        name, size = self.encoder.name, self.encoder.image_size
-        device = device_of(self.encoder)
-        blank = load_backbone(name, size, device, pretrained=False, seed=seed)
+        here, device = self.encoder, device_of(self.encoder)
+        blank = load_backbone(here.name, here.image_size, device, pretrained=False, seed=seed)
         return self.with_encoder(blank, batch_size)
 
     def with_encoder(self, encoder: Backbone, batch_size: int = 64) -> Suite:
@@ -98,8 +97,7 @@ class Suite:
         ``how`` are further keywords of :func:`~pai_utils.finetuning.finetune`.
         """
         model = Classifier(copied(encoder), self.heads[task])
-        data = self.tasks[task].train
-        finetune(model, data, mask, optimiser="adam", schedule="linear", **how)
+        finetune(model, self.tasks[task].train, mask, optimiser="adam", schedule="linear", **how)
         return model
 
     def evaluate(self, encoder: Backbone | None = None, **how: Any) -> dict[str, Evaluation]:
