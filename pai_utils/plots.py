@@ -38,13 +38,6 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0
 _SCORERS = [*dict.fromkeys(("feature_ggn_diag", "magnitude", "ggn_diag", "random", *SCORERS))]
 _PREDICTIONS = {name: PREDICTORS[name] for name in ("taylor", "ggn", "blocks", "diagonal")}
 _DENSE_AND_CHANCE = {1.0: "-", 0.0: ":"}  # their retention, and how its line is drawn
-_PANEL = (3.1, 2.9)  # inches
-_STYLE: Any = {
-    **sns.axes_style("whitegrid"),
-    **sns.plotting_context("paper", font_scale=1.1),
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 
 
 def retention_curves(
@@ -93,16 +86,15 @@ def validation_choice(candidates: pd.DataFrame, choice: pd.Series, tolerance: fl
 def stages_compared(table: pd.DataFrame, source: str) -> Figure:
     """Retention after each stage, from :func:`~pai_utils.studies.prune_your_own.compare_stages`."""
     rows = table.sort_values("target", key=lambda names: names != source, kind="stable")
-    rows = rows.assign(row=_with_source(rows.target, source), value=rows.retention, panel="")
-    return _intervals(rows, "stage", _looks(table.stage), "retention on test images", width=4.6)
+    rows = rows.assign(row=_with_source(rows.target, source), value=rows.retention)
+    return estimates(rows, "stage", "retention on test images", width=4.6)
 
 
 def accuracy_left(table: pd.DataFrame) -> Figure:
     """Retention of every scorer, from :func:`~pai_utils.studies.scorer_atlas.accuracy_left`."""
     rows = table.assign(tasks=table.tasks + " tasks", panel=_sparsities(table))
     rows = rows.assign(row=rows.scorer, value=rows.retention).sort_values("sparsity", kind="stable")
-    looks = _black_and_white("source tasks", "held-out tasks")
-    return _intervals(rows, "tasks", looks, "retention")
+    return estimates(rows, "tasks", "retention", width=3.4, hollow="held-out tasks", color="black")
 
 
 def transfer_correlations(table: pd.DataFrame) -> Figure:
@@ -110,26 +102,52 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
     kinds = {"pooled": "all cells", "within": "cells of one scorer and sparsity"}
     rows = pd.concat(
         table.rename(columns={kind: "value", f"{kind}_low": "low", f"{kind}_high": "high"}).assign(
-            row=table.predictor.map(PREDICTORS), kind=label, panel=""
+            row=table.predictor.map(PREDICTORS), kind=label
         )
         for kind, label in kinds.items()
     )
     xlabel = "rank correlation with retention on held-out tasks"
-    looks = _black_and_white(*kinds.values())
-    figure = _intervals(rows, "kind", looks, xlabel, lines={0: "-"}, width=6.2)
+    black = {"hollow": kinds["within"], "color": "black"}
+    figure = estimates(rows, "kind", xlabel, lines={0: "-"}, width=6.2, **black)
     figure.axes[0].set_xlim(-1.05, 1.05)
     return figure
 
 
 def estimates(
-    table: pd.DataFrame, series: str, xlabel: str, *, lines: Mapping[float, str] = _DENSE_AND_CHANCE
+    table: pd.DataFrame,
+    series: str,
+    xlabel: str,
+    *,
+    lines: Mapping[float, str] = _DENSE_AND_CHANCE,
+    width: float = 6.4,
+    start: str = "",
+    **same: Any,
 ) -> Figure:
     """Estimates with their intervals: columns ``row, value, low, high``, and the series.
 
-    There are vertical ``lines``, each with its style: by default those of dense and of chance.
+    There is one panel a ``panel``, if the table has such a column, of a ``width`` in inches, with
+    the first row on top. There are vertical ``lines``, each with its style: by default those of
+    dense and of chance. ``start`` is a marker at the lower ends.
     """
-    looks, panel = _looks(table[series]), table.assign(panel="")
-    return _intervals(panel, series, looks, xlabel, lines=lines, width=6.4)
+    names = list(dict.fromkeys(table.row))
+    looks = _looks(table[series], linewidth=1, linestyle="-", **same)
+    shifts = dict(zip(looks, np.linspace(-0.15, 0.15, len(looks)), strict=True))
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        for name, points in _groups(rows, series).items():
+            height = points.row.map(names.index) + shifts[name]
+            color = looks[name]["color"]
+            axes.hlines(height, points.low, points.high, color=color, linewidth=1)
+            if start:
+                axes.plot(points.low, height, start, color=color, markersize=8)
+            axes.plot(points.value, height, **looks[name] | {"linestyle": "none"})
+        for value, style in lines.items():
+            axes.axvline(value, color="0.2", linewidth=0.8, linestyle=style)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
+
+    panels = _groups(table) if "panel" in table else {"": table}
+    return _panels(panels, draw, looks, size=(width, 0.9 + 0.32 * len(names)), share=True)
 
 
 def recovery_arrows(gains: pd.DataFrame) -> Figure:
@@ -151,8 +169,7 @@ def recovery_arrows(gains: pd.DataFrame) -> Figure:
         for part, label in {"held_out": "held-out tasks", "source": "source"}.items()
     )
     xlabel = "retention, from before (|) to after"
-    looks = _looks(rows.tasks)
-    return _intervals(rows, "tasks", looks, xlabel, lines={1: "-"}, width=4.0, start="|")
+    return estimates(rows, "tasks", xlabel, lines={1: "-"}, width=4.0, start="|")
 
 
 def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: str) -> Figure:
@@ -205,9 +222,7 @@ def predictions(cells: pd.DataFrame) -> Figure:
     """
     kinds = cells.held_out.map({True: ", held-out task", False: ", own task"})
     cells = cells.assign(kind=cells.scorer + kinds)
-    looks = _looks(cells.kind, linestyle="none")
-    for kind, look in looks.items():
-        look["markerfacecolor"] = "white" if kind.endswith("own task") else look["color"]
+    looks = _looks(cells.kind, hollow="own task", linestyle="none")
     positive = cells.measured[cells.measured > 0]
     step = 10.0 ** math.floor(math.log10(positive.min())) if len(positive) else 1.0
 
@@ -296,22 +311,16 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
     The table is as from :func:`~pai_utils.evaluation.summarise_retention`.
     """
     shown = summary[np.isclose(summary.sparsity, sparsity) & (summary.scorer != "dense")]
-    targets = list(dict.fromkeys(shown.target))
     blind = shown.scorer.isin(shown.scorer[shown.source == "none"])
     # What looks at no task stands below, in brackets, in every panel.
     below = shown[blind].assign(source=lambda rows: "(" + rows.scorer + ")")
-    panels = {
-        f"{scorer}, sparsity {sparsity:g}": pd.concat([own, below])
-        for scorer, own in _groups(shown[~blind], "scorer").items()
-    }
-
-    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+    panels = {}
+    for scorer, own in _groups(shown[~blind], "scorer").items():
+        rows = pd.concat([own, below])
         cells = rows.pivot(index="source", columns="target", values="retention")
-        cells = cells.reindex(index=list(dict.fromkeys(rows.source)), columns=targets)
-        _matrix(axes, cells.rename(index=_wrapped))
-        axes.set(xlabel="evaluated on", ylabel="mask from")
-
-    return _panels(panels, draw, size=(4.2, 3.2))
+        cells = cells.reindex(index=rows.source.unique(), columns=shown.target.unique())
+        panels[f"{scorer}, sparsity {sparsity:g}"] = cells.rename(index=_wrapped)
+    return _panels(panels, _matrix, size=(4.2, 3.2), xlabel="evaluated on", ylabel="mask from")
 
 
 def alignment(table: pd.DataFrame) -> Figure:
@@ -409,8 +418,8 @@ def plane_contours(
     name and the ``unit`` of the axes. Levels are those of each task, evenly spaced in the logarithm
     of the loss above its least.
     """
-    white = {"color": "white", "markeredgecolor": "black", "markersize": 7, "linestyle": "none"}
-    looks = {name: {**white, "marker": look["marker"]} for name, look in _looks(points).items()}
+    white = {"color": "white", "markeredgecolor": "black", "markersize": 7}
+    looks = _looks(points, linestyle="none", **white)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         own = rows.pivot(index="y", columns="x", values="loss").replace(np.inf, np.nan)
@@ -465,8 +474,11 @@ def _wrapped(text: str) -> str:
     return wrapped.replace("\t", "")
 
 
-def _looks(names: Iterable[str], **same: Any) -> Looks:
-    """How each series is drawn: a scorer by its name, then its repair; others by their order."""
+def _looks(names: Iterable[str], *, hollow: str = "", **same: Any) -> Looks:
+    """How each series is drawn: a scorer by its name, then its repair; others by their order.
+
+    Where ``hollow`` is given, the series that end so have hollow markers, and no others.
+    """
     palette = sns.color_palette("colorblind")
     looks: Looks = {}
     endings: dict[str, int] = {}
@@ -476,12 +488,13 @@ def _looks(names: Iterable[str], **same: Any) -> Looks:
         if scorer in _SCORERS:
             index = _SCORERS.index(scorer)
             dashes = endings.setdefault(name.removeprefix(scorer), len(endings))
-        color = palette[index % len(palette)]
+        color = same.get("color", palette[index % len(palette)])
+        white = name.endswith(hollow) if hollow else scorer in _SCORERS and dashes % 2
         looks[name] = {
             "color": color,
             "marker": _MARKERS[index % len(_MARKERS)],
             "markersize": 5,
-            "markerfacecolor": "white" if scorer in _SCORERS and dashes % 2 else color,
+            "markerfacecolor": "white" if white else color,
             "linestyle": _DASHES[dashes % len(_DASHES)],
             "linewidth": 2.6 if name.endswith(" (source)") else 1.6,
             **same,
@@ -489,35 +502,30 @@ def _looks(names: Iterable[str], **same: Any) -> Looks:
     return looks
 
 
-def _black_and_white(filled: str, hollow: str) -> Looks:
-    """Two series told apart by marker and fill alone."""
-    black = {"color": "black", "markersize": 5}
-    return {
-        filled: {**black, "marker": "o", "markerfacecolor": "black"},
-        hollow: {**black, "marker": "s", "markerfacecolor": "white"},
-    }
-
-
 def _panels(
     panels: Mapping[str, Data],
     draw: Callable[[Axes, Data], None],
     looks: Looks | None = None,
     *,
-    size: tuple[float, float] = _PANEL,
+    size: tuple[float, float] = (3.1, 2.9),
     share: bool = False,
     most: int = 3,
+    **labels: Any,
 ) -> Figure:
-    """One panel a title, of a size in inches, ``most`` in a row, and one legend below them."""
+    """One panel a title, of a size in inches, ``most`` in a row, and one legend below them.
+
+    Every panel has the ``labels``, or what else ``Axes.set`` takes.
+    """
     columns = 2 if len(panels) == 4 and most > 2 else min(most, len(panels))
     rows = -(-len(panels) // columns)
     size = (size[0] * columns, size[1] * rows + 0.4)
-    with plt.rc_context(_STYLE):
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
         figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share)
         for place, axes in enumerate(grid.flat):
             axes.set_visible(place < len(panels))
         for axes, (title, data) in zip(grid.flat, panels.items(), strict=False):
             draw(axes, data)
-            axes.set_title(_wrapped(title))
+            axes.set(title=_wrapped(title), **labels)
             if axes not in grid[:, 0]:
                 axes.set_ylabel("")
         figure.tight_layout()
@@ -539,41 +547,6 @@ def _lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, series: str, looks: L
     """One line a value of the column ``series``, through its rows from left to right."""
     for name, line in _groups(rows.sort_values(x, kind="stable"), series).items():
         axes.plot(line[x], line[y], **looks[name])
-
-
-def _intervals(
-    table: pd.DataFrame,
-    series: str,
-    looks: Looks,
-    xlabel: str,
-    *,
-    lines: Mapping[float, str] = _DENSE_AND_CHANCE,
-    width: float = 3.4,
-    start: str = "",
-) -> Figure:
-    """Points ``value`` from ``low`` to ``high``, one ``panel`` and ``row`` each, the first on top.
-
-    ``lines`` are vertical ones, with their style; ``start`` is a marker at the lower ends.
-    """
-    names = list(dict.fromkeys(table.row))
-    looks = {name: look | {"linestyle": "-", "linewidth": 1} for name, look in looks.items()}
-    shifts = dict(zip(looks, np.linspace(-0.15, 0.15, len(looks)), strict=True))
-
-    def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        for name, points in _groups(rows, series).items():
-            height = points.row.map(names.index) + shifts[name]
-            color = looks[name]["color"]
-            axes.hlines(height, points.low, points.high, color=color, linewidth=1)
-            if start:
-                axes.plot(points.low, height, start, color=color, markersize=8)
-            axes.plot(points.value, height, **looks[name] | {"linestyle": "none"})
-        for value, style in lines.items():
-            axes.axvline(value, color="0.2", linewidth=0.8, linestyle=style)
-        axes.set_yticks(range(len(names)), names)
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
-
-    size = (width, 0.9 + 0.32 * len(names))
-    return _panels(_groups(table), draw, looks, size=size, share=True)
 
 
 def _matrix(axes: Axes, values: pd.DataFrame, labels: Any = True) -> None:
