@@ -190,16 +190,16 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
     """
     rows = rows.assign(sign=rows.get("sign", 1.0)).reset_index(drop=True)
     sources = rows.source.nunique()
+    by_source = rows.groupby("source", sort=False)
     same = rows.groupby(["source", "target", "sign"]).seed.transform("size")
-    targets = rows.groupby("source").target.transform("nunique")
+    targets = by_source.target.transform("nunique")
     weights = (rows.sign / (sources * targets * same)).to_numpy()
     if sources >= 3:
-        over, stratum, repeat = "images and sources", np.zeros(len(rows), int), rows.source
+        over, codes = "images and sources", by_source.ngroup().to_numpy()
+        strata = [np.arange(sources)]
     else:
-        over, stratum = "images and seeds", rows.groupby("source").ngroup().to_numpy()
-        repeat = rows.source + " " + rows.seed.astype(str)
-    codes = pd.factorize(repeat)[0]
-    strata = [np.unique(codes[stratum == each]) for each in np.unique(stratum)]
+        over, codes = "images and seeds", rows.groupby(["source", "seed"]).ngroup().to_numpy()
+        strata = [np.unique(codes[places]) for places in by_source.indices.values()]
     effects, images, shared = np.zeros(codes.max() + 1), 0.0, 0.0
     for target, places in rows.groupby("target").indices.items():
         right = np.stack([*rows.correct.iloc[places]]).astype(float)
@@ -217,17 +217,15 @@ def estimate(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> Estimate:
         corrected = items / max(items - 1, 1)
         images += corrected * (each.sum(0) ** 2).sum()
         for group in strata:
-            here = each[np.intersect1d(group, codes[places])]
-            shared += corrected * _spread(here)
+            shared += corrected * _spread(each[np.intersect1d(group, codes[places])])
     repeats = sum(_spread(effects[group]) for group in strata)
     degrees = sum(len(group) - 1 for group in strata)
-    value = float(effects.sum())
     # Both parts hold the noise of an image in one repetition. Without it here, three repetitions
     # cover too little, since its estimate errs too; with all, too much (`benchmarks.coverage`).
-    beyond = repeats if math.isnan(value) else max(0.0, repeats - shared / 2)
+    beyond = np.maximum(0.0, repeats - shared / 2)
     if degrees < 2:  # of two repetitions nobody can tell how far they vary
         over, degrees, beyond = "images", 0, 0.0
-    return Estimate(value, float(images), float(beyond), degrees, over)
+    return Estimate(float(effects.sum()), float(images), float(beyond), degrees, over)
 
 
 def _spread(parts: NDArray[np.float64]) -> float:
@@ -245,42 +243,28 @@ def paired(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
         ValueError: a row has no counterpart.
     """
     keys = ["source", "target", "seed"]
-    exact = others.set_index(keys).correct
-    single = others.drop_duplicates(keys[:2], keep=False).set_index(keys[:2]).correct
-    found = []
-    for key in rows[keys].itertuples(index=False, name=None):
-        match = exact.get(key)
-        match = single.get(key[:2]) if match is None else match
-        if match is None:
-            raise ValueError(f"nothing to compare with source, target and seed {key}")
-        found.append(match)
-    less = pd.Series(found, index=rows.index, dtype=object)
-    return pd.concat([rows.assign(sign=1.0), rows.assign(sign=-1.0, correct=less)])
-
-
-def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
-    """P values of several hypotheses, corrected for their number (Holm 1979).
-
-    Examples:
-        >>> from pai_utils.evaluation import holm
-        >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
-        [0.03, 0.06, 0.06]
-    """
-    values = np.asarray(p_values, float)
-    order = np.argsort(values)
-    scaled = values[order] * np.arange(len(values), 0, -1)
-    corrected = np.empty(len(values))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected
+    wanted = rows[keys].reset_index(drop=True)
+    exact = wanted.merge(others[[*keys, "correct"]], "left", on=keys).correct
+    single = others.drop_duplicates(keys[:2], keep=False)[[*keys[:2], "correct"]]
+    found = exact.fillna(wanted.merge(single, "left", on=keys[:2]).correct)
+    if found.isna().any():
+        key = next(wanted[found.isna()].itertuples(index=False, name=None))
+        raise ValueError(f"nothing to compare with source, target and seed {key}")
+    less = rows.assign(sign=-1.0, correct=found.to_numpy())
+    return pd.concat([rows.assign(sign=1.0), less])
 
 
 def verdicts(estimates: Sequence[Estimate], criterion: float) -> list[str]:
-    """What the estimates of one claim say of a criterion, at 5 % after :func:`holm`.
+    """What the estimates of one claim say of a criterion, at 5 %.
 
     ``"holds"`` where a mean is beyond it, ``"reversed"`` where it is short of it, else
-    ``"undecided"``.
+    ``"undecided"``. P values are corrected for their number (Holm 1979, "A simple sequentially
+    rejective multiple test procedure").
     """
-    corrected = holm([each.p_value(criterion) for each in estimates])
+    p_values = np.array([each.p_value(criterion) for each in estimates])
+    order = np.argsort(p_values)
+    scaled = p_values[order] * np.arange(len(order), 0, -1)
+    corrected = pd.Series(np.maximum.accumulate(scaled), order).sort_index()
     return [
         "undecided" if not p < 0.05 else "holds" if each.value > criterion else "reversed"
         for each, p in zip(estimates, corrected, strict=True)
@@ -295,14 +279,9 @@ def summarise_retention(table: pd.DataFrame) -> pd.DataFrame:
     """
     dense = dense_rows(table)
     keys = ["source", "target", "scorer", "sparsity"]
-    rows = []
-    for key, group in table.groupby(keys, sort=False):
-        place = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
-        known = dense.loc[place["target"]]
-        place |= {"dense_accuracy": known.accuracy, "chance": known.chance}
-        rows.append(place | _summary(group, dense))
+    known = dense.rename(columns={"accuracy": "dense_accuracy"})[["dense_accuracy", "chance"]]
     columns = ["accuracy", "retention", "low", "high", "dense_accuracy", "chance", "count", "seeds"]
-    return pd.DataFrame(rows, columns=[*keys, *columns])
+    return _summaries(table, keys, dense).join(known, on="target")[[*keys, *columns]]
 
 
 def held_out_retention(
@@ -316,12 +295,8 @@ def held_out_retention(
         One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
         count, seeds``; ``count`` is the number of test items over all those tasks.
     """
-    dense, judged = dense_rows(table), judged_rows(table, sources, own=own)
     keys = ["source", "scorer", "sparsity"]
-    return pd.DataFrame(
-        dict(zip(keys, cast(tuple[Any, ...], key), strict=True)) | _summary(group, dense)
-        for key, group in judged.groupby(keys, sort=False)
-    )
+    return _summaries(judged_rows(table, sources, own=own), keys, dense_rows(table))
 
 
 def dense_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -335,7 +310,7 @@ def judged_rows(table: pd.DataFrame, sources: Sequence[str], *, own: bool = Fals
     The table is as from :func:`~pai_utils.studies.suite.sweep`. A mask that looked at no data
     (source ``"none"``) counts beside every source, on that source's held-out tasks.
     """
-    parts: list[pd.DataFrame] = []
+    parts = list[pd.DataFrame]()
     for source in sources:
         seen = table[table.source.isin([source, "none"])]
         held_out = np.array([is_held_out(target, source) for target in seen.target], bool)
@@ -343,17 +318,21 @@ def judged_rows(table: pd.DataFrame, sources: Sequence[str], *, own: bool = Fals
     return pd.concat(parts, ignore_index=True)
 
 
-def _summary(group: pd.DataFrame, dense: pd.DataFrame) -> dict[str, Any]:
-    """Of one scorer and sparsity, averaged over the targets of its rows."""
-    found = estimate(group, dense)
-    low, high = found.interval()
-    by_target = group.groupby("target", sort=False)
-    return {
-        "retention": found.value,
-        "low": low,
-        "high": high,
-        "accuracy": by_target.accuracy.mean().mean(),
-        "tasks": len(by_target),
-        "count": by_target["count"].first().sum(),
-        "seeds": group.seed.nunique(),
-    }
+def _summaries(rows: pd.DataFrame, keys: list[str], dense: pd.DataFrame) -> pd.DataFrame:
+    """For each group of rows with the same keys, means over its targets."""
+    found = []
+    for _, group in rows.groupby(keys, sort=False):
+        kept = estimate(group, dense)
+        low, high = kept.interval()
+        by_target = group.groupby("target", sort=False)
+        means = {
+            "retention": kept.value,
+            "low": low,
+            "high": high,
+            "accuracy": by_target.accuracy.mean().mean(),
+            "tasks": len(by_target),
+            "count": by_target["count"].first().sum(),
+            "seeds": group.seed.nunique(),
+        }
+        found.append(group.iloc[0][keys].to_dict() | means)
+    return pd.DataFrame(found)
