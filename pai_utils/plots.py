@@ -48,9 +48,7 @@ def retention_curves(
     The table is as from :func:`~pai_utils.evaluation.held_out_retention`. The source takes the
     place of the braces in ``title``; scorers are called by their names, or by ``words``.
     """
-    named = words or {}
-    looks = {named.get(name, name): look for name, look in _looks(held_out.scorer).items()}
-    held_out = held_out.assign(scorer=held_out.scorer.replace(named))
+    looks = _looks(held_out.scorer)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         _lines(axes, rows, "sparsity", "retention", "scorer", looks)
@@ -61,10 +59,11 @@ def retention_curves(
                 axes.vlines(*ends, color=color, alpha=0.4, linewidth=2)
         for value, style in _DENSE_AND_CHANCE.items():
             axes.axhline(value, color="0.2", linewidth=0.8, linestyle=style)
-        axes.set(xlabel="sparsity", ylabel="retention on held-out tasks")
 
     panels = {title.format(source): rows for source, rows in _groups(held_out, "source").items()}
-    return _panels(panels, draw, looks, share=True)
+    legend = {(words or {}).get(name, name): look for name, look in looks.items()}
+    labels = ("sparsity", "retention on held-out tasks")
+    return _panels(panels, draw, legend, labels, share=True)
 
 
 def validation_choice(candidates: pd.DataFrame, choice: pd.Series, tolerance: float) -> Figure:
@@ -107,8 +106,8 @@ def transfer_correlations(table: pd.DataFrame) -> Figure:
         for kind, label in kinds.items()
     )
     xlabel = "rank correlation with retention on held-out tasks"
-    black = {"hollow": kinds["within"], "color": "black"}
-    figure = estimates(rows, "kind", xlabel, lines={0: "-"}, width=6.2, **black)
+    look: Any = {"hollow": kinds["within"], "color": "black"}
+    figure = estimates(rows, "kind", xlabel, lines={0: "-"}, width=6.2, **look)
     figure.axes[0].set_xlim(-1.05, 1.05)
     return figure
 
@@ -121,16 +120,16 @@ def estimates(
     lines: Mapping[float, str] = _DENSE_AND_CHANCE,
     width: float = 6.4,
     start: str = "",
-    **same: Any,
+    **look: Any,
 ) -> Figure:
     """Estimates with their intervals: columns ``row, value, low, high``, and the series.
 
-    There is one panel a ``panel``, if the table has such a column, of a ``width`` in inches, with
-    the first row on top. There are vertical ``lines``, each with its style: by default those of
-    dense and of chance. ``start`` is a marker at the lower ends.
+    There is one panel a ``panel``, if the table has such a column, of a ``width`` in inches. The
+    first row is on top. There are vertical ``lines``, each with its style: by default those of
+    dense and of chance. ``start`` is a marker at the lower ends, and ``look`` is of all series.
     """
     names = list(dict.fromkeys(table.row))
-    looks = _looks(table[series], linewidth=1, linestyle="-", **same)
+    looks = _looks(table[series], linewidth=1, linestyle="-", **look)
     shifts = dict(zip(looks, np.linspace(-0.15, 0.15, len(looks)), strict=True))
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -144,10 +143,11 @@ def estimates(
         for value, style in lines.items():
             axes.axvline(value, color="0.2", linewidth=0.8, linestyle=style)
         axes.set_yticks(range(len(names)), names)
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
+        axes.set_ylim(len(names) - 0.4, -0.6)
 
     panels = _groups(table) if "panel" in table else {"": table}
-    return _panels(panels, draw, looks, size=(width, 0.9 + 0.32 * len(names)), share=True)
+    size = (width, 0.9 + 0.32 * len(names))
+    return _panels(panels, draw, looks, (xlabel, ""), size=size, share=True)
 
 
 def recovery_arrows(gains: pd.DataFrame) -> Figure:
@@ -193,9 +193,8 @@ def recovery_curves(recovery: pd.DataFrame, dense: Mapping[str, float], source: 
         _lines(axes, rows[rows["head"] == "refitted"], "step", "accuracy", "task", refitted)
         for target, task in dict(zip(rows.target, rows.task, strict=True)).items():
             axes.plot(right, dense[target], "_", markersize=12, color=looks[task]["color"])
-        axes.set(xlabel="fine-tuning steps", ylabel="accuracy")
 
-    return _panels(_groups(table), draw, looks, share=True)
+    return _panels(_groups(table), draw, looks, ("fine-tuning steps", "accuracy"), share=True)
 
 
 def predicted_and_measured(table: pd.DataFrame) -> Figure:
@@ -210,9 +209,9 @@ def predicted_and_measured(table: pd.DataFrame) -> Figure:
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for column, label in series.items():
             axes.plot([0, *rows.fraction], [0, *rows[column]], **looks[label])
-        axes.set(xlabel="fraction α of the pruning step", ylabel="loss increase (nats)")
 
-    return _panels(_groups(table), draw, looks)
+    labels = ("fraction α of the pruning step", "loss increase (nats)")
+    return _panels(_groups(table), draw, looks, labels)
 
 
 def predictions(cells: pd.DataFrame) -> Figure:
@@ -225,17 +224,17 @@ def predictions(cells: pd.DataFrame) -> Figure:
     looks = _looks(cells.kind, hollow="own task", linestyle="none")
     positive = cells.measured[cells.measured > 0]
     step = 10.0 ** math.floor(math.log10(positive.min())) if len(positive) else 1.0
+    diagonal = (step, step), (10 * step, 10 * step)
 
     def draw(axes: Axes, column: str) -> None:
         _lines(axes, cells, column, "measured", "kind", looks)
         axes.set_xscale("symlog", linthresh=step)
         axes.set_yscale("symlog", linthresh=step)
-        ends = axes.get_xlim()
-        axes.plot(ends, ends, color="0.3", linewidth=0.8, linestyle="--")
-        axes.set(xlim=ends, xlabel="predicted (nats)", ylabel="measured increase (nats)")
+        axes.axline(*diagonal, color="0.3", linewidth=0.8, linestyle="--")
 
     panels = {label: column for column, label in _PREDICTIONS.items()}
-    return _panels(panels, draw, looks, share=True)
+    labels = ("predicted (nats)", "measured increase (nats)")
+    return _panels(panels, draw, looks, labels, share=True)
 
 
 def weights_compared(table: pd.DataFrame) -> Figure:
@@ -262,15 +261,12 @@ def spectra(density: pd.DataFrame) -> Figure:
     for index, look in enumerate(looks.values()):  # few marks, apart from those of the next line
         look["markevery"] = (0.1 * (index % 2), 0.2)
     visible = density.density[density.density > 1e-12]
-
-    def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        _lines(axes, rows, "eigenvalue", "density", "name", looks)
-        axes.set_yscale("log")
-        axes.set_ylim(max(float(visible.quantile(0.02)), 1e-9), 3 * float(visible.max()))
-        axes.set(xlabel="eigenvalue of the Hessian", ylabel="density")
-
+    heights = max(float(visible.quantile(0.02)), 1e-9), 3 * float(visible.max())
     positive = density.assign(density=density.density.clip(lower=1e-12))
-    return _panels({"": positive}, draw, looks, size=(6.4, 3.2))
+    draw = partial(_lines, x="eigenvalue", y="density", series="name", looks=looks)
+    labels = ("eigenvalue of the Hessian", "density")
+    how: Any = {"size": (6.4, 3.2), "yscale": "log", "ylim": heights}
+    return _panels({"": positive}, draw, looks, labels, **how)
 
 
 def path_losses(path: pd.DataFrame, source: str) -> Figure:
@@ -282,9 +278,8 @@ def path_losses(path: pd.DataFrame, source: str) -> Figure:
 
     def draw(axes: Axes, column: str) -> None:
         _lines(axes, path, "position", column, "task", looks)
-        for place in range(1, len(segments)):
-            axes.axvline(place, color="0.2", linewidth=0.8, linestyle=":")
         axes.set_xticks(range(len(stations)), stations)
+        axes.grid(axis="x", color="0.2", linestyle=":")
 
     return _panels({"loss (nats)": "loss", "accuracy": "accuracy"}, draw, looks, size=(3.8, 3.0))
 
@@ -294,15 +289,13 @@ def layer_sparsities(table: pd.DataFrame) -> Figure:
 
     The table has the columns ``scorer, source, layer, sparsity``, layers in order of depth.
     """
-    labels = ("mask from " + table.source).where(table.source != "none", "no data")
-    table = table.assign(label=labels, depth=pd.factorize(table.layer)[0])
-    looks = _looks(labels, markersize=2.5, linewidth=1)
-
-    def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        _lines(axes, rows, "depth", "sparsity", "label", looks)
-        axes.set(xlabel="layer, input to output", ylabel="sparsity", ylim=(-0.02, 1.02))
-
-    return _panels(_groups(table, "scorer"), draw, looks, size=(4.6, 3.0), share=True)
+    made = ("mask from " + table.source).where(table.source != "none", "no data")
+    table = table.assign(made=made, depth=pd.factorize(table.layer)[0])
+    looks = _looks(made, markersize=2.5, linewidth=1)
+    draw = partial(_lines, x="depth", y="sparsity", series="made", looks=looks)
+    labels = ("layer, input to output", "sparsity")
+    how: Any = {"size": (4.6, 3.0), "share": True, "ylim": (-0.02, 1.02)}
+    return _panels(_groups(table, "scorer"), draw, looks, labels, **how)
 
 
 def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
@@ -320,18 +313,17 @@ def transfer_heatmap(summary: pd.DataFrame, sparsity: float) -> Figure:
         cells = rows.pivot(index="source", columns="target", values="retention")
         cells = cells.reindex(index=rows.source.unique(), columns=shown.target.unique())
         panels[f"{scorer}, sparsity {sparsity:g}"] = cells.rename(index=_wrapped)
-    return _panels(panels, _matrix, size=(4.2, 3.2), xlabel="evaluated on", ylabel="mask from")
+    return _panels(panels, _matrix, labels=("evaluated on", "mask from"), size=(4.2, 3.2))
 
 
 def alignment(table: pd.DataFrame) -> Figure:
     """How alike tasks are, a matrix a measure, from :func:`~pai_utils.landscape.task_alignment`."""
-    tasks = list(dict.fromkeys(table.source))
+    tasks = table.source.unique()
     matrices = {}
     for measure in ("eigenspace_overlap", "rank_correlation", "weighted_correlation"):
         matrix = table.pivot(index="source", columns="target", values=measure)
-        values = matrix.reindex(index=tasks, columns=tasks).to_numpy(float, copy=True)
-        np.fill_diagonal(values, 1)
-        matrices[PREDICTORS[measure]] = pd.DataFrame(values, tasks, tasks)
+        matrix = matrix.reindex(index=tasks, columns=tasks)
+        matrices[PREDICTORS[measure]] = matrix.mask(np.eye(len(tasks), dtype=bool), 1)
     return _panels(matrices, _matrix, size=(3.2, 3.2))
 
 
@@ -347,9 +339,10 @@ def pre_activations(table: pd.DataFrame, alone: float) -> Figure:
         axes.annotate("without its weights ", (alone, 0.9 * axes.get_ylim()[1]), ha="right")
         left = axes.get_xlim()[0]
         axes.axvspan(left, 0, color="0.9", zorder=0)
-        axes.set(xlim=(left, None), xlabel="what ReLU6 is given (grey: it gives zero)")
+        axes.set_xlim(left, None)
 
-    return _panels({"": table}, draw, size=(5.5, 2.5))
+    labels = ("what ReLU6 is given (grey: it gives zero)", "density")
+    return _panels({"": table}, draw, labels=labels, size=(5.5, 2.5))
 
 
 def damping_curve(table: pd.DataFrame) -> Figure:
@@ -360,10 +353,9 @@ def damping_curve(table: pd.DataFrame) -> Figure:
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         _lines(axes, rows, "damping", "retention", "task", looks)
         axes.set_xscale("symlog", linthresh=smallest)
-        axes.set(xlabel="damping", ylabel="retention")
 
     panels = {f"sparsity {s:g}": rows for s, rows in table.groupby("sparsity")}
-    return _panels(panels, draw, looks, share=True)
+    return _panels(panels, draw, looks, ("damping", "retention"), share=True)
 
 
 def mask_overlaps(overlap: pd.DataFrame, chance: pd.DataFrame | None = None) -> Figure:
@@ -381,14 +373,13 @@ def error_parts(parts: pd.DataFrame) -> Figure:
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         hatches = ["///" if part == "diagonal" else "" for part in rows.part]
         bars = axes.barh(rows.part, rows.nats, hatch=hatches, color="0.75", edgecolor="black")
-        labels = [f"{value:+.2g}" if value else "0" for value in rows.nats]
-        axes.bar_label(bars, labels, padding=3, fontsize=7)
+        axes.bar_label(bars, fmt="{:+.2g}", padding=3, fontsize=7)
         axes.margins(x=0.3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="nats")  # the first part on top
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first part on top
 
     size = (3.6, 1.0 + 0.28 * parts.part.nunique())
-    return _panels(_groups(parts), draw, size=size, share=True)
+    return _panels(_groups(parts), draw, labels=("nats", ""), size=size, share=True)
 
 
 def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure:
@@ -404,9 +395,8 @@ def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure
         threshold = np.quantile(values, sparsity)
         if threshold > 0:
             axes.axvline(np.log10(threshold), color="C3", linestyle="--", linewidth=1.5)
-        axes.set(xlabel="log₁₀ score", ylabel="weights")
 
-    return _panels(panels, draw)
+    return _panels(panels, draw, labels=("log₁₀ score", "weights"))
 
 
 def plane_contours(
@@ -418,7 +408,7 @@ def plane_contours(
     name and the ``unit`` of the axes. Levels are those of each task, evenly spaced in the logarithm
     of the loss above its least.
     """
-    white = {"color": "white", "markeredgecolor": "black", "markersize": 7}
+    white: Any = {"color": "white", "markeredgecolor": "black", "markersize": 7}
     looks = _looks(points, linestyle="none", **white)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -433,11 +423,10 @@ def plane_contours(
         axes.clabel(lines, fmt=lambda level: f"{base + 10**level - 1:.3g}", fontsize=6)
         for name, (x, y) in points.items():
             axes.plot(x, y, **looks[name])
-        axes.set(xlabel=f"x ({unit})", ylabel=f"y ({unit})")
         axes.grid(visible=False)
 
     panels = {f"{task}: loss (nats)": rows for task, rows in _groups(grid, "task").items()}
-    return _panels(panels, draw, looks, size=(3.6, 3.2))
+    return _panels(panels, draw, looks, (f"x ({unit})", f"y ({unit})"), size=(3.6, 3.2))
 
 
 def sample_images(tasks: Mapping[str, Task]) -> Figure:
@@ -467,11 +456,8 @@ def _with_source(tasks: pd.Series[str], source: str) -> pd.Series[str]:
 
 def _wrapped(text: str) -> str:
     """A title over several lines, which end at a space or after the ``+`` of a mixture."""
-    parts = re.sub(r"\+(?=\S)", "+\t", text)
-    wrapped = textwrap.fill(
-        parts, 32, expand_tabs=False, replace_whitespace=False, break_long_words=False
-    )
-    return wrapped.replace("\t", "")
+    lines = textwrap.fill(text.replace("+", "+ "), 32, break_long_words=False)
+    return lines.replace("+ ", "+")
 
 
 def _looks(names: Iterable[str], *, hollow: str = "", **same: Any) -> Looks:
@@ -506,15 +492,16 @@ def _panels(
     panels: Mapping[str, Data],
     draw: Callable[[Axes, Data], None],
     looks: Looks | None = None,
+    labels: tuple[str, str] = ("", ""),
     *,
     size: tuple[float, float] = (3.1, 2.9),
     share: bool = False,
     most: int = 3,
-    **labels: Any,
+    **properties: Any,
 ) -> Figure:
     """One panel a title, of a size in inches, ``most`` in a row, and one legend below them.
 
-    Every panel has the ``labels``, or what else ``Axes.set`` takes.
+    Every panel has the ``labels`` of x and y, and the ``properties`` that ``Axes.set`` takes.
     """
     columns = 2 if len(panels) == 4 and most > 2 else min(most, len(panels))
     rows = -(-len(panels) // columns)
@@ -525,9 +512,8 @@ def _panels(
             axes.set_visible(place < len(panels))
         for axes, (title, data) in zip(grid.flat, panels.items(), strict=False):
             draw(axes, data)
-            axes.set(title=_wrapped(title), **labels)
-            if axes not in grid[:, 0]:
-                axes.set_ylabel("")
+            ylabel = labels[1] if axes in grid[:, 0] else ""
+            axes.set(title=_wrapped(title), xlabel=labels[0], ylabel=ylabel, **properties)
         figure.tight_layout()
         if looks:
             # As wide as the panels: long names stand in fewer columns.
