@@ -170,14 +170,6 @@ def test_a_difference_is_paired() -> None:
         paired(ours, ours[ours.source != "c"])
 
 
-def test_p_values_are_where_intervals_end() -> None:
-    found = estimate(*simulate(np.random.default_rng(0), seeds=3))
-    for level in (0.5, 0.95, 0.999):
-        for bound in found.interval(level):
-            assert found.p_value(bound) == pytest.approx(1 - level)
-    assert found.p_value(found.value) == 1
-
-
 def test_verdicts_are_corrected_for_their_number() -> None:
     def known(value: float) -> Estimate:
         return Estimate(value, images=0.01**2, repeats=0.0, degrees=0, over="images")
