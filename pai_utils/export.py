@@ -136,16 +136,13 @@ def load_compressed(path: str | Path, model: nn.Module) -> Mask:
     """
     state, mask, said = _read(path)
     target, encoder = _tensors(model), describe_weights(model, ())["encoder"]
-    another = f"{path} is of another architecture: "
     if problems := differences(state, target):
-        raise ValueError(another + problems)
+        raise ValueError(f"{path} is of another architecture: {problems}")
     if empty := [name for name, value in target.items() if value.is_meta]:
         raise ValueError(f"the model has no memory (device meta) for {listed(empty)}")
     shared = _aliases(model).items()
     if split := [name for name, owner in shared if not torch.equal(state[name], state[owner])]:
-        raise ValueError(
-            f"{another}the model shares one tensor where the file has two: {listed(split)}"
-        )
+        raise ValueError(f"the model shares one tensor where the file has two: {listed(split)}")
     if said["encoder"] != encoder:
         raise ValueError(f"{path} holds the encoder {said['encoder']!r}, not {encoder!r}")
     for name, value in target.items():
@@ -180,7 +177,6 @@ def load_classifier(path: str | Path, device: str | torch.device = "auto") -> Cl
     return model.to(resolve_device(device)).eval()
 
 
-@torch.no_grad()
 def check_compressed(model: Classifier, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between a classifier and its file, on the CPU.
 
@@ -232,7 +228,6 @@ def export_onnx(
     write_atomically(path, program.model_proto.SerializeToString())
 
 
-@torch.no_grad()
 def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     """Largest absolute difference of logits between the model and its ONNX file, on the CPU.
 
@@ -255,7 +250,7 @@ def check_onnx(model: nn.Module, path: str | Path, images: Tensor) -> float:
     def run(batch: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 
-    found, expected = _in_batches(run, images), _logits(model, images)
+    found, expected = _logits(run, images), _logits(model, images)
     difference = float((found - expected).abs().max())
     largest = float(expected.abs().max())
     if not difference <= _TOLERANCE * largest:
@@ -316,16 +311,17 @@ def _write_format(
     if wanted == "onnx":
         export_onnx(model, path)
         return {"difference": check_onnx(model, path, images)}
-    plain, found = copied(unwrapped(model)), dict[str, object]()
+    plain, promised = copied(unwrapped(model)), None
     for value in plain.state_dict().values():
         value.zero_()  # so that what is read is what is compared
     if wanted == "compressed":
-        found["promised"] = save_compressed(model, mask, path).promised
+        promised = save_compressed(model, mask, path).promised
         load_compressed(path, plain)
     else:
         save_dense(model, mask, path)
         plain.load_state_dict(load_file(path))
-    return {**found, "difference": float((_logits(plain, images) - expected).abs().max())}
+    difference = float((_logits(plain, images) - expected).abs().max())
+    return {"promised": promised, "difference": difference}
 
 
 def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[str]]:
@@ -361,9 +357,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
         # Subclasses may read their weight in ways of their own, as attention's projection does.
         if type(module) is not nn.Linear or rows % _ROWS or columns % _COLUMNS:
             dense.append(name)
-            continue
-        weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
-        module.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+            module.weight = nn.Parameter(weight, requires_grad=False)
     return sparse, dense
 
 
@@ -433,16 +429,13 @@ def _aliases(model: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
     return {name: owner for name, owner in every.items() if name != owner}
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits in evaluation mode on the CPU, by a copy of the model."""
-    return _in_batches(hold_(copied(unwrapped(model)).cpu().eval()), images)
-
-
 @torch.no_grad()
-def _in_batches(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What ``run`` gives for images, on the CPU, as many at a time as fit into memory."""
+def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Logits on the CPU, as many at a time as fit; of a module by a copy in evaluation mode."""
+    if isinstance(model, nn.Module):
+        model = hold_(copied(unwrapped(model)).cpu().eval())
     images = images.cpu()
-    return fitting_batches(lambda size: torch.cat([*map(run, images.split(size))]), len(images))
+    return fitting_batches(lambda size: torch.cat([*map(model, images.split(size))]), len(images))
 
 
 def _short(value: Tensor) -> str:
