@@ -276,11 +276,9 @@ def held_out_retention(
 ) -> pd.DataFrame:
     """Retention averaged over the tasks that a mask was *not* computed on; with ``own`` the others.
 
-    Arguments are as of :func:`judged_rows`.
-
-    Returns:
-        One row a source, scorer and sparsity, with ``retention, low, high, accuracy, tasks,
-        count, seeds``; ``count`` is the number of test items over all those tasks.
+    Arguments are as of :func:`judged_rows`. One row a source, scorer and sparsity, with
+    ``retention, low, high, accuracy, tasks, count, seeds``; ``count`` is the number of test items
+    over all those tasks.
     """
     keys = ["source", "scorer", "sparsity"]
     return _summaries(judged_rows(table, sources, own=own), keys, dense_rows(table))
