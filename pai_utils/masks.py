@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -98,9 +98,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: if the other mask is for other parameters.
         """
-        self._check(other, "the other mask", alike=True)
-        both = sum(int((entry & other[name]).count_nonzero()) for name, entry in self.items())
-        return self._over_union(both, other)
+        return self._jaccard(other, lambda n: int((self[n] & other[n]).count_nonzero()))
 
     def expected_overlap(self, other: Mask) -> float:
         """The overlap by chance: of masks that keep as many weights of each layer, but at random.
@@ -109,11 +107,11 @@ class Mask(Mapping[str, Tensor]):
         the sum of these means, this is I / (Σk + Σl − I). Two masks that keep a fraction d of every
         layer overlap by d / (2 − d).
         """
-        self._check(other, "the other mask", alike=True)
-        both = sum(self._kept[n] * other._kept[n] / entry.numel() for n, entry in self.items())
-        return self._over_union(both, other)
+        return self._jaccard(other, lambda n: self._kept[n] * other._kept[n] / self[n].numel())
 
-    def _over_union(self, both: float, other: Mask) -> float:
+    def _jaccard(self, other: Mask, kept_by_both: Callable[[str], float]) -> float:
+        self._check(other, "the other mask", alike=True)
+        both = sum(map(kept_by_both, self))
         either = self.kept + other.kept - both
         return both / either if either else 1.0
 
@@ -253,54 +251,39 @@ def make_mask(
     weights = _comparable(scores.weights) if isinstance(scores, Scores) else {}
     if within is not None:  # scores are finite, so that what is gone goes first
         values = {n: v.masked_fill(~within[n], -torch.inf) for n, v in values.items()}
-    sizes = {name: entry.numel() for name, entry in values.items()}
-    left = sizes if within is None else {n: int(within[n].count_nonzero()) for n in sizes}
-    total = sum(sizes.values())
-    wanted = min(total - round(sparsity * total), sum(left.values()))
-    groups = [[name] for name in values]
-    budget = {name: size - round(sparsity * size) for name, size in sizes.items()}
-    if scope == "global":
-        groups, budget = [list(values)], {next(iter(values)): wanted}
-    elif pattern is None and any(budget[name] > left[name] for name in sizes):
-        budget = _shared(min(sum(budget.values()), sum(left.values())), sizes, left)
     kept: dict[str, Tensor] = {}
     ties = 0
-    for group in groups:
-        if pattern is not None:
-            (name,) = group
-            kept[name], tied = _keep_n_of_m(values[name], weights.get(name), *pattern)
-        else:
-            pool, tie_breaks = _flat(values, group), _flat(weights, group) if weights else None
-            found, tied = _keep_highest(pool, len(pool) - budget[group[0]], tie_breaks)
-            for name, entry in zip(group, found.split([sizes[n] for n in group]), strict=True):
-                kept[name] = entry.view_as(values[name])
-        ties += tied
-    if within is not None:  # a group of M may have lost more than M - N already
-        kept = {name: entry & within[name] for name, entry in kept.items()}
+    if pattern is not None:
+        for name in values:
+            found, tied = _keep_n_of_m(values[name], weights.get(name), *pattern)
+            # A group may have lost more than M - N already.
+            kept[name] = found if within is None else found & within[name]
+            ties += tied
+    else:
+        groups = [list(values)] if scope == "global" else [[name] for name in values]
+        pools = [_flat(values, names) for names in groups]
+        for names, pool, count in zip(groups, pools, _budgets(pools, sparsity), strict=True):
+            found, tied = _keep_highest(pool, count, _flat(weights, names) if weights else None)
+            parts = found.split([values[name].numel() for name in names])
+            kept |= {n: part.view_as(values[n]) for n, part in zip(names, parts, strict=True)}
+            ties += tied
     mask = Mask(kept, metadata)
     mask.ties = ties
     return mask
 
 
-def _shared(kept: int, claim: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:
-    """A number of weights for each layer, in proportion to its claim and at most what is left."""
-    claims, sizes = (np.array([each[name] for name in claim]) for each in (claim, left))
-    # Layers fill up at a common rate, each until it is dense: the sum is linear between the rates
-    # at which one of them is.
-    rates = np.sort([0, *(sizes / claims)])
-    filled = np.minimum(sizes, rates[:, None] * claims).sum(1)
-    shares = np.minimum(sizes, np.interp(kept, filled, rates) * claims)
-    # A layer's k-th weight is due at the rate (k - 1/2) / claim. Rounding takes no layer further
-    # from its share than there are layers.
-    budget = np.maximum(0, shares.astype(int) - len(sizes))
-    due = sorted(
-        ((k + 0.5) / each, layer)
-        for layer, (have, size, each) in enumerate(zip(budget, sizes, claims, strict=True))
-        for k in range(have, min(size, have + 2 * len(sizes) + 2))
-    )
-    for _, layer in due[: kept - budget.sum()]:  # of equal rates, the first layer's
-        budget[layer] += 1
-    return dict(zip(claim, budget.tolist(), strict=True))
+def _budgets(pools: Sequence[Tensor], sparsity: float) -> list[int]:
+    """How many weights of each pool stay; what an earlier mask took from one, others keep more."""
+    sizes = [len(pool) for pool in pools]
+    left = [int(pool.isfinite().count_nonzero()) for pool in pools]
+    budgets = [size - round(sparsity * size) for size in sizes]
+    if all(budget <= most for budget, most in zip(budgets, left, strict=True)):
+        return budgets
+    # Pools fill up in proportion to their sizes: a pool's k-th weight is due at (k - 1/2) / size.
+    due = [(np.arange(most) + 0.5) / size for most, size in zip(left, sizes, strict=True)]
+    pool_of = np.repeat(np.arange(len(pools)), left)
+    first = np.concatenate(due).argsort(kind="stable")[: sum(budgets)]
+    return list(np.bincount(pool_of[first], minlength=len(pools)).tolist())
 
 
 def check_sparsity(
@@ -379,21 +362,22 @@ def _flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in names])
 
 
-def _keep_highest(values: Tensor, pruned: int, weights: Tensor | None) -> tuple[Tensor, int]:
-    """False at the ``pruned`` lowest values, of ties at the smallest weights; how many tied."""
+def _keep_highest(values: Tensor, count: int, weights: Tensor | None) -> tuple[Tensor, int]:
+    """True at the ``count`` highest values, of ties at the largest weights; how many tied."""
+    pruned = len(values) - count
     if pruned == 0:
         return torch.ones_like(values, dtype=torch.bool), 0
     # Several times as fast as torch's kthvalue, which also returns an index.
     threshold = float(np.partition(values.numpy(), pruned - 1)[pruned - 1])
     kept, tied = values > threshold, values == threshold
-    room, count = len(values) - pruned - int(kept.count_nonzero()), int(tied.count_nonzero())
+    room, ties = count - int(kept.count_nonzero()), int(tied.count_nonzero())
     if room == 0:
         return kept, 0
     if weights is None:
-        kept[tied] = torch.arange(count) >= count - room
+        kept[tied] = torch.arange(ties) >= ties - room
     else:
-        kept[tied], _ = _keep_highest(weights[tied].abs(), count - room, None)
-    return kept, count
+        kept[tied], _ = _keep_highest(weights[tied].abs(), room, None)
+    return kept, ties
 
 
 def _keep_n_of_m(values: Tensor, weights: Tensor | None, n: int, m: int) -> tuple[Tensor, int]:
@@ -420,5 +404,4 @@ def _as_boolean(name: str, value: Tensor) -> Tensor:
     if value.dtype != torch.bool and not ((value == 0) | (value == 1)).all():
         raise ValueError(f"mask of {name!r} holds values other than 0 and 1")
     # A copy always: later changes to the caller's tensor are none of the mask's.
-    kept = torch.empty(value.shape, dtype=torch.bool)
-    return kept.copy_(value.detach())
+    return value.detach().to("cpu", torch.bool, copy=True).contiguous()
