@@ -20,7 +20,7 @@ from pai_utils.data.tasks import check_size, part_sizes
 from pai_utils.models.encoders import prunable_parameters
 from pai_utils.models.loading import load_backbone
 from pai_utils.pruning import Recipe
-from pai_utils.repair.methods import REPAIR_SAMPLES
+from pai_utils.repair.methods import Repair
 from pai_utils.scorers import find_scorer
 from pai_utils.studies.parameters import EncoderParameters, RunParameters, combine
 
@@ -121,8 +121,8 @@ class Work:
                 places = sources if repaired or scorer.needs_data else sources[:1]
                 made += draws * len(places)
                 self.rows += 2 * draws * len(places) * len(self.images)
-                wanted = recipe.repair_options.get("samples", REPAIR_SAMPLES)
-                taken = sum(min(wanted, self.looked_at(place, None)) for place in places)
+                wanted = Repair.of(recipe.repair, recipe.repair_options).samples
+                taken = sum(self.looked_at(place, wanted) for place in places)
                 self.forwards += 2 * draws * recipe.rounds * taken * repaired
                 self.copies = 40 if repaired else self.copies
         return made

@@ -27,20 +27,20 @@ transform their weight, the projections of ``nn.MultiheadAttention``, other norm
 weights that share a bias or have several are left out, and a warning names them.
 
 **Cost.** ``moments`` and ``layerwise`` take one forward of the dense and one of the pruned network
-on all images at once. Where these do not fit into memory, the pruned network runs once for each
-layer, in batches. ``layerwise`` adds for a layer of K inputs, M outputs and R rows about 2RK²
-operations for the products, and n³/3 in float64 for each output, n the weights that survive or
-those that are gone, whichever are fewer. ``obs`` costs what its blocks cost.
+on all images; where these do not fit into memory at once, the pruned network runs once a layer, in
+batches. ``layerwise`` adds for K inputs and R rows of a layer about 2RK² operations, and n³/3 in
+float64 an output, n the fewer of its surviving and its pruned weights. ``obs`` costs its blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property
-from typing import Any, NamedTuple, Self, cast
+from itertools import chain, cycle
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,6 @@ class Repair:
 
 REPAIR_OPTIONS = tuple(option.name for option in fields(Repair))[1:]
 """What a :class:`Repair` can be told beside its method."""
-REPAIR_SAMPLES = cast(int, Repair.samples)
-"""Images that a repair uses where nothing else is asked for."""
 
 
 def repair_(
@@ -243,16 +241,6 @@ class _Seen(NamedTuple):
     rows: Tensor  #: those that a layer is re-solved on
 
 
-@dataclass
-class _Place:
-    """A weight that is repaired."""
-
-    norm: bool
-    biases: set[str | None] = field(default_factory=set)  #: parameters that are added
-    outputs: dict[int, list[_Seen]] = field(default_factory=dict)
-    """Of the dense network, for each batch those of each use in it."""
-
-
 class _Use(NamedTuple):
     """One use of a weight in one batch."""
 
@@ -262,12 +250,28 @@ class _Use(NamedTuple):
 
 
 @dataclass
+class _Place:
+    """A weight that is repaired."""
+
+    norm: bool
+    biases: set[str | None] = field(default_factory=set)  #: parameters that are added
+    outputs: dict[int, list[_Seen]] = field(default_factory=dict)
+    """Of the dense network, for each batch those of each use in it."""
+    uses: dict[int, list[_Use]] = field(default_factory=dict)
+    """Those that the pruned network came to, in the same order."""
+
+    @property
+    def seen(self) -> Iterator[tuple[_Seen, ...]]:
+        """What was seen in all uses: dense, wanted and pruned."""
+        return zip(*chain(*self.uses.values()), strict=True)
+
+
+@dataclass
 class _Run:
     """Repairs one place after the other while batches run through the pruned network.
 
-    The dense network runs first, observed by ``record`` and ``record_stream``, then the pruned one
-    with ``compare_stream`` and ``mend``. A place is repaired once it was seen in all batches, and
-    before its own output is computed, so that with one batch all follow in one forward.
+    A place is repaired once it was seen in all batches, and before its own output is computed, so
+    that with one batch all follow in one forward.
     """
 
     model: nn.Module
@@ -283,9 +287,6 @@ class _Run:
     """The dense residual streams in each batch."""
     lost: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """What the pruned network's streams lack of those in this batch: their means and rows."""
-    uses: list[_Use] = field(default_factory=list)  #: of the first place
-    done: set[int] = field(default_factory=set)  #: batches in which it was seen
-    calls: int = 0  #: uses of it in this batch
     batch: int = 0
     orders: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -308,28 +309,20 @@ class _Run:
                 self.dense(images.to(device))
         warnings = self._leave_out()
         with undisturbed(self.model, any_output=True), torch.no_grad():
+            in_turn = cycle(enumerate(self.images))
             while self.places:
-                for batch, images in enumerate(self.images):
-                    if self.places and batch not in self.done:
-                        self.batch, self.calls = batch, 0
-                        warnings += self._forward(names, images.to(device))
+                self.batch, images = next(in_turn)
+                with (
+                    suppress(_Enough),
+                    shown(self.model, self.residuals, self.compare_stream),
+                    layouts.watching(self.model, names, self.mend),
+                ):
+                    self.model(images.to(device))
+                    name = next(iter(self.places))
+                    del self.places[name]
+                    less = "is not used as often as in the dense network; it is not repaired"
+                    warnings.append(f"{name} {less}")
         return warnings
-
-    def _forward(self, names: Sequence[str], images: Tensor) -> list[str]:
-        """One batch through the pruned network; returns what to warn of."""
-        streams = shown(self.model, self.residuals, self.compare_stream)
-        try:
-            with streams, layouts.watching(self.model, names, self.mend):
-                self.model(images)
-        except _Enough:
-            return []
-        name = next(iter(self.places))
-        self._next()
-        return [f"{name} is not used as often as in the dense network; it is not repaired"]
-
-    @cached_property
-    def _parameters(self) -> dict[int, str]:
-        return {id(p): n for n, p in self.dense.named_parameters()}
 
     @property
     def _moments(self) -> bool:
@@ -344,7 +337,7 @@ class _Run:
     def record(self, name: str, call: Call) -> Tensor:
         """Keep what the dense network gives at one place."""
         output: Tensor = call.run()
-        bias = self._parameters.get(id(call["bias"]))
+        bias = next((n for n, p in self.dense.named_parameters() if p is call["bias"]), None)
         norm = call.function in layouts.NORMS
         if norm and (not self._moments or bias is None or call.arguments.get("training")):
             return output
@@ -380,8 +373,7 @@ class _Run:
 
     def _leave_out(self) -> list[str]:
         """Forget what has no repair of its own; returns what to warn of."""
-        owners = Counter(bias for place in self.places.values() for bias in place.biases)
-        owners.pop(None, None)
+        owners = Counter(bias for place in self.places.values() for bias in place.biases - {None})
         torn = [
             name
             for name, place in self.places.items()
@@ -432,17 +424,15 @@ class _Run:
     def mend(self, name: str, call: Call) -> Tensor:
         """Repair a place before its own output is computed; all later inputs follow from it."""
         first, place = next(iter(self.places.items()))
-        uses = place.outputs.get(self.batch, []) if name == first else []
-        if self.calls < len(uses):
-            self.uses.append(self._use(name, call, uses[self.calls]))
-            self.calls += 1
-            if self.calls == len(uses):
-                self.done.add(self.batch)
-                complete = len(self.done) == len(self.images)
+        dense, uses = place.outputs.get(self.batch, []), place.uses.setdefault(self.batch, [])
+        if name == first and len(uses) < len(dense):
+            uses.append(self._use(name, call, dense[len(uses)]))
+            if len(uses) == len(dense):
+                complete = len(place.uses) == len(self.images)
                 if complete:
                     repair_ = self._rescale_ if place.norm else self._solve_
                     repair_(name, call)
-                    self._next()
+                    del self.places[name]  # its rows take memory
                 if not complete or not self.places or len(uses) > 1:  # earlier uses are out of date
                     raise _Enough
         output: Tensor = call.run()
@@ -462,15 +452,9 @@ class _Run:
         wanted = dense._replace(mean=dense.mean + mean, rows=dense.rows + rows)
         return _Use(dense, wanted, pruned)
 
-    def _next(self) -> None:
-        del self.places[next(iter(self.places))]  # its rows take memory
-        self.uses.clear()
-        self.done.clear()
-        self.calls = 0
-
     def _solve_(self, name: str, call: Call) -> None:
         """Re-solve the surviving weights of a layer, and its bias."""
-        _, wanted, pruned = zip(*self.uses, strict=True)
+        _, wanted, pruned = self.places[name].seen
         weight, biased = call["weight"], self.places[name].biases != {None}
         if self._solves(name):
             x = torch.cat([use.rows for use in pruned], 1)
@@ -494,7 +478,7 @@ class _Run:
 
     def _rescale_(self, name: str, call: Call) -> None:
         """Give a normalisation the mean and standard deviation that it has in the dense network."""
-        (_, dense_std), (wanted, _), (mean, std) = map(_pooled, zip(*self.uses, strict=True))
+        (_, dense_std), (wanted, _), (mean, std) = map(_pooled, self.places[name].seen)
         # A channel that the pruned network holds constant has no spread to restore.
         alive = std > 1e-6 * dense_std
         factor = torch.where(alive, dense_std / torch.where(alive, std, 1), 1.0)
