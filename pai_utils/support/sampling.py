@@ -110,7 +110,7 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if this_process()[1] == 1:
         return tensors
     flat = torch.cat([value.flatten() for value in tensors.values()])
-    torch.distributed.all_reduce(flat)
+    sum_over_processes_(flat)
     parts = flat.split([value.numel() for value in tensors.values()])
     return {n: p.view(v.shape) for (n, v), p in zip(tensors.items(), parts, strict=True)}
 
