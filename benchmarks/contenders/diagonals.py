@@ -18,8 +18,7 @@ import pai_utils as pai
 from benchmarks.problems import Problem
 from benchmarks.tasks import EITHER_LAYOUT, Contender, Steps, Vector
 from pai_utils.curvature.blocks import DAMPING
-from pai_utils.curvature.diagonals import fisher_diagonal, ggn_diagonal
-from pai_utils.curvature.labels import DrawnLabels
+from pai_utils.curvature.diagonals import DrawnLabels, fisher_diagonal, ggn_diagonal
 from pai_utils.support.sampling import Draw
 
 CHUNK = 8

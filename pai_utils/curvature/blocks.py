@@ -23,35 +23,19 @@ both of which invert the same matrix by m rank-one updates of each block.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.labels import DrawnLabels, true_labels
-from pai_utils.curvature.persample import (
-    Batch,
-    Gradients,
-    chunk_bytes,
-    drawn_batches,
-    receive_gradients,
-    sum_squared_gradients,
-)
+from pai_utils.curvature.diagonals import DrawnLabels, fisher_diagonal, ggn_diagonal, true_labels
+from pai_utils.curvature.persample import Gradients, chunk_bytes, drawn_batches, receive_gradients
 from pai_utils.support.common import check_names, device_of, logger, undisturbed
 from pai_utils.support.contract import unwrapped
-from pai_utils.support.sampling import (
-    ALL,
-    Draw,
-    Samples,
-    fitting_batches,
-    sum_over_processes,
-    sum_over_processes_,
-)
+from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
 
 FISHER_ESTIMATORS = ("empirical", "mc")
 DAMPING = 0.1
@@ -90,9 +74,9 @@ class BlockFisher:
         check_block_options(block_size, damping)
         samples, length = gradients.shape
         part = _Part("weights", 0, length, min(block_size, length))
-        sums = _BlockSums(part, samples, gradients.device)
-        sums.add_(Gradients("weights", torch.arange(samples), gradients))
-        return sums.fisher(damping)
+        sums = part.zeros(gradients.device)
+        part.add_(sums, Gradients("weights", torch.arange(samples), gradients))
+        return part.fisher(sums.div_(samples), damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
         """Least rise of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii), in float64.
@@ -207,37 +191,34 @@ def fisher_blocks(
         "pass" if len(passes) == 1 else "passes",
         len(indices),
     )
-    device, room = device_of(model), memory_budget // 4
-    drawn_labels = DrawnLabels(len(indices), 1, draw.seed)
-    cotangents = true_labels if estimator == "empirical" else drawn_labels
+    diagonal, cotangents = (
+        (fisher_diagonal, true_labels)
+        if estimator == "empirical"
+        else (ggn_diagonal, DrawnLabels(len(indices), 1, draw.seed))
+    )
 
-    def drawn(batch_size: int) -> Iterator[Batch]:
-        return drawn_batches(data, indices, batch_size, device, "Fisher blocks")
+    def one_pass(parts: Mapping[str, _Part], batch_size: int) -> dict[str, Tensor]:
+        device = device_of(model)
+        sums = {name: part.zeros(device) for name, part in parts.items()}
+        drawn = drawn_batches(data, indices, batch_size, device, "Fisher blocks")
 
-    def one_pass(parts: Sequence[_Part], batch_size: int) -> dict[str, _BlockSums]:
-        sums = {p.name: _BlockSums(p, len(indices), device) for p in parts}
-        receive_gradients(
-            model, list(sums), drawn(batch_size), cotangents, lambda g: sums[g.name].add_(g), room
-        )
+        def receive(gradients: Gradients) -> None:
+            parts[gradients.name].add_(sums[gradients.name], gradients)
+
+        receive_gradients(model, list(parts), drawn, cotangents, receive, memory_budget // 4)
         return sums
 
-    def squares(names: Sequence[str], batch_size: int) -> dict[str, Tensor]:
-        return sum_squared_gradients(model, names, drawn(batch_size), cotangents)
-
     def make() -> Iterator[BlockFisher]:
-        looks = Counter(part.name for parts in passes for part in parts)
-        means: dict[str, float] = {}
-        if split := [name for name, count in looks.items() if count > 1]:
-            with undisturbed(model):
-                totals = fitting_batches(partial(squares, split), draw.batch_size)
-            totals = sum_over_processes(totals)
-            means = {n: float(t.double().mean()) / len(indices) for n, t in totals.items()}
+        split = {name for parts in passes for name, part in parts.items() if part.start > 0}
+        squares = diagonal(model, sorted(split), data, draw) if split else {}
+        means = {name: float(values.double().mean()) for name, values in squares.items()}
         for parts in passes:
             with undisturbed(model):
                 sums = fitting_batches(partial(one_pass, parts), draw.batch_size)
-            for name in list(sums):
-                sum_over_processes_(sums[name].stored)
-                yield sums.pop(name).fisher(damping, means.get(name))
+            for name, part in parts.items():
+                sum_over_processes_(sums[name])
+                stored = sums.pop(name).div_(len(indices))
+                yield part.fisher(stored, damping, means.get(name))
 
     return make()
 
@@ -253,19 +234,41 @@ def check_block_options(block_size: int, damping: float) -> None:
         )
 
 
-class _Part(NamedTuple):
-    """Entries of a tensor, and the size of their blocks."""
+@dataclass(frozen=True)
+class _Part:
+    """Entries of a tensor, in blocks."""
 
     name: str
     start: int
     stop: int
-    size: int
+    size: int  #: of a block
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """To add to, ``[blocks, size, size]``."""
+        blocks = -(-(self.stop - self.start) // self.size)
+        return torch.zeros(blocks, self.size, self.size, dtype=torch.float64, device=device)
+
+    def add_(self, sums: Tensor, gradients: Gradients) -> None:
+        """Add Σ_n g_n g_nᵀ of some samples."""
+        for _, first, entries in gradients.pieces(self.start, self.stop, self.size):
+            each = _pad(entries, self.size).unflatten(1, (-1, self.size)).transpose(0, 1)
+            each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
+            begin = (first - self.start) // self.size
+            sums[begin : begin + len(each)].baddbmm_(each.mT, each)
+
+    def fisher(self, stored: Tensor, damping: float, mean: float | None = None) -> BlockFisher:
+        """The blocks; ``mean`` is that of the tensor's squares where the part is not all of it."""
+        if mean is None:
+            mean = float(stored.diagonal(dim1=1, dim2=2).sum()) / (self.stop - self.start)
+        return BlockFisher(self.name, self.start, self.stop, damping * mean, stored)
 
 
-def _plan(weights: Mapping[str, Tensor], block_size: int, memory_budget: int) -> list[list[_Part]]:
-    """What each pass over the data looks at."""
+def _plan(
+    weights: Mapping[str, Tensor], block_size: int, memory_budget: int
+) -> list[dict[str, _Part]]:
+    """What each pass over the data looks at, by name."""
     capacity = memory_budget - memory_budget // 4
-    passes: list[list[_Part]] = []
+    passes: list[dict[str, _Part]] = []
     room = 0
     for name, weight in weights.items():
         size = min(block_size, weight.numel())
@@ -279,43 +282,13 @@ def _plan(weights: Mapping[str, Tensor], block_size: int, memory_budget: int) ->
         start = 0
         while start < weight.numel():
             if room < each:
-                passes.append([])
+                passes.append({})
                 room = capacity
             stop = min(weight.numel(), start + room // each * size)
-            passes[-1].append(_Part(name, start, stop, size))
+            passes[-1][name] = _Part(name, start, stop, size)
             room -= -(-(stop - start) // size) * each
             start = stop
     return passes
-
-
-class _BlockSums:
-    """Σ_n g_n g_nᵀ of the blocks of a part."""
-
-    def __init__(self, part: _Part, samples: int, device: torch.device) -> None:
-        self.part, self.samples = part, samples
-        blocks = -(-(part.stop - part.start) // part.size)
-        shape = blocks, part.size, part.size
-        self.stored = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def add_(self, gradients: Gradients) -> None:
-        """Add the gradients of some samples."""
-        _, start, stop, size = self.part
-        for _, first, entries in gradients.pieces(start, stop, size):
-            each = _pad(entries, size).unflatten(1, (-1, size)).transpose(0, 1)
-            each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
-            begin = (first - start) // size
-            self.stored[begin : begin + len(each)].baddbmm_(each.mT, each)
-
-    def fisher(self, damping: float, mean: float | None = None) -> BlockFisher:
-        """The blocks; the sums are divided in place, so this is the end of them.
-
-        ``mean`` is the mean square of the tensor's gradients, where the part is not all of it.
-        """
-        name, start, stop, _ = self.part
-        stored = self.stored.div_(self.samples)
-        if mean is None:
-            mean = float(stored.diagonal(dim1=1, dim2=2).sum()) / (stop - start)
-        return BlockFisher(name, start, stop, damping * mean, stored)
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

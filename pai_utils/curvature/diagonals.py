@@ -7,7 +7,7 @@ With logits z_n = f(x_n), Jacobian J_n = ∂z_n/∂w and p_n = softmax(z_n)::
 
 For cross-entropy the GGN is the Fisher information: its diagonal is the expectation of the first
 line with labels drawn from p_n (Monte Carlo), or the sum over classes of (J_nᵀ s_c)² with
-s_c = √p_c (e_c − p) (exact).
+s_c = √p_c (e_c − p) (exact). The vectors before which Jᵀ stands are the cotangents.
 
 Sources: Martens (2020), "New insights and perspectives on the natural gradient method";
 Kunstner et al. (2019), "Limitations of the empirical Fisher approximation"; Dangel et al. (2020),
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pai_utils.curvature.labels import DrawnLabels, true_labels
 from pai_utils.curvature.persample import Batch, Cotangents, drawn_batches, sum_squared_gradients
-from pai_utils.curvature.products import gradients
+from pai_utils.curvature.products import gradients, residual
 from pai_utils.support.common import check_names, device_of, undisturbed
-from pai_utils.support.contract import unwrapped
+from pai_utils.support.contract import check_labels, unwrapped
 from pai_utils.support.sampling import (
     ALL,
     Draw,
@@ -35,9 +34,6 @@ from pai_utils.support.sampling import (
     paired,
     sum_over_processes,
 )
-
-GGN_ESTIMATORS = ("mc", "exact", "batch")
-OUTPUT_ESTIMATORS = ("mc", "exact")
 
 
 def fisher_diagonal(
@@ -98,12 +94,12 @@ def ggn_diagonal(
         tensor([[0.0655, 0.0350, 0.0655],
                 [0.0655, 0.0350, 0.0655]])
     """
-    _check(estimator, GGN_ESTIMATORS, draws)
+    check_names("estimator", [estimator], ("mc", "exact", "batch"))
 
     def cotangents(count: int) -> Cotangents:
         return _factor_columns if estimator == "exact" else DrawnLabels(count, draws, draw.seed)
 
-    sums = sum_squared_batch_gradients if estimator == "batch" else sum_squared_gradients
+    sums = _sum_squared_batch_gradients if estimator == "batch" else sum_squared_gradients
     return _mean_squares(model, names, data, draw, cotangents, sums)
 
 
@@ -124,7 +120,7 @@ def output_diagonal(
     takes E[(Jᵀv)²] over ``draws`` vectors v of random signs a sample, ``"exact"`` one backward an
     output.
     """
-    _check(estimator, OUTPUT_ESTIMATORS, draws)
+    check_names("estimator", [estimator], ("mc", "exact"))
 
     def cotangents(count: int) -> Cotangents:
         return _unit_columns if estimator == "exact" else _RandomSigns(count, draws, draw.seed)
@@ -161,19 +157,10 @@ def _uneven(like: Tensor) -> Tensor:
     return torch.linspace(1, 2, like.numel()).to(like).view_as(like)
 
 
-def _check(estimator: str, estimators: Sequence[str], draws: int) -> None:
-    check_names("estimator", [estimator], estimators)
-    if draws < 1:
-        raise ValueError(f"draws={draws}: at least one a sample is needed")
-
-
-def sum_squared_batch_gradients(
+def _sum_squared_batch_gradients(
     model: nn.Module, names: Sequence[str], batches: Iterable[Batch], cotangents: Cotangents
 ) -> dict[str, Tensor]:
-    """Σ over batches b and cotangents v of (Σ_{n in b} J_nᵀ v_n)².
-
-    Arguments and result as :func:`~pai_utils.curvature.persample.sum_squared_gradients`.
-    """
+    """Σ over batches b and cotangents v of (Σ_{n in b} J_nᵀ v_n)²."""
     model.requires_grad_(False)
     weights = {name: model.get_parameter(name).requires_grad_() for name in names}
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -185,6 +172,35 @@ def sum_squared_batch_gradients(
             for total, part in zip(totals.values(), parts, strict=True):
                 total.addcmul_(part, part)
     return totals
+
+
+def true_labels(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    """The one cotangent ``[B, C]`` of the data's labels, refused beyond the model's classes."""
+    check_labels(labels, logits.shape[1])
+    yield residual(logits, labels)
+
+
+class DrawnLabels:
+    """Cotangents ``[B, C]`` of ``draws`` labels a sample from the model, each over √draws."""
+
+    def __init__(self, samples: int, draws: int, seed: int) -> None:
+        _check_draws(draws)
+        # Drawn for all samples beforehand, so that a sample's labels do not depend on the batches.
+        generator = torch.Generator().manual_seed(seed)
+        self._uniform = torch.rand(samples, draws, generator=generator, dtype=torch.float64)
+
+    def __call__(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """One cotangent a draw; ``rows`` say which samples these are."""
+        cumulative = logits.double().softmax(1).cumsum(1)
+        thresholds = self._uniform[rows.cpu()].to(logits.device)
+        drawn = torch.searchsorted(cumulative, thresholds).clamp_max(logits.shape[1] - 1)
+        for column in drawn.unbind(1):
+            yield residual(logits, column) / self._uniform.shape[1] ** 0.5
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one a sample is needed")
 
 
 def _factor_columns(logits: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[Tensor]:
@@ -203,15 +219,15 @@ def _unit_columns(outputs: Tensor, _labels: Tensor, _rows: Tensor) -> Iterator[T
 
 
 class _RandomSigns:
-    """Cotangents of ``draws`` vectors of random signs a sample; each is over √draws."""
+    """Cotangents ``[B, D]`` of ``draws`` vectors of random signs a sample, each over √draws."""
 
     def __init__(self, samples: int, draws: int, seed: int) -> None:
+        _check_draws(draws)
         self._shape = (draws, samples)
         self._seed = seed
         self._positive = torch.empty(0, dtype=torch.bool)
 
     def __call__(self, outputs: Tensor, labels: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """One cotangent ``[B, D]`` a draw; ``rows`` say which samples these are."""
         size = (*self._shape, outputs.shape[1])
         if self._positive.shape != size:
             # For all samples at once, so that a sample's signs do not depend on the batches.

@@ -25,7 +25,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pai_utils.curvature.labels import residual
 from pai_utils.curvature.second_derivatives import fast_second_derivatives
 from pai_utils.support.common import (
     NonFiniteError,
@@ -402,6 +401,12 @@ def gradients(
         create_graph=create_graph,
         materialize_grads=True,
     )
+
+
+def residual(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the cross-entropy at the logits: p − e_y, ``[B, C]``."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
 
 
 def _check_names(parameters: Vector, names: Sequence[str]) -> None:

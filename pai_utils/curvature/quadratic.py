@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pai_utils.curvature.labels import DrawnLabels
+from pai_utils.curvature.diagonals import DrawnLabels
 from pai_utils.curvature.persample import Gradients, drawn_batches, receive_gradients
 from pai_utils.curvature.products import check_directions
 from pai_utils.support.common import device_of, undisturbed
@@ -66,10 +66,10 @@ def partial_terms(
             ``draws`` is below one.
     """
     check_directions(model, directions)
-    for name, value in {"block_size": block_size, "draws": draws}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least one is needed")
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: at least one weight is needed")
     indices, model = draw.indices(data), unwrapped(model)
+    cotangents = DrawnLabels(len(indices), draws, draw.seed)
     device = device_of(model)
     flat = {  # [D, P], one row a direction
         name: torch.stack([v[name].detach().to(device).flatten() for v in directions])
@@ -95,7 +95,6 @@ def partial_terms(
             sums[:, 2] += inner.square().sum(0)
 
         drawn = drawn_batches(data, indices, size, device, "quadratic forms")
-        cotangents = DrawnLabels(len(indices), draws, draw.seed)
         receive_gradients(model, list(flat), drawn, cotangents, receive)
         return sums
 

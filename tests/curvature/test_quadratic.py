@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 import torch
 
-from pai_utils.curvature.labels import DrawnLabels
+from pai_utils.curvature.diagonals import DrawnLabels
 from pai_utils.curvature.products import directional_terms
 from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.support.sampling import Draw
