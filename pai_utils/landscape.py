@@ -79,32 +79,23 @@ def predicted_and_measured(
     exact = directional_terms(model, steps, data, draw)
     partial = partial_terms(model, steps, data, draw, block_size=block_size, draws=draws)
     drawn = torch.utils.data.Subset(data, draw.indices(data).tolist())
+
+    def measure() -> float:
+        return evaluate(model, drawn, batch_size=draw.batch_size).loss
+
     places = [[alpha] for alpha in fractions]
-    rows = []
-    for (name, step), terms, parts in zip(directions.items(), exact, partial, strict=True):
-        losses = _at_each(
-            model, [step], places, lambda: evaluate(model, drawn, batch_size=draw.batch_size).loss
-        )
-        for alpha, loss in zip(fractions, losses, strict=True):
-            half = alpha**2 / 2
-            gradient, hessian = alpha * terms.gradient, half * terms.hessian
-            rows.append(
-                {
-                    "direction": name,
-                    "fraction": alpha,
-                    "diagonal": half * parts.diagonal,
-                    "blocks": half * parts.blocks,
-                    "tensors": half * parts.tensors,
-                    "ggn": half * terms.ggn,
-                    "hessian": hessian,
-                    "gradient": gradient,
-                    "taylor": gradient + hessian,
-                    "measured": loss - terms.loss,
-                    "dense_loss": terms.loss,
-                    "count": terms.count,
-                }
-            )
-    return pd.DataFrame(rows)
+    losses = [loss for step in steps for loss in _at_each(model, [step], places, measure)]
+    terms = pd.DataFrame(exact).join(pd.DataFrame(partial).drop(columns="count"))
+    terms.insert(0, "direction", list(directions))
+    table = terms.merge(pd.DataFrame({"fraction": fractions}), how="cross")
+    quadratic = ["diagonal", "blocks", "tensors", "ggn", "hessian"]
+    table[quadratic] = table[quadratic].mul(table.fraction**2 / 2, axis=0)
+    table["gradient"] *= table.fraction
+    table["taylor"] = table.gradient + table.hessian
+    table["measured"] = losses - table.loss
+    table = table.rename(columns={"loss": "dense_loss"})
+    order = ["direction", "fraction", *quadratic, "gradient", "taylor", "measured"]
+    return table[[*order, "dense_loss", "count"]]
 
 
 def task_alignment(
