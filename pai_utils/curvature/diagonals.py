@@ -58,7 +58,7 @@ def fisher_diagonal(
         tensor([[0.0241, 0.0047, 0.0241],
                 [0.0241, 0.0047, 0.0241]])
     """
-    return _mean_squares(model, names, data, draw, lambda count: true_labels)
+    return _mean_squares(model, names, data, draw, true_labels)
 
 
 def ggn_diagonal(
@@ -95,10 +95,8 @@ def ggn_diagonal(
                 [0.0655, 0.0350, 0.0655]])
     """
     check_names("estimator", [estimator], ("mc", "exact", "batch"))
-
-    def cotangents(count: int) -> Cotangents:
-        return _factor_columns if estimator == "exact" else DrawnLabels(count, draws, draw.seed)
-
+    exact, count = estimator == "exact", len(draw.indices(data))
+    cotangents = _factor_columns if exact else DrawnLabels(count, draws, draw.seed)
     sums = _sum_squared_batch_gradients if estimator == "batch" else sum_squared_gradients
     return _mean_squares(model, names, data, draw, cotangents, sums)
 
@@ -121,10 +119,8 @@ def output_diagonal(
     output.
     """
     check_names("estimator", [estimator], ("mc", "exact"))
-
-    def cotangents(count: int) -> Cotangents:
-        return _unit_columns if estimator == "exact" else _RandomSigns(count, draws, draw.seed)
-
+    exact, count = estimator == "exact", len(draw.indices(data))
+    cotangents = _unit_columns if exact else _RandomSigns(count, draws, draw.seed)
     return _mean_squares(model, names, data, draw, cotangents)
 
 
@@ -139,16 +135,10 @@ def is_piecewise_linear(model: nn.Module, names: Sequence[str], images: Tensor) 
         model.requires_grad_(False)
         weights = [model.get_parameter(name).requires_grad_() for name in names]
         outputs = model(paired(images))[: len(images)]
-        if not outputs.requires_grad:
-            return True
-        total = (outputs * _uneven(outputs)).sum()
-        gradients = torch.autograd.grad(total, weights, create_graph=True, allow_unused=True)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is None or not gradient.requires_grad:
-                continue
-            slope = (gradient * _uneven(gradient)).sum()
-            (second,) = torch.autograd.grad(slope, weight, retain_graph=True, allow_unused=True)
-            if second is not None and second.any():
+        slopes = gradients([outputs], weights, [_uneven(outputs)], create_graph=True)
+        for weight, slope in zip(weights, slopes, strict=True):
+            (second,) = gradients([slope], [weight], [_uneven(slope)], keep=True)
+            if second.any():
                 return False
     return True
 
@@ -242,17 +232,16 @@ def _mean_squares(
     names: Sequence[str],
     data: Samples,
     draw: Draw,
-    cotangents: Callable[[int], Cotangents],
+    cotangents: Cotangents,
     sums: Callable[..., dict[str, Tensor]] = sum_squared_gradients,
 ) -> dict[str, Tensor]:
     """Mean over the samples; under ``torchrun`` each process takes its share of them."""
     model = unwrapped(model)
     device, indices = device_of(model), draw.indices(data)
-    chosen = cotangents(len(indices))
 
     def compute(size: int) -> dict[str, Tensor]:
         drawn = drawn_batches(data, indices, size, device, "curvature diagonal")
-        return sums(model, names, drawn, chosen)
+        return sums(model, names, drawn, cotangents)
 
     with undisturbed(model):
         totals = sum_over_processes(fitting_batches(compute, draw.batch_size))

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pai_utils.curvature.calls import Call, Geometry, watching
+from pai_utils.curvature.products import gradients
 from pai_utils.support.common import at_least_single, logger, progress
 from pai_utils.support.sampling import Samples, batches, paired, share_of_work
 
@@ -154,9 +155,9 @@ def _add_squared_products_(
     # Patches of all samples if they are needed for several blocks of rows.
     taken = samples if rows < len(total) else step
     products = matrix.new_empty(step, rows, matrix.shape[1])
-    for some, gradients in zip(inputs.split(taken), left.split(taken), strict=True):
+    for some, positions in zip(inputs.split(taken), left.split(taken), strict=True):
         right = _patches(some, geometry)  # [b, L, K]
-        for block, columns in zip(matrix.split(rows), gradients.split(rows, 2), strict=True):
+        for block, columns in zip(matrix.split(rows), positions.split(rows, 2), strict=True):
             for each, patches in zip(columns.split(step), right.split(step), strict=True):
                 out = products[: len(each), : len(block)]
                 _add_squares_(block, torch.bmm(each.mT, patches, out=out))
@@ -360,24 +361,19 @@ class _Pass:
         normalised = any(isinstance(m, _BatchNorm) for m in self.model.modules())
         size = sum(w.numel() * w.element_size() for w in wanted)
         together = max(1, self.room // (2 * size))
-        kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        kept: list[tuple[Tensor, Sequence[Tensor]]] = []
 
         def hand_on() -> None:
             found, each = zip(*kept, strict=True)
             kept.clear()
-            for name, gradients in zip(weights, zip(*each, strict=True), strict=True):
-                formed = torch.stack(gradients)
+            for name, parts in zip(weights, zip(*each, strict=True), strict=True):
+                formed = torch.stack(parts)
                 self.receive(Gradients(name, torch.cat(found), formed, room=self.room))
 
         for image, label, row in zip(*(part.split(1) for part in batch), strict=True):
             logits = self.model(paired(image) if normalised else image)[:1]
-            if not logits.requires_grad:
-                return
             for cotangent in self.cotangents(logits.detach(), label, row):
-                gradients = torch.autograd.grad(
-                    logits, wanted, cotangent, retain_graph=True, materialize_grads=True
-                )
-                kept.append((row, gradients))
+                kept.append((row, gradients([logits], wanted, [cotangent], keep=True)))
                 if len(kept) == together:
                     hand_on()
         if kept:

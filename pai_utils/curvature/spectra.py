@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pai_utils.curvature.products import Operator, Vector, flat_product, split_vector
+from pai_utils.curvature.products import Operator, flat_product, split_vector
 from pai_utils.support.common import NonFiniteError, at_least_single, check_names, progress
 
 _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -105,13 +105,9 @@ def top_eigenpairs(
         )
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: must be zero or above")
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> Vector:
-        # Signs, as for the density, can be orthogonal to an eigenvector of few weights.
-        return {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
-
-    for basis, tridiagonal, beta in _lanczos(operator, draw, min(products, size)):
+    # Signs, as for the density, can be orthogonal to an eigenvector of few weights.
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    for basis, tridiagonal, beta in _lanczos(operator, normal, min(products, size)):
         if len(basis) < count:
             continue
         theta, s = torch.linalg.eigh(tridiagonal)
@@ -151,14 +147,12 @@ def spectral_density(
     steps = min(steps, sum(values.numel() for values in named.values()))
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> Vector:
-        signs = partial(torch.randint, 2, generator=generator, dtype=torch.int8)
-        return {n: (2 * signs(p.shape) - 1).to(p) for n, p in named.items()}
+    def signs(shape: torch.Size) -> Tensor:
+        return 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8) - 1
 
     nodes, weights = (torch.zeros(probes, steps, dtype=torch.float64) for _ in range(2))
-
     for probe in range(probes):
-        for _, tridiagonal, beta in _lanczos(operator, draw, steps):
+        for _, tridiagonal, beta in _lanczos(operator, signs, steps):
             theta, s = torch.linalg.eigh(tridiagonal)
             if beta == 0:
                 break  # the start vector lies in an invariant subspace: the quadrature is exact
@@ -198,7 +192,7 @@ def _smoothed(nodes: Tensor, weights: Tensor, width: float) -> SpectralDensity:
 
 
 def _lanczos(
-    operator: Operator, draw: Callable[[], Vector], steps: int
+    operator: Operator, draw: Callable[[torch.Size], Tensor], steps: int
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """After m steps Q_mᵀ ``[m, P]``, T_m ``[m, m]``, and β_m: 0 where they span an invariant space.
 
@@ -206,7 +200,8 @@ def _lanczos(
     """
 
     def start() -> Tensor:
-        flat = torch.cat([values.flatten() for values in draw().values()])
+        named = operator.parameters.values()
+        flat = torch.cat([draw(values.shape).to(values).flatten() for values in named])
         flat = flat.to(at_least_single(flat))
         return flat.div_(flat.norm())
 
