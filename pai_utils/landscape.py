@@ -201,11 +201,8 @@ def losses_on_path(
     directions = [difference(origin, station) for station in others]
     positions = np.arange(points * len(others) + 1) / points
     # Each station has weight one at its own position and none at the others.
-    coordinates = [
-        [max(0.0, 1 - abs(position - place)) for place in range(1, len(names))]
-        for position in positions.tolist()
-    ]
-    table = _losses_over(origin, directions, coordinates, heads, data, batch_size)
+    coordinates = np.maximum(0, 1 - abs(positions[:, None] - np.arange(1, len(names))))
+    table = _losses_over(origin, directions, coordinates.tolist(), heads, data, batch_size)
     table["position"] = positions[table.pop("point")]
     starts = np.maximum(np.ceil(table.position).astype(int) - 1, 0)
     return table.assign(segment=[f"{names[s]} → {names[s + 1]}" for s in starts])

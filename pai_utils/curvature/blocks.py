@@ -29,10 +29,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pai_utils.curvature.diagonals import DrawnLabels, fisher_diagonal, ggn_diagonal, true_labels
-from pai_utils.curvature.persample import Gradients, chunk_bytes, drawn_batches, receive_gradients
+from pai_utils.curvature.persample import (
+    Gradients,
+    chunk_bytes,
+    drawn_batches,
+    in_blocks,
+    receive_gradients,
+)
 from pai_utils.support.common import check_names, device_of, logger, undisturbed
 from pai_utils.support.contract import unwrapped
 from pai_utils.support.sampling import ALL, Draw, Samples, fitting_batches, sum_over_processes_
@@ -116,7 +121,7 @@ class BlockFisher:
                 f"shape ({length},), that of entries {self.start} to {self.stop} of {self.name!r}"
             )
         size = self.stored.shape[-1]
-        w, kept = (_pad(v.double(), size).reshape(-1, size) for v in (weights, keep))
+        w, kept = (in_blocks(v.double(), size) for v in (weights, keep))
         parts = []
         for chunk, damped in self._chunks():
             k = kept[chunk]
@@ -251,10 +256,9 @@ class _Part:
     def add_(self, sums: Tensor, gradients: Gradients) -> None:
         """Add Σ_n g_n g_nᵀ of some samples."""
         for _, first, entries in gradients.pieces(self.start, self.stop, self.size):
-            each = _pad(entries, self.size).unflatten(1, (-1, self.size)).transpose(0, 1)
+            each = entries.transpose(0, 1)
             each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
-            begin = (first - self.start) // self.size
-            sums[begin : begin + len(each)].baddbmm_(each.mT, each)
+            sums[first : first + len(each)].baddbmm_(each.mT, each)
 
     def fisher(self, stored: Tensor, damping: float, mean: float | None = None) -> BlockFisher:
         """The blocks; ``mean`` is that of the tensor's squares where the part is not all of it."""
@@ -289,11 +293,6 @@ def _plan(
             room -= -(-(stop - start) // size) * each
             start = stop
     return passes
-
-
-def _pad(values: Tensor, size: int) -> Tensor:
-    """``values [..., n]`` with zeros behind them up to a multiple of ``size``."""
-    return F.pad(values, (0, -values.shape[-1] % size))
 
 
 def _inverse_cholesky(matrices: Tensor) -> Tensor:

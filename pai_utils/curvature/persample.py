@@ -73,10 +73,10 @@ class Gradients:
                 _add_squares_(total, entries.view(-1, *total.shape))
 
     def pieces(self, start: int, stop: int, block: int) -> Iterator[tuple[slice, int, Tensor]]:
-        """Yield which samples, the first entry's number, and the entries ``[b, n]``, as fit.
+        """Yield which samples, the first block's number, and the entries ``[b, blocks, block]``.
 
-        Of ``start`` to ``stop`` of the flattened gradients; n is a multiple of ``block`` but for
-        the last ones. All entries of some samples come before those of the next.
+        Of ``start`` to ``stop`` of the flattened gradients, with zeros behind them, as many at once
+        as fit. All entries of some samples come before those of the next.
         """
         samples = step = len(self.rows)
         gradient = self.gradient.to(at_least_single(self.gradient))
@@ -94,16 +94,22 @@ class Gradients:
             else:
                 form = _formed(_grouped(right, each, geometry))
             # Sixteen bytes each: one copy in float64, and the product that is copied.
-            entries = min(16 * chunk_bytes(gradient.device), self.room // 2) // 16
-            width = max(1, entries // ((chosen.stop - begin) * block)) * block
+            most = min(16 * chunk_bytes(gradient.device), self.room // 2) // 16
+            width = max(1, most // ((chosen.stop - begin) * block)) * block
             for first in range(start, stop, width):
-                last = min(first + width, stop)
-                yield chosen, first, form(first, last)
+                entries = in_blocks(form(first, min(first + width, stop)), block)
+                yield chosen, (first - start) // block, entries
 
 
 def chunk_bytes(device: torch.device) -> int:
     """Bytes to work on at once: what a core's cache holds, what fills a GPU."""
     return _GPU_BLOCK_BYTES if device.type == "cuda" else _CPU_BLOCK_BYTES
+
+
+def in_blocks(values: Tensor, size: int) -> Tensor:
+    """``values [..., n]`` as ``[..., blocks, size]``, the last block filled up with zeros."""
+    padded = F.pad(values, (0, -values.shape[-1] % size))
+    return padded.reshape(*values.shape[:-1], -1, size)
 
 
 def _formed(each: Tensor) -> Callable[[int, int], Tensor]:

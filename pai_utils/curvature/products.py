@@ -219,13 +219,12 @@ class CurvatureOperator(ABC):
         if self._losses is None:
             self._losses = losses
             if not torch.isfinite(losses).all():
-                causes = [
-                    f"the weights of {name!r} are not finite"
-                    for name, values in self._values.items()
-                    if not torch.isfinite(values).all()
-                ]
-                causes.append("the weights are finite, so look for non-finite images")
-                raise NonFiniteError(f"the loss is not finite: {causes[0]}")
+                broken = [n for n, v in self._values.items() if not torch.isfinite(v).all()]
+                raise NonFiniteError(
+                    f"the loss is not finite: the weights of {broken[0]!r} are not finite"
+                    if broken
+                    else "the loss is not finite with finite weights; look for non-finite images"
+                )
         elif not torch.allclose(losses, self._losses, rtol=1e-3, atol=0):
             raise RuntimeError(
                 "the loss of the same samples changed between two products: the data or the model "

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pai_utils.curvature.diagonals import DrawnLabels
-from pai_utils.curvature.persample import Gradients, drawn_batches, receive_gradients
+from pai_utils.curvature.persample import Gradients, drawn_batches, in_blocks, receive_gradients
 from pai_utils.curvature.products import check_directions
 from pai_utils.support.common import device_of, undisturbed
 from pai_utils.support.contract import unwrapped
@@ -71,31 +70,28 @@ def partial_terms(
     indices, model = draw.indices(data), unwrapped(model)
     cotangents = DrawnLabels(len(indices), draws, draw.seed)
     device = device_of(model)
-    flat = {  # [D, P], one row a direction
-        name: torch.stack([v[name].detach().to(device).flatten() for v in directions])
-        for name in directions[0]
-    }
+    weights = directions[0]
+    flat = {n: torch.stack([v[n].detach().flatten() for v in directions]) for n in weights}
+    along = {name: in_blocks(v.to(device), block_size) for name, v in flat.items()}
 
     def compute(size: int) -> Tensor:
         sums = torch.zeros(len(directions), 3, dtype=torch.float64, device=device)
 
         def receive(gradients: Gradients) -> None:
             inner = sums.new_zeros(len(gradients.rows), len(directions))  # gᵀv of whole tensors
-            length = directions[0][gradients.name].numel()
-            for chosen, start, entries in gradients.pieces(0, length, block_size):
-                along = flat[gradients.name][:, start : start + entries.shape[1]].to(entries)
-                missing = (0, -entries.shape[1] % block_size)
-                along, entries = F.pad(along, missing), F.pad(entries, missing)
-                sums[:, 0] += (along.square() @ entries.square().sum(0)).double()
+            length = weights[gradients.name].numel()
+            for chosen, first, entries in gradients.pieces(0, length, block_size):
+                v = along[gradients.name][:, first : first + entries.shape[1]].to(entries)
+                squares = entries.square().sum(0).flatten()
+                sums[:, 0] += (v.square().flatten(1) @ squares).double()
                 # Of each block, sample and direction, [blocks, b, D].
-                split = (values.unflatten(1, (-1, block_size)) for values in (entries, along))
-                blocks = torch.einsum("nks,dks->knd", *split).double()
+                blocks = torch.einsum("nks,dks->knd", entries, v).double()
                 sums[:, 1] += blocks.square().sum((0, 1))
                 inner[chosen] += blocks.sum(0)
             sums[:, 2] += inner.square().sum(0)
 
         drawn = drawn_batches(data, indices, size, device, "quadratic forms")
-        receive_gradients(model, list(flat), drawn, cotangents, receive)
+        receive_gradients(model, list(weights), drawn, cotangents, receive)
         return sums
 
     with undisturbed(model):

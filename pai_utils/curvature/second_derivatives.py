@@ -68,30 +68,22 @@ class _Form:
     input_shape: torch.Size
     weight_shape: torch.Size
 
-    def output(self, x: Tensor, weight: Tensor) -> Tensor:
-        g = self.geometry
-        x = x.contiguous(memory_format=self.layout)
-        return F.conv2d(x, weight, None, g.stride, self.padding, g.dilation, g.groups)
-
-    def input(self, weight: Tensor, gradient: Tensor) -> Tensor:
+    def derivative(self, role: str, first: Tensor, second: Tensor) -> Tensor:
+        """In the argument of this role, from the two others in the order of ``_ROLES``."""
+        where = self.geometry.stride, self.padding, self.geometry.dilation
+        if role == "output":
+            x = first.contiguous(memory_format=self.layout)
+            return F.conv2d(x, second, None, *where, self.geometry.groups)
+        gradient = second.contiguous(memory_format=self.layout)
         # Of the argument differentiated in, only shape and layout matter.
-        shape = gradient.new_empty(1).expand(self.input_shape)
-        x = torch.empty_like(shape, memory_format=self.layout)
-        return self._backward(gradient, x, weight, [True, False, False])[0]
-
-    def weight(self, x: Tensor, gradient: Tensor) -> Tensor:
-        weight = gradient.new_empty(1).expand(self.weight_shape)
-        return self._backward(gradient, x, weight, [False, True, False])[1]
-
-    def _backward(
-        self, gradient: Tensor, x: Tensor, w: Tensor, mask: list[bool]
-    ) -> tuple[Tensor, ...]:
-        g = self.geometry
-        gradient = gradient.contiguous(memory_format=self.layout)
-        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            gradient, x, w, None, g.stride, self.padding, g.dilation, False, [0, 0], g.groups, mask
-        )
-        return found
+        x, weight = first, gradient.new_empty(1).expand(self.weight_shape)
+        if role == "input":
+            shape = gradient.new_empty(1).expand(self.input_shape)
+            x, weight = torch.empty_like(shape, memory_format=self.layout), first
+        more = False, [0, 0], self.geometry.groups, [role == name for name in _ROLES]
+        found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *where, *more)
+        value: Tensor = found[_ROLES.index(role)]
+        return value
 
 
 class _Derivative(torch.autograd.Function):
@@ -111,8 +103,7 @@ class _Derivative(torch.autograd.Function):
         ctx.of_leaf = role == "output" and second.is_leaf
         if unused is not None:  # zeros of that shape stand for a value that nobody reads
             return second.new_zeros(1).expand(unused)
-        value: Tensor = getattr(form, role)(first, second)
-        return value
+        return form.derivative(role, first, second)
 
     @staticmethod
     def backward(ctx: Any, along: Tensor) -> tuple[Any, ...]:
@@ -122,7 +113,7 @@ class _Derivative(torch.autograd.Function):
         def derivative(role: str) -> Any:
             given = [values[name] for name in _ROLES if name != role]
             if not torch.is_grad_enabled():
-                return getattr(ctx.form, role)(*given)
+                return ctx.form.derivative(role, *given)
             # Of a leaf, the gradient is nobody's input.
             unused = values["weight"].shape if role == "weight" and ctx.of_leaf else None
             return _Derivative.apply(ctx.form, role, *given, unused)
