@@ -10,11 +10,11 @@ and replacing H by the Gauss-Newton matrix G, or by parts of G, drops what the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, combinations, product
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
 from pai_utils.models.encoders import Backbone, prunable_parameters
 from pai_utils.support.common import NonFiniteError, copied, forget, progress
-from pai_utils.support.contract import unwrapped
+from pai_utils.support.contract import count_items, unwrapped
 from pai_utils.support.sampling import Draw, Samples
 
 Direction = Mapping[str, Tensor]  #: a step of the weights, by parameter name
@@ -255,18 +255,17 @@ def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -
     if mask is not None:
         mask.check(model, strict=False)
     generator = torch.Generator().manual_seed(seed)
-    directions = []
-    for _ in range(2):
-        direction = {}
-        for name in prunable_parameters(model):
-            weight = unwrapped(model).get_parameter(name).detach()
-            drawn = torch.randn(weight.shape, generator=generator).to(weight)
-            if mask is not None and name in mask:
-                drawn.masked_fill_(~mask[name].to(weight.device), 0)
-            lengths = weight.flatten(1).norm(dim=1, keepdim=True)
-            direction[name] = (F.normalize(drawn.flatten(1)) * lengths).view_as(weight)
-        directions.append(direction)
-    return Plane((directions[0], directions[1]), {"weights": (0, 0)}, "filter norms")
+
+    def drawn(name: str) -> Tensor:
+        weight = unwrapped(model).get_parameter(name).detach()
+        step = torch.randn(weight.shape, generator=generator).to(weight)
+        if mask is not None and name in mask:
+            step.masked_fill_(~mask[name].to(weight.device), 0)
+        lengths: Tensor = weight.flatten(1).norm(dim=1, keepdim=True)
+        return (F.normalize(step.flatten(1)) * lengths).view_as(weight)
+
+    first, second = ({n: drawn(n) for n in prunable_parameters(model)} for _ in range(2))
+    return Plane((first, second), {"weights": (0, 0)}, "filter norms")
 
 
 def losses_on_plane(
@@ -322,7 +321,7 @@ def _losses_over(
             with suppress(NonFiniteError):
                 found = evaluate_heads(backbone, heads, {task: samples}, batch_size=batch_size)
                 loss, accuracy = found[task].loss, found[task].accuracy
-            rows.append((task, loss, accuracy, len(cast(Sized, samples))))
+            rows.append((task, loss, accuracy, count_items(samples)))
         return rows
 
     found = _at_each(backbone, directions, coordinates, measure)
