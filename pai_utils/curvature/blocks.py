@@ -30,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pai_utils.curvature.diagonals import DrawnLabels, fisher_diagonal, ggn_diagonal, true_labels
+from pai_utils.curvature.diagonals import DrawnLabels, true_labels
 from pai_utils.curvature.persample import (
     Gradients,
     chunk_bytes,
@@ -51,7 +51,7 @@ SMALLEST_DAMPING = 1e-10
 
 @dataclass(frozen=True)
 class BlockFisher:
-    """Fisher blocks of the entries ``start`` to ``stop`` of one flattened tensor.
+    """Fisher blocks of one flattened tensor.
 
     A short last block is filled up with zero gradients, which changes nothing for its own weights.
 
@@ -68,8 +68,7 @@ class BlockFisher:
     """
 
     name: str  #: of the tensor
-    start: int  #: a multiple of the block size
-    stop: int
+    length: int  #: how many entries it has
     ridge: float  #: λ above; zero only where all gradients of the tensor are
     stored: Tensor  #: mean of g gᵀ, float64 ``[blocks, B, B]``
 
@@ -78,21 +77,20 @@ class BlockFisher:
         """Blocks of given gradients ``[m, P]``, one row a sample."""
         check_block_options(block_size, damping)
         samples, length = gradients.shape
-        part = _Part("weights", 0, length, min(block_size, length))
-        sums = part.zeros(gradients.device)
-        part.add_(sums, Gradients("weights", torch.arange(samples), gradients))
-        return part.fisher(sums.div_(samples), damping)
+        sums = _zeros(length, block_size, gradients.device)
+        _add_(sums, length, Gradients("weights", torch.arange(samples), gradients))
+        return _damped("weights", length, sums.div_(samples), damping)
 
     def saliency(self, weights: Tensor) -> Tensor:
         """Least rise of ½ δᵀFδ when one weight becomes zero: w_i² / (2 [F⁻¹]_ii), in float64.
 
-        ``weights`` are the entries ``start`` to ``stop``. Where all gradients of the tensor are
-        zero, removing its weights costs nothing.
+        ``weights`` are the flattened tensor. Where all its gradients are zero, removing its weights
+        costs nothing.
         """
         return weights.double().square() / (2 * self.inverse_diagonal())
 
     def inverse_diagonal(self) -> Tensor:
-        """Diagonal of F⁻¹, float64 ``[stop - start]``; infinite if the ridge is zero.
+        """Diagonal of F⁻¹, float64 ``[length]``; infinite if the ridge is zero.
 
         Raises:
             ValueError: if a block is singular in float64 in spite of its damping.
@@ -102,23 +100,21 @@ class BlockFisher:
             diagonal = _inverse_cholesky(damped).square_().sum(1)
             self._check(diagonal > 0, damped)
             parts.append(diagonal / self.ridge)
-        return torch.cat(parts).flatten()[: self.stop - self.start]
+        return torch.cat(parts).flatten()[: self.length]
 
     def repair(self, weights: Tensor, keep: Tensor) -> Tensor:
         """Weights after removing those with ``keep`` false and moving the others of their block.
 
-        Both are of the entries ``start`` to ``stop``. The result w + δ is exactly zero where
-        ``keep`` is false; a weight stays as it is where nothing correlated with it is removed from
-        its block.
+        Both are flattened. The result w + δ is exactly zero where ``keep`` is false; a weight stays
+        as it is where nothing correlated with it is removed from its block.
 
         Raises:
             ValueError: if a shape does not fit, or a block is singular in float64.
         """
-        length = self.stop - self.start
-        if weights.shape != (length,) or keep.shape != (length,):
+        if not weights.shape == keep.shape == (self.length,):
             raise ValueError(
                 f"weights {tuple(weights.shape)} and keep {tuple(keep.shape)} must both have the "
-                f"shape ({length},), that of entries {self.start} to {self.stop} of {self.name!r}"
+                f"shape ({self.length},), that of {self.name!r} flattened"
             )
         size = self.stored.shape[-1]
         w, kept = (in_blocks(v.double(), size) for v in (weights, keep))
@@ -132,7 +128,7 @@ class BlockFisher:
             moved = torch.bmm(factor.mT, torch.bmm(factor, right[:, :, None])).squeeze(2)
             self._check(moved.isfinite() | ~w[chunk].isfinite(), damped)
             parts.append(torch.where(k > 0, w[chunk] + moved, 0))
-        return torch.cat(parts).flatten()[:length].to(weights.dtype)
+        return torch.cat(parts).flatten()[: self.length].to(weights.dtype)
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks to factorise at once: which, and F over the ridge, ``[b, B, B]``."""
@@ -174,56 +170,48 @@ def fisher_blocks(
     unbiased estimate of the GGN.
 
     ``memory_budget`` are bytes beside those of a forward and backward: three quarters for the sums,
-    the rest for gradients in the making. Sums that do not fit take several passes over the data,
-    whose number is logged. A tensor split between passes comes as several :class:`BlockFisher` with
-    consecutive entries, after one more pass for its mean square.
+    the rest for gradients in the making. Sums that do not fit together take several passes over the
+    data, whose number is logged.
 
     Raises:
         ValueError: for an unknown estimator, a block size below one, a damping below
-            ``SMALLEST_DAMPING``, a budget too small for one block, or a label beyond the model's
+            ``SMALLEST_DAMPING``, a budget too small for one tensor, or a label beyond the model's
             classes.
     """
     check_block_options(block_size, damping)
     check_names("estimator", [estimator], FISHER_ESTIMATORS)
     indices, model = draw.indices(data), unwrapped(model)
-    weights = {name: model.get_parameter(name).detach() for name in names}
-    passes = _plan(weights, block_size, memory_budget)
+    lengths = {name: model.get_parameter(name).numel() for name in names}
+    passes = _plan(lengths, block_size, memory_budget)
     logger.info(
         "Fisher blocks of %d weights within %.2f GiB: %d %s over %d samples",
-        sum(w.numel() for w in weights.values()),
+        sum(lengths.values()),
         memory_budget / 2**30,
         len(passes),
         "pass" if len(passes) == 1 else "passes",
         len(indices),
     )
-    diagonal, cotangents = (
-        (fisher_diagonal, true_labels)
-        if estimator == "empirical"
-        else (ggn_diagonal, DrawnLabels(len(indices), 1, draw.seed))
-    )
+    drawn_labels = DrawnLabels(len(indices), 1, draw.seed)
+    cotangents = true_labels if estimator == "empirical" else drawn_labels
 
-    def one_pass(parts: Mapping[str, _Part], batch_size: int) -> dict[str, Tensor]:
+    def one_pass(together: Sequence[str], batch_size: int) -> dict[str, Tensor]:
         device = device_of(model)
-        sums = {name: part.zeros(device) for name, part in parts.items()}
+        sums = {name: _zeros(lengths[name], block_size, device) for name in together}
         drawn = drawn_batches(data, indices, batch_size, device, "Fisher blocks")
 
         def receive(gradients: Gradients) -> None:
-            parts[gradients.name].add_(sums[gradients.name], gradients)
+            _add_(sums[gradients.name], lengths[gradients.name], gradients)
 
-        receive_gradients(model, list(parts), drawn, cotangents, receive, memory_budget // 4)
+        receive_gradients(model, together, drawn, cotangents, receive, memory_budget // 4)
         return sums
 
     def make() -> Iterator[BlockFisher]:
-        split = {name for parts in passes for name, part in parts.items() if part.start > 0}
-        squares = diagonal(model, sorted(split), data, draw) if split else {}
-        means = {name: float(values.double().mean()) for name, values in squares.items()}
-        for parts in passes:
+        for together in passes:
             with undisturbed(model):
-                sums = fitting_batches(partial(one_pass, parts), draw.batch_size)
-            for name, part in parts.items():
+                sums = fitting_batches(partial(one_pass, together), draw.batch_size)
+            for name in together:
                 sum_over_processes_(sums[name])
-                stored = sums.pop(name).div_(len(indices))
-                yield part.fisher(stored, damping, means.get(name))
+                yield _damped(name, lengths[name], sums.pop(name).div_(len(indices)), damping)
 
     return make()
 
@@ -239,60 +227,46 @@ def check_block_options(block_size: int, damping: float) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Entries of a tensor, in blocks."""
-
-    name: str
-    start: int
-    stop: int
-    size: int  #: of a block
-
-    def zeros(self, device: torch.device) -> Tensor:
-        """To add to, ``[blocks, size, size]``."""
-        blocks = -(-(self.stop - self.start) // self.size)
-        return torch.zeros(blocks, self.size, self.size, dtype=torch.float64, device=device)
-
-    def add_(self, sums: Tensor, gradients: Gradients) -> None:
-        """Add Σ_n g_n g_nᵀ of some samples."""
-        for _, first, entries in gradients.pieces(self.start, self.stop, self.size):
-            each = entries.transpose(0, 1)
-            each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
-            sums[first : first + len(each)].baddbmm_(each.mT, each)
-
-    def fisher(self, stored: Tensor, damping: float, mean: float | None = None) -> BlockFisher:
-        """The blocks; ``mean`` is that of the tensor's squares where the part is not all of it."""
-        if mean is None:
-            mean = float(stored.diagonal(dim1=1, dim2=2).sum()) / (self.stop - self.start)
-        return BlockFisher(self.name, self.start, self.stop, damping * mean, stored)
-
-
-def _plan(
-    weights: Mapping[str, Tensor], block_size: int, memory_budget: int
-) -> list[dict[str, _Part]]:
-    """What each pass over the data looks at, by name."""
+def _plan(lengths: Mapping[str, int], block_size: int, memory_budget: int) -> list[list[str]]:
+    """Whose blocks each pass over the data sums."""
     capacity = memory_budget - memory_budget // 4
-    passes: list[dict[str, _Part]] = []
+    passes: list[list[str]] = []
     room = 0
-    for name, weight in weights.items():
-        size = min(block_size, weight.numel())
-        each = 8 * size**2
-        if each > capacity:
+    for name, length in lengths.items():
+        size = min(block_size, length)
+        needed = 8 * size**2 * math.ceil(length / size)
+        if needed > capacity:
             raise ValueError(
-                f"memory_budget={memory_budget} is too small: one block of {size} weights takes "
-                f"{each} bytes of its three quarters; choose at least {4 * each // 3 + 4}, or "
-                "smaller blocks"
+                f"memory_budget={memory_budget} is too small: the blocks of {name!r} take {needed} "
+                f"bytes of its three quarters; choose at least {4 * needed // 3 + 4}, or smaller "
+                "blocks"
             )
-        start = 0
-        while start < weight.numel():
-            if room < each:
-                passes.append({})
-                room = capacity
-            stop = min(weight.numel(), start + room // each * size)
-            passes[-1][name] = _Part(name, start, stop, size)
-            room -= -(-(stop - start) // size) * each
-            start = stop
+        if needed > room:
+            passes.append([])
+            room = capacity
+        passes[-1].append(name)
+        room -= needed
     return passes
+
+
+def _zeros(length: int, block_size: int, device: torch.device) -> Tensor:
+    """Sums of the blocks of a tensor, to add to."""
+    size = min(block_size, length)
+    blocks = math.ceil(length / size)
+    return torch.zeros(blocks, size, size, dtype=torch.float64, device=device)
+
+
+def _add_(sums: Tensor, length: int, gradients: Gradients) -> None:
+    """Add Σ_n g_n g_nᵀ of some samples to the sums of a tensor's blocks."""
+    for _, first, entries in gradients.pieces(length, sums.shape[-1]):
+        each = entries.transpose(0, 1)
+        each = torch.empty(each.shape, dtype=torch.float64, device=each.device).copy_(each)
+        sums[first : first + len(each)].baddbmm_(each.mT, each)
+
+
+def _damped(name: str, length: int, stored: Tensor, damping: float) -> BlockFisher:
+    mean = float(stored.diagonal(dim1=1, dim2=2).sum()) / length
+    return BlockFisher(name, length, damping * mean, stored)
 
 
 def _inverse_cholesky(matrices: Tensor) -> Tensor:

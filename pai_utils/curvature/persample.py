@@ -69,14 +69,14 @@ class Gradients:
         elif total.shape[1] == 1 and len(total) == geometry.groups:
             _add_squared_taps_(total, inputs, gradient, geometry)
         else:
-            for _, _, entries in self.pieces(0, total.numel(), total.numel()):
+            for _, _, entries in self.pieces(total.numel(), total.numel()):
                 _add_squares_(total, entries.view(-1, *total.shape))
 
-    def pieces(self, start: int, stop: int, block: int) -> Iterator[tuple[slice, int, Tensor]]:
+    def pieces(self, length: int, block: int) -> Iterator[tuple[slice, int, Tensor]]:
         """Yield which samples, the first block's number, and the entries ``[b, blocks, block]``.
 
-        Of ``start`` to ``stop`` of the flattened gradients, with zeros behind them, as many at once
-        as fit. All entries of some samples come before those of the next.
+        Of gradients flattened to ``length`` entries, with zeros behind them, as many at once as
+        fit. All entries of some samples come before those of the next.
         """
         samples = step = len(self.rows)
         gradient = self.gradient.to(at_least_single(self.gradient))
@@ -96,9 +96,9 @@ class Gradients:
             # Sixteen bytes each: one copy in float64, and the product that is copied.
             most = min(16 * chunk_bytes(gradient.device), self.room // 2) // 16
             width = max(1, most // ((chosen.stop - begin) * block)) * block
-            for first in range(start, stop, width):
-                entries = in_blocks(form(first, min(first + width, stop)), block)
-                yield chosen, (first - start) // block, entries
+            for first in range(0, length, width):
+                entries = in_blocks(form(first, min(first + width, length)), block)
+                yield chosen, first // block, entries
 
 
 def chunk_bytes(device: torch.device) -> int:

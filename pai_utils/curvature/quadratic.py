@@ -80,7 +80,7 @@ def partial_terms(
         def receive(gradients: Gradients) -> None:
             inner = sums.new_zeros(len(gradients.rows), len(directions))  # gᵀv of whole tensors
             length = weights[gradients.name].numel()
-            for chosen, first, entries in gradients.pieces(0, length, block_size):
+            for chosen, first, entries in gradients.pieces(length, block_size):
                 v = along[gradients.name][:, first : first + entries.shape[1]].to(entries)
                 squares = entries.square().sum(0).flatten()
                 sums[:, 0] += (v.square().flatten(1) @ squares).double()

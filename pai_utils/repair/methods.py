@@ -200,13 +200,10 @@ def _move_by_fisher_(
     )
     with torch.no_grad():
         for block in blocks:
-            part = slice(block.start, block.stop)
-            weights = dense.get_parameter(block.name).detach().flatten()[part]
-            keep = mask[block.name].flatten()[part].to(weights.device)
-            target = model.get_parameter(block.name)
-            places = torch.arange(block.start, block.stop, device=target.device)
-            # In any memory layout.
-            target[torch.unravel_index(places, target.shape)] = block.repair(weights, keep)
+            weights = dense.get_parameter(block.name).detach()
+            keep = mask[block.name].to(weights.device)
+            moved = block.repair(weights.flatten(), keep.flatten())
+            model.get_parameter(block.name).copy_(moved.view(weights.shape))
 
 
 def _match_activations_(

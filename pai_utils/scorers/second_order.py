@@ -134,7 +134,7 @@ def block_fisher(
 
     Options and errors are those of :func:`~pai_utils.curvature.blocks.fisher_blocks`.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    scores = {}
     for blocks in fisher_blocks(
         model,
         names,
@@ -146,11 +146,11 @@ def block_fisher(
         memory_budget=memory_budget,
     ):
         weight = model.get_parameter(blocks.name).detach()
-        found = blocks.saliency(weight.flatten()[blocks.start : blocks.stop])
         # At least float32: increases span too many orders of magnitude for half precision.
-        parts[blocks.name].append(found.to(at_least_single(weight)))
+        found = blocks.saliency(weight.flatten()).to(at_least_single(weight))
+        scores[blocks.name] = found.view(weight.shape)
         del blocks  # before the next pass asks for its memory
-    return {n: torch.cat(part).view(model.get_parameter(n).shape) for n, part in parts.items()}
+    return scores
 
 
 def _saliency(model: nn.Module, diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
