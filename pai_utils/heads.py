@@ -16,8 +16,6 @@ from pai_utils.support.cache import Kept, reused
 from pai_utils.support.common import at_least_single, check_names, device_of, undisturbed
 from pai_utils.support.sampling import PRECISIONS, Samples, batches, fitting_batches
 
-PROTOCOLS = {"clean": "train", "paper-transfer": "test"}
-"""The split that a head is fitted on, by the name of the protocol; all report on ``test``."""
 HEADS = ("linear", "text")
 """What heads are made of, labelled features or class names."""
 
@@ -82,21 +80,16 @@ def fit_head(
     backbone: Backbone,
     task: Task,
     *,
-    protocol: str = "clean",
     inverse_penalty: float = 0.1,
     batch_size: int = 64,
 ) -> nn.Linear:
-    """Fit multinomial logistic regression on standardised features of one part of ``task``.
+    """Fit multinomial logistic regression on standardised features of ``task.train``.
 
     The standardisation is folded into the head, which therefore takes raw features.
 
     Args:
         backbone: the encoder, usually dense; left as it was.
-        task: only the part that the protocol names is used.
-        protocol: ``"clean"`` fits on ``task.train``. ``"paper-transfer"`` fits on ``task.test``,
-            the very images that accuracy is reported on, as some public code does; it is here to
-            measure what that leak is worth:
-            :func:`~pai_utils.studies.zero_shot_retention.protocol_gap`.
+        task: only its training part is used.
         inverse_penalty: scikit-learn's ``C``, the inverse of the L2 penalty's strength.
         batch_size: images a forward.
 
@@ -104,8 +97,7 @@ def fit_head(
         Frozen ``nn.Linear(feature_dim, classes)`` on the encoder's device.
 
     Raises:
-        ValueError: if the protocol is unknown, the features are not finite, or a class has no
-            sample in the split.
+        ValueError: if the features are not finite, or a class has no training sample.
 
     Examples:
         >>> import pai_utils as pai
@@ -117,9 +109,7 @@ def fit_head(
         >>> pai.evaluate(pai.Classifier(backbone, head), task.test).accuracy > 5 * task.chance
         True
     """
-    check_names("protocol", [protocol], PROTOCOLS)
-    split, device = PROTOCOLS[protocol], device_of(backbone)
-    data: ImageDataset = getattr(task, split)
+    data, device = task.train, device_of(backbone)
     parts = {"by": fit_head, "encoder": backbone, "data": data, "device": device.type}
     options = {"classes": list(task.class_names), "inverse_penalty": inverse_penalty}
 
@@ -130,8 +120,8 @@ def fit_head(
         absent = set(range(len(task.class_names))) - set(labels.tolist())
         if absent:
             raise ValueError(
-                f"the {split} part of task {task.name!r} has no sample of class "
-                f"{task.class_names[min(absent)]!r}; raise {split}_size"
+                f"the train part of task {task.name!r} has no sample of class "
+                f"{task.class_names[min(absent)]!r}; raise train_size"
             )
         weight, bias = _logistic_regression(values.double(), labels, inverse_penalty)
         return Kept({"weight": weight.to(values.dtype), "bias": bias.to(values.dtype)}, {})

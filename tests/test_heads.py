@@ -1,4 +1,3 @@
-import dataclasses
 from typing import Any
 
 import pytest
@@ -44,20 +43,16 @@ def test_the_head_is_frozen_and_the_encoder_as_it_was() -> None:
     assert head.weight.dtype == torch.float32
 
 
-def test_a_protocol_uses_its_split_and_nothing_else() -> None:
-    backbone, task = tiny_backbone(), tiny_task(train=60, test=40)
+def test_a_head_uses_the_training_part_and_nothing_else() -> None:
+    backbone = tiny_backbone()
     poisoned = tiny_task(train=60, test=40)
     for part in (poisoned.validation, poisoned.test):
         part.images.fill_(255)
         part.labels.fill_(99)
-    swapped = dataclasses.replace(poisoned, train=poisoned.test, test=task.train)
-    head = pai.fit_head(backbone, task)
-    for other in (
-        pai.fit_head(backbone, poisoned),
-        pai.fit_head(backbone, swapped, protocol="paper-transfer"),
-    ):
-        assert torch.equal(head.weight, other.weight)
-        assert torch.equal(head.bias, other.bias)
+    head = pai.fit_head(backbone, tiny_task(train=60, test=40))
+    other = pai.fit_head(backbone, poisoned)
+    assert torch.equal(head.weight, other.weight)
+    assert torch.equal(head.bias, other.bias)
 
 
 def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
@@ -84,8 +79,6 @@ def test_what_no_head_can_be_fitted_on_is_an_error() -> None:
         ValueError, match=r"the train part of task 'spots' has no sample of class 'c'.*train_size"
     ):
         pai.fit_head(tiny_backbone(), tiny_task(train=2))
-    with pytest.raises(ValueError, match=r"'transfer'.*clean.*paper-transfer"):
-        pai.fit_head(tiny_backbone(), tiny_task(), protocol="transfer")
 
 
 def test_features_come_in_order_whatever_the_batches() -> None:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Annotated, Any, Self, cast
 
 import pandas as pd
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from pai_utils.data.mixtures import IMAGE_SETS, is_held_out, task_of
-from pai_utils.evaluation import Evaluation, dense_rows, estimate, judged_rows, verdicts
-from pai_utils.heads import HEADS, PROTOCOLS, dense_features, fit_head
+from pai_utils.evaluation import dense_rows, estimate, judged_rows, verdicts
+from pai_utils.heads import HEADS
 from pai_utils.pruning import Recipe
 from pai_utils.studies.parameters import (
     Masks,
@@ -86,25 +85,6 @@ def run(suite: Suite, config: Parameters, *, plain: bool = False) -> pd.DataFram
         first = [r for r in recipes if r.scorer == config.scorers[0] and r.repair == "none"]
         recipes, seeds = [replace(recipe, rounds=1) for recipe in first], seeds[:1]
     return sweep(suite, config.sources, recipes, config.draw, seeds=seeds, precision=precision)
-
-
-def protocol_gap(suite: Suite, *, batch_size: int = 128) -> pd.DataFrame:
-    """Test accuracy of heads fitted on ``train`` and, with a leak, on ``test`` itself.
-
-    Columns ``task, protocol, accuracy, low, high`` (its 95 % interval), ``count, gain``; the gain
-    is over the protocol ``"clean"``.
-    """
-    rows = []
-    for name, task in suite.tasks.items():
-        values, labels = dense_features(suite.encoder, task.test, batch_size=batch_size)
-        for protocol in PROTOCOLS:
-            head = fit_head(suite.encoder, task, protocol=protocol, batch_size=batch_size).cpu()
-            with torch.inference_mode():
-                found = Evaluation.of(head(values), labels)
-            rows.append([name, protocol, found.accuracy, *found.interval, found.count])
-    table = pd.DataFrame(rows, columns=["task", "protocol", "accuracy", "low", "high", "count"])
-    clean = table[table.protocol == "clean"].set_index("task").accuracy
-    return table.assign(gain=table.accuracy - table.task.map(clean))
 
 
 def retention_verdict(
