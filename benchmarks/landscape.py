@@ -21,7 +21,7 @@ from benchmarks.storing import store
 from pai_utils.curvature.products import HessianOperator, Operator
 from pai_utils.curvature.spectra import top_eigenpairs
 from pai_utils.evaluation import evaluate_heads
-from pai_utils.landscape import losses_on_plane, random_plane
+from pai_utils.landscape import losses_on_plane, plane_through
 from pai_utils.support.common import device_of
 from pai_utils.support.sampling import Draw
 
@@ -38,7 +38,8 @@ def measure_plane(points: int, images: int, *, budget: float) -> dict[str, objec
     }
     heads = pai.make_heads(backbone, tasks)
     tests = {name: task.test for name, task in tasks.items()}
-    plane = random_plane(backbone)
+    others = {f"{s:.0%}": pai.prune(backbone, None, "magnitude", s).model for s in (0.2, 0.4)}
+    plane = plane_through(backbone, others)
 
     def grid() -> None:
         losses_on_plane(backbone, plane, heads, tests, points=points, margin=0.1)

@@ -22,14 +22,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pai_utils.curvature.products import check_directions, directional_terms, inner_product
 from pai_utils.curvature.quadratic import partial_terms
 from pai_utils.curvature.spectra import Eigenpairs
 from pai_utils.evaluation import evaluate, evaluate_heads
 from pai_utils.masks import Mask
-from pai_utils.models.encoders import Backbone, prunable_parameters
+from pai_utils.models.encoders import Backbone
 from pai_utils.support.common import NonFiniteError, copied, forget, progress
 from pai_utils.support.contract import count_items, unwrapped
 from pai_utils.support.sampling import Draw, Samples
@@ -214,7 +213,6 @@ class Plane:
 
     directions: tuple[Direction, Direction]
     points: Mapping[str, tuple[float, float]]  #: networks that lie on it, by name
-    unit: str  #: of x and y
 
 
 def plane_through(origin: nn.Module, others: Mapping[str, nn.Module]) -> Plane:
@@ -242,30 +240,7 @@ def plane_through(origin: nn.Module, others: Mapping[str, nn.Module]) -> Plane:
         raise ValueError(f"the dense network, {first!r} and {second!r} lie on one line: no plane")
     v = {n: part / height for n, part in v.items()}
     points = {"dense": (0.0, 0.0), first: (length, 0.0), second: (along, height)}
-    return Plane((u, v), points, "distance")
-
-
-def random_plane(model: nn.Module, mask: Mask | None = None, *, seed: int = 0) -> Plane:
-    """A plane through a network along two Gaussian directions, normalised filter by filter.
-
-    Each output channel of a direction has the norm of that channel's weights (Li et al. 2018,
-    "Visualizing the loss landscape of neural nets"). Only prunable weights move, and of a mask the
-    pruned ones stay zero. A seed gives the same directions on every device.
-    """
-    if mask is not None:
-        mask.check(model, strict=False)
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(name: str) -> Tensor:
-        weight = unwrapped(model).get_parameter(name).detach()
-        step = torch.randn(weight.shape, generator=generator).to(weight)
-        if mask is not None and name in mask:
-            step.masked_fill_(~mask[name].to(weight.device), 0)
-        lengths: Tensor = weight.flatten(1).norm(dim=1, keepdim=True)
-        return (F.normalize(step.flatten(1)) * lengths).view_as(weight)
-
-    first, second = ({n: drawn(n) for n in prunable_parameters(model)} for _ in range(2))
-    return Plane((first, second), {"weights": (0, 0)}, "filter norms")
+    return Plane((u, v), points)
 
 
 def losses_on_plane(
@@ -281,22 +256,15 @@ def losses_on_plane(
     """Loss and accuracy of every task on a grid over the plane.
 
     A side of the grid has ``points`` points. It reaches beyond the plane's own by ``margin``, a
-    share of their extent, or in the plane's units around a single one. The weights of ``backbone``,
-    the network at (0, 0), return bit for bit.
+    share of their extent. The weights of ``backbone``, the network at (0, 0), return bit for bit.
 
     Returns:
         One row a point and task, with ``task, loss, accuracy, count`` as in :func:`losses_on_path`,
         and ``x, y``.
-
-    Raises:
-        ValueError: for a margin that is negative, or none around a single point.
     """
-    places = np.array(list(plane.points.values()), dtype=float)
+    places = np.array(list(plane.points.values()))
     low, high = places.min(0), places.max(0)
-    extent = high - low
-    reach = margin * np.where(extent > 0, extent, 1)
-    if margin < 0 or ((extent + reach) == 0).any():
-        raise ValueError(f"margin={margin} must be positive around a single point, never negative")
+    reach = margin * (high - low)
     sides = np.linspace(low - reach, high + reach, points).T
     coordinates = np.array(list(product(*sides)))
     table = _losses_over(backbone, plane.directions, coordinates.tolist(), heads, data, batch_size)

@@ -400,7 +400,7 @@ def score_distributions(scores: Mapping[str, Tensor], sparsity: float) -> Figure
 
 
 def plane_contours(
-    grid: pd.DataFrame, points: Mapping[str, tuple[float, float]], unit: str
+    grid: pd.DataFrame, points: Mapping[str, tuple[float, float]], unit: str = "distance"
 ) -> Figure:
     """Contours of every task's loss over one plane of weights, side by side.
 

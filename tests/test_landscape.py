@@ -22,7 +22,6 @@ from pai_utils.landscape import (
     plane_through,
     predicted_and_measured,
     pruning_direction,
-    random_plane,
     task_alignment,
 )
 from pai_utils.models.encoders import Backbone
@@ -32,7 +31,6 @@ from tests.cases import (
     Images,
     build,
     fingerprint,
-    tiny_backbone,
     tiny_classifier,
     tiny_suite,
     tiny_task,
@@ -238,35 +236,11 @@ def test_planes_that_are_none_are_refused(suite: pai.Suite) -> None:
     for amount in (0.4, 40):
         with pytest.raises(ValueError, match="lie on one line"):
             plane_through(dense, {"second": second, "third": shifted(dense, amount)})
-    with pytest.raises(ValueError, match="another architecture"):
-        random_plane(dense, pai.Mask({"other": torch.ones(2)}))
-    for margin in (0, -1):
-        with pytest.raises(ValueError, match=f"margin={margin} must be positive"):
-            losses_on_plane(dense, random_plane(dense), suite.heads, suite.tests, margin=margin)
-
-
-def test_random_directions_have_the_filters_norms_and_spare_pruned_weights() -> None:
-    backbone = tiny_backbone()
-    mask = pai.prune(backbone, None, "magnitude", 0.5).mask
-    pruned = copy.deepcopy(backbone)
-    mask.apply_(pruned)
-    plane = random_plane(pruned, mask, seed=3)
-    for direction in plane.directions:
-        assert set(direction) == {"encoder.0.weight", "encoder.3.weight"}
-        for name, values in direction.items():
-            weight = pruned.get_parameter(name)
-            assert (values[~mask[name]] == 0).all()
-            assert torch.allclose(
-                values.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=1e-5
-            )
-    assert not torch.equal(*(d["encoder.0.weight"] for d in plane.directions))
-    drawn = torch.cat([d.flatten() for d in random_plane(backbone).directions[0].values()])
-    assert abs(float(drawn.mean())) < 4 * float(drawn.std()) / len(drawn) ** 0.5
 
 
 def test_where_the_loss_is_not_finite_the_plane_goes_on(suite: pai.Suite) -> None:
     huge = {"encoder.0.weight": torch.full((8, 3, 3, 3), 3e38)}
-    plane = Plane((huge, huge), {"weights": (0, 0)}, "far")
+    plane = Plane((huge, huge), {"dense": (0, 0), "far": (1, 1)})
     before = fingerprint(suite.encoder)
     grid = losses_on_plane(suite.encoder, plane, suite.heads, suite.tests, points=3, margin=1)
     assert fingerprint(suite.encoder) == before

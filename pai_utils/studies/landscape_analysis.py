@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Self, cast
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from scipy.stats import t
 from torch import nn
 
 from pai_utils.curvature.diagonals import ggn_diagonal
@@ -204,11 +205,8 @@ def measure_others(suite: Suite, config: Parameters) -> dict[str, Landscape]:
     return found
 
 
-def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], Mask]:
-    """The source's classifier: dense, pruned, repaired, and fine-tuned from the pruned one.
-
-    The mask is that of the last three.
-    """
+def networks(suite: Suite, config: Parameters) -> dict[str, Classifier]:
+    """The source's classifier: dense, pruned, repaired, and fine-tuned from the pruned one."""
     recipe, source, draw = config.close, suite.source(config.source), config.draw
     scores = suite.score(recipe, source, draw)
     pruned, mask = suite.prune(recipe, source, draw, scores=scores)
@@ -219,7 +217,7 @@ def networks(suite: Suite, config: Parameters) -> tuple[dict[str, Classifier], M
     steps, rate, size = config.finetune_steps, config.learning_rate, config.batch_size
     how = {"steps": steps, "learning_rate": rate, "batch_size": size, "seed": config.seed}
     models["fine-tuned"] = suite.fine_tuned(pruned, config.source, mask, **how)
-    return models, mask
+    return models
 
 
 def error_parts(table: pd.DataFrame) -> pd.DataFrame:
@@ -244,61 +242,43 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"prediction": predictions, "correlation": [*found], "count": len(full)})
 
 
-def transfer_correlations(
-    cells: pd.DataFrame, *, replicates: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def transfer_correlations(cells: pd.DataFrame) -> pd.DataFrame:
     """Spearman correlation of each predictor with retention on held-out tasks.
 
-    Intervals (95 %) are from a bootstrap over pairs of source and target, with all cells of a pair.
-    A ``pooled`` correlation says mostly that both fall with sparsity; ``within`` compares cells of
-    one scorer and sparsity (the mean, weighted by a group's cells). Columns ``predictor`` (each of
-    :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within, within_low, within_high, cells,
-    pairs``; not a number for fewer than three cells.
+    Intervals (95 %) are from a jackknife that leaves out one task at a time, as source and target,
+    since pairs share tasks. A ``pooled`` correlation says mostly that both fall with sparsity;
+    ``within`` compares cells of one scorer and sparsity (the mean, weighted by a group's cells).
+    Columns ``predictor`` (each of :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within,
+    within_low, within_high, cells, pairs``; not a number for fewer than three cells.
     """
     held = cells[cells.held_out]
-    rows = []
+    tasks, rows = held.target.unique(), []
     for predictor in PREDICTORS:
         known = held.dropna(subset=[predictor, "retention"])
-        values, kept = known[predictor].to_numpy(), known.retention.to_numpy()
-        alike = known.groupby(["scorer", "sparsity"]).ngroup().to_numpy()
-        of_pair = known.groupby(["source", "target"]).ngroup().to_numpy()
-        pairs = len(set(of_pair))
-        # How often each pair is drawn, and with it all of its cells: first once, then at random.
-        even = np.full(max(pairs, 1), 1 / max(pairs, 1))
-        drawn = np.random.default_rng(seed).multinomial(pairs, even, size=replicates)
-        counts = np.vstack([np.ones(len(known)), drawn[:, of_pair]])
         row: dict[str, object] = {"predictor": predictor}
-        for kind, groups in {"pooled": np.zeros_like(alike), "within": alike}.items():
-            whole, *found = _mean_spearman(values, kept, groups, counts)
-            # No interval of a single pair, nor where many replicates are undefined.
-            known_enough = pairs > 1 and np.isnan(found).mean() <= 0.05
-            low, high = np.nanquantile(found, [0.025, 0.975]) if known_enough else [math.nan] * 2
+        for kind, keys in {"pooled": ["held_out"], "within": ["scorer", "sparsity"]}.items():
+            whole = _mean_spearman(known, predictor, keys)
+            left = [
+                _mean_spearman(
+                    known[(known.source != task) & (known.target != task)], predictor, keys
+                )
+                for task in tasks
+            ]
+            half = float(t.isf(0.025, len(left) - 1)) * np.std(left) * math.sqrt(len(left) - 1)
+            low, high = max(whole - half, -1), min(whole + half, 1)
             row |= {kind: whole, f"{kind}_low": low, f"{kind}_high": high}
+        pairs = known.groupby(["source", "target"]).ngroups
         rows.append(row | {"cells": len(known), "pairs": pairs})
     return pd.DataFrame(rows)
 
 
-def _mean_spearman(
-    values: Values, kept: Values, groups: NDArray[np.integer[Any]], counts: Values
-) -> Values:
-    """Rank correlation within groups, the mean weighted by their sizes, for each row of counts.
-
-    Value i comes ``counts[r, i]`` times. Not a number where no group has three different values,
-    or in all one side does not vary.
-    """
-    total, weight = np.zeros((2, len(counts)))
-    for group in np.unique(groups):
-        drawn, sides = counts[:, groups == group], (values[groups == group], kept[groups == group])
-        size = drawn.sum(1)
-        share = drawn / np.maximum(size, 1)[:, None]
-        # Of value i: how many lie below it, and half of its equals.
-        ranks = [drawn @ ((v[:, None] < v) + (v[:, None] == v) / 2) for v in sides]
-        a, b = (each - (share * each).sum(1, keepdims=True) for each in ranks)
-        scale = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
-        known = ((drawn > 0).sum(1) >= 3) & (scale > 0)  # copies are no further values
-        total += np.where(known, (share * a * b).sum(1) / np.where(known, scale, 1) * size, 0)
-        weight += np.where(known, size, 0)
-    return np.where(weight > 0, total / np.maximum(weight, 1), math.nan)
+def _mean_spearman(cells: pd.DataFrame, predictor: str, keys: list[str]) -> float:
+    """The rank correlation with retention within groups, the mean weighted by their sizes."""
+    groups = cells.groupby(keys)[[predictor, "retention"]]
+    matrices = groups.corr("spearman", min_periods=3).reset_index(level=-1)
+    found = matrices.loc[matrices.iloc[:, 0] == predictor, "retention"].dropna()
+    sizes = groups.size().loc[found.index]
+    return float((found * sizes).sum() / sizes.sum()) if len(found) else math.nan
 
 
 def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:
