@@ -16,7 +16,6 @@ from .export import check_onnx as check_onnx
 from .export import export_onnx as export_onnx
 from .export import load_classifier as load_classifier
 from .export import load_compressed as load_compressed
-from .export import measure_speedup as measure_speedup
 from .export import save_compressed as save_compressed
 from .export import save_dense as save_dense
 from .export import to_semi_structured as to_semi_structured

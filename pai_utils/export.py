@@ -26,7 +26,6 @@ from pai_utils.support.common import (
     listed,
     logger,
     package_folder,
-    undisturbed,
 )
 from pai_utils.support.contract import hold_, unwrapped
 from pai_utils.support.sampling import fitting_batches
@@ -40,7 +39,6 @@ _ROWS, _COLUMNS = 32, 64
 # Of the largest logit, where another library computes them. It adds up in another order, which
 # after a hundred layers of float32 costs some 1e-5; a layer that is wrong costs 1e-2 and more.
 _TOLERANCE = 1e-4
-_TURNS, _PASSES = 10, 3
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,6 @@ class Size:
     promised: int  #: of the surviving weights, a bit a masked weight, and all other tensors
     dense: int  #: of all parameters and buffers uncompressed
     kept: float  #: fraction of the weights under the mask that survive
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """Seconds of a forward pass, dense and sparse: medians of the turns."""
-
-    dense: float
-    sparse: float
-
-    @property
-    def factor(self) -> float:
-        """How many times as fast the sparse model is, by the medians."""
-        return self.dense / self.sparse
 
 
 def save_compressed(model: nn.Module, mask: Mask, path: str | Path) -> Size:
@@ -361,21 +346,6 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> tuple[nn.Module, list[st
             weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
             module.weight = nn.Parameter(weight, requires_grad=False)
     return sparse, dense
-
-
-@torch.inference_mode()
-def measure_speedup(dense: nn.Module, sparse: nn.Module, images: Tensor) -> Speedup:
-    """Time forward passes of a model and its sparse copy on images [N, 3, S, S], in ten turns."""
-    from torch.utils.benchmark import Timer
-
-    threads = torch.get_num_threads()
-    timers = [
-        Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
-        for model in (dense, sparse)
-    ]
-    with undisturbed(dense), undisturbed(sparse):
-        seconds = [[timer.timeit(_PASSES).mean for timer in timers] for _ in range(_TURNS)]
-    return Speedup(*np.median(seconds, axis=0).tolist())
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Mask, dict[str, Any]]:

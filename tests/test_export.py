@@ -18,7 +18,6 @@ from pai_utils.export import (
     export_onnx,
     load_classifier,
     load_compressed,
-    measure_speedup,
     save_compressed,
     save_dense,
     to_semi_structured,
@@ -260,19 +259,8 @@ def test_sparse_weights_give_the_same_logits(dtype: torch.dtype) -> None:
     images = torch.randn(64, 256, device="cuda", dtype=dtype)
     assert dense == ["3.weight"]
     torch.testing.assert_close(sparse(images), model(images), rtol=2e-2, atol=2e-2)
-    assert measure_speedup(model, sparse, images).factor > 0
     with pytest.raises(ValueError, match=r"is torch\.float32 on cuda"):
         to_semi_structured(model.float(), mask)
-
-
-def test_a_speedup_is_the_ratio_of_medians_and_changes_no_statistics() -> None:
-    model = nn.BatchNorm1d(3).train()
-    before = model.get_buffer("running_mean").clone()
-    speed = measure_speedup(model, nn.Identity(), torch.ones(4, 3))
-    assert speed.sparse > 0
-    assert speed.factor == speed.dense / speed.sparse
-    assert torch.equal(model.get_buffer("running_mean"), before)
-    assert model.training
 
 
 def of_timm() -> Classifier:
