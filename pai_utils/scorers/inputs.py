@@ -40,7 +40,7 @@ def wanda(model: nn.Module, names: Sequence[str], data: Samples, draw: Draw) -> 
     Raises:
         ValueError: if no linear layer or convolution takes a named parameter as its weight.
     """
-    found = _moments(model, names, data, draw, diagonal=True, memory_budget=2**62)
+    found = _moments(model, names, data, draw, diagonal=True)
     magnitudes = {name: model.get_parameter(name).detach().abs() for name in names}
     return {name: found[name].scores(magnitudes[name], found[name].mean.sqrt()) for name in names}
 
@@ -52,29 +52,25 @@ def obs_inputs(
     draw: Draw,
     *,
     damping: float = DAMPING,
-    memory_budget: int = 4 * 2**30,
 ) -> dict[str, Tensor]:
     """w_i² / (2 [(H + λI)⁻¹]_ii), with λ = ``damping`` · mean diagonal of H over the layer.
 
-    ``memory_budget`` are bytes for the H, 8K² each and as many as groups; layers that do not fit
-    take further passes over the data.
+    The H take 8K² bytes for each layer of K inputs, times its groups: of a ViT-L some 4 GB.
 
     Source: Frantar & Alistarh (2022), "Optimal brain compression", whose first removal this is.
 
     Raises:
-        ValueError: if no linear layer or convolution takes a named parameter as its weight, one H
-            alone exceeds the budget, or H is singular in float64 in spite of its damping.
+        ValueError: if no linear layer or convolution takes a named parameter as its weight, or H
+            is singular in float64 in spite of its damping.
     """
-    waiting, scores = list(names), {}
-    while waiting:
-        found = _moments(model, waiting, data, draw, diagonal=False, memory_budget=memory_budget)
-        for name in list(found):
-            moments = found.pop(name)
-            inverse = _inverse_diagonal(name, moments.mean, damping)
-            squares = model.get_parameter(name).detach().square()
-            scores[name] = moments.scores(squares, 0.5 / inverse)
-        waiting = [name for name in waiting if name not in scores]
-    return {name: scores[name] for name in names}
+    found = _moments(model, names, data, draw, diagonal=False)
+    scores = {}
+    for name in names:
+        moments = found.pop(name)  # its H is no longer needed once its scores are known
+        inverse = _inverse_diagonal(name, moments.mean, damping)
+        squares = model.get_parameter(name).detach().square()
+        scores[name] = moments.scores(squares, 0.5 / inverse)
+    return scores
 
 
 def _inverse_diagonal(name: str, matrices: Tensor, damping: float) -> Tensor:
@@ -122,19 +118,13 @@ class _Moments:
 
 
 def _moments(
-    model: nn.Module,
-    names: Sequence[str],
-    data: Samples,
-    draw: Draw,
-    *,
-    diagonal: bool,
-    memory_budget: int,
+    model: nn.Module, names: Sequence[str], data: Samples, draw: Draw, *, diagonal: bool
 ) -> dict[str, _Moments]:
-    """Moments of the named weights' inputs; of as many as fit in the budget."""
+    """Moments of the named weights' inputs."""
     indices, device = draw.indices(data), device_of(model)
 
     def compute(batch_size: int) -> _Observer:
-        observer = _Observer(model, names, diagonal, memory_budget)
+        observer = _Observer(model, names, diagonal)
         with observer:
             for images, _, _ in drawn_batches(data, indices, batch_size, device, "layers' inputs"):
                 model(images)
@@ -151,16 +141,11 @@ def _moments(
     for moments in observer.found.values():
         sum_over_processes_(moments.sums)
         sum_over_processes_(moments.rows)
-    without = [n for n in names if n not in observer.found and n not in observer.too_large]
+    without = [name for name in names if name not in observer.found]
     if without:
         raise ValueError(
             f"{without[0]!r} has no inputs: no linear layer or convolution takes it as its weight; "
             "name the weights to score, or take another scorer"
-        )
-    if not observer.found:
-        raise ValueError(
-            f"memory_budget={memory_budget} is too small: the inputs of {names[0]!r} alone take "
-            f"{observer.too_large[names[0]]} bytes"
         )
     return observer.found
 
@@ -168,9 +153,7 @@ def _moments(
 class _Observer(Calls):
     """Adds up the moments of layers' inputs while a model runs."""
 
-    def __init__(
-        self, model: nn.Module, names: Sequence[str], diagonal: bool, memory_budget: int
-    ) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], diagonal: bool) -> None:
         handlers: dict[Any, Callable[[Call], Any]] = {
             F.linear: self._linear,
             F.multi_head_attention_forward: self._attention,
@@ -179,8 +162,7 @@ class _Observer(Calls):
         }
         super().__init__(handlers)
         self.found: dict[str, _Moments] = {}
-        self.too_large: dict[str, int] = {}  #: bytes of those that no room was left for
-        self._diagonal, self._room = diagonal, memory_budget
+        self._diagonal = diagonal
         self._names = {id(model.get_parameter(name)): name for name in names}
 
     def _linear(self, call: Call) -> Any:
@@ -244,18 +226,13 @@ class _Observer(Calls):
     def _moments_of(
         self, weight: Tensor, groups: int, size: int, transposed: bool = False
     ) -> _Moments | None:
-        """Where to add the rows of a weight, if they are wanted and there is room."""
+        """Where to add the rows of a weight, if they are wanted."""
         name = self._names.get(id(weight), "")
-        if name and name not in self.found and name not in self.too_large:
+        if name and name not in self.found:
             shape = (groups, size) if self._diagonal else (groups, size, size)
-            needed = 8 * math.prod(shape)
-            if needed > self._room:
-                self.too_large[name] = needed
-            else:
-                self._room -= needed
-                sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
-                rows = torch.zeros(groups, dtype=torch.float64, device=weight.device)
-                self.found[name] = _Moments(sums, rows, transposed)
+            sums = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+            rows = torch.zeros(groups, dtype=torch.float64, device=weight.device)
+            self.found[name] = _Moments(sums, rows, transposed)
         return self.found.get(name)
 
 

@@ -155,17 +155,6 @@ def test_how_a_layer_is_called_changes_no_score(name: str, scorer: str) -> None:
     assert relative_error(found, expected) <= 1e-12
 
 
-def test_layers_that_do_not_fit_take_further_passes_and_give_the_same() -> None:
-    case = build("conv")
-    expected = pai.score("obs_inputs", case.model, case.data, samples=None)
-    largest = max(8 * w[0].numel() ** 2 for w in expected.values())
-    found = pai.score("obs_inputs", case.model, case.data, samples=None, memory_budget=largest)
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match=r"memory_budget=8 is too small: .* alone take \d+ bytes"):
-        pai.score("obs_inputs", case.model, case.data, samples=None, memory_budget=8)
-
-
 @pytest.mark.parametrize("scorer", ["wanda", "obs_inputs"])
 @pytest.mark.parametrize("name", ["reshaped weight", "weight in a custom function"])
 def test_a_weight_that_no_layer_takes_is_refused_by_its_name(scorer: str, name: str) -> None:

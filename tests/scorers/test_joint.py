@@ -56,7 +56,7 @@ def test_a_score_at_its_own_budgets_is_itself() -> None:
 
 def test_options_go_to_the_parts_that_have_them() -> None:
     scorer = pai.find_scorer("ggn_diag+obs_inputs@fisher_diag")
-    assert list(scorer.options) == ["damping", "draws", "estimator", "memory_budget"]
+    assert list(scorer.options) == ["damping", "draws", "estimator"]
     undamped, expected = (scored(n, damping=0.0) for n in ("wanda@ggn_diag", "ggn_diag"))
     for name in expected:
         found, values = (scores[name].flatten().sort().values for scores in (undamped, expected))
