@@ -66,14 +66,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encode images; a ValueError refuses another shape, or what is not normalised."""
         size = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
             raise ValueError(
-                f"{self.name} takes images [N, 3, {size}, {size}], got {list(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"{self.name} takes normalised float images, got {images.dtype}; "
-                "apply backbone.transform"
+                f"{self.name} takes normalised float images [N, 3, {size}, {size}], got "
+                f"{images.dtype} {list(images.shape)}; apply backbone.transform"
             )
         features: Tensor = self.encoder(images)
         return features

@@ -101,14 +101,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def hold_(model: nn.Module, *, any_output: bool = False) -> nn.Module:
     """Hold a model to the contract from now on, by hooks on its forward, and return it.
 
-    A forward then raises a ``ValueError`` for an output that is no tensor ``[N, C]``, unless
-    ``any_output`` will do.
+    A forward then raises a ``ValueError`` for images that are whole numbers, and for an output that
+    is no tensor ``[N, C]``, unless ``any_output`` will do.
     """
     types = dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())
 
     def own_images(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         images, *others = args
-        cast = bool(types) and images.is_floating_point() and images.dtype not in types
+        if not images.is_floating_point():
+            raise ValueError(
+                f"the images are {images.dtype}; give floats as the model expects them, by "
+                "backbone.transform, say, or as in image / 255 or image.float()"
+            )
+        cast = bool(types) and images.dtype not in types
         return images.to(next(iter(types))) if cast else images.clone(), *others
 
     def check_output(_: nn.Module, args: object, output: object) -> None:

@@ -26,10 +26,13 @@ def tiny() -> Backbone:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(3, 32, 32), r"takes images \[N, 3, 32, 32\], got \[3, 32, 32\]"),
-        (torch.zeros(1, 1, 32, 32), r"got \[1, 1, 32, 32\]"),
-        (torch.zeros(1, 3, 32, 31), r"got \[1, 3, 32, 31\]"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "float images, got torch.uint8"),
+        (torch.zeros(3, 32, 32), r"\[N, 3, 32, 32\], got torch.float32 \[3, 32, 32\]"),
+        (torch.zeros(1, 1, 32, 32), r"float32 \[1, 1, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 31), r"float32 \[1, 3, 32, 31\]"),
+        (
+            torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+            "takes normalised float .* torch.uint8",
+        ),
     ],
 )
 def test_images_of_another_shape_or_type_are_refused(

@@ -195,9 +195,21 @@ def test_any_other_label_is_refused_in_one_way(kind: Callable[[int], Any]) -> No
         (Given(lambda x, y: ("a.png", y)), r"\(str, int\): .*pairs"),
         (IMAGES.images[:2], r"item . .* \(Tensor torch.float32 \[3, 8, 8\]\): .*pairs"),
         ((IMAGES.images, IMAGES.labels), r"item . .* \(Tensor .*pairs"),
+        (Given(lambda x, y: (x.byte(), y)), r"images are torch\.uint8; give floats"),
         ([], "empty"),
     ],
-    ids=["loader", "stream", "dict", "dicts", "triples", "paths", "bare", "tensors", "empty"],
+    ids=[
+        "loader",
+        "stream",
+        "dict",
+        "dicts",
+        "triples",
+        "paths",
+        "bare",
+        "tensors",
+        "bytes",
+        "empty",
+    ],
 )
 def test_data_of_another_kind_is_refused_by_what_it_is(data: Any, message: str) -> None:
     for look in (
