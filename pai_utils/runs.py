@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.studies.parameters import (
@@ -60,12 +59,6 @@ class RunRecord(BaseModel):
     inputs: dict[str, Any] = {}  #: digests of images
     outputs: dict[str, str]  #: SHA-256 by name
 
-    @field_validator("parameters")
-    @classmethod
-    def _call_repairs_by_their_name(cls, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Older records call repairs compensations."""
-        return {re.sub("^compensation", "repair", name): v for name, v in parameters.items()}
-
 
 def read_record(folder: Path) -> RunRecord:
     """The record of a run's folder, checked by its schema.
@@ -81,15 +74,6 @@ def read_record(folder: Path) -> RunRecord:
     except ValidationError as error:
         problems = "; ".join(map(describe_problem, error.errors()))
         raise ValueError(f"{path} is no record of a run: {problems}") from error
-
-
-def altered_outputs(folder: Path) -> list[str]:
-    """Files of a run that are missing or not those of its record; errors as :func:`read_record`."""
-    return [
-        name
-        for name, digest in read_record(folder).outputs.items()
-        if not (folder / name).is_file() or digest_of(folder / name) != digest
-    ]
 
 
 class Result(BaseModel):

@@ -13,8 +13,8 @@ import pandas as pd
 from cells import Layout, problems
 from grids import read_grid
 
-from pai_utils.runs import altered_outputs, check_results, read_results
-from pai_utils.support.stored import write_atomically
+from pai_utils.runs import check_results, read_record, read_results
+from pai_utils.support.stored import digest_of, write_atomically
 
 KEPT = (".csv", ".json", ".png")
 
@@ -32,7 +32,10 @@ def store(layout: Layout, results: Path) -> list[Path]:
     for name in cells:
         folder = layout.executed / name
         try:
-            found += [f"{folder / file}: altered" for file in altered_outputs(folder)]
+            for output, digest in read_record(folder).outputs.items():
+                path = folder / output
+                if not path.is_file() or digest_of(path) != digest:
+                    found.append(f"{path}: altered")
             if (folder / "results.csv").is_file():
                 tables.append(read_results(folder / "results.csv"))
         except ValueError as error:
