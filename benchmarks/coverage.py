@@ -44,10 +44,12 @@ def simulate(
         for task, margin in margins.items()
     ).set_index("target")
     rows = []
+    several = len(sources) > 1
+    by_seed = effect / 2 if several else effect
     for source in sources:
-        of_source = random.normal(0, effect) if len(sources) > 1 else 0.0
+        of_source = random.normal(0, effect) if several else 0.0
         for seed, method in itertools.product(range(seeds), methods):
-            shift = of_source + random.normal(0, effect / 2 if len(sources) > 1 else effect)
+            shift = of_source + random.normal(0, by_seed)
             for task, margin in margins.items():
                 right = margin - LOSS + shift + random.normal(0, NOISE, IMAGES) > 0
                 place = {"source": source, "target": task, "seed": seed, "method": method}
@@ -69,13 +71,13 @@ def measure(trials: int = TRIALS) -> pd.DataFrame:
         ("retention, seeds", "retention, sources", "difference, seeds"), REPETITIONS, EFFECTS
     ):
         random, covered, widths = np.random.default_rng(0), 0, []
-        sources = "abcdefghij"[:count] if kind == "retention, sources" else "a"
-        seeds = 2 if len(sources) > 1 else count
-        methods = ("ours", "theirs") if kind == "difference, seeds" else ("ours",)
-        right = 0.0 if len(methods) > 1 else truth(effect, sources=len(sources) > 1)
+        several, two = kind.endswith("sources"), kind.startswith("difference")
+        sources, seeds = ("abcdefghij"[:count], 2) if several else ("a", count)
+        methods = ("ours", "theirs") if two else ("ours",)
+        right = 0.0 if two else truth(effect, sources=several)
         for _ in range(trials):
             table, dense = simulate(random, seeds, sources, effect, methods)
-            if len(methods) > 1:
+            if two:
                 table = paired(*(table[table.method == method] for method in methods))
             low, high = estimate(table, dense).interval()
             covered += low <= right <= high

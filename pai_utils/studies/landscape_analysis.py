@@ -242,18 +242,20 @@ def rank_agreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"prediction": predictions, "correlation": [*found], "count": len(full)})
 
 
-def transfer_correlations(cells: pd.DataFrame) -> pd.DataFrame:
+def transfer_correlations(
+    cells: pd.DataFrame, predictors: Sequence[str] = (*PREDICTORS,)
+) -> pd.DataFrame:
     """Spearman correlation of each predictor with retention on held-out tasks.
 
     Intervals (95 %) are from a jackknife that leaves out one task at a time, as source and target,
     since pairs share tasks. A ``pooled`` correlation says mostly that both fall with sparsity;
     ``within`` compares cells of one scorer and sparsity (the mean, weighted by a group's cells).
-    Columns ``predictor`` (each of :data:`PREDICTORS`), ``pooled, pooled_low, pooled_high, within,
-    within_low, within_high, cells, pairs``; not a number for fewer than three cells.
+    Columns ``predictor, pooled, pooled_low, pooled_high, within, within_low, within_high, cells,
+    pairs``; not a number for fewer than three cells.
     """
     held = cells[cells.held_out]
     tasks, rows = held.target.unique(), []
-    for predictor in PREDICTORS:
+    for predictor in predictors:
         known = held.dropna(subset=[predictor, "retention"])
         row: dict[str, object] = {"predictor": predictor}
         for kind, keys in {"pooled": ["held_out"], "within": ["scorer", "sparsity"]}.items():
