@@ -378,14 +378,13 @@ class _Run:
         ]
         unused = [name for name in self.mask if name not in self.places]
         repaired = {id(self.dense.get_parameter(name)) for name in self.places}
-        scales = ((n, m, m._parameters.get("weight")) for n, m in self.dense.named_modules())
         # Normalisations share no class, and many are timm's own or another package's.
         norms = [
             name
-            for name, module, scale in scales
-            if scale is not None and id(scale) not in repaired
-            if isinstance(module, nn.LayerNorm)
-            or (scale.ndim == 1 and "norm" in type(module).__name__.lower())
+            for name, module in self.dense.named_modules()
+            if "norm" in type(module).__name__.lower() and f"{name}.weight" not in self.mask
+            if (scale := getattr(module, "weight", None)) is not None or not any(module.children())
+            if id(scale) not in repaired
         ]
         self.places = {
             name: place
@@ -396,7 +395,7 @@ class _Run:
         parts = "+".join(part for part in self.repair.parts if part != "obs")
         texts = {
             f"no call of a linear layer or convolution takes them; not repaired by {parts}": unused,
-            f"they share a bias or have several; not repaired by {parts}": torn,
+            f"several biases of one weight, or one bias of several; not repaired by {parts}": torn,
             "no BatchNorm with running statistics or LayerNorm of channels, with scale and shift; "
             "moments not restored": norms if self._moments else [],
         }

@@ -15,6 +15,7 @@ from timm.layers.norm_act import LayerNormAct2d
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 import pai_utils as pai
 from pai_utils.curvature.blocks import fisher_blocks
@@ -503,10 +504,16 @@ NO_NORM = (
              nn.RMSNorm(36), nn.LayerNorm(36, bias=False), nn.LayerNorm(36), RmsNorm(36)],
             [f"1, 5, 6, 8: {NO_NORM}"],
         ),
+        (
+            [nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.BatchNorm2d(4, affine=False),
+             nn.LocalResponseNorm(2)],
+            [f"1, 2, 3: {NO_NORM}"],
+        ),
         ([functional()], [f"0.aside.weight: {PLAIN}"]),
         (
             [tied(bias=True)],
-            ["0.one.weight: they share a bias or have several; not repaired by layerwise+moments"],
+            ["0.one.weight: several biases of one weight, or one bias of several; not repaired by "
+             "layerwise+moments"],
         ),
     ],
 )  # fmt: skip
