@@ -48,6 +48,7 @@ class Draw:
         if self.samples is None:
             return torch.arange(available)
         if self.samples > available:
+            next(batches(data, 1, torch.device("cpu"), torch.arange(1)))  # its kind is said first
             raise ValueError(
                 f"samples={self.samples} but the dataset holds {available}; ask for at most that "
                 "many, or pass samples=None for all"

@@ -221,6 +221,11 @@ def test_data_of_another_kind_is_refused_by_what_it_is(data: Any, message: str) 
             look()
 
 
+def test_the_kind_of_data_is_said_before_how_much_there_is() -> None:
+    with pytest.raises(ValueError, match=r"item 0 of the data is \(Tensor .*pairs"):
+        pai.score("snip", Net(), (IMAGES.images, IMAGES.labels))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "data",
     [
