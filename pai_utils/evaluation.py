@@ -228,7 +228,7 @@ def paired(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["source", "target", "seed"]
     wanted = rows[keys].reset_index(drop=True)
-    exact = wanted.merge(others[[*keys, "correct"]], "left", on=keys).correct
+    exact = wanted.merge(others[[*keys, "correct"]], "left", keys, validate="m:1").correct
     single = others.drop_duplicates(keys[:2], keep=False)[[*keys[:2], "correct"]]
     found = exact.fillna(wanted.merge(single, "left", on=keys[:2]).correct)
     if found.isna().any():

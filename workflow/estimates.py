@@ -167,7 +167,7 @@ def count_work(notebook: str, work: Work, config: Any) -> None:
         spectrum = config.spectrum_samples or work.images[0]["train"]
         work.steps(4 * config.probes * config.lanczos_steps * 3.1 * spectrum)
         plane = sum(min(config.plane_images or s["test"], s["test"]) for s in work.images[:2])
-        work.forwards += 2 * config.plane_points**2 * plane + 2 * config.path_points * work.test
+        work.forwards += config.plane_points**2 * plane + 2 * config.path_points * work.test
 
 
 def estimate(notebook: str, config: RunParameters, tflops: float) -> dict[str, float]:

@@ -71,8 +71,8 @@ def partial_terms(
     cotangents = DrawnLabels(len(indices), draws, draw.seed)
     device = device_of(model)
     weights = directions[0]
-    flat = {n: torch.stack([v[n].detach().flatten() for v in directions]) for n in weights}
-    along = {name: in_blocks(v.to(device), block_size) for name, v in flat.items()}
+    flat = {n: [v[n].detach().flatten().to(device) for v in directions] for n in weights}
+    along = {name: in_blocks(torch.stack(v), block_size) for name, v in flat.items()}
 
     def compute(size: int) -> Tensor:
         sums = torch.zeros(len(directions), 3, dtype=torch.float64, device=device)

@@ -293,8 +293,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> Scorer:
             f"scorer {name!r} has no option {unknown[0]!r}; its options are: "
             + (", ".join(scorer.options) or "none")
         )
-    if not 0 <= options.get("damping", 0) < math.inf:
-        raise ValueError(f"damping={options['damping']} must be zero or a finite number above it")
+    damping = options.get("damping", 0)
+    if not isinstance(damping, int | float) or not 0 <= damping < math.inf:
+        raise ValueError(f"damping={damping!r} must be zero or a finite number above it")
     return scorer
 
 

@@ -248,25 +248,23 @@ def transfer_correlations(
     """Spearman correlation of each predictor with retention on held-out tasks.
 
     Intervals (95 %) are from a jackknife that leaves out one task at a time, as source and target,
-    since pairs share tasks. A ``pooled`` correlation says mostly that both fall with sparsity;
-    ``within`` compares cells of one scorer and sparsity (the mean, weighted by a group's cells).
-    Columns ``predictor, pooled, pooled_low, pooled_high, within, within_low, within_high, cells,
-    pairs``; not a number for fewer than three cells.
+    since pairs share tasks; they are too wide where pairs differ more than tasks. A ``pooled``
+    correlation says mostly that both fall with sparsity; ``within`` compares cells of one scorer
+    and sparsity (the mean, weighted by a group's cells). Columns ``predictor, pooled, pooled_low,
+    pooled_high, within, within_low, within_high, cells, pairs``; not a number for too few.
     """
     held = cells[cells.held_out]
-    tasks, rows = held.target.unique(), []
+    rows = []
     for predictor in predictors:
         known = held.dropna(subset=[predictor, "retention"])
+        tasks = known.target.unique()
         row: dict[str, object] = {"predictor": predictor}
         for kind, keys in {"pooled": ["held_out"], "within": ["scorer", "sparsity"]}.items():
             whole = _mean_spearman(known, predictor, keys)
-            left = [
-                _mean_spearman(
-                    known[(known.source != task) & (known.target != task)], predictor, keys
-                )
-                for task in tasks
-            ]
-            half = float(t.isf(0.025, len(left) - 1)) * np.std(left) * math.sqrt(len(left) - 1)
+            fewer = (known[(known.source != each) & (known.target != each)] for each in tasks)
+            left = [_mean_spearman(part, predictor, keys) for part in fewer]
+            degrees = len(left) - 1 if len(left) > 2 else math.nan  # of two, nobody can tell
+            half = float(t.isf(0.025, degrees)) * np.std(left or [0]) * math.sqrt(degrees)
             low, high = max(whole - half, -1), min(whole + half, 1)
             row |= {kind: whole, f"{kind}_low": low, f"{kind}_high": high}
         pairs = known.groupby(["source", "target"]).ngroups
@@ -276,11 +274,11 @@ def transfer_correlations(
 
 def _mean_spearman(cells: pd.DataFrame, predictor: str, keys: list[str]) -> float:
     """The rank correlation with retention within groups, the mean weighted by their sizes."""
+    if cells.empty:
+        return math.nan
     groups = cells.groupby(keys)[[predictor, "retention"]]
-    matrices = groups.corr("spearman", min_periods=3).reset_index(level=-1)
-    found = matrices.loc[matrices.iloc[:, 0] == predictor, "retention"].dropna()
-    sizes = groups.size().loc[found.index]
-    return float((found * sizes).sum() / sizes.sum()) if len(found) else math.nan
+    found = groups.corr("spearman", min_periods=3).retention.xs(predictor, level=-1).dropna()
+    return float(np.average(found, weights=groups.size()[found.index])) if len(found) else math.nan
 
 
 def compared(studies: Mapping[str, Landscape], recipe: Recipe) -> pd.DataFrame:

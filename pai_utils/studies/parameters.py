@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidatorFunctionWrapHandler,
@@ -62,7 +63,7 @@ ScorerName = Annotated[str, checked(find_scorer)]
 Repair = Annotated[str, checked(parse_repair)]
 RepairOptions = dict[Annotated[str, one_of("repair option", REPAIR_OPTIONS)], bool | float | int]
 
-ScorerOptions = dict[str, dict[str, Any]]  # by scorer
+ScorerOptions = Annotated[dict[str, dict[str, Any]], BeforeValidator(read_exponents)]  # by scorer
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]

@@ -107,6 +107,7 @@ def test_a_seed_draws_its_samples_and_labels_and_others_are_not_looked_at(name: 
         ("ggn_diag", {"samples": 0}, "samples=0"),
         ("block_fisher", {"blocksize": 3}, "options are: block_size, damping, estimator, memory_b"),
         ("feature_ggn_diag", {"damping": float("nan")}, "damping=nan must be zero or a finite"),
+        ("ggn_diag", {"damping": "much"}, "damping='much' must be zero or a finite"),
         ("ntk_sap", {"samples": 4, "epsilon": 0.0}, r"epsilon=0\.0"),
         ("ntk_sap", {"samples": 4, "perturbations": 0}, "perturbations=0"),
         ("px", {"estimator": "exact"}, "unknown estimator 'exact'.* Choose from: bound, gated"),

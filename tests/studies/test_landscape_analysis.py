@@ -69,6 +69,9 @@ def test_correlations_with_transfer_are_pooled_and_within_groups() -> None:
     assert list(known.cells) == [24, 24, 18, 0]
     assert list(known.pairs) == [12, 12, 9, 0]
     assert known.loc["diagonal", ["pooled", "pooled_low", "within"]].isna().all()
+    few = study.transfer_correlations(cells(2), ["ggn"])
+    assert few.pooled.notna().all()
+    assert few.pooled_low.isna().all()
 
 
 def test_a_landscape_holds_predictions_retention_and_alignment(suite: pai.Suite) -> None:
