@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pandas as pd
 import timm
 import torch
@@ -75,7 +76,8 @@ def tried(row: dict[str, object], step: str, what: Callable[[], Any]) -> Any:
         found = what()
     except Exception as error:
         kind = "refused" if isinstance(error, ValueError) else f"failed: {type(error).__name__}"
-        row[step] = f"{kind}: {str(error).splitlines()[0][:300]}" if str(error) else kind
+        said = click.unstyle(str(error))  # PyTorch's exporter writes in colours
+        row[step] = f"{kind}: {said.splitlines()[0][:300]}" if said else kind
         return None
     row[step] = "yes"
     return found
