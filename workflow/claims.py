@@ -26,6 +26,7 @@ KEPT = 0.9  # of the accuracy above chance
 LOCKED = "folder:tiny-imagenet-b"
 PAPER, DAMPED = "ggn_diag", "feature_ggn_diag"
 JOINT = "feature_ggn_diag+obs_inputs@feature_ggn_diag"
+SHUFFLED = f"random@{DAMPED}"
 MOMENTS, SOLVED = " + moments", " + layerwise+moments"
 COLUMNS = [
     "claim", "encoder", "sparsity", "tasks", "value", "low", "high", "over", "verdict",
@@ -39,7 +40,7 @@ class Masks(NamedTuple):
 
     run: str  #: a folder of `results/`
     method: str  #: as its tables name it
-    images: str = ""  #: :data:`ALONE` or :data:`MIXTURE`; empty: all sources of the run
+    images: str = ""  #: :data:`ALONE`, :data:`MIXTURE` or one source; empty: all of the run
     tasks: str = "held-out"  #: or ``"own"``, or one task's name
 
 
@@ -78,6 +79,14 @@ def questions(encoder: str) -> Iterator[Question]:
     for repair, label in {"": "without repair", SOLVED: "with the repair"}.items():
         mixed = Masks(steps, DAMPED + repair, MIXTURE)
         yield Question(f"a mixture adds, {label}", mixed, mixed._replace(images=ALONE))
+    for label, other in {
+        "their shuffle in each layer": SHUFFLED,
+        "magnitude over all layers": "magnitude",
+        "magnitude within layers": "magnitude@layer",
+    }.items():
+        mixed = Masks(steps, DAMPED + SOLVED, MIXTURE)
+        others = mixed._replace(method=other + SOLVED)
+        yield Question(f"repaired masks on a mixture over {label}", mixed, others)
     for images in (ALONE, MIXTURE):
         plain = Masks(steps, DAMPED, images)
         before = plain._replace(run=f"{steps}-undamped")
@@ -108,8 +117,10 @@ class Results:
         table = self.table(masks.run, "accuracies")
         own, found = masks.tasks == "own", table[table.scorer == masks.method]
         sources = [name for name in table.source.unique() if name != "none"]
-        if masks.images:
+        if masks.images in (ALONE, MIXTURE):
             sources = [name for name in sources if ("+" in name) == (masks.images == MIXTURE)]
+        elif masks.images:
+            sources = [masks.images]
         found = judged_rows(found, sources, own=own)
         # A mixture goes by the task that it is around, beside masks of that task alone.
         found = found.assign(source=found.source.str.split("+").str[0])

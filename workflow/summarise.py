@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
+import seaborn as sns
 from cells import commit_of
 from claims import (
     ALONE,
@@ -16,6 +17,7 @@ from claims import (
     JOINT,
     MIXTURE,
     MOMENTS,
+    SHUFFLED,
     SOLVED,
     Masks,
     Question,
@@ -28,7 +30,7 @@ from matplotlib.figure import Figure
 from pai_utils import plots
 from pai_utils.data.mixtures import is_held_out
 from pai_utils.evaluation import judged_rows, summarise_retention
-from pai_utils.runs import read_record, read_table
+from pai_utils.runs import read_record
 from pai_utils.studies.landscape_analysis import PREDICTORS, transfer_correlations
 from pai_utils.studies.zero_shot_retention import sparsity_kept
 from pai_utils.support.stored import write_atomically
@@ -128,30 +130,25 @@ def atlas_table(left: pd.DataFrame, costs: Path) -> pd.DataFrame:
     return ranked
 
 
-def explorer(results: Path) -> pd.DataFrame:
+def explorer(results: Results) -> pd.DataFrame:
     """Retention of every pair of tasks in every stored run: what the retention explorer shows.
 
     ``interval`` says what ``low`` and ``high`` are: a 95 % interval over test images and
     seeds, or the range over the seeds.
     """
     parts = []
-    for path in sorted(results.glob("*/*/*.csv")):
-        grid, (notebook, _, run) = path.parts[-3], path.parent.name.partition("-")
-        if (notebook, path.name) == ("zero_shot_retention", "retention.csv"):
-            bits = read_table(path.with_name("accuracies.csv"))
-            again = "correct" in bits  # older runs kept no results of single images
-            table = summarise_retention(bits) if again else pd.read_csv(path)
-            interval = "interval"
-        elif (notebook, path.name) == ("scorer_atlas", "accuracies.csv"):
-            table, interval = _pairs_of_the_atlas(pd.read_csv(path)), "range"
-        else:
-            continue
-        backbone, _, variant = run.partition("-")
-        parts.append(
-            table[table.scorer != "dense"].assign(
-                grid=grid, backbone=backbone, variant=variant, interval=interval
-            )
-        )
+    for path in sorted(results.root.glob("*/*/accuracies.csv")):
+        grid, cell = path.parts[-3:-1]
+        notebook, backbone, *variant = cell.split("-", 2)
+        table, interval = results.table(f"{grid}/{cell}", "accuracies"), "interval"
+        if notebook == "scorer_atlas":
+            table, interval = _pairs_of_the_atlas(table), "range"
+        elif "correct" in table:
+            table = summarise_retention(table)
+        else:  # older runs kept no results of single images
+            table = results.table(f"{grid}/{cell}", "retention")
+        place = {"grid": grid, "backbone": backbone, "variant": "".join(variant)}
+        parts.append(table[table.scorer != "dense"].assign(**place, interval=interval))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts, ignore_index=True)
@@ -318,27 +315,36 @@ def steps(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "encoder", "retention", "low", "high"])
 
 
-def factorial(results: Results) -> pd.DataFrame:
-    """Every score with every repair on both kinds of images, at 70 %; one column an encoder."""
+def factorial(results: Results, backbone: str) -> pd.DataFrame:
+    """Every score by both kinds of images at 70 %, with intervals: one column a repair."""
+    run = f"factorial/zero_shot_retention-{backbone}"
+    if not (results.root / run).is_dir():
+        return pd.DataFrame()
     rows = []
-    for backbone, label in BACKBONES.items():
-        run = f"factorial/zero_shot_retention-{backbone}"
-        if not (results.root / run).is_dir():
-            continue
-        scores = {
-            "undamped": (f"{run}-undamped", DAMPED),
-            "damped": (run, DAMPED),
-            "joint": (run, JOINT),
-        }
-        for score, (own, method) in scores.items():
-            for images in (ALONE, MIXTURE):
-                for repair in ("", MOMENTS, SOLVED):
-                    masks = Masks(own, method + repair, images)
-                    (found,) = results.answer(Question("", masks)).values()
-                    name = repair.removeprefix(" + ") or "none"
-                    rows.append([score, images, name, label, found.value, *found.interval()])
-    columns = ["score", "images", "repair", "encoder", "retention", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+    for score, masks in {
+        "undamped": Masks(f"{run}-undamped", DAMPED),
+        "damped": Masks(run, DAMPED),
+        "joint": Masks(run, JOINT),
+        "damped, shuffled in each layer": Masks(run, SHUFFLED),
+        "magnitude over all layers": Masks(run, "magnitude"),
+        "magnitude within layers": Masks(run, "magnitude@layer"),
+    }.items():
+        for images in (ALONE, MIXTURE):
+            row = {"score": score, "images": images}
+            for repair in ("", MOMENTS, SOLVED):
+                same = masks._replace(method=masks.method + repair, images=images)
+                row[repair.removeprefix(" + ") or "no repair"] = _mean(results, same)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean(results: Results, masks: Masks, sparsity: float = 0.7) -> str:
+    """What masks keep, with its interval, as text."""
+    found = results.answer(Question("", masks)).get(sparsity)
+    if found is None:
+        return ""
+    low, high = found.interval()
+    return f"{found.value:z.2f} ({low:z.2f}–{high:z.2f})"
 
 
 SEEN_BY = {
@@ -365,9 +371,61 @@ def by_images(results: Results) -> pd.DataFrame:
     own = [not is_held_out(*pair) for pair in zip(table.target, table.source, strict=True)]
     texts = table.retention.map("{:z.2f}".format)
     table["text"] = texts.where(~pd.Series(own, table.index), "(" + texts + ")")
-    table["images"] = table.source.str.replace("folder:", "").str.replace("+", " and ")
+    table["images"] = table.source.map(_in_words)
     wide = table.pivot(index="images", columns="target", values="text")[list(SEEN_BY)]
     return wide.rename(columns=SEEN_BY).loc[table.images.unique()].reset_index()
+
+
+def by_images_and_score(results: Results) -> pd.DataFrame:
+    """What masks and their controls keep of unseen tasks at 70 %, repaired by the same images."""
+    run = "sources/zero_shot_retention-efficientnet_lite0"
+    if not (results.root / run).is_dir():
+        return pd.DataFrame()
+    table = results.table(run, "accuracies")
+    methods = {
+        "by curvature": DAMPED,
+        "shuffled": SHUFFLED,
+        "magnitude": "magnitude",
+        "magnitude within layers": "magnitude@layer",
+    }
+    rows = []
+    for source in table.source[table.source != "none"].unique():
+        row = {"images": _in_words(source)}
+        for column, method in methods.items():
+            row[column] = _mean(results, Masks(run, method + SOLVED, source))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _in_words(source: str) -> str:
+    return source.replace("folder:", "").replace("+", " and ").replace("_", " ")
+
+
+def spans(results: Results) -> pd.DataFrame:
+    """What every mask of the features' curvature keeps, beside how far its images span the task."""
+    path, parts = results.root / "benchmarks/span/span.csv", []
+    if not path.is_file():
+        return pd.DataFrame()
+    for run, own in pd.read_csv(path).groupby("run", sort=False):
+        kept = summarise_retention(results.table(str(run), "accuracies"))
+        kept = kept[kept.scorer.isin([DAMPED, DAMPED + SOLVED])]
+        encoder = ENCODERS[str(run).partition("retention-")[2]]
+        parts.append(kept.merge(own, on=["source", "target"]).assign(encoder=encoder))
+    return pd.concat(parts, ignore_index=True).assign(held_out=True)
+
+
+def spanned(cells: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlations of retention with what the images span, at each sparsity."""
+    rows = []
+    keys = ["run", "encoder", "scorer", "sparsity"]
+    for (run, encoder, scorer, sparsity), own in cells.groupby(keys, sort=False):
+        found = transfer_correlations(own, ["outside", "alike"])
+        texts = _with_interval(found.pooled, found.pooled_low, found.pooled_high)
+        masks = "repaired" if scorer == DAMPED + SOLVED else "alone"
+        run = f"{run}".partition("/")[0]
+        rows.append([f"{encoder}, {run}", masks, f"{sparsity:.0%}", *texts, found.pairs[0]])
+    columns = ["run", "masks", "sparsity", "outside", "alike", "pairs"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def tuning(table: pd.DataFrame, encoder: str) -> pd.DataFrame:
@@ -415,7 +473,7 @@ def summarise(folder: Path) -> list[Path]:
         write_atomically(path, content.encode() if isinstance(content, str) else content)
         written.append(path)
 
-    found, alone, parts = judged(results), masks_alone(results), factorial(results)
+    found, alone, cells = judged(results), masks_alone(results), spans(results)
     if len(found):
         write("judged.csv", found.to_csv(index=False))  # with all digits, to be recomputed
     limits = kept_up_to(alone)
@@ -424,8 +482,10 @@ def summarise(folder: Path) -> list[Path]:
         **{f"claims-{name}": claims(found, label) for name, label in BACKBONES.items()},
         "masks_alone": alone,
         "kept_up_to": _wide(_in_percent(limits), "sparsity", ["method"], ".0f"),
-        "factorial": _wide(parts, "retention", ["score", "images", "repair"]),
+        **{f"factorial-{name}": factorial(results, name) for name in BACKBONES},
         "by_images": by_images(results),
+        "by_images_and_score": by_images_and_score(results),
+        "spans": spanned(cells) if len(cells) else cells,
         **{
             f"atlas-{name}": atlas_table(
                 atlas(folder, name), folder / "atlas" / f"scorer_atlas-{name}" / "costs.csv"
@@ -442,13 +502,13 @@ def summarise(folder: Path) -> list[Path]:
     }.items():
         if not table.empty:
             write(f"{name}.csv", table.to_csv(index=False, float_format="%.3f"))
-    pairs = explorer(folder)
+    pairs = explorer(results)
     if not pairs.empty:
         # As an inert script, since a page opened from disk may not fetch a file.
         text = pairs.to_csv(index=False, float_format="%.3g")
         script = f'<script type="text/csv" id="explorer-data">\n{text}</script>\n'
         write("explorer.html", script)
-    for name, figure in _figures(results, alone, limits):
+    for name, figure in _figures(results, alone, limits, cells):
         image = BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
         write(f"{name}.png", image.getvalue())
@@ -472,7 +532,7 @@ def _in_percent(limits: pd.DataFrame) -> pd.DataFrame:
 
 
 def _figures(
-    results: Results, alone: pd.DataFrame, limits: pd.DataFrame
+    results: Results, alone: pd.DataFrame, limits: pd.DataFrame, cells: pd.DataFrame
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of what is stored, with their names."""
     if len(alone):
@@ -485,6 +545,15 @@ def _figures(
     if len(climb):
         named = climb.rename(columns={"step": "row", "retention": "value"})
         yield "overview", plots.estimates(named, "encoder", "kept of unseen tasks at 70 % sparsity")
+    if len(cells):
+        repaired = cells[cells.scorer.eq(DAMPED + SOLVED) & cells.sparsity.eq(0.7)]
+        repaired = repaired.assign(task=repaired.target.map(SEEN_BY))
+        grid = sns.relplot(
+            repaired, x="outside", y="retention", hue="task", style="task", s=60, height=3.6,
+            aspect=1.2, palette="colorblind",
+        )  # fmt: skip
+        grid.set_axis_labels("share of the task that the images do not span", "retention")
+        yield "spans", grid.figure
     for backbone in BACKBONES:
         left = atlas(results.root, backbone)
         if len(left):
