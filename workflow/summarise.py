@@ -331,9 +331,10 @@ def factorial(results: Results, backbone: str) -> pd.DataFrame:
     }.items():
         for images in (ALONE, MIXTURE):
             row = {"score": score, "images": images}
-            for repair in ("", MOMENTS, SOLVED):
+            repairs = {"layers solved anew": SOLVED, "moments": MOMENTS, "no repair": ""}
+            for label, repair in repairs.items():  # the one that decides first, for narrow pages
                 same = masks._replace(method=masks.method + repair, images=images)
-                row[repair.removeprefix(" + ") or "no repair"] = _mean(results, same)
+                row[label] = _mean(results, same)
             rows.append(row)
     return pd.DataFrame(rows)
 

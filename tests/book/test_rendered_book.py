@@ -243,7 +243,11 @@ class Visit:
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", self._on_request)
-        page.on("requestfailed", lambda request: self.missing.append(request.url))
+        page.on("requestfailed", self._failed)
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # by leaving a page that still loads its icon
+            self.missing.append(request.url)
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type == "error":
