@@ -9,6 +9,7 @@ pixels that it takes. Nothing is fetched.
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import textwrap
 import time
@@ -76,7 +77,8 @@ def tried(row: dict[str, object], step: str, what: Callable[[], Any]) -> Any:
         found = what()
     except Exception as error:
         kind = "refused" if isinstance(error, ValueError) else f"failed: {type(error).__name__}"
-        said = click.unstyle(str(error))  # PyTorch's exporter writes in colours
+        # PyTorch's exporter writes in colours; where the files were for a moment tells nobody much.
+        said = re.sub(r"\S+/(?=pruned\.)", "", click.unstyle(str(error)))
         row[step] = f"{kind}: {said.splitlines()[0][:300]}" if said else kind
         return None
     row[step] = "yes"
