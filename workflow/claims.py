@@ -79,12 +79,12 @@ def questions(encoder: str) -> Iterator[Question]:
     for repair, label in {"": "without repair", SOLVED: "with the repair"}.items():
         mixed = Masks(steps, DAMPED + repair, MIXTURE)
         yield Question(f"a mixture adds, {label}", mixed, mixed._replace(images=ALONE))
+    mixed = Masks(steps, DAMPED + SOLVED, MIXTURE)
     for label, other in {
         "their shuffle in each layer": SHUFFLED,
         "magnitude over all layers": "magnitude",
         "magnitude within layers": "magnitude@layer",
     }.items():
-        mixed = Masks(steps, DAMPED + SOLVED, MIXTURE)
         others = mixed._replace(method=other + SOLVED)
         yield Question(f"repaired masks on a mixture over {label}", mixed, others)
     for images in (ALONE, MIXTURE):
